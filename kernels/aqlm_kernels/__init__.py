@@ -1,0 +1,29 @@
+"""Additive quantization: the compressed matrix, products with it, and the layer that trains and serves it.
+
+    packed = pack(AdditiveMatrix(codes=..., codebooks=..., scales=...))
+    y = matmul(x, packed)
+
+Knows torch, numpy and numba only. What a caller can mend is raised as KernelError.
+"""
+
+from aqlm_kernels.additive import AdditiveMatrix
+from aqlm_kernels.backends import BACKENDS, Backend, choose, matmul
+from aqlm_kernels.checkpoint import from_checkpoint, to_checkpoint
+from aqlm_kernels.errors import KernelError
+from aqlm_kernels.linear import AdditiveLinear
+from aqlm_kernels.packed import PackedMatrix, pack, unpack
+
+__all__ = [
+    "BACKENDS",
+    "AdditiveLinear",
+    "AdditiveMatrix",
+    "Backend",
+    "KernelError",
+    "PackedMatrix",
+    "choose",
+    "from_checkpoint",
+    "matmul",
+    "pack",
+    "to_checkpoint",
+    "unpack",
+]

@@ -1,0 +1,124 @@
+"""AdditiveMatrix: a weight matrix whose groups of inputs are sums of codebook entries.
+
+A row of W is cut into groups of g consecutive weights. Each group is the sum of M vectors of g numbers, one picked by
+a code from each of M codebooks, times one scale for the row. At 2 codebooks of 256 entries and g = 8 the codes take
+2 * 8 / 8 = 2 bits a weight; the codebooks are shared by the whole matrix and the scales by whole rows, so that they
+add little.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from aqlm_kernels.errors import KernelError
+
+
+@dataclass(frozen=True, eq=False)
+class AdditiveMatrix:
+    """W[o, j*g + i] = scales[o] * sum_m codebooks[m, codes[o, j, m], i].
+
+    Codes of any integer type are accepted and kept as uint8 where K <= 256, as int32 otherwise. The floating types of
+    codebooks and scales are kept. On the meta device only shapes and types are checked.
+    """
+
+    codes: Tensor  # [out, in/g, M], integers in [0, K)
+    codebooks: Tensor  # [M, K, g]; K is a power of two
+    scales: Tensor  # [out]
+
+    kind = "additive"
+
+    def __post_init__(self) -> None:
+        _check(self.codes, self.codebooks, self.scales)
+        object.__setattr__(self, "codes", self.codes.to(code_dtype(self.codebook_size)))
+
+    @property
+    def out_features(self) -> int:
+        return self.codes.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        return self.codes.shape[1] * self.group_size
+
+    @property
+    def num_codebooks(self) -> int:
+        return self.codebooks.shape[0]
+
+    @property
+    def codebook_size(self) -> int:
+        return self.codebooks.shape[1]
+
+    @property
+    def codebook_bits(self) -> int:
+        return self.codebook_size.bit_length() - 1
+
+    @property
+    def group_size(self) -> int:
+        return self.codebooks.shape[2]
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """W [out, in]; see the function `dequantize`."""
+        return dequantize(self.codes, self.codebooks, self.scales, dtype)
+
+    def bits(self) -> int:
+        """Stored bits: codes at log2(K) bits each, codebooks and scales at 16."""
+        return self.codes.numel() * self.codebook_bits + 16 * (self.codebooks.numel() + self.scales.numel())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All there is to store; `from_tensors` is the inverse."""
+        return {"codes": self.codes, "codebooks": self.codebooks, "scales": self.scales}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> AdditiveMatrix:
+        return cls(codes=tensors["codes"], codebooks=tensors["codebooks"], scales=tensors["scales"])
+
+
+def dequantize(codes: Tensor, codebooks: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """W [out, in], summed over m = 0, 1, ... and then scaled, in float32 (float64 if that is asked), rounded once.
+
+    The specification of every compiled version, and differentiable in codebooks and scales on any device.
+    """
+    working = torch.promote_types(dtype, torch.float32)
+    index = codes.long()  # [out, n, M]
+    total = codebooks[0].to(working)[index[..., 0]]  # [out, n, g]
+    for m in range(1, codebooks.shape[0]):
+        total = total + codebooks[m].to(working)[index[..., m]]
+    return (scales.to(working)[:, None] * total.flatten(1)).to(dtype)  # [out, n * g]
+
+
+def code_dtype(codebook_size: int) -> torch.dtype:
+    """The type codes are kept in."""
+    return torch.uint8 if codebook_size <= 256 else torch.int32
+
+
+def _check(codes: Tensor, codebooks: Tensor, scales: Tensor) -> None:
+    shapes = f"codes {list(codes.shape)}, codebooks {list(codebooks.shape)}, scales {list(scales.shape)}"
+    if codes.ndim != 3 or codebooks.ndim != 3 or scales.ndim != 1:
+        raise KernelError(
+            f"an additive matrix is codes [out, in/g, M], codebooks [M, K, g], scales [out]; got {shapes}"
+        )
+    if codes.shape[2] != codebooks.shape[0] or codes.shape[0] != scales.shape[0]:
+        raise KernelError(f"the shapes of an additive matrix do not fit each other: {shapes}")
+    if 0 in codes.shape or 0 in codebooks.shape:
+        raise KernelError(f"an additive matrix is empty: {shapes}")
+    if codes.is_floating_point() or codes.is_complex() or codes.dtype == torch.bool:
+        raise KernelError(f"codes are {codes.dtype}; convert them to an integer type")
+    if not (codebooks.is_floating_point() and scales.is_floating_point()):
+        raise KernelError(f"codebooks are {codebooks.dtype}, scales {scales.dtype}; convert them to a floating type")
+    if not codes.device == codebooks.device == scales.device:
+        devices = f"codes on {codes.device}, codebooks on {codebooks.device}, scales on {scales.device}"
+        raise KernelError(f"{devices}; move them to one device")
+    _check_entries(codes, codebooks.shape[1])
+
+
+def _check_entries(codes: Tensor, codebook_size: int) -> None:
+    if codebook_size & (codebook_size - 1) or not 2 <= codebook_size <= 65536:
+        raise KernelError(f"a codebook has {codebook_size} entries; it needs a power of two from 2 to 65536")
+    if codes.is_meta or (codes.dtype == torch.uint8 and codebook_size >= 256):
+        return  # no values yet; no byte can leave 256 entries
+    low, high = (int(bound) for bound in torch.aminmax(codes.long()))
+    if low < 0 or high >= codebook_size:
+        raise KernelError(f"codes lie in [{low}, {high}], codebooks have entries 0 to {codebook_size - 1}")

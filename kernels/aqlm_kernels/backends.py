@@ -1,0 +1,77 @@
+"""Which kernel computes a product: the table of backends, the choice, and the product itself.
+
+A backend says itself why it cannot serve. The first of the table that can is chosen; a backend asked for by name is
+obeyed or raises its reason, it is never replaced in silence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from aqlm_kernels import reference
+from aqlm_kernels.cpu import product
+from aqlm_kernels.errors import KernelError
+from aqlm_kernels.packed import PackedMatrix
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A way to compute y = x W^T."""
+
+    name: str
+    matmul: Callable[[Tensor, PackedMatrix], Tensor]  # x [rows, in] -> y [rows, out]
+    refuses: Callable[[PackedMatrix, torch.device], str | None]  # why it cannot, or None
+
+
+def choose(packed: PackedMatrix, device: torch.device, name: str | None = None) -> Backend:
+    """The first backend that can multiply x on the device, or the named one, or its reason as a KernelError."""
+    for backend in BACKENDS:
+        if name not in (None, backend.name):
+            continue
+        reason = backend.refuses(packed, device)
+        if reason is None:
+            return backend
+        if name is not None:
+            raise KernelError(f"backend {name} {reason}; choose another or none")
+    raise KernelError(f"there is no backend {name}; choose one of {', '.join(backend.name for backend in BACKENDS)}")
+
+
+def matmul(x: Tensor, packed: PackedMatrix, backend: str | None = None) -> Tensor:
+    """y = x W^T [..., out] of x [..., in] in x's type: float32, bfloat16 or float16. Gradients are not recorded.
+
+    Meant for a few rows; AdditiveLinear is the differentiable one, and the faster for many.
+    """
+    if x.ndim == 0 or x.shape[-1] != packed.in_features:
+        raise KernelError(f"x is {list(x.shape)}; its last axis must be the matrix's {packed.in_features} inputs")
+    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise KernelError(f"x is {x.dtype}; convert it to float32, bfloat16 or float16")
+    if x.device != packed.device:
+        raise KernelError(f"x is on {x.device}, the matrix on {packed.device}; move one of them")
+    rows = x.detach().reshape(-1, packed.in_features)
+    y = choose(packed, x.device, backend).matmul(rows, packed)  # [rows, out]
+    return y.reshape(*x.shape[:-1], packed.out_features)
+
+
+def _refuses_by_tables(packed: PackedMatrix, device: torch.device) -> str | None:
+    if packed.codebook_size > 256:
+        return f"needs codebooks of at most 256 entries, these have {packed.codebook_size}"
+    return _refuses_elsewhere(packed, device)
+
+
+def _refuses_elsewhere(packed: PackedMatrix, device: torch.device) -> str | None:
+    return None if device.type == "cpu" else f"runs on the CPU, x is on {device}"
+
+
+def _never_refuses(packed: PackedMatrix, device: torch.device) -> str | None:
+    return None
+
+
+BACKENDS = (
+    Backend("cpu-lut", product.by_tables, _refuses_by_tables),
+    Backend("cpu-gather", product.by_gather, _refuses_elsewhere),
+    Backend("reference", reference.matmul, _never_refuses),
+)

@@ -1,0 +1,8 @@
+"""`python -m aqlm_cli` is `aqlm`."""
+
+from __future__ import annotations
+
+from aqlm_cli.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,246 @@
+"""The blocks of a decoder-only transformer: found, called alone, and watched.
+
+A language model is an embedding, a list of blocks, a last norm and a head.  Quantization goes through that list block
+by block, and for that it must call one block without the model around it.  What a block is given besides its hidden
+states (rotary embeddings, masks, positions) differs by family, and in some families by layer: sliding and full
+attention alternate, each with its own mask and its own rotary base.  None of it is rebuilt here.  The model runs once
+with a hook on every block, and each hook writes down exactly what the model passed:
+
+    calls = record_calls(network, ids)          # one BlockCall for each block
+    hidden = first_inputs(network, ids)         # [b, L, d], what enters block 0
+    for block, call in zip(find_blocks(network).modules, calls):
+        hidden = call(block, hidden)            # what enters the next one
+
+Nothing here knows a family, or transformers.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from aqlm_cli.errors import ModelError
+from aqlm_cli.plan import Layer
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """The model's repeated layers: `modules[i]` is the submodule at `paths[i]`."""
+
+    path: str  # of the list itself, such as "model.layers"
+    modules: tuple[nn.Module, ...]
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        return tuple(f"{self.path}.{index}" for index in range(len(self.modules)))
+
+
+def find_blocks(network: nn.Module) -> Blocks:
+    """The `nn.ModuleList` that holds the most weights.
+
+    Weight is a surer sign than length: a list of 64 experts lies inside a list of 28 blocks, and the vision tower of a
+    model with eyes may be deeper than its text model.  Buffers count too, for the codes of a packed model are buffers.
+    """
+    lists = [(path, module) for path, module in network.named_modules() if isinstance(module, nn.ModuleList)]
+    path, found = max(lists, key=lambda entry: _elements(entry[1]), default=("", nn.ModuleList()))
+    if _elements(found) == 0:
+        raise ModelError(
+            f"{type(network).__name__} has no list of repeated layers, so there are no blocks to quantize; "
+            "choose a decoder-only transformer"
+        )
+    return Blocks(path, tuple(found))
+
+
+def _elements(module: nn.Module) -> int:
+    return sum(tensor.numel() for tensor in (*module.parameters(), *module.buffers()))
+
+
+def linears(block: nn.Module, prefix: str) -> dict[str, nn.Linear]:
+    """Every `nn.Linear` of a block by its full path, in the order in which the block defines them."""
+    found = block.named_modules(prefix=prefix)
+    return {path: module for path, module in found if isinstance(module, nn.Linear)}
+
+
+def replace_module(root: nn.Module, path: str, module: nn.Module) -> None:
+    """Put `module` in the place of the submodule of `root` at `path`."""
+    parent, _, name = path.rpartition(".")
+    setattr(root.get_submodule(parent), name, module)
+
+
+# ------------------------------------------------------------------------------------------------ what a plan must know
+
+
+def describe_layers(network: nn.Module) -> list[Layer]:
+    """Every matrix inside the blocks as the plan sees it; those that are no `nn.Linear` come with the reason.
+
+    Experts fused into one 3-D parameter, GPT-2's `Conv1D` and a router's bare matrix are such: they are listed, so that
+    the plan can say why they stay as they are.
+    """
+    blocks = find_blocks(network)
+    layers = []
+    for prefix, block in zip(blocks.paths, blocks.modules, strict=True):
+        for path, module in block.named_modules(prefix=prefix):
+            if isinstance(module, nn.Linear):
+                layers.append(Layer(path, module.out_features, module.in_features, bias=module.bias is not None))
+            else:
+                layers.extend(_other_matrices(path, module))
+    return layers
+
+
+def _other_matrices(path: str, module: nn.Module) -> Iterator[Layer]:
+    for name, parameter in module.named_parameters(recurse=False):
+        if parameter.ndim < 2:
+            continue
+        *rows, columns = parameter.shape
+        yield Layer(
+            path=path if name == "weight" else f"{path}.{name}",
+            out_features=torch.Size(rows).numel(),
+            in_features=columns,
+            bias=False,
+            reason=f"{type(module).__name__} holds it as a tensor of shape {list(parameter.shape)}, not as nn.Linear",
+        )
+
+
+def count_parameters(network: nn.Module) -> int:
+    """Numbers that a checkpoint of the network stores; a head tied to the embeddings counts once."""
+    unique = {id(tensor): tensor for tensor in network.state_dict(keep_vars=True).values()}
+    return sum(tensor.numel() for tensor in unique.values())
+
+
+# ------------------------------------------------------------------------------------------------ calling a block alone
+
+
+@dataclass(frozen=True)
+class BlockCall:
+    """What the model gives one block besides its hidden states.
+
+    `call(block, hidden [b', L, d])` returns the block's output `[b', L, d]`, for windows of the recorded length.
+    Recorded with b windows, the call serves any b' <= b; recorded with one, any number, for its tensors broadcast.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    hidden_name: str | None  # None where the hidden states are the first positional argument
+    batch: int
+
+    def __call__(self, block: nn.Module, hidden: Tensor) -> Tensor:
+        args, kwargs = _first_rows((self.args, dict(self.kwargs)), self.batch, hidden.shape[0])
+        if self.hidden_name is None:
+            args = (hidden, *args)
+        else:
+            kwargs[self.hidden_name] = hidden
+        out = block(*args, **kwargs)
+        out_hidden: Tensor = out[0] if isinstance(out, tuple) else out  # [b', L, d]
+        return out_hidden
+
+
+def _first_rows(value: Any, batch: int, rows: int) -> Any:
+    """`value` with every tensor `[batch, ...]` in it cut to `[rows, ...]`; vectors are never one row a window."""
+    if isinstance(value, Tensor):
+        return value[:rows] if value.ndim > 1 and value.shape[0] == batch > rows else value
+    if isinstance(value, (tuple, list)):
+        return type(value)(_first_rows(item, batch, rows) for item in value)
+    if isinstance(value, dict):
+        return {key: _first_rows(item, batch, rows) for key, item in value.items()}
+    return value
+
+
+class _Reached(Exception):
+    """Leaves a forward pass at the point up to which it was wanted."""
+
+
+def first_inputs(network: nn.Module, ids: Tensor) -> Tensor:
+    """The hidden states `[b, L, d]` that enter block 0 for the token ids `[b, L]`; no block and no head is computed."""
+    entering: list[Tensor] = []
+
+    def stop(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        entering.append(_split(block, args, kwargs)[0])
+        raise _Reached
+
+    hook = find_blocks(network).modules[0].register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        _run_until_reached(network, ids)
+    finally:
+        hook.remove()
+    return entering[0]
+
+
+def record_calls(network: nn.Module, ids: Tensor) -> list[BlockCall]:
+    """For each block the arguments that the model gives it for the token ids `[b, L]`; the head is not computed."""
+    blocks = find_blocks(network).modules
+    calls: list[BlockCall] = []
+
+    def record(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        calls.append(_split(block, args, kwargs)[1])
+
+    def stop(*_: object) -> None:
+        raise _Reached
+
+    hooks = [block.register_forward_pre_hook(record, with_kwargs=True) for block in blocks]
+    hooks.append(blocks[-1].register_forward_hook(stop))
+    try:
+        _run_until_reached(network, ids)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return calls
+
+
+def _split(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, BlockCall]:
+    """The hidden states, which are the first parameter of `block.forward`, and everything else."""
+    if args:
+        hidden, name, args = args[0], None, args[1:]
+    else:
+        name = next(iter(inspect.signature(block.forward).parameters))
+        hidden = kwargs[name]
+        kwargs = {key: value for key, value in kwargs.items() if key != name}
+    return hidden, BlockCall(args, kwargs, name, batch=hidden.shape[0])
+
+
+def _run_until_reached(network: nn.Module, ids: Tensor) -> None:
+    # no_grad and not inference_mode: what is recorded here takes part in later passes that do have gradients.
+    with torch.no_grad():
+        try:
+            network(input_ids=ids, use_cache=False)
+        except _Reached:
+            return
+    raise ModelError(f"{type(network).__name__} finished without calling its blocks, so they cannot be called alone")
+
+
+# --------------------------------------------------------------------------------------- watching the inputs of linears
+
+
+@contextmanager
+def observe_inputs(block: nn.Module, callback: Callable[[tuple[str, ...], Tensor], None]) -> Iterator[None]:
+    """While open, every forward of `block` ends with `callback(paths, x [tokens, in])` for each input of its linears.
+
+    Layers that read the same tensor (q, k and v; gate and up) share one call, so what is computed from x, such as
+    x^T x, is computed once.  "The same" means the same tensor object in this forward.  Paths are relative to the block.
+    """
+    inputs: dict[int, tuple[Tensor, list[str]]] = {}
+
+    def note(path: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
+            inputs.setdefault(id(args[0]), (args[0], []))[1].append(path)
+
+        return hook
+
+    def report(*_: object) -> None:
+        for x, paths in inputs.values():
+            callback(tuple(paths), x.detach().reshape(-1, x.shape[-1]))
+        inputs.clear()
+
+    layers = linears(block, prefix="")
+    hooks = [layer.register_forward_pre_hook(note(path)) for path, layer in layers.items()]
+    hooks.append(block.register_forward_hook(report))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

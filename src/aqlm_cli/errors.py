@@ -1,0 +1,47 @@
+"""The family of errors a user can mend.
+
+Every class here is shown as one line that says what is wrong, where, and what to do; it ends the command with
+`exit_status` and leaves nothing published half. Anything else that is raised is a bug and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+
+class AqlmError(Exception):
+    """Something outside this program is not as it needs to be."""
+
+    exit_status = 1
+
+
+class UsageError(AqlmError):
+    """A flag that cannot be read: a scheme, a number of bits, a value out of its range."""
+
+    exit_status = 2
+
+
+class ConfigError(AqlmError):
+    """A run file or preset: unknown key, wrong type, settings that exclude each other."""
+
+
+class ModelError(AqlmError):
+    """A model that is unknown, gated, out of reach, or not a language model."""
+
+
+class DataError(AqlmError):
+    """Text that is missing, unreadable, out of reach, or too short for what was asked."""
+
+
+class PlanError(AqlmError):
+    """A choice of layers that names nothing or leaves nothing to do."""
+
+
+class ArtifactError(AqlmError):
+    """A run directory or artifact that is damaged, or was made with other settings."""
+
+
+class QuantizationError(AqlmError):
+    """Weights or activations that no method can work on, such as NaN."""
+
+
+class StorageError(AqlmError):
+    """A disk that is full, read-only, or fails while writing."""

@@ -1,0 +1,53 @@
+"""What the mathematics needs from the kernels: compiled on the CPU, plain torch anywhere else.
+
+A method is written once against `CodeSearch`. The two forms agree; the kernels' tests hold them together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from aqlm_kernels import additive, search
+from aqlm_kernels.cpu import dequantize as compiled
+from aqlm_kernels.cpu import search as compiled_search
+
+Gradients: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+Dequantize: TypeAlias = Callable[[Tensor, Tensor, Tensor, torch.dtype], Tensor]
+
+
+@dataclass(frozen=True)
+class CodeSearch:
+    """Codes are int64 `[out, n, M]` throughout, as torch wants them for an index."""
+
+    choose: Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]  # search.choose_codes
+    _gradients: Gradients
+    _dequantize: Dequantize
+
+    def gradients(self, values: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+        """Those of sum(values * W) by codebooks `[M, K, g]` and scales `[out]`; `values` is `[out, in]`."""
+        return self._gradients(values, codes.to(additive.code_dtype(codebooks.shape[1])), codebooks, scales)
+
+    def expand(self, codebooks: Tensor, codes: Tensor) -> Tensor:
+        """Sums of entries, `[out, in]`."""
+        ones = torch.ones(len(codes), device=codes.device)
+        return self._dequantize(codes.to(additive.code_dtype(codebooks.shape[1])), codebooks, ones, torch.float32)
+
+
+def code_search(device: torch.device) -> CodeSearch:
+    """The compiled form on the CPU."""
+    if device.type == "cpu":
+        return CodeSearch(compiled_search.choose_codes, compiled.gradients, compiled.dequantize)
+    return CodeSearch(search.choose_codes, _plain_gradients, additive.dequantize)
+
+
+def _plain_gradients(values: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+    codebooks, scales = codebooks.double().requires_grad_(), scales.double().requires_grad_()
+    with torch.enable_grad():
+        total = (values * additive.dequantize(codes, codebooks, scales, torch.float64)).sum()
+    by_codebooks, by_scales = torch.autograd.grad(total, (codebooks, scales))
+    return by_codebooks.float(), by_scales.float()

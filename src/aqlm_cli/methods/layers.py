@@ -1,0 +1,74 @@
+"""All matrices of one block, side by side: one thread each, so that a result does not depend on how many there are."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+
+import numba
+import torch
+from torch import Tensor
+
+from aqlm_cli.config import SearchConfig
+from aqlm_cli.errors import QuantizationError
+from aqlm_cli.methods import CompressedMatrix, Method
+from aqlm_cli.methods.statistics import LayerStatistics
+from aqlm_cli.scheme import Scheme
+from aqlm_cli.seeds import generator
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """One matrix to compress; `path` names it in errors and seeds its randomness."""
+
+    path: str
+    weight: Tensor  # [out, in] float32
+    statistics: LayerStatistics
+    scheme: Scheme
+
+
+@dataclass(frozen=True, eq=False)
+class Compressed:
+    path: str
+    matrix: CompressedMatrix
+    relative_error: float
+    seconds: float
+
+
+def compress_all(
+    tasks: list[Task], method: Method, settings: SearchConfig, seed: int, threads: int, done: Callable[[Compressed], None]
+) -> Mapping[str, Compressed]:
+    """Every task's result by path; `done` is called in this thread as each one finishes, in any order.
+
+    Raises QuantizationError with the path of the layer that cannot be compressed.
+    """
+
+    def compress(task: Task) -> Compressed:
+        started = time.monotonic()
+        try:
+            matrix = method(task.weight, task.statistics, task.scheme, generator(seed, task.path), settings)
+        except QuantizationError as error:
+            raise QuantizationError(f"{task.path}: {error}") from error
+        relative_error = task.statistics.relative_error(task.weight, matrix.dequantize())
+        return Compressed(task.path, matrix, relative_error, time.monotonic() - started)
+
+    # The most expensive first: the last ones to finish are then short.
+    order = sorted(tasks, key=lambda task: -task.weight.numel() * task.weight.shape[1])
+    results: dict[str, Compressed] = {}
+    with ThreadPoolExecutor(threads, initializer=_single_threaded) as pool:
+        waiting = [pool.submit(compress, task) for task in order]
+        try:
+            for finished in as_completed(waiting):
+                results[finished.result().path] = finished.result()
+                done(finished.result())
+        finally:
+            pool.shutdown(cancel_futures=True)
+    torch.set_num_threads(threads)  # torch keeps one number for all Python threads
+    return results
+
+
+def _single_threaded() -> None:
+    torch.set_num_threads(1)
+    numba.set_num_threads(1)

@@ -1,0 +1,124 @@
+"""What a method knows of a layer beside its weight: the second moment of its inputs, and the metrics made from it.
+
+A layer's error on its inputs is `tr(dW H dW^T)` with H the mean of x x^T. H couples all input features; a search that
+decides one group of g features after the other sees it through two kinds of g x g metrics:
+
+- the diagonal blocks H_jj: the price of an error in group j while all other groups stay as they are;
+- the block LDL of H: the price of an error in group j when the groups decided after it may still make up for it.
+  H = L^T L with L lower triangular gives r H r^T = sum_j | L_jj r_j + sum_{k<j} L_jk r_k |^2, so that group j is paid for
+  with D_j = L_jj^T L_jj, and an error e_k made earlier pulls at it with e_k L_jk^T L_jj.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from aqlm_cli.errors import QuantizationError
+
+
+@dataclass(frozen=True, eq=False)
+class LayerStatistics:
+    """H = mean over `tokens` inputs of x x^T, `[in, in]` float32."""
+
+    second_moment: Tensor
+    tokens: int
+
+    def relative_error(self, weight: Tensor, approximation: Tensor) -> float:
+        """tr(dW H dW^T) / tr(W H W^T); 0 where no input ever reaches the weight."""
+        difference = approximation - weight
+        whole = float((weight @ self.second_moment * weight).sum(dtype=torch.float64))
+        return float((difference @ self.second_moment * difference).sum(dtype=torch.float64)) / whole if whole > 0 else 0.0
+
+
+class SecondMoment:
+    """Collects H over batches of inputs.
+
+    Each batch's product is summed in float32, the batches in float64: over millions of tokens a float32 sum would lose
+    the small entries. Products never run under autocast, which would round the result to bfloat16: it would no longer
+    be positive definite.
+    """
+
+    def __init__(self, features: int, device: torch.device) -> None:
+        self._sum = torch.zeros(features, features, dtype=torch.float64, device=device)
+        self._tokens = 0
+
+    def add(self, x: Tensor) -> None:  # [tokens, in]
+        with torch.autocast(x.device.type, enabled=False), _bfloat16_products(x.dtype == torch.bfloat16):
+            x = x.float()
+            self._sum += x.T @ x
+        self._tokens += x.shape[0]
+
+    def statistics(self) -> LayerStatistics:
+        return LayerStatistics((self._sum / self._tokens).float(), self._tokens)
+
+
+@contextmanager
+def _bfloat16_products(allowed: bool) -> Iterator[None]:
+    """Let oneDNN multiply float32 matrices that hold bfloat16 values in bfloat16, which is exact and twice as fast.
+
+    Sums and the result stay in float32.
+    """
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    torch.backends.mkldnn.matmul.fp32_precision = "bf16" if allowed else before
+    try:
+        yield
+    finally:
+        torch.backends.mkldnn.matmul.fp32_precision = before
+
+
+@dataclass(frozen=True, eq=False)
+class Feedback:
+    """How an error in one group of inputs changes what later ones should aim at; see `feedback.sweep`."""
+
+    metric: Tensor  # [n, g, g]
+    coupling: Tensor  # [in, in]: row k times the error of feature k is added to the state
+    forward: bool  # whether only later groups are changed
+
+
+def damped(second_moment: Tensor, share: float) -> Tensor:
+    """H with `share` of its mean diagonal added to the diagonal; the identity where H is zero.
+
+    This makes H positive definite, so inputs that were never seen have a small price instead of none.
+    """
+    mean = second_moment.diagonal().mean()
+    if mean == 0:
+        return torch.eye(second_moment.shape[0], dtype=second_moment.dtype, device=second_moment.device)
+    return second_moment + share * mean * torch.eye(second_moment.shape[0], device=second_moment.device)
+
+
+def diagonal_blocks(matrix: Tensor, group: int) -> Tensor:
+    """The g x g blocks on the diagonal of `[in, in]`: `[n, g, g]`."""
+    n = matrix.shape[0] // group
+    return matrix.view(n, group, n, group).diagonal(dim1=0, dim2=2).permute(2, 0, 1).contiguous()
+
+
+def most_active_first(second_moment: Tensor, group: int) -> Tensor:
+    """Groups by falling energy of their inputs `[n]`: what matters most is decided while most can still make up for it."""
+    return second_moment.diagonal().view(-1, group).sum(1).argsort(descending=True, stable=True)
+
+
+def block_ldl(second_moment: Tensor, group: int, damping: float) -> Feedback:
+    """The block LDL of H, its groups decided in the order in which they lie.
+
+    Factorised in float64, with `damping` of the mean diagonal added, ten times more as often as H is not yet positive
+    definite. Raises QuantizationError where that never helps, which means H holds NaN.
+    """
+    matrix = second_moment.double()
+    n = matrix.shape[0] // group
+    for attempt in range(8):
+        lower, failed = torch.linalg.cholesky_ex(damped(matrix, damping * 10.0**attempt).flip(0, 1))
+        if not failed:
+            break
+    else:
+        raise QuantizationError("the second moment of the inputs cannot be factorised; the activations hold NaN")
+    factor = lower.flip(0, 1).T.contiguous()  # L [in, in], lower triangular, H = L^T L
+    corners = diagonal_blocks(factor, group)  # L_jj [n, g, g]
+    pulls = (corners.transpose(1, 2) @ factor.view(n, group, -1)).view_as(factor)  # row block j: L_jj^T L_jk for all k
+    metric = diagonal_blocks(pulls, group)  # D_j
+    strictly = pulls - torch.block_diag(*metric) if n > 1 else torch.zeros_like(pulls)
+    return Feedback(metric.float(), strictly.T.float().contiguous(), forward=True)

@@ -1,0 +1,126 @@
+"""The order of the stages, and how a command gets the stages it needs.
+
+Stages do not know each other. Each takes what an earlier one published, and says so if it is missing; here the earlier
+one is run first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numba
+import torch
+
+from aqlm_cli.artifacts import is_run, read_run
+from aqlm_cli.config import RunConfig, build_config
+from aqlm_cli.errors import UsageError
+from aqlm_cli.model import resolve
+from aqlm_cli.report import Emit, Noted, PackReport, Record
+from aqlm_cli.scheme import SCHEMES_BY_BITS, parse_scheme
+from aqlm_cli.stages.calibrate import calibrate
+from aqlm_cli.stages.doctor import doctor
+from aqlm_cli.stages.eval_ppl import eval_ppl
+from aqlm_cli.stages.pack import pack
+from aqlm_cli.stages.quantize import prepare, quantize
+
+__all__ = [
+    "calibrate",
+    "default_run_directory",
+    "doctor",
+    "measure",
+    "pack_run",
+    "prepare",
+    "quantize_and_pack",
+    "run_all",
+    "settings_for",
+    "settings_of_run",
+    "use_threads",
+]
+
+
+def use_threads(threads: int | None) -> None:
+    """Let torch's products and our own kernels run on so many threads; None leaves both at all of the machine's."""
+    if threads is None:
+        return
+    try:
+        numba.set_num_threads(threads)
+    except ValueError as error:
+        raise UsageError(f"--threads {threads}: this machine has {numba.get_num_threads()}") from error
+    torch.set_num_threads(threads)
+
+
+def default_run_directory(config: RunConfig) -> Path:
+    """runs/NAME-2bit where `--bits 2` means the scheme, runs/NAME-SCHEME elsewhere."""
+    scheme = parse_scheme(config.quantize.scheme)
+    bits = next((bits for bits, known in SCHEMES_BY_BITS.items() if known == scheme), None)
+    label = str(scheme) if bits is None else f"{bits:g}bit"
+    source = resolve(config.model, config.revision, config.trust_remote_code)
+    return Path("runs") / f"{source.short_name}-{label}"
+
+
+def settings_of_run(directory: Path, flags: Mapping[str, Any]) -> RunConfig:
+    """The flags over the run's own file."""
+    return build_config(None, read_run(directory).file, flags)
+
+
+def settings_for(target: str, flags: Mapping[str, Any]) -> RunConfig:
+    """The flags over the file of `target`, where that is a run, or over the defaults, where it is a model."""
+    if is_run(Path(target)):
+        return settings_of_run(Path(target), flags)
+    return build_config(None, None, {**flags, "model": target})
+
+
+def quantize_and_pack(config: RunConfig, run_directory: Path, overwrite: bool, emit: Emit) -> dict[str, Record]:
+    """From the model to a checkpoint; what is complete and was made with the same settings is reused."""
+    if not is_run(run_directory) or read_run(run_directory).artifact("calibration") is None:
+        emit(Noted("there is no calibration yet, it runs first"))
+    calibrate(config, run_directory, overwrite, emit)
+    return {
+        "quantize": quantize(config, run_directory, overwrite, emit),
+        "pack": pack(run_directory, config.pack.format, overwrite, emit),
+    }
+
+
+def pack_run(config: RunConfig, run_directory: Path, overwrite: bool, emit: Emit) -> PackReport:
+    """Pack a run, after quantizing it where that is missing."""
+    if read_run(run_directory).artifact("quantized") is None:
+        emit(Noted(f"{run_directory} is not quantized yet, that runs first"))
+        calibrate(config, run_directory, overwrite=False, emit=emit)
+        quantize(config, run_directory, overwrite=False, emit=emit)
+    return pack(run_directory, config.pack.format, overwrite, emit)
+
+
+def measure(target: str, config: RunConfig, windows: int | None, emit: Emit) -> dict[str, Record]:
+    """Perplexity on every text of the settings."""
+    _complete(target, emit)
+    return {
+        text: eval_ppl(
+            target,
+            text,
+            config.eval_ppl.sequence_length,
+            config.eval_ppl.dtype,
+            windows,
+            emit,
+            config.revision,
+            config.trust_remote_code,
+            config.device,
+        )
+        for text in config.eval_ppl.data
+    }
+
+
+def run_all(config: RunConfig, run_directory: Path, overwrite: bool, emit: Emit) -> dict[str, Record]:
+    """Every stage, in order."""
+    made = quantize_and_pack(config, run_directory, overwrite, emit)
+    return {**made, **measure(str(run_directory), config, None, emit)}
+
+
+def _complete(target: str, emit: Emit) -> None:
+    """Where `target` is a run without a checkpoint, run the stages that are missing; a model is left as it is."""
+    if is_run(Path(target)):
+        run = read_run(Path(target))
+        if run.artifact("packed") is None:
+            emit(Noted(f"{target} is not packed yet, that runs first"))
+            pack_run(run.config, run.path, overwrite=False, emit=emit)

@@ -1,0 +1,171 @@
+"""Plan: every matrix inside the blocks once, with its treatment or the reason why it keeps its 16 bits.
+
+A plan is made before any work starts, printed, stored with the quantized model, and followed to the letter.  It is
+arithmetic on names and shapes: it never sees a weight.
+
+Sizes are those of a whole checkpoint, embeddings and head included, in bytes of tensors.  A packed file stores a code
+in one byte or two, so for codes of, say, 12 bits it is larger than `stored_bits` says: that figure is the scheme's,
+and `bytes_after` is the file's.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from aqlm_cli.errors import PlanError, UsageError
+from aqlm_cli.scheme import BITS_PER_FLOAT, AdditiveScheme, Scheme, parse_scheme
+
+HEAD = "lm_head"
+"""The output head lies outside the blocks and is never a target, so that to skip it is right for every model."""
+
+BYTES_PER_FLOAT = BITS_PER_FLOAT // 8
+"""Whatever is not quantized is stored in 16 bits."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A matrix of the model.  `reason` says why its module cannot be quantized at all; None for an ordinary linear."""
+
+    path: str
+    out_features: int
+    in_features: int
+    bias: bool
+    kind: str = "linear"
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class Target:
+    """What happens to one matrix: exactly one of `scheme` and `reason` is set."""
+
+    path: str
+    kind: str
+    out_features: int
+    in_features: int
+    scheme: Scheme | None
+    reason: str | None
+
+    @property
+    def weights(self) -> int:
+        return self.out_features * self.in_features
+
+    @property
+    def bytes_after(self) -> int:
+        """Bytes of the matrix in a packed checkpoint.
+
+        Codes take one byte up to 8 bits and two up to 16.  A uniform grid has no packed format of its own: its rounded
+        weights are written in 16 bits, as those of a skipped matrix are.
+        """
+        if not isinstance(self.scheme, AdditiveScheme):
+            return BYTES_PER_FLOAT * self.weights
+        bytes_per_code = 1 if self.scheme.codebook_bits <= 8 else 2
+        codes = self.weights // self.scheme.group_size * self.scheme.num_codebooks
+        entries = self.scheme.num_codebooks * self.scheme.codebook_size
+        return bytes_per_code * codes + BYTES_PER_FLOAT * (entries * self.scheme.group_size + self.out_features)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The treatment of every matrix in the blocks.
+
+    `other_parameters` counts what lies outside of `targets`: embeddings, head, norms, and all biases.
+    """
+
+    targets: tuple[Target, ...]
+    other_parameters: int
+
+    @property
+    def quantized(self) -> tuple[Target, ...]:
+        return tuple(target for target in self.targets if target.scheme is not None)
+
+    @property
+    def skipped(self) -> tuple[Target, ...]:
+        return tuple(target for target in self.targets if target.scheme is None)
+
+    @property
+    def code_bits(self) -> float:
+        """Bits of the codes alone per quantized weight."""
+        schemes = [(target.scheme, target.weights) for target in self.targets if target.scheme is not None]
+        return sum(scheme.code_bits * weights for scheme, weights in schemes) / sum(weights for _, weights in schemes)
+
+    @property
+    def stored_bits(self) -> float:
+        """Bits of codes, codebooks and scales per quantized weight."""
+        bits = sum(
+            target.scheme.stored_bits(target.out_features, target.in_features)
+            for target in self.targets
+            if target.scheme is not None
+        )
+        return bits / sum(target.weights for target in self.quantized)
+
+    @property
+    def bytes_before(self) -> int:
+        """The model in 16 bits."""
+        return BYTES_PER_FLOAT * (self.other_parameters + sum(target.weights for target in self.targets))
+
+    @property
+    def bytes_after(self) -> int:
+        """The tensors of the packed checkpoint."""
+        return BYTES_PER_FLOAT * self.other_parameters + sum(target.bytes_after for target in self.targets)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for a manifest; `from_json` is the inverse."""
+        targets = [{**asdict(target), "scheme": target.scheme and str(target.scheme)} for target in self.targets]
+        return {"targets": targets, "other_parameters": self.other_parameters}
+
+    @classmethod
+    def from_json(cls, stored: Mapping[str, Any]) -> Plan:
+        targets = (
+            Target(**{**target, "scheme": target["scheme"] and parse_scheme(target["scheme"])})
+            for target in stored["targets"]
+        )
+        return cls(tuple(targets), stored["other_parameters"])
+
+
+def make_plan(
+    layers: Sequence[Layer], parameters: int, scheme: Scheme, skip: Sequence[str], only: Sequence[str]
+) -> Plan:
+    """Give every layer the scheme, or the first reason against it.
+
+    `parameters` counts all of the model's.  `skip` and `only` are regular expressions that must match a whole path; one
+    that matches no layer is a mistake in spelling and raises PlanError, as does a choice that leaves nothing over.
+    """
+    paths = [layer.path for layer in layers]
+    skipping = [_compiled(pattern, [*paths, HEAD], "skip") for pattern in skip]
+    choosing = [_compiled(pattern, paths, "only") for pattern in only]
+    targets = []
+    for layer in layers:
+        reason = layer.reason or _unwanted(layer.path, skipping, choosing)
+        reason = reason or scheme.refuses(layer.out_features, layer.in_features)
+        treatment = None if reason else scheme
+        targets.append(Target(layer.path, layer.kind, layer.out_features, layer.in_features, treatment, reason))
+    if all(target.scheme is None for target in targets):
+        raise PlanError(f"nothing is left to quantize with {scheme}: {_counted(target.reason for target in targets)}")
+    return Plan(tuple(targets), parameters - sum(target.weights for target in targets))
+
+
+def _compiled(pattern: str, paths: Sequence[str], flag: str) -> re.Pattern[str]:
+    try:
+        compiled = re.compile(pattern)
+    except re.error as error:
+        raise UsageError(f"--{flag} {pattern!r} is not a regular expression: {error}") from error
+    if not any(compiled.fullmatch(path) for path in paths):
+        raise PlanError(f"--{flag} {pattern!r} matches no layer; it must match a whole path, such as {paths[0]}")
+    return compiled
+
+
+def _unwanted(path: str, skipping: Sequence[re.Pattern[str]], choosing: Sequence[re.Pattern[str]]) -> str | None:
+    for pattern in skipping:
+        if pattern.fullmatch(path):
+            return f"skipped by {pattern.pattern!r}"
+    if choosing and not any(pattern.fullmatch(path) for pattern in choosing):
+        return "not among those chosen with --only"
+    return None
+
+
+def _counted(reasons: Iterable[str | None]) -> str:
+    return "; ".join(f"{count} layers: {reason}" for reason, count in Counter(reasons).items())

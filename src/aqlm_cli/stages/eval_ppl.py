@@ -1,0 +1,155 @@
+"""Perplexity of a model on a text: exp of the mean negative log likelihood of its tokens, as GPTQ measures it.
+
+The text is cut into windows without overlap, each read on its own, and every token but a window's first is scored. So a
+model is better measured with longer windows, and figures compare only at equal data, tokenizer and window.
+
+A run is measured beside the model it was made from, on the same windows. The original's figure depends on nothing that
+happens in the run, so it is computed once and kept.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from aqlm_cli import data, model
+from aqlm_cli.artifacts import RunDirectory, is_run, read_run
+from aqlm_cli.errors import ArtifactError, DataError, ModelError
+from aqlm_cli.model import ModelSource
+from aqlm_cli.report import Advanced, Emit, Noted, Perplexity, PerplexityReport, StageStarted
+from aqlm_cli.storage import storage_errors, write_file
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+# Rows of logits that are in float32 at a time: with a vocabulary of 50,000 they take 50 MB.
+ROWS_PER_CHUNK = 256
+
+
+def eval_ppl(
+    target: str,
+    text: str,
+    sequence_length: int,
+    dtype: str,
+    windows: int | None,
+    emit: Emit,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    device: str = "cpu",
+) -> PerplexityReport:
+    """Measure a model, or what a run has packed beside its original; `text` is a source of `data.documents`.
+
+    `windows`: only the first so many; None: all. Weights and products are in `dtype`, the log-softmax in float32. The
+    report of a run is written to its `reports/`.
+    """
+    run = read_run(Path(target)) if is_run(Path(target)) else None
+    source = model.resolve(target, revision, trust_remote_code) if run is None else _packed(run, emit)
+    ids = _windows(source, text, sequence_length, windows)
+    measured = _measure(source, ids, dtype, device, emit)
+    original = None if run is None else _original(run, ids, dtype, device, emit)
+    report = PerplexityReport(
+        model=target,
+        data=text,
+        perplexity=measured.perplexity,
+        stderr=measured.stderr,
+        windows=len(ids),
+        sequence_length=sequence_length,
+        dtype=dtype,
+        original=original,
+        ratio=None if original is None else measured.perplexity / original.perplexity,
+    )
+    if run is not None:
+        _write_report(run, _file_name(report), report.as_json())
+    return report
+
+
+def perplexity(losses: Tensor) -> Perplexity:  # losses [windows]
+    """exp(m) for the mean m of the windows' mean losses; windows have equal length, so m is the mean over tokens.
+
+    By the delta method exp(m) is uncertain by exp(m) times the uncertainty of m, the windows' standard deviation over
+    the root of their number. Not covered: that neighbouring windows of one document are alike.
+    """
+    mean = math.exp(losses.mean().item())
+    return Perplexity(mean, mean * losses.std().item() / math.sqrt(len(losses)))
+
+
+@torch.inference_mode()
+def window_losses(network: nn.Module, ids: Tensor) -> Iterator[float]:  # ids [windows, length]
+    """Mean negative log likelihood, in nats, of all tokens but the first, of one window after the other.
+
+    One window's logits are the only large tensor: each chunk of them becomes float32 on its own.
+    """
+    for window in ids:
+        logits = network(window[None], use_cache=False).logits[0, :-1]  # [length - 1, vocabulary]
+        total = 0.0
+        for chunk, following in zip(logits.split(ROWS_PER_CHUNK), window[1:].split(ROWS_PER_CHUNK), strict=True):
+            total += nn.functional.cross_entropy(chunk.float(), following, reduction="sum").item()
+        yield total / len(logits)
+
+
+def _packed(run: RunDirectory, emit: Emit) -> ModelSource:
+    packed = run.artifact("packed")
+    if packed is None:
+        raise ArtifactError(f"{run.path} has no complete packed/; make it with `aqlm pack {run.path}`")
+    emit(Noted(f"measuring {packed.directory}"))
+    return model.resolve(str(packed.directory))
+
+
+def _windows(source: ModelSource, text: str, sequence_length: int, windows: int | None) -> Tensor:  # [windows, length]
+    longest = model.model_config(source).get("max_position_embeddings")
+    if longest is not None and sequence_length > longest:
+        raise DataError(f"{source.name} reads {longest} tokens, not {sequence_length}; lower --sequence-length")
+    ids = data.evaluation_windows(text, sequence_length, model.load_tokenizer(source))[:windows]
+    if len(ids) < 2:
+        raise DataError(f"one window of {text} gives no standard error; lower --sequence-length or raise --windows")
+    return ids
+
+
+def _measure(source: ModelSource, ids: Tensor, dtype: str, device: str, emit: Emit) -> Perplexity:
+    stage = f"eval-ppl {source.short_name}"
+    network = model.load_network(source, DTYPES[dtype], device)
+    emit(StageStarted(stage, len(ids), "window"))
+    losses: list[float] = []
+    for loss in window_losses(network, ids.to(device)):
+        if not math.isfinite(loss):
+            raise ModelError(
+                f"{source.name}: the loss on window {len(losses)} is not finite in {dtype}; the weights hold NaN, or "
+                f"activations overflow: try --dtype float32"
+            )
+        losses.append(loss)
+        emit(Advanced(stage, len(losses), f"perplexity {math.exp(sum(losses) / len(losses)):.2f}"))
+    return perplexity(torch.tensor(losses, dtype=torch.float64))
+
+
+def _original(run: RunDirectory, ids: Tensor, dtype: str, device: str, emit: Emit) -> Perplexity:
+    """The figure of the model that the run was made from; kept under a digest of all that it depends on."""
+    source = model.resolve(run.config.model, run.config.revision, run.config.trust_remote_code)
+    facts = {"model": source.identity, "dtype": dtype, "windows": list(ids.shape)}
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode() + ids.numpy().tobytes()).hexdigest()
+    kept = run.path / "reports" / f"original-{digest[:16]}.json"
+    if kept.exists():
+        found = json.loads(kept.read_bytes())
+        return Perplexity(found["perplexity"], found["stderr"])
+    measured = _measure(source, ids, dtype, device, emit)
+    _write_report(run, kept.name, {**facts, "perplexity": measured.perplexity, "stderr": measured.stderr})
+    return measured
+
+
+def _write_report(run: RunDirectory, name: str, record: Mapping[str, Any]) -> None:
+    directory = run.path / "reports"
+    with storage_errors(directory):
+        directory.mkdir(exist_ok=True)
+    write_file(directory / name, json.dumps(record, indent=1).encode())
+
+
+def _file_name(report: PerplexityReport) -> str:
+    """eval-ppl-wikitext2-148x2048-float32.json; of a file only its name counts, not its folder."""
+    text = re.sub(r"[^\w.-]+", "_", Path(report.data).name)
+    return f"eval-ppl-{text}-{report.windows}x{report.sequence_length}-{report.dtype}.json"

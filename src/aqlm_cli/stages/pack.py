@@ -1,0 +1,180 @@
+"""`aqlm pack`: from quantized layers and the original model to a checkpoint that others load.
+
+`packed/` is an ordinary Hugging Face directory with a manifest beside it. It is meant to be given away, so nothing in
+it tells a time, a host or a path of this machine; the same quantized model always gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from aqlm_cli.artifacts import MANIFEST, Artifact, RunDirectory, read_run
+from aqlm_cli.checkpoint import Entry, total_bytes, write_checkpoint
+from aqlm_cli.errors import ArtifactError
+from aqlm_cli.export import QuantizedLayer, as_codes, plan_entries, quantized_layers
+from aqlm_cli.model import ModelSource, model_config, resolve, save_support_files, tensor_index
+from aqlm_cli.model_card import CardFacts, model_card
+from aqlm_cli.plan import HEAD, Plan
+from aqlm_cli.report import Emit, Noted, PackReport
+from aqlm_cli.scheme import AdditiveScheme
+from aqlm_cli.storage import write_file
+
+
+def pack(run_directory: Path, format: str | None, overwrite: bool, emit: Emit) -> PackReport:
+    """Write `packed/` of a run, in the given format or else in that of its run file; read it back and compare.
+
+    Raises ArtifactError where there is nothing to pack, where the model is no longer the one that was quantized, or
+    where the layers have more schemes than the format can name.
+    """
+    run = read_run(run_directory)
+    quantized = _quantized(run)
+    settings = {"format": format or run.config.pack.format}
+    parents = {"quantized": quantized.digest}
+    packed = run.reusable("packed", settings, parents, overwrite)
+    if packed is not None:
+        emit(Noted(f"{packed.directory} is there already, made from the same quantized model"))
+    else:
+        contents = _collect(run, quantized, settings["format"])
+        config = contents.config(quantized)
+        with run.stage("packed", "packed", settings, parents) as stage:
+            write_checkpoint(stage.directory, contents.entries)
+            save_support_files(contents.source, stage.directory)
+            write_file(stage.directory / "config.json", json.dumps(config, indent=2, sort_keys=True).encode())
+            write_file(stage.directory / "README.md", model_card(_card_facts(run, quantized, contents)).encode())
+            packed = stage.publish(contents.results())
+    return PackReport(directory=packed.directory, **packed.manifest.results)
+
+
+@dataclass(frozen=True)
+class Contents:
+    """All that goes into a checkpoint, known before any of it is written."""
+
+    source: ModelSource
+    plan: Plan
+    layers: Sequence[QuantizedLayer]
+    entries: Mapping[str, Entry]
+
+    @property
+    def coded(self) -> list[str]:
+        """Paths of the layers that keep their codes; the others become ordinary weights."""
+        return [layer.path for layer in self.layers if layer.export is as_codes]
+
+    def scheme(self) -> str:
+        return ", ".join(sorted({str(target.scheme) for target in self.plan.quantized}))
+
+    def stored_bits(self) -> float:
+        """Bits in these files of one weight of a quantized layer."""
+        replaced = {layer.path for layer in self.layers}
+        parts = {name: name.rpartition(".") for name in self.entries}
+        bytes = sum(
+            self.entries[name].layout.bytes
+            for name, (path, _, last) in parts.items()
+            if path in replaced and last != "bias"
+        )
+        return 8 * bytes / sum(target.weights for target in self.plan.quantized)
+
+    def results(self) -> dict[str, Any]:
+        return {
+            "format": "transformers" if self.coded else "dense",
+            "scheme": self.scheme(),
+            "nominal_bits": self.plan.stored_bits,
+            "stored_bits": self.stored_bits(),
+            "bytes": total_bytes(self.entries),
+            "layers": len(self.layers),
+        }
+
+    def config(self, quantized: Artifact) -> dict[str, Any]:
+        """config.json of the original, in 16 bits, with the description of the codes and a key of our own."""
+        config = {key: value for key, value in model_config(self.source).items() if key != "quantization_config"}
+        for key in ("dtype", "torch_dtype"):  # transformers 5 and 4
+            if config.get(key) == "float32":
+                config[key] = "float16"
+        config["aqlm_cli"] = {
+            "model": self.source.identity,
+            "quantized": quantized.digest,
+            "bits": {
+                target.path: target.scheme.bits_per_weight(target.out_features, target.in_features)
+                for target in self.plan.quantized
+                if target.scheme is not None
+            },
+        }
+        if self.coded:
+            config["quantization_config"] = self._quantization_config()
+        return config
+
+    def _quantization_config(self) -> dict[str, Any]:
+        coded = set(self.coded)
+        schemes = {target.scheme for target in self.plan.quantized if target.path in coded}
+        scheme = next(iter(schemes))
+        if len(schemes) > 1 or not isinstance(scheme, AdditiveScheme):
+            raise ArtifactError(
+                f"the layers have the schemes {self.scheme()}, and the format `transformers` can name one additive "
+                "scheme for all; use --format dense"
+            )
+        # transformers 4 looks for the names of weights in this list, transformers 5 for those of modules. A tied head
+        # has no tensor in the files, and would be taken for a quantized layer if it were not named.
+        kept = {name.removesuffix(".weight") for name in self.entries if name.endswith(".weight")} | {HEAD}
+        return {
+            "quant_method": "aqlm",
+            "num_codebooks": scheme.num_codebooks,
+            "nbits_per_codebook": scheme.codebook_bits,
+            "in_group_size": scheme.group_size,
+            "out_group_size": 1,
+            "linear_weights_not_to_quantize": sorted({*kept, *(f"{path}.weight" for path in kept)}),
+        }
+
+
+def _quantized(run: RunDirectory) -> Artifact:
+    quantized = run.artifact("quantized")
+    if quantized is None:
+        raise ArtifactError(
+            f"{run.path} holds no quantized model yet; run `aqlm quantize {run.config.model} --out {run.path}`"
+        )
+    return quantized
+
+
+def _collect(run: RunDirectory, quantized: Artifact, format: str) -> Contents:
+    source = resolve(run.config.model, run.config.revision, run.config.trust_remote_code)
+    identity = quantized.manifest.results["model"]["identity"]
+    if source.identity != identity:
+        raise ArtifactError(
+            f"{quantized.directory} was made from {identity}, and {run.config.model} is now {source.identity}; "
+            "bring the old model back, or redo the run with --overwrite"
+        )
+    layers = quantized_layers(quantized, format)
+    entries = plan_entries(tensor_index(source.directory), quantized, layers)
+    return Contents(source, Plan.from_json(quantized.manifest.results["plan"]), layers, entries)
+
+
+def _card_facts(run: RunDirectory, quantized: Artifact, contents: Contents) -> CardFacts:
+    results = contents.results()
+    return CardFacts(
+        short_name=contents.source.short_name,
+        base_model=contents.source.base_model,
+        licence=contents.source.licence,
+        method=run.config.quantize.method,
+        scheme=results["scheme"],
+        nominal_bits=results["nominal_bits"],
+        stored_bits=results["stored_bits"],
+        bytes=results["bytes"],
+        layers=results["layers"],
+        data=", ".join(_last_name(source) for source in run.config.calibrate.data.split(",")),
+        needs_package=bool(contents.coded),
+        perplexities=[{**report, "data": _last_name(report["data"])} for report in _perplexities(run, quantized)],
+    )
+
+
+def _perplexities(run: RunDirectory, quantized: Artifact) -> list[dict[str, Any]]:
+    """Reports of `eval-ppl` on this run that are younger than its quantized model; older ones are of another."""
+    made = (quantized.directory / MANIFEST).stat().st_mtime_ns
+    reports = sorted((run.path / "reports").glob("eval-ppl-*.json"))
+    return [json.loads(path.read_bytes()) for path in reports if path.stat().st_mtime_ns > made]
+
+
+def _last_name(source: str) -> str:
+    """A text by name, without the folder it lies in on this machine."""
+    return source.strip().rpartition("/")[2]

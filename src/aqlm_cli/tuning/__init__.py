@@ -1,0 +1,1 @@
+"""Fitting of whole modules after their matrices are quantized. Knows modules and tensors only."""

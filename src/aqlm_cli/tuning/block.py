@@ -1,0 +1,109 @@
+"""Fitting a quantized block: codebooks, scales, norms and biases move, the codes stay.
+
+Matrices were quantized one by one; fitted together, against the output that the original block gives on the same inputs,
+they make up for each other's errors. Adam on the mean squared error, with rates in units of each tensor's own root mean
+square, so that codebooks, scales and norms need no tuning of their own. The best state on held-out windows is kept.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from aqlm_cli.activations import autocast, run_block
+from aqlm_cli.blocks import BlockCall
+from aqlm_cli.config import FitConfig
+from aqlm_kernels import AdditiveLinear
+
+
+@dataclass(frozen=True, eq=False)
+class BlockData:
+    """A block's inputs and the outputs wanted for them, `[windows, L, d]` each; `call` gives it its other arguments."""
+
+    inputs: Tensor
+    targets: Tensor
+    call: BlockCall
+    dtype: torch.dtype  # of the products
+
+    def relative_error(self, block: nn.Module, windows: Tensor, batch: int) -> float:
+        """|output - target|^2 / |target|^2, summed over the given windows."""
+        error, energy = 0.0, 0.0
+        for chosen in windows.split(batch):
+            target = self.targets[chosen]
+            output = run_block(block, self.call, self.inputs[chosen], self.dtype)
+            error += float((output - target).square().sum(dtype=torch.float64))
+            energy += float(target.square().sum(dtype=torch.float64))
+        return error / energy if energy > 0 else 0.0
+
+
+def tuned_parameters(block: nn.Module, prefix: str = "") -> dict[str, nn.Parameter]:
+    """What fitting may change, by path: all of the additive layers, and every vector (norms and biases)."""
+    found: dict[str, nn.Parameter] = {}
+    for path, module in block.named_modules(prefix=prefix):
+        for name, parameter in module.named_parameters(recurse=False):
+            if isinstance(module, AdditiveLinear) or parameter.ndim == 1:
+                found[f"{path}.{name}"] = parameter
+    return found
+
+
+def fit_block(
+    block: nn.Module, data: BlockData, training: Tensor, held_out: Tensor, settings: FitConfig, rng: torch.Generator
+) -> None:
+    """Train the block in place on the `training` windows; keep the state that is best on the `held_out` ones."""
+    parameters = tuned_parameters(block)
+    steps_per_epoch = math.ceil(len(training) / settings.batch)
+    energy = float(data.targets[training].square().mean(dtype=torch.float64)) or 1.0
+    optimizer = torch.optim.Adam(
+        [{"params": [parameter], "lr": _rate(parameter, settings)} for parameter in parameters.values()],
+        betas=(0.9, 0.95),
+        eps=1e-12,  # gradients of a relative error are small; the usual 1e-8 would damp the rates
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: _share(step, steps_per_epoch * settings.epochs, settings)
+    )
+    best, kept, stale = data.relative_error(block, held_out, settings.batch), _copy(parameters), 0
+    for parameter in parameters.values():
+        parameter.requires_grad_(True)
+    for _ in range(settings.epochs):
+        for chosen in _shuffled(training, settings.batch, rng):
+            with autocast(data.inputs.device, data.dtype):
+                output = data.call(block, data.inputs[chosen])
+            loss = (output.float() - data.targets[chosen]).square().mean() / energy
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            schedule.step()
+        error = data.relative_error(block, held_out, settings.batch)
+        stale = 0 if error < best else stale + 1
+        if error < best:
+            best, kept = error, _copy(parameters)
+        if settings.patience is not None and stale >= settings.patience:
+            break
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(kept[name])
+            parameter.requires_grad_(False)
+
+
+def _rate(parameter: Tensor, settings: FitConfig) -> float:
+    if settings.learning_rate_unit == "absolute":
+        return settings.learning_rate
+    return settings.learning_rate * float(parameter.detach().square().mean().sqrt())
+
+
+def _share(step: int, steps: int, settings: FitConfig) -> float:
+    """Of the full rate: a linear warm-up, then half a cosine down to `final_rate`."""
+    warm = min(1.0, (step + 1) / (settings.warmup_steps + 1))
+    return warm * (settings.final_rate + (1 - settings.final_rate) * 0.5 * (1 + math.cos(math.pi * step / steps)))
+
+
+def _shuffled(windows: Tensor, batch: int, rng: torch.Generator) -> Iterator[Tensor]:
+    yield from windows[torch.randperm(len(windows), generator=rng)].split(batch)
+
+
+def _copy(parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in parameters.items()}

@@ -1,0 +1,123 @@
+"""Every backend over one list of cases: layout exactly, arithmetic within a bound, and the bound bites."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from aqlm_kernels import BACKENDS, AdditiveMatrix, KernelError, choose, matmul, pack, reference
+
+CPU = torch.device("cpu")
+FLOAT32_BOUND = 1e-6  # relative RMS of y against float64: a few roundings of 2^-24
+
+pytestmark = pytest.mark.usefixtures("nan_filled_outputs")
+
+
+@pytest.fixture(params=[backend.name for backend in BACKENDS])
+def backend(request, case):
+    _, matrix = case.integers()
+    chosen = next(backend for backend in BACKENDS if backend.name == request.param)
+    if chosen.refuses(pack(matrix), CPU):
+        pytest.skip("the backend refuses this scheme")
+    return chosen.name
+
+
+def relative_rms(y, exact):
+    return float((y.double() - exact).norm() / exact.norm())
+
+
+def exact_product(x, matrix):
+    return x.double() @ matrix.dequantize(torch.float64).T
+
+
+def test_products_of_integers_equal_the_reference_bit_for_bit(case, backend):
+    x, matrix = case.integers()
+    y = matmul(x, pack(matrix), backend)
+    assert torch.equal(y, reference.matmul(x, pack(matrix)))
+    assert torch.equal(y.double(), exact_product(x, matrix))
+
+
+def test_products_of_reals_are_near_float64_and_one_wrong_code_is_not(case, backend):
+    if case.rows == 0:
+        pytest.skip("no numbers to compare")
+    x, matrix = case.reals()
+    exact = exact_product(x, matrix)
+    assert relative_rms(matmul(x, pack(matrix), backend), exact) < FLOAT32_BOUND
+    wrong = matrix.codes.clone()
+    wrong[0, -1, -1] = (wrong[0, -1, -1].int() + 1) % matrix.codebook_size
+    y = matmul(x, pack(dataclasses.replace(matrix, codes=wrong)), backend)
+    assert relative_rms(y, exact) > FLOAT32_BOUND
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_the_float32_product_rounded_once(case, backend, dtype):
+    x, matrix = case.reals()
+    x, packed = x.to(dtype), pack(matrix)
+    y = matmul(x, packed, backend)
+    assert torch.equal(y, matmul(x.float(), packed, backend).to(dtype))
+
+
+def test_any_leading_axes_are_rows(case, backend):
+    x, matrix = case.integers()
+    packed = pack(matrix)
+    rows = matmul(x, packed, backend)
+    assert torch.equal(matmul(x[None, :, None], packed, backend), rows[None, :, None])
+    for row, y in zip(x, rows, strict=True):
+        assert torch.equal(matmul(row, packed, backend), y)
+
+
+def test_a_product_changes_nothing_it_reads(case, backend):
+    x, matrix = case.reals()
+    packed = pack(matrix)
+    before = [tensor.clone() for tensor in (x, packed.codes, packed.codebooks, packed.scales)]
+    matmul(x, packed, backend)
+    after = [x, packed.codes, packed.codebooks, packed.scales]
+    assert all(torch.equal(a.float(), b.float()) for a, b in zip(before, after, strict=True))
+
+
+def test_autocast_does_not_coarsen_a_product(case, backend):
+    x, matrix = case.reals()
+    packed = pack(matrix)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = matmul(x, packed, backend)
+    assert torch.equal(inside, matmul(x, packed, backend))
+
+
+def packed_with(codebook_size):
+    codes = torch.zeros(3, 4, 1, dtype=torch.long)
+    return pack(AdditiveMatrix(codes, torch.zeros(1, codebook_size, 8), torch.ones(3)))
+
+
+def test_the_first_backend_that_can_is_chosen():
+    assert choose(packed_with(256), CPU).name == "cpu-lut"
+    assert choose(packed_with(512), CPU).name == "cpu-gather"
+    assert choose(packed_with(256), torch.device("meta")).name == "reference"
+
+
+@pytest.mark.parametrize("backend", BACKENDS, ids=lambda backend: backend.name)
+def test_a_named_backend_is_obeyed(backend):
+    assert choose(packed_with(256), CPU, backend.name) is backend
+
+
+def test_a_named_backend_that_cannot_raises_its_reason():
+    with pytest.raises(KernelError, match="cpu-lut needs codebooks of at most 256 entries, these have 512"):
+        choose(packed_with(512), CPU, "cpu-lut")
+    with pytest.raises(KernelError, match="cpu-gather runs on the CPU, x is on meta"):
+        choose(packed_with(256), torch.device("meta"), "cpu-gather")
+    with pytest.raises(KernelError, match="no backend cuda; choose one of cpu-lut, cpu-gather, reference"):
+        choose(packed_with(256), CPU, "cuda")
+
+
+@pytest.mark.parametrize(
+    ("x", "reason"),
+    [
+        (torch.zeros(1, 31), r"x is \[1, 31\]; its last axis must be the matrix's 32 inputs"),
+        (torch.zeros(1, 32).double(), "x is torch.float64; convert it"),
+        (torch.zeros(1, 32, device="meta"), "x is on meta, the matrix on cpu"),
+    ],
+)
+def test_an_input_that_does_not_fit_is_refused(x, reason):
+    with pytest.raises(KernelError, match=reason):
+        matmul(x, packed_with(256))

@@ -1,0 +1,63 @@
+"""The same bits for any number of threads; in a process of its own, since Numba's pool cannot grow later."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import aqlm_kernels
+
+DIGESTS = """
+import hashlib, sys
+import numba, torch
+from aqlm_kernels import AdditiveMatrix, matmul, pack
+from aqlm_kernels.cpu.dequantize import dequantize, gradients
+
+def product(backend, codebook_size):
+    matrix = random_matrix(codebook_size)
+    x = torch.randn(3, matrix.in_features)
+    return lambda: [matmul(x, pack(matrix), backend)]
+
+def weights(codebook_size):
+    matrix = random_matrix(codebook_size)
+    parts = matrix.codes, matrix.codebooks, matrix.scales
+    dw = torch.randn(matrix.out_features, matrix.in_features)
+    types = torch.float32, torch.bfloat16
+    return lambda: [*(dequantize(*parts, dtype).float() for dtype in types), *gradients(dw, *parts)]
+
+def random_matrix(codebook_size):
+    codes = torch.randint(0, codebook_size, (333, 72, 2))
+    return AdditiveMatrix(codes, torch.randn(2, codebook_size, 8), torch.rand(333))
+
+torch.manual_seed(0)
+RUNS = [product("cpu-lut", 256), product("cpu-gather", 4096), weights(256), weights(4096)]
+for threads in 1, 2, 3, 4:
+    numba.set_num_threads(threads)
+    for attempt in range(5):
+        digest = hashlib.sha256()
+        for run in RUNS:
+            for tensor in run():
+                digest.update(tensor.numpy().tobytes())
+        print(threads, digest.hexdigest())
+"""
+
+
+@pytest.fixture(scope="module")
+def digests() -> list[tuple[str, str]]:
+    environment = {
+        **os.environ,
+        "NUMBA_NUM_THREADS": "4",
+        "OMP_WAIT_POLICY": "passive",
+        "PYTHONPATH": str(Path(aqlm_kernels.__file__).parents[1]),
+    }
+    done = subprocess.run([sys.executable, "-c", DIGESTS], env=environment, capture_output=True, text=True, check=True)
+    return [(threads, digest) for threads, digest in (line.split() for line in done.stdout.splitlines())]
+
+
+def test_products_weights_and_gradients_have_the_same_bits_for_any_number_of_threads(digests):
+    assert {threads for threads, _ in digests} == {"1", "2", "3", "4"}
+    assert len({digest for _, digest in digests}) == 1
