@@ -17,7 +17,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 # A 135M model to 2 bits on text that every machine has, its perplexity and its words beside the original's.
 demo: setup
-	$(BIN)/aqlm quantize smollm2-135m --bits 2 --preset fast --data builtin:96 --out runs/demo
+	$(BIN)/aqlm quantize smollm2-135m --bits 2 --preset fast --data builtin:80 --out runs/demo
 	$(BIN)/aqlm eval-ppl runs/demo --data builtin
 	$(BIN)/aqlm generate smollm2-135m --prompt "The capital of France is"
 	$(BIN)/aqlm generate runs/demo --prompt "The capital of France is"

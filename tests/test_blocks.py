@@ -206,9 +206,13 @@ def test_every_forward_is_observed_on_its_own(tmp_path: Path) -> None:
 def test_all_linears_of_the_blocks_are_found_and_the_head_is_not(family: str, tmp_path: Path) -> None:
     network = load(family, tmp_path)
     head = network.get_output_embeddings()
-    expected = {path for path, module in network.named_modules() if isinstance(module, nn.Linear) and module is not head}
+    expected = {
+        path for path, module in network.named_modules() if isinstance(module, nn.Linear) and module is not head
+    }
     blocks = find_blocks(network)
-    found = [path for prefix, block in zip(blocks.paths, blocks.modules, strict=True) for path in linears(block, prefix)]
+    found = [
+        path for prefix, block in zip(blocks.paths, blocks.modules, strict=True) for path in linears(block, prefix)
+    ]
     assert set(found) == expected
     described = {layer.path: layer for layer in describe_layers(network)}
     assert list(described) == found

@@ -1,21 +1,27 @@
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import tiny_models
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from aqlm_cli import checkpoint
 from aqlm_cli.artifacts import RunDirectory, open_run
 from aqlm_cli.blocks import count_parameters, describe_layers
 from aqlm_cli.config import build_config
+from aqlm_cli.errors import ArtifactError, QuantizationError, StorageError
 from aqlm_cli.methods import CompressedMatrix, rtn
 from aqlm_cli.model import load_network, resolve
 from aqlm_cli.plan import Plan, Target, make_plan
@@ -36,7 +42,7 @@ def random_matrix(target: Target) -> CompressedMatrix:
     generator = torch.Generator().manual_seed(sum(target.path.encode()))
     scheme = target.scheme
     if isinstance(scheme, UniformScheme):
-        weight = torch.randn(target.out_features, target.in_features, generator=generator)
+        weight = 0.1 * torch.randn(target.out_features, target.in_features, generator=generator)
         return rtn.quantize(weight, None, scheme, generator, None)  # type: ignore[arg-type]
     assert isinstance(scheme, AdditiveScheme)
     groups = target.in_features // scheme.group_size
@@ -53,15 +59,28 @@ def matrices(plan: Plan) -> dict[str, CompressedMatrix]:
 
 
 def quantized_run(
-    tmp_path: Path, family: str = "llama", scheme: str = "2x8g8", dtype: str | None = None, **settings: Any
+    tmp_path: Path,
+    family: str = "llama",
+    scheme: str = "2x8g8",
+    dtype: str | None = None,
+    edited: dict[str, Tensor] | None = None,
+    mixed: str | None = None,
+    **settings: Any,
 ) -> tuple[RunDirectory, Plan]:
-    """A run as `quantize` leaves it, with one tuned norm, one layer skipped, and random codes for all others."""
+    """A run as `quantize` leaves it: one tuned norm, one layer skipped, and random codes for all others.
+
+    `edited` are other weights for the model, `mixed` is another scheme for its first layer.
+    """
     directory = tiny_models.save(family, tmp_path / "model", **settings)
+    if edited is not None:
+        save_file(edited, directory / "model.safetensors", {"format": "pt"})
     if dtype is not None:
         AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).save_pretrained(directory)
     source = resolve(str(directory))
     network = load_network(source, torch.float32)
     plan = make_plan(describe_layers(network), count_parameters(network), parse_scheme(scheme), SKIP, [])
+    if mixed is not None:
+        plan = replace(plan, targets=(replace(plan.targets[0], scheme=parse_scheme(mixed)), *plan.targets[1:]))
     method = "aqlm" if isinstance(parse_scheme(scheme), AdditiveScheme) else "rtn"
     config = build_config(
         None,
@@ -79,7 +98,7 @@ def quantized_run(
             tensors = {
                 f"{path}.{name}": part for path, matrix in block.items() for name, part in matrix.tensors().items()
             }
-            if index == 0 and family == "llama":
+            if index == 0 and NORM in dict(network.named_parameters()):
                 tensors[NORM] = TUNED_NORM
             kinds = json.dumps({path: matrix.kind for path, matrix in block.items()})
             save_tensors(stage.directory / f"block-{index:03}.safetensors", tensors, {"kinds": kinds})
@@ -110,6 +129,11 @@ def logits(network: nn.Module) -> Tensor:
 
 def relative_rms(found: Tensor, wanted: Tensor) -> float:
     return float((found - wanted).square().mean().sqrt() / wanted.square().mean().sqrt())
+
+
+def config_json(directory: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((directory / "config.json").read_text())
+    return found
 
 
 STOCK = """
@@ -155,3 +179,195 @@ def test_stock_transformers_computes_what_the_definition_says(tmp_path: Path) ->
         ours = logits(load_network(resolve(str(directory)), torch.float32))
         assert relative_rms(stock, ours) < 1e-3, case
         assert relative_rms(ours, logits(with_weights_written_out(run, plan))) < 3e-3, case
+
+
+# ---------------------------------------------------------------------------------------------------------- the format
+
+
+def test_everything_that_keeps_its_weight_is_listed_in_both_forms(tmp_path: Path) -> None:
+    """A tied head has no tensor of its own and is listed all the same."""
+    run, plan = quantized_run(tmp_path, tie_word_embeddings=True)
+    directory = packed(run).directory
+    listed = json.loads((directory / "config.json").read_text())["quantization_config"][
+        "linear_weights_not_to_quantize"
+    ]
+    network = load_network(resolve(run.config.model), torch.float32)
+    linears = {path for path, module in network.named_modules() if isinstance(module, nn.Linear)}
+    quantized = {target.path for target in plan.quantized}
+    assert {"lm_head", SKIPPED} <= linears - quantized
+    for path in linears - quantized:
+        assert path in listed and f"{path}.weight" in listed
+    assert not quantized & set(listed)
+
+
+def test_one_scheme_is_told_to_the_reader_and_the_bits_of_every_layer_to_whoever_asks(tmp_path: Path) -> None:
+    run, plan = quantized_run(tmp_path, scheme="2x4g8")
+    config = config_json(packed(run).directory)
+    told = {
+        key: value for key, value in config["quantization_config"].items() if key != "linear_weights_not_to_quantize"
+    }
+    assert told == {
+        "quant_method": "aqlm",
+        "num_codebooks": 2,
+        "nbits_per_codebook": 4,
+        "in_group_size": 8,
+        "out_group_size": 1,
+    }
+    assert config["aqlm_cli"]["bits"].keys() == {target.path for target in plan.quantized}
+    assert config["dtype"] == "float16"
+
+
+def test_the_sizes_reported_are_those_of_the_tensors_on_the_disk(tmp_path: Path) -> None:
+    run, plan = quantized_run(tmp_path, tie_word_embeddings=True)
+    report = packed(run)
+    tensors = load_file(report.directory / "model.safetensors")
+    assert report.bytes == sum(tensor.nbytes for tensor in tensors.values()) == plan.bytes_after
+    codes = sum(tensor.nbytes for name, tensor in tensors.items() if name.endswith((".codes", ".codebooks", ".scales")))
+    assert report.stored_bits == 8 * codes / sum(target.weights for target in plan.quantized)
+    assert report.nominal_bits == plan.stored_bits
+
+
+def test_floats_become_float16_and_bfloat16_stays(tmp_path: Path) -> None:
+    for dtype, kept in (("float32", torch.float16), ("bfloat16", torch.bfloat16)):
+        run, _ = quantized_run(tmp_path / dtype, dtype=dtype)
+        tensors = load_file(packed(run).directory / "model.safetensors")
+        original = load_file(Path(run.config.model) / "model.safetensors")["model.embed_tokens.weight"]
+        assert tensors["model.embed_tokens.weight"].dtype == kept
+        assert torch.equal(tensors["model.embed_tokens.weight"], original.to(kept))
+        assert torch.equal(tensors[NORM], TUNED_NORM.half())
+        config = config_json(packed(run).directory)
+        assert config["dtype"] == str(kept).removeprefix("torch.")
+
+
+def test_the_dense_format_holds_ordinary_weights(tmp_path: Path) -> None:
+    run, plan = quantized_run(tmp_path)
+    report = packed(run, "dense")
+    tensors = load_file(report.directory / "model.safetensors")
+    for path, matrix in matrices(plan).items():
+        assert torch.equal(tensors[f"{path}.weight"], matrix.dequantize(torch.float16))
+    assert tensors.keys() == load_file(Path(run.config.model) / "model.safetensors").keys()
+    assert "quantization_config" not in config_json(report.directory)
+    assert (report.format, report.stored_bits, report.nominal_bits) == ("dense", 16, plan.stored_bits)
+
+
+def test_a_uniform_grid_is_reported_with_its_nominal_bits_and_its_true_bytes(tmp_path: Path) -> None:
+    run, plan = quantized_run(tmp_path, scheme="int2g16")
+    report = packed(run)
+    assert (report.format, report.scheme, report.stored_bits) == ("dense", "int2g16", 16)
+    assert report.nominal_bits == pytest.approx(2 + 18 / 16)
+    assert report.bytes == plan.bytes_before
+
+
+# ----------------------------------------------------------------------------------------------------- what is promised
+
+
+def test_packing_twice_gives_the_same_bytes(tmp_path: Path) -> None:
+    run, _ = quantized_run(tmp_path)
+    first = {path.name: path.read_bytes() for path in packed(run).directory.iterdir()}
+    second = {path.name: path.read_bytes() for path in packed(run, overwrite=True).directory.iterdir()}
+    assert first == second
+    assert {"model.safetensors", "config.json", "tokenizer.json", "chat_template.jinja", "README.md"} <= first.keys()
+
+
+def test_nothing_in_the_package_tells_a_path_of_this_machine(tmp_path: Path) -> None:
+    run, _ = quantized_run(tmp_path)
+    for path in packed(run).directory.iterdir():
+        assert str(tmp_path).encode() not in path.read_bytes(), path.name
+
+
+def test_a_finished_package_is_reused_and_another_format_is_refused(tmp_path: Path) -> None:
+    run, _ = quantized_run(tmp_path)
+    report = packed(run)
+    written = (report.directory / "model.safetensors").stat().st_mtime_ns
+    assert packed(run) == report
+    assert (report.directory / "model.safetensors").stat().st_mtime_ns == written
+    with pytest.raises(ArtifactError, match=r"settings\.format transformers there, dense asked"):
+        packed(run, "dense")
+    assert packed(run, "dense", overwrite=True).format == "dense"
+
+
+def test_the_card_names_origin_licence_bits_size_and_text(tmp_path: Path) -> None:
+    run, _ = quantized_run(tmp_path)
+    (Path(run.config.model) / "README.md").write_text("---\nlicense: mit\nbase_model: someone/Tiny\n---\n")
+    card = (packed(run).directory / "README.md").read_text()
+    front = card.split("---")[1]
+    assert "base_model: someone/Tiny" in front and "license: mit" in front and "library_name: transformers" in front
+    assert "2x8g8" in card and "kB" in card and "notes.txt:4, builtin:4" in card
+    assert "perplexity" not in card
+
+
+def test_the_card_shows_a_perplexity_of_this_quantized_model_only(tmp_path: Path) -> None:
+    run, _ = quantized_run(tmp_path)
+    (run.path / "reports").mkdir()
+    report = {"data": "/home/me/wiki.txt", "perplexity": 23.456, "stderr": 0.5, "windows": 9, "sequence_length": 64}
+    path = run.path / "reports" / "eval-ppl-wiki.txt-9x64-float32.json"
+    path.write_text(json.dumps({**report, "original": {"perplexity": 20.0, "stderr": 0.4}}))
+    card = (packed(run).directory / "README.md").read_text()
+    assert "wiki.txt, 9 windows of 64 tokens | 23.46 ± 0.50, original 20.00 ± 0.40" in card
+    os.utime(path, ns=(0, 0))  # older than the quantized model, so of another
+    assert "perplexity" not in (packed(run, overwrite=True).directory / "README.md").read_text()
+
+
+# ------------------------------------------------------------------------------------------------------------- refusals
+
+
+def test_what_reads_back_different_is_not_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, _ = quantized_run(tmp_path)
+    write = checkpoint.stream_tensors
+
+    def with_one_wrong_code(path: Path, layouts: Any, read: Callable[[str], Tensor], metadata: Any) -> None:
+        def wrong(name: str) -> Tensor:
+            tensor = read(name).clone()
+            if name == "model.layers.1.self_attn.q_proj.codes":
+                tensor.view(-1)[17] += 1
+            return tensor
+
+        write(path, layouts, wrong, metadata)
+
+    monkeypatch.setattr(checkpoint, "stream_tensors", with_one_wrong_code)
+    with pytest.raises(ArtifactError, match=r"model\.layers\.1\.self_attn\.q_proj\.codes reads back different"):
+        packed(run)
+    assert run.artifact("packed") is None
+
+
+@pytest.mark.parametrize("successes", [0, 2, 6])
+def test_a_full_disk_is_one_line_and_publishes_nothing(
+    tmp_path: Path, fail_disk: Callable[[int, int], None], successes: int
+) -> None:
+    run, _ = quantized_run(tmp_path)
+    fail_disk(errno.ENOSPC, successes)
+    with pytest.raises(StorageError, match="no space left"):
+        packed(run)
+    assert run.artifact("packed") is None
+
+
+def test_a_value_out_of_the_range_of_float16_is_refused_with_its_name(tmp_path: Path) -> None:
+    directory = tiny_models.save("llama", tmp_path / "model")
+    tensors = load_file(directory / "model.safetensors")
+    tensors["model.norm.weight"][3] = 1e6
+    run, _ = quantized_run(tmp_path, edited=tensors)
+    with pytest.raises(QuantizationError, match=r"model\.norm\.weight reaches 1e\+06"):
+        packed(run)
+    assert run.artifact("packed") is None
+
+
+def test_a_model_that_has_changed_since_is_refused(tmp_path: Path) -> None:
+    run, _ = quantized_run(tmp_path)
+    tensors = load_file(Path(run.config.model) / "model.safetensors")
+    save_file({**tensors, NORM: 2 * tensors[NORM]}, Path(run.config.model) / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ArtifactError, match=r"was made from sha256:\w+, and .* is now sha256:\w+"):
+        packed(run)
+
+
+def test_a_run_that_is_not_quantized_says_how_to_do_it(tmp_path: Path) -> None:
+    run = open_run(tmp_path / "run", build_config(None, None, {"model": "tiny"}))
+    with pytest.raises(ArtifactError, match=f"aqlm quantize tiny --out {run.path}"):
+        packed(run)
+
+
+def test_layers_of_several_schemes_are_refused_before_anything_is_written(tmp_path: Path) -> None:
+    run, _ = quantized_run(tmp_path, mixed="1x8g8")
+    with pytest.raises(ArtifactError, match=r"1x8g8, 2x8g8.*--format dense"):
+        packed(run)
+    assert not (run.path / "packed.partial").exists()
+    assert packed(run, "dense").scheme == "1x8g8, 2x8g8"

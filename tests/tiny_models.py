@@ -95,9 +95,8 @@ def save_additive(original: Path, directory: Path, **quantization: Any) -> dict[
     place of, keys of the config's `quantization_config`.
     """
     network = AutoModelForCausalLM.from_pretrained(original, dtype=torch.float16)
-    state = {name: tensor for name, tensor in network.state_dict().items() if "lm_head" not in name}
-    if not network.config.tie_word_embeddings:
-        state["lm_head.weight"] = network.get_output_embeddings().weight
+    tied = {"lm_head.weight"} if network.config.tie_word_embeddings else set()
+    state = {name: tensor for name, tensor in network.state_dict().items() if name not in tied}
     generator = torch.Generator().manual_seed(0)
     weights = {}
     blocks = find_blocks(network)
@@ -112,7 +111,7 @@ def save_additive(original: Path, directory: Path, **quantization: Any) -> dict[
             del state[f"{path}.weight"]
             state |= {f"{path}.codes": codes, f"{path}.codebooks": codebooks, f"{path}.scales": scales}
     shutil.copytree(original, directory, ignore=shutil.ignore_patterns("*.safetensors"))
-    save_file({name: tensor.clone() for name, tensor in state.items()}, directory / "model.safetensors", {"format": "pt"})
+    save_file(state, directory / "model.safetensors", {"format": "pt"})
     config = json.loads((directory / "config.json").read_text())
     config["dtype"] = "float16"
     config["quantization_config"] = {

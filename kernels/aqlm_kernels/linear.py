@@ -92,7 +92,8 @@ class AdditiveLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # [..., in] -> [..., out]
         device = x.device.type
-        if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        if autocast and x.dtype != torch.float64:
             x = x.to(torch.get_autocast_dtype(device))
         if device != "cpu" or x.dtype not in COMPILED_TYPES:
             y = F.linear(x, additive.dequantize(self.codes, self.codebooks, self.scales, x.dtype))

@@ -255,6 +255,68 @@ def eval_ppl(
 
 
 @app.command()
+def bench(
+    target: Target,
+    tokens: Annotated[int | None, typer.Option(help="New tokens to decode.")] = None,
+    prompt: Annotated[int | None, typer.Option(help="Tokens of the prompt.")] = None,
+    repeats: Annotated[int | None, typer.Option(help="Times that each model runs.")] = None,
+    seed: Seed = None,
+    revision: Revision = None,
+    trust_remote_code: RemoteCode = None,
+    threads: Threads = None,
+    json: Json = False,
+) -> None:
+    """Measure tokens per second, of decoding and of reading a prompt; of a run, beside the original's.
+
+    \b
+    Example:
+      aqlm bench runs/SmolLM2-135M-Instruct-2bit --threads 1
+    """
+    from aqlm_cli import pipeline
+
+    settings = pipeline.settings_for(
+        target,
+        {
+            **_machine_flags(None, revision, trust_remote_code, seed, None, threads),
+            "bench": {"tokens": tokens, "prompt": prompt, "repeats": repeats},
+        },
+    )
+    with Screen(json) as screen:
+        pipeline.use_threads(settings.threads)
+        report = pipeline.compare_speed(target, settings, screen.emit)
+        screen.finish({"bench": report}, following=f"aqlm generate {target} --prompt ...")
+
+
+@app.command()
+def generate(
+    target: Target,
+    prompt: Annotated[str, typer.Option(help="The text to continue.")],
+    tokens: Annotated[int, typer.Option(min=1, help="The most tokens to add.")] = 64,
+    temperature: Annotated[float, typer.Option(min=0, help="0: always the likeliest token.")] = 0.0,
+    seed: Seed = None,
+    revision: Revision = None,
+    trust_remote_code: RemoteCode = None,
+    device: Device = None,
+    threads: Threads = None,
+    json: Json = False,
+) -> None:
+    """Continue a text.
+
+    \b
+    Example:
+      aqlm generate runs/SmolLM2-135M-Instruct-2bit --prompt "The capital of France is"
+    """
+    from aqlm_cli import pipeline
+
+    flags = _machine_flags(None, revision, trust_remote_code, seed, device, threads)
+    settings = pipeline.settings_for(target, flags)
+    with Screen(json) as screen:
+        pipeline.use_threads(settings.threads)
+        report = pipeline.continue_text(target, settings, prompt, tokens, temperature, screen.emit)
+        screen.finish({"generate": report}, following=f"aqlm bench {target}")
+
+
+@app.command()
 def run(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A run file in YAML.")],
     out: Out = None,

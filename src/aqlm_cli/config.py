@@ -57,11 +57,11 @@ class SearchConfig(Section):
 
     recipe: Literal["ldlq", "published"] = "ldlq"
     kmeans_iterations: Positive = 25
-    rounds: Positive = 6
-    ldlq_rounds: Count = 4
+    rounds: Positive = 8
+    ldlq_rounds: Count = 6
     cg_steps: Positive = 2
     final_cg_steps: Count = 4
-    beam: Positive = 8
+    beam: Positive = 16
     final_beam: Positive = 32
     damping: Rate = 0.01
     factor_damping: Rate = 1e-4

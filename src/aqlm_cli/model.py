@@ -108,7 +108,7 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
 
 
 def load_network(source: ModelSource, dtype: torch.dtype, device: str | torch.device = "cpu") -> PreTrainedModel:
-    """The model with all its weights in `dtype`, in evaluation mode, without gradients."""
+    """The model in evaluation mode, without gradients; weights are in `dtype`, packed layers work in the type of x."""
     quantization = model_config(source).get("quantization_config")
     method = quantization.get("quant_method") if quantization else None
     with _quiet():
@@ -272,7 +272,7 @@ def _convert_gguf(path: Path, directory: Path) -> None:
         network = _without_weights(config, torch.float32, trust_remote_code=False)
         reader = gguf.GGUFReader(path)
         tensors = _gguf_tensors(path, reader, network)
-    except (OSError, ValueError, NotImplementedError) as error:
+    except (OSError, ValueError, KeyError, NotImplementedError) as error:
         raise ModelError(f"{path} cannot be converted: {_first_line(error)}") from error
     kinds = {tensor.tensor_type for tensor, _ in tensors.values()}
     dtype = torch.bfloat16 if gguf.GGMLQuantizationType.BF16 in kinds else torch.float16

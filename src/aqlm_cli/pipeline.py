@@ -17,16 +17,20 @@ from aqlm_cli.artifacts import is_run, read_run
 from aqlm_cli.config import RunConfig, build_config
 from aqlm_cli.errors import UsageError
 from aqlm_cli.model import resolve
-from aqlm_cli.report import Emit, Noted, PackReport, Record
+from aqlm_cli.report import BenchReport, Emit, GenerationReport, Noted, PackReport, Record
 from aqlm_cli.scheme import SCHEMES_BY_BITS, parse_scheme
+from aqlm_cli.stages.bench import bench
 from aqlm_cli.stages.calibrate import calibrate
 from aqlm_cli.stages.doctor import doctor
 from aqlm_cli.stages.eval_ppl import eval_ppl
+from aqlm_cli.stages.generate import generate
 from aqlm_cli.stages.pack import pack
 from aqlm_cli.stages.quantize import prepare, quantize
 
 __all__ = [
     "calibrate",
+    "compare_speed",
+    "continue_text",
     "default_run_directory",
     "doctor",
     "measure",
@@ -95,26 +99,32 @@ def pack_run(config: RunConfig, run_directory: Path, overwrite: bool, emit: Emit
 def measure(target: str, config: RunConfig, windows: int | None, emit: Emit) -> dict[str, Record]:
     """Perplexity on every text of the settings."""
     _complete(target, emit)
+    section, origin = config.eval_ppl, (config.revision, config.trust_remote_code)
     return {
-        text: eval_ppl(
-            target,
-            text,
-            config.eval_ppl.sequence_length,
-            config.eval_ppl.dtype,
-            windows,
-            emit,
-            config.revision,
-            config.trust_remote_code,
-            config.device,
-        )
-        for text in config.eval_ppl.data
+        text: eval_ppl(target, text, section.sequence_length, section.dtype, windows, emit, *origin, config.device)
+        for text in section.data
     }
+
+
+def compare_speed(target: str, config: RunConfig, emit: Emit) -> BenchReport:
+    _complete(target, emit)
+    section, origin = config.bench, (config.revision, config.trust_remote_code)
+    return bench(target, section.prompt, section.tokens, section.repeats, config.seed, emit, *origin)
+
+
+def continue_text(
+    target: str, config: RunConfig, prompt: str, tokens: int, temperature: float, emit: Emit
+) -> GenerationReport:
+    _complete(target, emit)
+    origin = (config.revision, config.trust_remote_code)
+    return generate(target, prompt, tokens, temperature, config.seed, emit, *origin, config.device)
 
 
 def run_all(config: RunConfig, run_directory: Path, overwrite: bool, emit: Emit) -> dict[str, Record]:
     """Every stage, in order."""
     made = quantize_and_pack(config, run_directory, overwrite, emit)
-    return {**made, **measure(str(run_directory), config, None, emit)}
+    measured = measure(str(run_directory), config, None, emit)
+    return {**made, **measured, "bench": compare_speed(str(run_directory), config, emit)}
 
 
 def _complete(target: str, emit: Emit) -> None:

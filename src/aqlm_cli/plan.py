@@ -152,16 +152,16 @@ def _compiled(pattern: str, paths: Sequence[str], flag: str) -> re.Pattern[str]:
     try:
         compiled = re.compile(pattern)
     except re.error as error:
-        raise UsageError(f"--{flag} {pattern!r} is not a regular expression: {error}") from error
+        raise UsageError(f"--{flag} '{pattern}' is not a regular expression: {error}") from error
     if not any(compiled.fullmatch(path) for path in paths):
-        raise PlanError(f"--{flag} {pattern!r} matches no layer; it must match a whole path, such as {paths[0]}")
+        raise PlanError(f"--{flag} '{pattern}' matches no layer; it must match a whole path, such as {paths[0]}")
     return compiled
 
 
 def _unwanted(path: str, skipping: Sequence[re.Pattern[str]], choosing: Sequence[re.Pattern[str]]) -> str | None:
     for pattern in skipping:
         if pattern.fullmatch(path):
-            return f"skipped by {pattern.pattern!r}"
+            return f"skipped by '{pattern.pattern}'"
     if choosing and not any(pattern.fullmatch(path) for pattern in choosing):
         return "not among those chosen with --only"
     return None

@@ -237,12 +237,21 @@ class PerplexityReport(Record):
     ratio: float | None
 
     def table(self) -> Table:
-        title = f"perplexity on {self.data}: {self.windows} windows of {self.sequence_length} tokens, {self.dtype}"
-        table = Table("model", "perplexity", "ratio", title=Text(title), title_justify="left")
-        if self.original is not None:
-            table.add_row("original", f"{self.original.perplexity:.4f} ± {self.original.stderr:.4f}", "1")
+        columns = ("model", "data", "windows x tokens", "type", "perplexity", "ratio")
+        table = Table(*columns, title="perplexity", title_justify="left")
         ratio = "" if self.ratio is None else f"{self.ratio:.4f}"
-        table.add_row(Text(self.model), f"{self.perplexity:.4f} ± {self.stderr:.4f}", ratio)
+        rows = [(self.model, Perplexity(self.perplexity, self.stderr), ratio)]
+        if self.original is not None:
+            rows.insert(0, ("original", self.original, "1"))
+        for name, found, ratio in rows:
+            table.add_row(
+                Text(name),
+                Text(self.data),
+                f"{self.windows} x {self.sequence_length}",
+                self.dtype,
+                f"{found.perplexity:.3f} ± {found.stderr:.3f}",
+                ratio,
+            )
         return table
 
 
@@ -276,16 +285,15 @@ class BenchReport(Record):
 
     def table(self) -> Table:
         title = (
-            f"{self.model}: tokens/s, median of {self.repeats} (lowest to highest), {self.threads} threads, "
-            f"prompt {self.prompt}, {self.tokens} new, backend {self.backend}"
+            f"{self.model}: tokens per second, median of {self.repeats} (lowest to highest); {self.threads} threads, "
+            f"prompt of {self.prompt} tokens, then {self.tokens} one by one; backend {self.backend}"
         )
-        table = Table("model", "decode", "prefill", "size", "error of the logits", title=Text(title))
-        table.title_justify = "left"
+        table = Table("model", "decode", "prefill", "size", "logits' error", title=Text(title), title_justify="left")
         for row in self.rows:
             table.add_row(
                 Text(row.name),
-                f"{row.decode_median:.1f} ({row.decode_low:.1f} to {row.decode_high:.1f})",
-                f"{row.prefill_median:.0f} ({row.prefill_low:.0f} to {row.prefill_high:.0f})",
+                f"{row.decode_median:.1f} ({row.decode_low:.1f}-{row.decode_high:.1f})",
+                f"{row.prefill_median:.0f} ({row.prefill_low:.0f}-{row.prefill_high:.0f})",
                 readable_bytes(row.bytes),
                 "reference" if row.relative_error is None else f"{row.relative_error:.1e}",
             )

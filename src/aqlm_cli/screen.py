@@ -9,12 +9,13 @@ import json
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
 from types import TracebackType
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 from rich.text import Text
 
 from aqlm_cli.report import (
@@ -32,6 +33,13 @@ PLAIN_STEPS = 10
 """Lines of progress that a stage prints where there is no terminal."""
 
 
+@dataclass(frozen=True)
+class _Stage:
+    event: StageStarted
+    bar: TaskID
+    start: float
+
+
 class Screen:
     """Open for the time of one command."""
 
@@ -42,12 +50,12 @@ class Screen:
             TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[detail]}", markup=False),
+            TextColumn("{task.fields[ahead]}", markup=False),
         )
-        self._progress = Progress(*columns, console=self._console, disable=not self._console.is_terminal)
-        self._bars: dict[str, TaskID] = {}
-        self._started: dict[str, tuple[StageStarted, float]] = {}
+        self._progress = Progress(
+            *columns, console=self._console, transient=True, disable=not self._console.is_terminal
+        )
+        self._stages: dict[str, _Stage] = {}
 
     def __enter__(self) -> Screen:
         self._progress.start()
@@ -60,18 +68,16 @@ class Screen:
 
     def emit(self, event: Event) -> None:
         if isinstance(event, StageStarted):
-            self._bars[event.stage] = self._progress.add_task(event.stage, total=event.total, detail="")
-            self._started[event.stage] = event, time.monotonic()
+            bar = self._progress.add_task(event.stage, total=event.total, ahead="")
+            self._stages[event.stage] = _Stage(event, bar, time.monotonic())
         elif isinstance(event, Advanced):
-            self._progress.update(self._bars[event.stage], completed=event.done, detail=event.detail)
-            if not self._console.is_terminal:
-                self._advance_plainly(event)
+            self._advance(self._stages[event.stage], event)
         else:
             self._line(_sentence(event))
 
     def show(self, record: Record) -> None:
         """A table for the user; never part of the JSON."""
-        self._print(record.table())
+        self._progress.console.print(record.table())
 
     def finish(self, results: Mapping[str, Record], following: str) -> None:
         """The results, as the one JSON object if that is wanted, and the command to type next.
@@ -86,21 +92,19 @@ class Screen:
             whole: Mapping[str, Any] = next(iter(parts.values())) if len(parts) == 1 else parts
             print(json.dumps(whole))
 
-    def _advance_plainly(self, event: Advanced) -> None:
-        """Every tenth of the way a line with the time left, as far as the steps so far tell."""
-        stage, start = self._started[event.stage]
-        if event.done * PLAIN_STEPS // stage.total == (event.done - 1) * PLAIN_STEPS // stage.total:
-            return
-        left = (time.monotonic() - start) / event.done * (stage.total - event.done)
-        detail = f", {event.detail}" if event.detail else ""
-        self._line(f"{event.stage}: {stage.unit} {event.done} of {stage.total}, {left:.0f} s left{detail}")
+    def _advance(self, stage: _Stage, event: Advanced) -> None:
+        total = stage.event.total
+        # By all steps so far. rich's own estimate looks at the last seconds only, and one step may take longer.
+        left = (time.monotonic() - stage.start) / event.done * (total - event.done)
+        ahead = f"{timedelta(seconds=round(left))} left{', ' * bool(event.detail)}{event.detail}"
+        self._progress.update(stage.bar, completed=event.done, ahead=ahead, visible=event.done < total)
+        new_part = event.done * PLAIN_STEPS // total > (event.done - 1) * PLAIN_STEPS // total
+        if new_part and not self._console.is_terminal:
+            self._line(f"{event.stage}: {stage.event.unit} {event.done} of {total}, {ahead}")
 
     def _line(self, text: str) -> None:
         # Not wrapped: a line in a log, or a path in it, stays whole.
         self._progress.console.print(Text(text), soft_wrap=True)
-
-    def _print(self, table: Table) -> None:
-        self._progress.console.print(table)
 
 
 def show_error(error: Exception) -> None:

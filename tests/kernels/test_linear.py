@@ -191,6 +191,11 @@ def test_a_state_dict_comes_back_into_an_empty_layer(scheme, device):
     assert all(torch.equal(empty.state_dict()[name], tensor) for name, tensor in stored.items())
 
 
+def test_shapes_flow_on_the_meta_device():
+    layer = empty_like(AdditiveLinear(random_matrix()), "meta")
+    assert layer(torch.zeros(2, 3, IN, device="meta")).shape == (2, 3, OUT)
+
+
 def test_a_state_dict_that_does_not_fit_is_refused():
     layer = AdditiveLinear(random_matrix(), torch.randn(OUT))
     with pytest.raises(RuntimeError, match="size mismatch for codes"):

@@ -59,7 +59,8 @@ def _quantize(
     ahead = block_ldl(metric[columns][:, columns], group, settings.factor_damping)
     around = Feedback(diagonal_blocks(metric, group), metric, forward=False)
 
-    present = _start(weight, metric, scheme, rng, settings, search)
+    importance = ahead.metric[order.argsort()].diagonal(dim1=1, dim2=2)  # [n, g]
+    present = _start(weight, importance, scheme, rng, settings, search)
     present = _search_ahead(weight, present, ahead, order, settings.beam, search)
     present = _search_around(weight, present, around, settings.beam, search)
     for round_number in range(1, settings.rounds + 1):
@@ -75,18 +76,16 @@ def _quantize(
 
 def _start(
     weight: Tensor,
-    metric: Tensor,
+    importance: Tensor,
     scheme: AdditiveScheme,
     rng: torch.Generator,
     settings: SearchConfig,
     search: CodeSearch,
 ) -> Approximation:
-    """Row norms as scales, and k-means weighted by the diagonal of the LDL in the natural order of the groups."""
+    """Row norms as scales, and k-means weighted by the diagonal of the LDL."""
     scales = weight.norm(dim=1) + 1e-9  # a row of zeros must not divide by zero
-    group = scheme.group_size
-    importance = block_ldl(metric, group, settings.factor_damping).metric.diagonal(dim1=1, dim2=2)  # [n, g]
     codes, codebooks = residual_kmeans(
-        (weight / scales[:, None]).view(len(weight), -1, group),
+        (weight / scales[:, None]).view(len(weight), -1, scheme.group_size),
         scales.square(),
         importance,
         scheme.num_codebooks,

@@ -117,7 +117,11 @@ class Contents:
             )
         # transformers 4 looks for the names of weights in this list, transformers 5 for those of modules. A tied head
         # has no tensor in the files, and would be taken for a quantized layer if it were not named.
-        kept = {name.removesuffix(".weight") for name in self.entries if name.endswith(".weight")} | {HEAD}
+        kept = {
+            name.removesuffix(".weight")
+            for name, entry in self.entries.items()
+            if name.endswith(".weight") and len(entry.layout.shape) == 2
+        } | {HEAD}
         return {
             "quant_method": "aqlm",
             "num_codebooks": scheme.num_codebooks,
@@ -146,8 +150,9 @@ def _collect(run: RunDirectory, quantized: Artifact, format: str) -> Contents:
             "bring the old model back, or redo the run with --overwrite"
         )
     layers = quantized_layers(quantized, format)
-    entries = plan_entries(tensor_index(source.directory), quantized, layers)
-    return Contents(source, Plan.from_json(quantized.manifest.results["plan"]), layers, entries)
+    plan = Plan.from_json(quantized.manifest.results["plan"])
+    assert {layer.path for layer in layers} == {target.path for target in plan.quantized}
+    return Contents(source, plan, layers, plan_entries(tensor_index(source.directory), quantized, layers))
 
 
 def _card_facts(run: RunDirectory, quantized: Artifact, contents: Contents) -> CardFacts:

@@ -1,0 +1,58 @@
+"""Text from a model, by transformers' own `generate`."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+
+from aqlm_cli.errors import DataError
+from aqlm_cli.model import load_network, load_tokenizer, resolve
+from aqlm_cli.report import Emit, GenerationReport, Noted
+
+
+def generate(
+    target: str,
+    prompt: str,
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
+    emit: Emit,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    device: str = "cpu",
+) -> GenerationReport:
+    """Continue `prompt` as it stands, without a chat template, with any model or with what a run has packed.
+
+    At temperature 0 the likeliest token is taken each time; above it tokens are drawn, by `seed`.  The speed counts
+    reading the prompt too; `bench` measures the two apart.
+    """
+    source = resolve(target, revision, trust_remote_code)
+    tokenizer = load_tokenizer(source)
+    ids = torch.tensor([tokenizer.encode(prompt)], dtype=torch.int64, device=device)  # [1, length]
+    if ids.numel() == 0:
+        raise DataError("the prompt has no token; give some text with --prompt")
+    emit(Noted(f"generating with {source.directory}"))
+    network: Any = load_network(source, torch.float32, device)  # transformers' types hide that it generates
+    choice = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    started = time.perf_counter()
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        out = network.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=max_new_tokens,
+            pad_token_id=tokenizer.eos_token_id,
+            **choice,
+        )  # [1, length + new]
+    seconds = time.perf_counter() - started
+    new = out[0, ids.shape[1] :].tolist()
+    return GenerationReport(
+        model=target,
+        prompt=prompt,
+        text=str(tokenizer.decode(new, skip_special_tokens=True)),
+        tokens=len(new),
+        seconds=seconds,
+        tokens_per_second=len(new) / seconds,
+    )

@@ -1,0 +1,130 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_models
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from aqlm_cli.artifacts import RunDirectory, open_run
+from aqlm_cli.blocks import linears
+from aqlm_cli.config import build_config
+from aqlm_cli.errors import ModelError
+from aqlm_cli.model import load_network, resolve
+from aqlm_cli.report import Advanced, BenchReport, Event
+from aqlm_cli.stages import bench as stage_module
+from aqlm_cli.stages.bench import bench, relative_error, run_pass
+from aqlm_kernels import AdditiveLinear
+
+PROMPT, TOKENS = 24, 6
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A home of its own, for the digests of files are remembered there."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return tiny_models.save("llama", tmp_path / "model")
+
+
+@pytest.fixture
+def run(model: Path, tmp_path: Path) -> RunDirectory:
+    run = open_run(tmp_path / "run", build_config(None, None, {"model": str(model)}))
+    with run.stage("packed", "packed", {}, {}) as stage:
+        stage.directory.rmdir()
+        tiny_models.save_additive(model, stage.directory)
+        stage.publish({})
+    return run
+
+
+def measured(target: Path, events: list[Event] | None = None, repeats: int = 2) -> BenchReport:
+    return bench(str(target), PROMPT, TOKENS, repeats, 0, (events if events is not None else []).append)
+
+
+def test_a_run_stands_beside_its_original_in_three_types(run: RunDirectory) -> None:
+    events: list[Event] = []
+    report = measured(run.path, events, repeats=3)
+    assert [row.name for row in report.rows] == ["FP16", "BF16", "FP32", "packed"]
+    assert (report.backend, report.threads) == ("cpu-lut", torch.get_num_threads())
+    for row in report.rows:
+        assert 0 < row.decode_low <= row.decode_median <= row.decode_high
+        assert 0 < row.prefill_low <= row.prefill_median <= row.prefill_high
+    assert [event.done for event in events if isinstance(event, Advanced)] == [1, 2, 3]
+    assert json.loads((run.path / "reports" / "bench.json").read_text()) == report.as_json()
+
+
+def test_sizes_are_those_of_the_tensors_in_each_type(run: RunDirectory, model: Path) -> None:
+    half, brain, single, packed = measured(run.path).rows
+    parameters = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_pretrained(model).parameters())
+    assert (half.bytes, brain.bytes, single.bytes) == (2 * parameters, 2 * parameters, 4 * parameters)
+    file = (run.path / "packed" / "model.safetensors").stat().st_size
+    assert file - 10_000 < packed.bytes < file
+
+
+def test_errors_are_those_of_the_types(run: RunDirectory) -> None:
+    half, brain, single, packed = measured(run.path).rows
+    assert single.relative_error is None
+    assert half.relative_error is not None and brain.relative_error is not None and packed.relative_error is not None
+    assert 1e-4 < half.relative_error < brain.relative_error < 5e-2
+    assert 0 < packed.relative_error < 1e-5
+
+
+def test_a_product_that_is_wrong_shows_in_the_error(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = AdditiveLinear.forward
+    monkeypatch.setattr(AdditiveLinear, "forward", lambda self, x: right(self, x) * (1 + 1e-3))
+    assert (measured(run.path).rows[-1].relative_error or 0) > 1e-4
+
+
+def test_models_take_turns(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[Any] = []
+
+    def spy(network: nn.Module, ids: Tensor, prompt: int) -> stage_module.Pass:
+        order.append(network)
+        return run_pass(network, ids, prompt)
+
+    monkeypatch.setattr(stage_module, "run_pass", spy)
+    measured(run.path, repeats=3)
+    turns = order[-12:]
+    assert len({id(network) for network in turns[:4]}) == 4
+    assert turns == turns[:4] * 3
+    assert {id(network) for network in turns} <= {id(network) for network in order[:-12]}  # all were warm
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt_neox", "opt"])
+def test_decoding_through_the_cache_gives_the_logits_of_one_forward(family: str, tmp_path: Path) -> None:
+    network = AutoModelForCausalLM.from_pretrained(tiny_models.save(family, tmp_path / family)).eval()
+    ids = tiny_models.token_ids(1, PROMPT + TOKENS)
+    logits = run_pass(network, ids, PROMPT).logits
+    assert logits.shape[0] == TOKENS
+    assert relative_error(logits, network(ids).logits[0, PROMPT:].detach()) < 1e-4
+
+
+def test_a_plain_model_is_measured_alone(model: Path) -> None:
+    report = measured(model)
+    assert [row.name for row in report.rows] == ["FP16", "BF16", "FP32"]
+    assert report.backend == "torch"
+
+
+def test_an_aqlm_checkpoint_is_measured_alone(run: RunDirectory) -> None:
+    report = measured(run.path / "packed")
+    assert [row.name for row in report.rows] == ["packed"]
+    assert report.backend == "cpu-lut"
+
+
+def test_what_is_compared_with_holds_no_codes_and_keeps_the_biases(tmp_path: Path) -> None:
+    tiny_models.save_additive(tiny_models.save("opt", tmp_path / "model"), tmp_path / "packed")
+    network = stage_module._written_out(load_network(resolve(str(tmp_path / "packed")), torch.float32))
+    assert not any(isinstance(module, AdditiveLinear) for module in network.modules())
+    assert all(layer.bias is not None for layer in linears(network.model.decoder, "").values())
+
+
+def test_more_tokens_than_the_model_reads_are_refused(model: Path) -> None:
+    with pytest.raises(ModelError, match="reads 256 tokens, not 303; lower --prompt or --tokens"):
+        bench(str(model), 300, 3, 1, 0, lambda event: None)

@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import tiny_models
+import torch
+from tokenizers import processors
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from aqlm_cli.artifacts import open_run
+from aqlm_cli.config import build_config
+from aqlm_cli.errors import DataError
+from aqlm_cli.report import Event, GenerationReport, Noted
+from aqlm_cli.stages.generate import generate
+
+PROMPT = "The quick brown fox"
+
+
+def generated(target: Path, prompt: str = PROMPT, temperature: float = 0.0, seed: int = 0) -> GenerationReport:
+    return generate(str(target), prompt, 12, temperature, seed, lambda event: None)
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A home of its own, for the digests of files are remembered there."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return tiny_models.save("llama", tmp_path / "model")
+
+
+def test_greedy_text_is_the_likeliest_token_each_time(model: Path) -> None:
+    network, tokenizer = AutoModelForCausalLM.from_pretrained(model), AutoTokenizer.from_pretrained(model)
+    ids = tokenizer(PROMPT, return_tensors="pt").input_ids
+    length = ids.shape[1]
+    while ids.shape[1] < length + 12 and ids[0, -1] != tokenizer.eos_token_id:
+        ids = torch.cat([ids, network(ids).logits[:, -1:].argmax(-1)], dim=1)
+    report = generated(model)
+    assert report.text == tokenizer.decode(ids[0, length:], skip_special_tokens=True)
+    assert report.tokens == ids.shape[1] - length
+    assert (report.model, report.prompt) == (str(model), PROMPT)
+
+
+def test_greedy_text_does_not_depend_on_the_seed_and_drawn_text_does(model: Path) -> None:
+    assert generated(model, seed=0).text == generated(model, seed=1).text
+    assert generated(model, temperature=2.0, seed=0).text == generated(model, temperature=2.0, seed=0).text
+    assert generated(model, temperature=2.0, seed=0).text != generated(model, temperature=2.0, seed=1).text
+
+
+def test_drawing_leaves_the_generator_of_the_caller_alone(model: Path) -> None:
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    generated(model, temperature=1.0)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_an_aqlm_checkpoint_generates_what_its_weights_generate(model: Path, tmp_path: Path) -> None:
+    weights = tiny_models.save_additive(model, tmp_path / "packed")
+    dense = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float16).float()
+    for path, weight in weights.items():
+        dense.get_submodule(path).weight.data = weight
+    dense.save_pretrained(tmp_path / "dense")
+    AutoTokenizer.from_pretrained(model).save_pretrained(tmp_path / "dense")
+    assert generated(tmp_path / "packed").text == generated(tmp_path / "dense").text != generated(model).text
+
+
+def test_a_run_generates_with_what_it_has_packed_and_says_so(model: Path, tmp_path: Path) -> None:
+    run = open_run(tmp_path / "run", build_config(None, None, {"model": "not-looked-at"}))
+    with run.stage("packed", "packed", {}, {}) as stage:
+        tiny_models.save("qwen2", stage.directory)
+        stage.publish({})
+    events: list[Event] = []
+    report = generate(str(run.path), PROMPT, 12, 0.0, 0, events.append)
+    assert report.text == generated(run.path / "packed").text
+    assert events == [Noted(f"generating with {run.path / 'packed'}")]
+
+
+def test_a_prompt_without_a_token_is_refused(model: Path) -> None:
+    with pytest.raises(DataError, match="the prompt has no token"):
+        generated(model, prompt="")
+
+
+def test_a_tokenizer_that_begins_every_text_itself_needs_no_prompt(model: Path) -> None:
+    tokenizer = tiny_models.byte_tokenizer()
+    begin = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", tokenizer.bos_token_id)])
+    tokenizer.backend_tokenizer.post_processor = begin
+    tokenizer.save_pretrained(model)
+    assert generated(model, prompt="").tokens > 0
