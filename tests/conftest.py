@@ -1,12 +1,15 @@
-"""What all tests share: a home of their own, and a disk that can be made to fail."""
+"""What all tests share: a home of their own, a run to try commands on, and a disk that can be made to fail."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import commands
+import numba
 import pytest
+import torch
 
 
 @pytest.fixture(autouse=True)
@@ -15,6 +18,30 @@ def home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPat
     directory = tmp_path_factory.mktemp("home")
     monkeypatch.setenv("HOME", str(directory))
     return directory
+
+
+@pytest.fixture(scope="session", autouse=True)
+def common_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """For what is made once for several tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HOME", str(tmp_path_factory.mktemp("common-home")))
+        yield
+
+
+@pytest.fixture(autouse=True)
+def threads() -> Iterator[None]:
+    """Commands and stages set the threads of the whole process."""
+    before = torch.get_num_threads(), numba.get_num_threads()
+    yield
+    torch.set_num_threads(before[0])
+    numba.set_num_threads(before[1])
+
+
+@pytest.fixture
+def run_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A run of a tiny model, in the working directory."""
+    monkeypatch.chdir(tmp_path)
+    return commands.save_run_file(tmp_path)
 
 
 @pytest.fixture

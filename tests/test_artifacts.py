@@ -187,6 +187,25 @@ def test_overwrite_and_an_empty_run_leave_nothing_to_reuse(run: RunDirectory) ->
     assert run.reusable("quantized", SETTINGS, PARENTS, overwrite=True) is None
 
 
+def test_what_was_made_from_something_that_is_made_anew_is_not_built_on(run: RunDirectory) -> None:
+    def publish_from(kind: str, parents: dict[str, str], text: str = "codes") -> str:
+        with run.stage(kind, kind, {}, parents) as stage:
+            write_file(stage.directory / "file", text.encode())
+            return stage.publish({}).digest
+
+    calibration = publish_from("calibration", {"model": "sha256:abc"})
+    quantized = publish_from("quantized", {"model": "sha256:abc", "calibration": calibration})
+    packed = publish_from("packed", {"quantized": quantized})
+    assert run.current("packed").digest == packed
+    publish_from("calibration", {"model": "sha256:abc"}, "other text")
+    with pytest.raises(ArtifactError, match=f"quantized was made from calibration {calibration[:12]}, which is now"):
+        run.current("packed")
+    assert publish_from("calibration", {"model": "sha256:abc"}) == calibration
+    publish_from("quantized", {"model": "sha256:abc", "calibration": calibration}, "other codes")
+    with pytest.raises(ArtifactError, match=f"aqlm pack {run.path} --overwrite"):
+        run.current("packed")
+
+
 def test_a_run_of_another_model_or_scheme_is_refused_with_each_difference(run: RunDirectory) -> None:
     publish(run)
     other = config(model="other", quantize={"scheme": "3x8g8"})

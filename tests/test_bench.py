@@ -14,19 +14,14 @@ from aqlm_cli.artifacts import RunDirectory, open_run
 from aqlm_cli.blocks import linears
 from aqlm_cli.config import build_config
 from aqlm_cli.errors import ModelError
-from aqlm_cli.model import load_network, resolve
-from aqlm_cli.report import Advanced, BenchReport, Event
+from aqlm_cli.events import Advanced, Event
+from aqlm_cli.model import find_subject, load_network, resolve
+from aqlm_cli.report import BenchReport
 from aqlm_cli.stages import bench as stage_module
 from aqlm_cli.stages.bench import bench, relative_error, run_pass
 from aqlm_kernels import AdditiveLinear
 
 PROMPT, TOKENS = 24, 6
-
-
-@pytest.fixture(autouse=True)
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A home of its own, for the digests of files are remembered there."""
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
 
 
 @pytest.fixture
@@ -45,7 +40,8 @@ def run(model: Path, tmp_path: Path) -> RunDirectory:
 
 
 def measured(target: Path, events: list[Event] | None = None, repeats: int = 2) -> BenchReport:
-    return bench(str(target), PROMPT, TOKENS, repeats, 0, (events if events is not None else []).append)
+    emit = (events if events is not None else []).append
+    return bench(find_subject(str(target)), PROMPT, TOKENS, repeats, 0, emit)
 
 
 def test_a_run_stands_beside_its_original_in_three_types(run: RunDirectory) -> None:
@@ -127,4 +123,4 @@ def test_what_is_compared_with_holds_no_codes_and_keeps_the_biases(tmp_path: Pat
 
 def test_more_tokens_than_the_model_reads_are_refused(model: Path) -> None:
     with pytest.raises(ModelError, match="reads 256 tokens, not 303; lower --prompt or --tokens"):
-        bench(str(model), 300, 3, 1, 0, lambda event: None)
+        bench(find_subject(str(model)), 300, 3, 1, 0, lambda event: None)

@@ -1,19 +1,15 @@
 from __future__ import annotations
 
-import errno
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numba
 import pytest
-import tiny_models
-import torch
 import typer
-from typer.testing import CliRunner, Result
+from commands import run
 
 from aqlm_cli import pipeline
 from aqlm_cli.cli import app
@@ -24,48 +20,11 @@ from aqlm_kernels import KernelError
 COMMANDS = sorted(typer.main.get_group(app).commands)
 
 
-def run(*arguments: str) -> Result:
-    return CliRunner().invoke(app, list(arguments))
-
-
 def fails_with(error: BaseException) -> Callable[..., Any]:
     def fail(*arguments: Any, **named: Any) -> Any:
         raise error
 
     return fail
-
-
-@pytest.fixture(autouse=True)
-def threads() -> Iterator[None]:
-    """Commands set the threads of the whole process."""
-    before = torch.get_num_threads(), numba.get_num_threads()
-    yield
-    torch.set_num_threads(before[0])
-    numba.set_num_threads(before[1])
-
-
-RUN_FILE = """
-model: {model}
-threads: 1
-calibrate: {{data: "builtin:8", sequence_length: 32, statistics_sequences: 2}}
-quantize:
-  statistics_sequences: 8
-  scheme: 2x4g8
-  search: {{rounds: 1, ldlq_rounds: 1, kmeans_iterations: 1}}
-  fit: {{epochs: 1, sequences: 4, held_out: 4}}
-eval_ppl: {{data: [{text}], sequence_length: 32}}
-bench: {{tokens: 2, prompt: 4, repeats: 1}}
-"""
-
-
-@pytest.fixture
-def run_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A run of a tiny model that takes a second."""
-    monkeypatch.chdir(tmp_path)
-    tiny_models.save("llama", tmp_path / "tiny")
-    (tmp_path / "notes.txt").write_text("".join(f"{number} is {number}. " for number in range(40)))
-    (tmp_path / "run.yaml").write_text(RUN_FILE.format(model="tiny", text="notes.txt"))
-    return tmp_path / "run.yaml"
 
 
 # ------------------------------------------------------------------------------------------------------ help and speed
@@ -84,8 +43,10 @@ def test_the_help_of_every_command_explains_every_option() -> None:
             assert parameter.name == "help" or getattr(parameter, "help", None), f"{command.name} {parameter.name}"
 
 
-def test_the_first_page_lists_every_command() -> None:
-    assert all(command in run("--help").stdout for command in COMMANDS)
+def test_the_first_page_says_in_a_whole_sentence_what_every_command_does() -> None:
+    commands = run("--help").stdout.partition("Commands:")[2].splitlines()[1:]
+    assert [line.split()[0] for line in commands] == [*typer.main.get_group(app).commands]
+    assert all(line.endswith(".") and not line.endswith("...") for line in commands)
 
 
 def test_help_loads_neither_torch_nor_anything_that_loads_it() -> None:
@@ -142,16 +103,6 @@ def test_an_interrupt_ends_with_status_130_and_says_what_is_kept(monkeypatch: py
     assert result.stderr.count("\n") == 1 and "kept" in result.stderr
 
 
-@pytest.mark.parametrize(("code", "words"), [(errno.ENOSPC, "no space left"), (errno.EROFS, "read-only")])
-def test_a_failing_disk_is_one_line(
-    run_file: Path, fail_disk: Callable[[int, int], None], code: int, words: str
-) -> None:
-    fail_disk(code, 0)
-    result = run("calibrate", "--config", str(run_file))
-    assert result.exit_code == 1
-    assert words in result.stderr and result.stderr.count("\n") == 1
-
-
 # --------------------------------------------------------------------------------------------------------------- flags
 
 
@@ -166,6 +117,24 @@ def test_bits_mean_their_scheme(monkeypatch: pytest.MonkeyPatch, bits: float, sc
     monkeypatch.setattr(pipeline, "prepare", prepare)
     run("quantize", "tiny", "--bits", str(bits), "--out", "anywhere")
     assert seen == [str(scheme)]
+
+
+def test_a_dry_run_needs_no_text_and_writes_nothing(run_file: Path) -> None:
+    before = sorted(Path().rglob("*"))
+    result = run("quantize", "--config", str(run_file), "--data", "nowhere.txt:4", "--dry-run")
+    assert result.exit_code == 0, result.output
+    for words in ("14, aqlm 2x4g8", "1.000 of codes", "embeddings and head included", "next: "):
+        assert words in result.stdout
+    assert sorted(Path().rglob("*")) == before
+
+
+def test_the_plan_tells_what_is_skipped_and_why(run_file: Path) -> None:
+    flags = ("--skip", r".*\.1\.mlp\..*", "--only", r".*(mlp|q_proj).*")
+    plan = json.loads(run("quantize", "--config", str(run_file), *flags, "--dry-run", "--json").stdout)
+    reasons = dict(plan["skipped"])
+    assert plan["layers"] == 5 and len(reasons) == 9
+    assert reasons["model.layers.1.mlp.up_proj"] == r"skipped by '.*\.1\.mlp\..*'"
+    assert reasons["model.layers.0.self_attn.k_proj"] == "not among those chosen with --only"
 
 
 def test_flags_beat_the_run_file_and_flags_not_given_leave_it_alone(run_file: Path) -> None:
@@ -184,17 +153,22 @@ def test_a_model_goes_from_text_to_text_and_every_command_says_what_is_next(run_
     """The journey of the README on a tiny model, each command as printed by the one before."""
     quantized = run("quantize", "--config", str(run_file))
     assert quantized.exit_code == 0, quantized.output
-    assert "there is no calibration yet, it runs first" in quantized.output
+    order = [quantized.output.index(words) for words in ("plan", "it runs first", "calibrate: ", "block 0: ", "packed")]
+    assert order == sorted(order), "the plan comes before the work"
     assert "next: aqlm eval-ppl runs/tiny-2x4g8\n" in quantized.output
     measured = run("eval-ppl", "runs/tiny-2x4g8", "--windows", "4")
     assert "next: aqlm bench runs/tiny-2x4g8\n" in measured.output
     assert "±" in measured.output and "original" in measured.output
+    assert "wrote runs/tiny-2x4g8/reports/eval-ppl-notes.txt-4x32-float32.json" in measured.output
     compared = run("bench", "runs/tiny-2x4g8")
     assert "packed" in compared.output and "FP16" in compared.output
+    assert "wrote runs/tiny-2x4g8/reports/bench.json" in compared.output
     continued = run("generate", "runs/tiny-2x4g8", "--prompt", "1 is", "--tokens", "3")
     assert "3 tokens in" in continued.output
     dense = run("pack", "runs/tiny-2x4g8", "--format", "dense", "--overwrite")
     assert "dense" in dense.output
+    card = Path("runs/tiny-2x4g8/packed/README.md").read_text()
+    assert "perplexity, notes.txt, 4 windows of 32 tokens" in card
     again = run("quantize", "--config", str(run_file), "--scheme", "3x4g8", "--out", "runs/tiny-2x4g8")
     assert again.exit_code == 1 and "quantize.scheme: 2x4g8 there, 3x4g8 here" in again.stderr
 
@@ -204,9 +178,17 @@ def test_json_is_one_object_on_stdout_and_nothing_else(run_file: Path) -> None:
     assert result.exit_code == 0, result.output
     assert result.stdout.count("\n") == 1
     assert list(json.loads(result.stdout)) == ["quantize", "pack", "notes.txt", "bench"]
-    assert "next: aqlm generate out --prompt ..." in result.stderr
+    assert "next: aqlm generate out --prompt 'The capital of France is'" in result.stderr
+    order = [result.stderr.index(words) for words in ("plan", "it runs first", "calibrate: ", "block 0: ", "packed")]
+    assert order == sorted(order), "the plan comes before the work"
     single = json.loads(run("eval-ppl", "out", "--json").stdout)
-    assert single["model"] == "out" and single["original"]["perplexity"] > 1
+    keys = ["model", "data", "perplexity", "stderr", "windows", "sequence_length", "dtype", "original", "ratio"]
+    assert list(single) == keys and list(single["original"]) == ["perplexity", "stderr"]
+    assert (single["model"], single["data"], single["ratio"]) == (
+        "out",
+        "notes.txt",
+        single["perplexity"] / single["original"]["perplexity"],
+    )
 
 
 def test_a_stage_that_is_missing_runs_first_and_a_finished_one_is_reused(run_file: Path) -> None:

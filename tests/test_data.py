@@ -124,7 +124,13 @@ def test_text_without_a_token_is_an_error(tmp_path: Path, texts: list[str]) -> N
     path = json_lines(tmp_path / "empty.jsonl", texts)
     with pytest.raises(DataError, match="has no text"):
         calibration_windows(path, 1, 10, 0, Letters())
-    with pytest.raises(DataError, match="fewer than one window of 10"):
+    with pytest.raises(DataError, match="has no text"):
+        evaluation_windows(path, 10, Letters())
+
+
+def test_text_shorter_than_one_window_to_evaluate_on_is_an_error(tmp_path: Path) -> None:
+    path = json_lines(tmp_path / "short.jsonl", ["abc"])
+    with pytest.raises(DataError, match="has 4 tokens, fewer than one window of 10"):
         evaluation_windows(path, 10, Letters())
 
 

@@ -13,16 +13,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from aqlm_cli.artifacts import RunDirectory, open_run
 from aqlm_cli.config import build_config
 from aqlm_cli.errors import AqlmError, ArtifactError, DataError, ModelError
-from aqlm_cli.report import Event, PerplexityReport, StageStarted
+from aqlm_cli.events import Event, Noted, StageStarted
+from aqlm_cli.model import find_subject
+from aqlm_cli.report import PerplexityReport
 from aqlm_cli.stages.eval_ppl import eval_ppl, perplexity
 
 LENGTH = 64
 WINDOWS = 4
-
-
-@pytest.fixture(autouse=True)
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))  # digests of model files are kept there
 
 
 @pytest.fixture
@@ -33,7 +30,8 @@ def text(tmp_path: Path) -> str:
 
 
 def measure(target: Path, text: str, events: list[Event] | None = None, dtype: str = "float32") -> PerplexityReport:
-    return eval_ppl(str(target), text, LENGTH, dtype, WINDOWS, ([] if events is None else events).append)
+    emit = ([] if events is None else events).append
+    return eval_ppl(find_subject(str(target)), text, LENGTH, dtype, WINDOWS, "cpu", emit)
 
 
 def by_transformers(directory: Path, text: str) -> float:
@@ -86,7 +84,7 @@ def test_the_asked_dtype_is_used(tmp_path: Path, text: str) -> None:
 def packed_run(directory: Path, original: Path) -> RunDirectory:
     """A run whose packed model has another head than the original."""
     run = open_run(directory, build_config(None, None, {"model": str(original)}))
-    with run.stage("packed", "packed", {}, {}) as stage:
+    with run.stage("packed", "packed", {}, {"quantized": "a1b2"}) as stage:
         tiny_models.save("llama", stage.directory)
         weights = load_file(stage.directory / "model.safetensors")
         weights["lm_head.weight"] = weights["lm_head.weight"] * 1.5
@@ -122,7 +120,7 @@ def test_an_original_measured_otherwise_is_measured_again(tmp_path: Path, text: 
     measure(run.path, text, events, dtype="bfloat16")
     assert measured_models(events) == 2
     events.clear()
-    eval_ppl(str(run.path), text, LENGTH, "float32", WINDOWS - 1, events.append)
+    eval_ppl(find_subject(str(run.path)), text, LENGTH, "float32", WINDOWS - 1, "cpu", events.append)
     assert measured_models(events) == 2
     events.clear()
     Path(text).write_text(Path(text).read_text().replace("times", "TIMES"))
@@ -130,11 +128,12 @@ def test_an_original_measured_otherwise_is_measured_again(tmp_path: Path, text: 
     assert measured_models(events) == 2
 
 
-def test_the_report_of_a_run_is_written_as_it_is_returned(tmp_path: Path, text: str) -> None:
-    run = packed_run(tmp_path / "run", tiny_models.save("llama", tmp_path / "model"))
-    report = measure(run.path, text)
+def test_the_report_of_a_run_is_written_with_the_digest_of_what_was_measured(tmp_path: Path, text: str) -> None:
+    run, events = packed_run(tmp_path / "run", tiny_models.save("llama", tmp_path / "model")), []
+    report = measure(run.path, text, events)
     written = run.path / "reports" / "eval-ppl-text.txt-4x64-float32.json"
-    assert json.loads(written.read_bytes()) == report.as_json()
+    assert json.loads(written.read_bytes()) == {**report.as_json(), "quantized": "a1b2"}
+    assert isinstance(events[-1], Noted) and f"wrote {written}" in events[-1].message
 
 
 def test_a_run_without_a_packed_model_says_how_to_make_one(tmp_path: Path, text: str) -> None:
@@ -160,7 +159,7 @@ def test_windows_that_cannot_be_measured_are_refused(
 ) -> None:
     directory = tiny_models.save("llama", tmp_path / "model")
     with pytest.raises(error, match=reason):
-        eval_ppl(str(directory), text, length, "float32", windows, lambda event: None)
+        eval_ppl(find_subject(str(directory)), text, length, "float32", windows, "cpu", lambda event: None)
 
 
 def test_weights_that_are_not_numbers_give_no_perplexity(tmp_path: Path, text: str) -> None:

@@ -11,20 +11,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from aqlm_cli.artifacts import open_run
 from aqlm_cli.config import build_config
 from aqlm_cli.errors import DataError
-from aqlm_cli.report import Event, GenerationReport, Noted
+from aqlm_cli.events import Event, Noted
+from aqlm_cli.model import find_subject
+from aqlm_cli.report import GenerationReport
 from aqlm_cli.stages.generate import generate
 
 PROMPT = "The quick brown fox"
 
 
 def generated(target: Path, prompt: str = PROMPT, temperature: float = 0.0, seed: int = 0) -> GenerationReport:
-    return generate(str(target), prompt, 12, temperature, seed, lambda event: None)
-
-
-@pytest.fixture(autouse=True)
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A home of its own, for the digests of files are remembered there."""
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    return generate(find_subject(str(target)), prompt, 12, temperature, seed, "cpu", lambda event: None)
 
 
 @pytest.fixture
@@ -73,7 +69,7 @@ def test_a_run_generates_with_what_it_has_packed_and_says_so(model: Path, tmp_pa
         tiny_models.save("qwen2", stage.directory)
         stage.publish({})
     events: list[Event] = []
-    report = generate(str(run.path), PROMPT, 12, 0.0, 0, events.append)
+    report = generate(find_subject(str(run.path)), PROMPT, 12, 0.0, 0, "cpu", events.append)
     assert report.text == generated(run.path / "packed").text
     assert events == [Noted(f"generating with {run.path / 'packed'}")]
 

@@ -20,9 +20,19 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from aqlm_cli import sources
 from aqlm_cli.artifacts import open_run
+from aqlm_cli.blocks import count_parameters, describe_layers
 from aqlm_cli.config import build_config
 from aqlm_cli.errors import ArtifactError, ModelError
-from aqlm_cli.model import load_network, load_tokenizer, model_config, resolve, save_support_files, tensor_index
+from aqlm_cli.model import (
+    find_subject,
+    load_network,
+    load_skeleton,
+    load_tokenizer,
+    model_config,
+    resolve,
+    save_support_files,
+    tensor_index,
+)
 from aqlm_kernels import AdditiveLinear
 
 TEXT = "Prices rose by 12 %; naïve?\n"
@@ -54,6 +64,31 @@ def test_a_directory_gives_the_network_that_transformers_gives(family: str, tmp_
     assert torch.equal(network(ids).logits, expected(ids).logits)
     assert not network.training
     assert not any(parameter.requires_grad for parameter in network.parameters())
+
+
+@pytest.mark.parametrize("family", [*tiny_models.FAMILIES, *tiny_models.WITH_EXPERTS])
+def test_a_skeleton_has_the_layers_and_the_parameters_of_the_network_and_no_numbers(
+    family: str, tmp_path: Path, find: Any
+) -> None:
+    source = find(tiny_models.save(family, tmp_path / "model"))
+    skeleton, network = load_skeleton(source), load_network(source, torch.float32)
+    assert describe_layers(skeleton) == describe_layers(network)
+    assert count_parameters(skeleton) == count_parameters(network)
+    assert all(parameter.is_meta for parameter in skeleton.parameters())
+
+
+def test_nothing_is_planned_for_what_is_quantized_already(tmp_path: Path, find: Any) -> None:
+    tiny_models.save_additive(tiny_models.save("llama", tmp_path / "original"), tmp_path / "packed")
+    with pytest.raises(ModelError, match="packed is quantized already, with aqlm; use the model it was made from"):
+        load_skeleton(find(tmp_path / "packed"))
+
+
+def test_loading_prints_nothing(tmp_path: Path, find: Any, capfd: pytest.CaptureFixture[str]) -> None:
+    tiny_models.save_additive(tiny_models.save("llama", tmp_path / "original"), tmp_path / "packed")
+    capfd.readouterr()
+    load_network(find(tmp_path / "packed"), torch.float32)
+    load_network(find(tmp_path / "original"), torch.float32)
+    assert capfd.readouterr() == ("", "")
 
 
 def test_weights_have_the_asked_dtype(tmp_path: Path, find: Any) -> None:
@@ -179,6 +214,33 @@ def test_checkpoints_are_read_whatever_form_their_list_of_exceptions_has(
     assert additive == weights.keys()
 
 
+@pytest.mark.parametrize("family", ["gpt_neox", "mixtral"])
+def test_what_the_files_name_otherwise_than_the_modules_is_loaded_too(family: str, tmp_path: Path, find: Any) -> None:
+    """GPT-NeoX's head is `embed_out` there; an expert of Mixtral's is a tensor there, all are one in the network."""
+    original = tiny_models.save(family, tmp_path / "original", tie_word_embeddings=False)
+    weights = tiny_models.save_additive(original, tmp_path / "packed")
+    network, expected = load_network(find(tmp_path / "packed"), torch.float32), with_dense_weights(original, weights)
+    assert not tensor_index(original).keys() >= set(network.state_dict()) - weights.keys()
+    ids = tiny_models.token_ids(1)
+    assert relative_error(network(ids).logits, expected(ids).logits) < 1e-5
+
+
+def test_decoding_reads_the_codes_and_never_writes_the_weights_out(
+    tmp_path: Path, find: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_models.save_additive(tiny_models.save("llama", tmp_path / "original"), tmp_path / "packed")
+    network = load_network(find(tmp_path / "packed"), torch.float32)
+    assert not any(parameter.requires_grad for parameter in network.parameters())
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("the weights were written out")
+
+    monkeypatch.setattr("aqlm_kernels.cpu.dequantize.dequantize", refuse)
+    network(tiny_models.token_ids(1, 1))
+    with pytest.raises(AssertionError, match="written out"):
+        network(tiny_models.token_ids(1, 40))  # many rows, as in a prompt
+
+
 def test_the_head_of_a_tied_checkpoint_is_its_embedding(tmp_path: Path, find: Any) -> None:
     tiny_models.save_additive(tiny_models.save("gemma2", tmp_path / "original"), tmp_path / "packed")
     network = load_network(find(tmp_path / "packed"), torch.bfloat16)
@@ -209,6 +271,18 @@ def test_a_run_stands_for_what_it_has_packed(tmp_path: Path, find: Any) -> None:
         stage.publish({})
     assert find(run.path).directory == run.path / "packed"
     assert find(run.path).short_name == "my-run"
+
+
+def test_a_run_of_a_revision_is_opened_though_it_lies_on_this_disk(tmp_path: Path) -> None:
+    original = tiny_models.save("llama", tmp_path / "original")
+    run = open_run(tmp_path / "run", build_config(None, None, {"model": str(original)}))
+    with run.stage("packed", "packed", {}, {}) as stage:
+        tiny_models.save("qwen2", stage.directory)
+        stage.publish({})
+    subject = find_subject(str(run.path), revision="v2")
+    assert (subject.source.name, subject.source.directory) == (str(run.path), run.path / "packed")
+    assert (found := subject.original()) is not None and found.directory == original
+    assert find_subject(str(original)).original() is None
 
 
 # ----------------------------------------------------------------------------------------------------------------- GGUF
@@ -383,8 +457,8 @@ ANSWER = MagicMock()  # of whichever HTTP library the hub's client uses
         (hub.HFValidationError("bad"), "there is no model someone/model"),
         (hub.GatedRepoError("a\nb", response=ANSWER), "accept its terms at https://huggingface.co/someone/model"),
         (hub.RevisionNotFoundError("a\nb", response=ANSWER), "no revision v9"),
-        (hub.LocalEntryNotFoundError("a\nb"), "not cached; connect, or use a local directory, a .gguf file"),
-        (hub.OfflineModeIsEnabled("a\nb"), "not cached; connect"),
+        (hub.LocalEntryNotFoundError("a\nb"), "neither here nor cached, .* a local directory, a .gguf file"),
+        (hub.OfflineModeIsEnabled("a\nb"), "the hub does not answer; connect"),
         (hub.HfHubHTTPError("a\nb", response=ANSWER), "the hub does not answer"),
     ],
 )

@@ -5,7 +5,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,11 @@ from aqlm_cli.artifacts import RunDirectory, open_run
 from aqlm_cli.blocks import count_parameters, describe_layers
 from aqlm_cli.config import build_config
 from aqlm_cli.errors import ArtifactError, QuantizationError, StorageError
+from aqlm_cli.events import Event
 from aqlm_cli.methods import CompressedMatrix, rtn
 from aqlm_cli.model import load_network, resolve
 from aqlm_cli.plan import Plan, Target, make_plan
-from aqlm_cli.report import Event, PackReport
+from aqlm_cli.report import PackReport
 from aqlm_cli.scheme import AdditiveScheme, UniformScheme, parse_scheme
 from aqlm_cli.stages.pack import pack
 from aqlm_cli.storage import save_tensors
@@ -65,24 +66,30 @@ def quantized_run(
     dtype: str | None = None,
     edited: dict[str, Tensor] | None = None,
     mixed: str | None = None,
+    skip: Sequence[str] = SKIP,
+    config: Mapping[str, Any] | None = None,
     **settings: Any,
 ) -> tuple[RunDirectory, Plan]:
     """A run as `quantize` leaves it: one tuned norm, one layer skipped, and random codes for all others.
 
-    `edited` are other weights for the model, `mixed` is another scheme for its first layer.
+    `edited` are other weights for the model, `mixed` is another scheme for its first layer, `settings` go into the
+    model's configuration before it is made and `config` into its file afterwards.
     """
     directory = tiny_models.save(family, tmp_path / "model", **settings)
     if edited is not None:
         save_file(edited, directory / "model.safetensors", {"format": "pt"})
     if dtype is not None:
         AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).save_pretrained(directory)
+    if config is not None:
+        path = directory / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **config}))
     source = resolve(str(directory))
     network = load_network(source, torch.float32)
-    plan = make_plan(describe_layers(network), count_parameters(network), parse_scheme(scheme), SKIP, [])
+    plan = make_plan(describe_layers(network), count_parameters(network), parse_scheme(scheme), skip, [])
     if mixed is not None:
         plan = replace(plan, targets=(replace(plan.targets[0], scheme=parse_scheme(mixed)), *plan.targets[1:]))
     method = "aqlm" if isinstance(parse_scheme(scheme), AdditiveScheme) else "rtn"
-    config = build_config(
+    run_config = build_config(
         None,
         None,
         {
@@ -91,9 +98,9 @@ def quantized_run(
             "calibrate": {"data": f"{tmp_path}/notes.txt:4,builtin:4"},
         },
     )
-    run = open_run(tmp_path / "run", config)
+    run = open_run(tmp_path / "run", run_config)
     with run.stage("quantized", "quantized", {"scheme": scheme}, {"model": source.identity}) as stage:
-        for index in range(2):
+        for index in range(network.config.num_hidden_layers):
             block = {path: matrix for path, matrix in matrices(plan).items() if f".{index}." in path}
             tensors = {
                 f"{path}.{name}": part for path, matrix in block.items() for name, part in matrix.tensors().items()
@@ -113,8 +120,8 @@ def packed(run: RunDirectory, format: str | None = None, overwrite: bool = False
 
 
 def with_weights_written_out(run: RunDirectory, plan: Plan) -> nn.Module:
-    """The original network with each quantized weight replaced by its definition, and the tuned norm."""
-    network = load_network(resolve(run.config.model), torch.float32)
+    """The original in float16 with each quantized weight replaced by its definition, and the tuned norm."""
+    network = load_network(resolve(run.config.model), torch.float16).float()
     for path, matrix in matrices(plan).items():
         network.get_submodule(path).weight.data = matrix.dequantize()
     if NORM in dict(network.named_parameters()):
@@ -165,20 +172,30 @@ CASES: list[dict[str, Any]] = [
     {"tie_word_embeddings": False},
     {"family": "qwen2", "scheme": "1x12g8", "dtype": "bfloat16"},
     {"family": "opt", "tie_word_embeddings": True},
+    {"family": "gpt_neox", "skip": []},
+    {"family": "mixtral", "skip": [r".*\.1\..*o_proj"]},
     {"scheme": "int4g16"},
 ]
 
 
-def test_stock_transformers_computes_what_the_definition_says(tmp_path: Path) -> None:
-    """Tied and untied heads, biases, codes of 12 bits, ordinary weights: stock, our reader and the definition agree."""
-    runs = [quantized_run(tmp_path / str(number), **case) for number, case in enumerate(CASES)]
-    directories = [packed(run).directory for run, _ in runs]
-    for case, (run, plan), directory, stock in zip(
-        CASES, runs, directories, stock_logits(directories, tmp_path), strict=True
-    ):
+def test_stock_transformers_computes_and_generates_from_what_is_packed(tmp_path: Path) -> None:
+    """Tied and untied heads, biases, codes of 12 bits, renamed heads, fused experts, ordinary weights."""
+    directories = [
+        packed(quantized_run(tmp_path / str(number), **case)[0]).directory for number, case in enumerate(CASES)
+    ]
+    for case, directory, stock in zip(CASES, directories, stock_logits(directories, tmp_path), strict=True):
         ours = logits(load_network(resolve(str(directory)), torch.float32))
         assert relative_rms(stock, ours) < 1e-3, case
-        assert relative_rms(ours, logits(with_weights_written_out(run, plan))) < 3e-3, case
+
+
+@pytest.mark.parametrize("family", [*tiny_models.FAMILIES, *tiny_models.WITH_EXPERTS])
+def test_what_is_packed_computes_what_the_definition_says(family: str, tmp_path: Path) -> None:
+    run, plan = quantized_run(tmp_path, family, skip=[r".*\.1\..*(o_proj|out_proj|dense)"])
+    assert len(plan.skipped) >= 1
+    wanted = logits(with_weights_written_out(run, plan))
+    assert relative_rms(logits(load_network(resolve(str(packed(run).directory)), torch.float32)), wanted) < 1e-5
+    dense = packed(run, "dense", overwrite=True).directory
+    assert relative_rms(logits(load_network(resolve(str(dense)), torch.float32)), wanted) < 2e-3
 
 
 # ---------------------------------------------------------------------------------------------------------- the format
@@ -270,7 +287,7 @@ def test_packing_twice_gives_the_same_bytes(tmp_path: Path) -> None:
 
 
 def test_nothing_in_the_package_tells_a_path_of_this_machine(tmp_path: Path) -> None:
-    run, _ = quantized_run(tmp_path)
+    run, _ = quantized_run(tmp_path, config={"_name_or_path": str(tmp_path)})  # as transformers 4 wrote it
     for path in packed(run).directory.iterdir():
         assert str(tmp_path).encode() not in path.read_bytes(), path.name
 
@@ -286,25 +303,34 @@ def test_a_finished_package_is_reused_and_another_format_is_refused(tmp_path: Pa
     assert packed(run, "dense", overwrite=True).format == "dense"
 
 
-def test_the_card_names_origin_licence_bits_size_and_text(tmp_path: Path) -> None:
+def test_the_card_names_origin_licence_bits_size_text_and_how_to_load_it(tmp_path: Path) -> None:
     run, _ = quantized_run(tmp_path)
     (Path(run.config.model) / "README.md").write_text("---\nlicense: mit\nbase_model: someone/Tiny\n---\n")
     card = (packed(run).directory / "README.md").read_text()
     front = card.split("---")[1]
     assert "base_model: someone/Tiny" in front and "license: mit" in front and "library_name: transformers" in front
     assert "2x8g8" in card and "kB" in card and "notes.txt:4, builtin:4" in card
+    assert "aqlm[cpu]==1.1.7" in card and "AutoModelForCausalLM.from_pretrained" in card
     assert "perplexity" not in card
+    assert "aqlm[cpu]" not in (packed(run, "dense", overwrite=True).directory / "README.md").read_text()
 
 
 def test_the_card_shows_a_perplexity_of_this_quantized_model_only(tmp_path: Path) -> None:
     run, _ = quantized_run(tmp_path)
-    (run.path / "reports").mkdir()
-    report = {"data": "/home/me/wiki.txt", "perplexity": 23.456, "stderr": 0.5, "windows": 9, "sequence_length": 64}
-    path = run.path / "reports" / "eval-ppl-wiki.txt-9x64-float32.json"
-    path.write_text(json.dumps({**report, "original": {"perplexity": 20.0, "stderr": 0.4}}))
+    run.reports.mkdir()
+    report: dict[str, Any] = {
+        "data": "/home/me/wiki.txt",
+        "perplexity": 23.456,
+        "stderr": 0.5,
+        "windows": 9,
+        "sequence_length": 64,
+    }
+    report |= {"original": {"perplexity": 20.0, "stderr": 0.4}, "quantized": run.current("quantized").digest}
+    path = run.reports / "eval-ppl-wiki.txt-9x64-float32.json"
+    path.write_text(json.dumps(report))
     card = (packed(run).directory / "README.md").read_text()
     assert "wiki.txt, 9 windows of 64 tokens | 23.46 ± 0.50, original 20.00 ± 0.40" in card
-    os.utime(path, ns=(0, 0))  # older than the quantized model, so of another
+    path.write_text(json.dumps({**report, "quantized": "that of another"}))
     assert "perplexity" not in (packed(run, overwrite=True).directory / "README.md").read_text()
 
 
@@ -361,7 +387,7 @@ def test_a_model_that_has_changed_since_is_refused(tmp_path: Path) -> None:
 
 def test_a_run_that_is_not_quantized_says_how_to_do_it(tmp_path: Path) -> None:
     run = open_run(tmp_path / "run", build_config(None, None, {"model": "tiny"}))
-    with pytest.raises(ArtifactError, match=f"aqlm quantize tiny --out {run.path}"):
+    with pytest.raises(ArtifactError, match=f"aqlm quantize --config {run.path}/run.yaml --out {run.path}"):
         packed(run)
 
 

@@ -21,8 +21,8 @@ from aqlm_cli.report import (
     PlanReport,
     QuantizeReport,
     Record,
-    readable_bytes,
 )
+from aqlm_cli.wording import readable_bytes
 
 PERPLEXITY = PerplexityReport(
     model="runs/tiny-2bit",
@@ -83,6 +83,12 @@ def test_a_perplexity_is_printed_with_all_that_it_depends_on() -> None:
     text = printed(PERPLEXITY)
     for fact in ("wikitext2", "148 x 2048", "float32", "24.500 ± 0.250", "21.500 ± 0.200", "1.1395"):
         assert fact in text
+
+
+def test_a_text_is_printed_by_its_name_and_told_to_programs_as_it_was_typed() -> None:
+    record = dataclasses.replace(PERPLEXITY, data="/home/me/wiki.txt")
+    assert " wiki.txt " in printed(record) and "/home/me" not in printed(record)
+    assert record.as_json()["data"] == "/home/me/wiki.txt"
 
 
 def test_brackets_in_a_text_are_printed_as_they_are() -> None:

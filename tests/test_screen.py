@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from aqlm_cli.report import Advanced, BlockQuantized, LayerQuantized, Noted, StageStarted, Warned
+from aqlm_cli.events import Advanced, BlockQuantized, LayerQuantized, Noted, StageStarted, Warned
+from aqlm_cli.report import PackReport
 from aqlm_cli.screen import PLAIN_STEPS, Screen
 
 
@@ -16,19 +19,32 @@ def test_without_a_terminal_a_stage_prints_at_most_ten_lines_and_always_the_last
             screen.emit(Advanced("calibrate", done, "loss 3.2"))
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == min(total, PLAIN_STEPS)
-    assert lines[-1] == f"calibrate: window {total} of {total}, 0:00:00 left, loss 3.2"
+    assert lines[-1] == f"calibrate: {total} of {total} window{'s' * (total > 1)}, done in 0:00:00, loss 3.2"
 
 
 def test_every_event_is_one_line_whatever_it_holds(capsys: pytest.CaptureFixture[str]) -> None:
     with Screen(as_json=False) as screen:
         screen.emit(LayerQuantized("model.layers.0.mlp.up_proj", 0.0655, 2.148, 2.6))
-        screen.emit(BlockQuantized(0, 30, 0.041, 0.0321, 39.0))
+        screen.emit(BlockQuantized(0, 0.0321, 0.21, 39.0))
         screen.emit(Noted("a path " + "/long" * 40 + " and [brackets]"))
         screen.emit(Warned("mind the gap"))
     layer, block, note, warning = capsys.readouterr().out.splitlines()
-    assert layer == "  model.layers.0.mlp.up_proj: relative error 0.06550, 2.148 bits, 2.6 s"
-    assert block.startswith("block 1 of 30: relative error of its output 0.03210 (0.04100 before fitting)")
+    assert layer == "  model.layers.0.mlp.up_proj: relative error 0.0655, 2.148 bits, 2.6 s"
+    assert block == "block 0: relative error of its output 0.0321, fitting removed 21.0%, 39.0 s"
     assert note.endswith("/long and [brackets]") and warning == "warning: mind the gap"
+
+
+def test_a_block_that_was_not_fitted_says_nothing_of_it(capsys: pytest.CaptureFixture[str]) -> None:
+    with Screen(as_json=False) as screen:
+        screen.emit(BlockQuantized(3, 0.0321, 0.0, 39.0))
+    assert capsys.readouterr().out == "block 3: relative error of its output 0.0321, 39.0 s\n"
+
+
+def test_a_path_in_a_table_that_goes_to_a_file_is_not_broken(capsys: pytest.CaptureFixture[str]) -> None:
+    path = Path("runs") / ("long-" * 20) / "packed"
+    with Screen(as_json=False) as screen:
+        screen.show(PackReport(path, "transformers", "2x8g8", 2.15, 2.15, 200, 14))
+    assert str(path) in capsys.readouterr().out
 
 
 def test_with_json_the_events_go_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:

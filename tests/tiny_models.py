@@ -52,13 +52,16 @@ FAMILIES: Mapping[str, Mapping[str, Any]] = {
 }
 """transformers' name of each family and what its configuration differs in from the default."""
 
+WITH_EXPERTS: Mapping[str, Mapping[str, Any]] = {"mixtral": {**SHAPE, "num_local_experts": 4}}
+"""Families whose experts are one tensor in the network, and one each in the files."""
+
 
 def save(family: str, directory: Path, **settings: Any) -> Path:
     """Write a model of the family with its tokenizer to `directory`, in float32; `settings` go into its config."""
     tokenizer = byte_tokenizer()
     special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": None}
     config = AutoConfig.for_model(
-        family, **{**FAMILIES.get(family, {}), "vocab_size": len(tokenizer), **special, **settings}
+        family, **{**{**FAMILIES, **WITH_EXPERTS}.get(family, {}), "vocab_size": len(tokenizer), **special, **settings}
     )
     with torch.random.fork_rng():
         torch.manual_seed(0)

@@ -5,6 +5,7 @@
         calibration/            an artifact: safetensors files and a manifest.json
         quantized/              the next one; its manifest names the digest of the calibration it came from
         packed.partial/         a stage that is running, or died: nobody reads it, its next start wipes it
+        reports/                what was measured, as plain JSON
 
 A stage is published whole or not at all: it works in `<name>.partial/`, its manifest is written last, after the
 digests of all files are known, and one rename makes the directory visible. So a directory with a manifest is complete,
@@ -39,6 +40,13 @@ DIRECTORIES: Mapping[str, tuple[str, ...]] = {
     "quantized": ("quantized",),
     "packed": ("packed",),
 }
+
+MADE_BY: Mapping[str, str] = {
+    "calibration": "aqlm calibrate --config {run}/run.yaml --out {run}",
+    "quantized": "aqlm quantize --config {run}/run.yaml --out {run}",
+    "packed": "aqlm pack {run}",
+}
+"""The command that makes an artifact of each kind in a run."""
 
 # ------------------------------------------------------------------------------------------------------ manifests
 
@@ -189,6 +197,22 @@ class RunDirectory:
                 return open_artifact(self.path / name, kind)
         return None
 
+    def current(self, kind: str) -> Artifact:
+        """The newest complete artifact, to build on.
+
+        ArtifactError if there is none, or if something it was made from, directly or not, has been made anew since.
+        """
+        artifact, command = self.artifact(kind), MADE_BY[kind].format(run=self.path)
+        if artifact is None:
+            raise ArtifactError(f"{self.path} has no complete {DIRECTORIES[kind][0]}/; make it with `{command}`")
+        for parent, digest in artifact.manifest.parents.items():
+            if parent in DIRECTORIES and self.artifact(parent) and self.current(parent).digest != digest:
+                raise ArtifactError(
+                    f"{artifact.directory} was made from {parent} {digest[:12]}, which is now "
+                    f"{self.current(parent).digest[:12]}; redo it with `{command} --overwrite`"
+                )
+        return artifact
+
     def reusable(
         self, kind: str, settings: Mapping[str, Any], parents: Mapping[str, str], overwrite: bool
     ) -> Artifact | None:
@@ -206,6 +230,17 @@ class RunDirectory:
         if found:
             raise ArtifactError(f"{artifact.directory} is there with {'; '.join(found)}; add --overwrite to redo it")
         return artifact
+
+    @property
+    def reports(self) -> Path:
+        return self.path / "reports"
+
+    def write_report(self, name: str, record: Mapping[str, Any]) -> Path:
+        """What was measured of the run, as plain JSON; an earlier report of this name is replaced."""
+        with storage_errors(self.reports):
+            self.reports.mkdir(exist_ok=True)
+        write_file(self.reports / name, json.dumps(record, indent=1).encode())
+        return self.reports / name
 
     @contextlib.contextmanager
     def stage(self, name: str, kind: str, settings: Mapping[str, Any], parents: Mapping[str, str]) -> Iterator[Stage]:

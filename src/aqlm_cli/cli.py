@@ -6,39 +6,19 @@ a misspelt flag answer at once.
 
 from __future__ import annotations
 
-import sys
-from importlib import metadata
+import shlex
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from typer.core import TyperGroup
 
-from aqlm_cli.config import PRESETS, build_config
-from aqlm_cli.errors import AqlmError, UsageError
-from aqlm_cli.scheme import SCHEMES_BY_BITS, scheme_for_bits
-from aqlm_cli.screen import Screen, show_error
+from aqlm_cli import options
+from aqlm_cli.config import build_config
+from aqlm_cli.openmp import share_pool
+from aqlm_cli.screen import OneLineErrors, Screen
 
-
-class OneLineErrors(TyperGroup):
-    """What a user can mend is one line on stderr; a bug keeps its traceback."""
-
-    def invoke(self, ctx: Any) -> Any:
-        try:
-            return super().invoke(ctx)
-        except _mendable() as error:
-            show_error(error)
-            raise typer.Exit(getattr(error, "exit_status", 1)) from error
-        except KeyboardInterrupt as interrupt:
-            show_error(AqlmError("interrupted; finished stages are kept, the same command goes on after them"))
-            raise typer.Exit(130) from interrupt
-
-
-def _mendable() -> tuple[type[Exception], ...]:
-    """Looked up when something was raised: a KernelError can only come from a package that is loaded by then."""
-    kernels = sys.modules.get("aqlm_kernels.errors")
-    return (AqlmError,) if kernels is None else (AqlmError, kernels.KernelError)
-
+PROMPT = "The capital of France is"
+"""To suggest; every language model has something to say to it."""
 
 app = typer.Typer(
     cls=OneLineErrors, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None
@@ -46,19 +26,12 @@ app = typer.Typer(
 
 
 def main() -> None:
+    share_pool()
     app()
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
-        typer.echo(f"aqlm-cli {metadata.version('aqlm-cli')}")
-        raise typer.Exit
-
-
 @app.callback()
-def about(
-    version: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True)] = False,
-) -> None:
+def about(version: options.Version = False) -> None:
     """Compress a language model to 1-4 bits a weight, and see what was won and lost.
 
     \b
@@ -68,55 +41,24 @@ def about(
     """
 
 
-# -------------------------------------------------------------------------------------------------- options they share
-# None stands for "not given": the run file, the preset or the default then counts.
-
-BITS = ", ".join(f"{bits:g}" for bits in SCHEMES_BY_BITS)
-
-Model = Annotated[
-    str | None,
-    typer.Argument(metavar="MODEL", help="Hub id, directory, .gguf file or smollm2-135m; may stand in the run file."),
-]
-Target = Annotated[str, typer.Argument(metavar="MODEL|RUN", help="A model, or the directory of a run.")]
-Run = Annotated[Path, typer.Argument(metavar="RUN", help="The directory of a run, such as runs/NAME-2bit.")]
-Revision = Annotated[str | None, typer.Option(help="Commit, tag or branch of a hub model.")]
-RemoteCode = Annotated[bool | None, typer.Option("--trust-remote-code", help="Run Python code of the model.")]
-Preset = Annotated[str | None, typer.Option(help=f"Settings under the run file: {', '.join(PRESETS)}.")]
-RunFile = Annotated[Path | None, typer.Option("--config", help="A run file in YAML; flags beat it.")]
-CalibrationData = Annotated[
-    str | None, typer.Option(help="Text to fit to: c4, wikitext2, redpajama, builtin or files; c4:96,notes.txt:32.")
-]
-Sequences = Annotated[int | None, typer.Option(help="Windows of text in all, where --data counts none.")]
-SequenceLength = Annotated[int | None, typer.Option(help="Tokens in a window.")]
-Seed = Annotated[int | None, typer.Option(help="Of all randomness.")]
-Device = Annotated[str | None, typer.Option(help="cpu, or cuda where there is one.")]
-Threads = Annotated[int | None, typer.Option(help="Of the processor; all, if not given.")]
-Out = Annotated[Path | None, typer.Option(help="Run directory; runs/NAME-BITS if not given.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Redo what is there.")]
-Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, everything else on stderr.")]
-
-
-# ------------------------------------------------------------------------------------------------------------ commands
-
-
 @app.command()
 def calibrate(
-    model: Model = None,
-    data: CalibrationData = None,
-    sequences: Sequences = None,
-    sequence_length: SequenceLength = None,
-    seed: Seed = None,
-    revision: Revision = None,
-    trust_remote_code: RemoteCode = None,
-    device: Device = None,
-    threads: Threads = None,
-    preset: Preset = None,
-    config: RunFile = None,
-    out: Out = None,
-    overwrite: Overwrite = False,
-    json: Json = False,
+    model: options.Model = None,
+    data: options.CalibrationData = None,
+    sequences: options.Sequences = None,
+    sequence_length: options.SequenceLength = None,
+    seed: options.Seed = None,
+    revision: options.Revision = None,
+    trust_remote_code: options.RemoteCode = None,
+    device: options.Device = None,
+    threads: options.Threads = None,
+    preset: options.Preset = None,
+    config: options.RunFile = None,
+    out: options.Out = None,
+    overwrite: options.Overwrite = False,
+    json: options.Json = False,
 ) -> None:
-    """Cut windows from a text and measure what the model makes of them.
+    """Cut a text into windows and measure the model on them.
 
     \b
     Example:
@@ -128,43 +70,46 @@ def calibrate(
         preset,
         config,
         {
-            **_machine_flags(model, revision, trust_remote_code, seed, device, threads),
+            **options.machine_flags(model, revision, trust_remote_code, seed, device, threads),
             "calibrate": {"data": data, "sequences": sequences, "sequence_length": sequence_length},
         },
     )
     with Screen(json) as screen:
-        pipeline.use_threads(settings.threads)
+        pipeline.use_machine(settings)
         directory = out or pipeline.default_run_directory(settings)
         report = pipeline.calibrate(settings, directory, overwrite, screen.emit)
-        screen.finish({"calibrate": report}, following=f"aqlm quantize --config {directory}/run.yaml --out {directory}")
+        screen.finish(
+            {"calibrate": report},
+            following=_command("quantize", "--config", directory / "run.yaml", "--out", directory),
+        )
 
 
 @app.command()
 def quantize(
-    model: Model = None,
-    bits: Annotated[float | None, typer.Option(help=f"Code bits a weight: {BITS}.")] = None,
-    scheme: Annotated[str | None, typer.Option(help="The same, exactly: 2x8g8, 1x16g8; for rtn int2g64.")] = None,
-    method: Annotated[str | None, typer.Option(help="aqlm, or rtn: round to nearest, the baseline.")] = None,
-    skip: Annotated[
-        list[str] | None, typer.Option(help="Leave layers in 16 bits: a regular expression that matches whole paths.")
-    ] = None,
-    only: Annotated[list[str] | None, typer.Option(help="Quantize no other layers than these; likewise.")] = None,
-    data: CalibrationData = None,
-    sequences: Sequences = None,
-    sequence_length: SequenceLength = None,
-    seed: Seed = None,
-    revision: Revision = None,
-    trust_remote_code: RemoteCode = None,
-    device: Device = None,
-    threads: Threads = None,
-    preset: Preset = None,
-    config: RunFile = None,
-    out: Out = None,
-    overwrite: Overwrite = False,
+    model: options.Model = None,
+    bits: options.Bits = None,
+    scheme: options.Scheme = None,
+    method: options.Method = None,
+    skip: options.Skip = None,
+    only: options.Only = None,
+    data: options.CalibrationData = None,
+    sequences: options.Sequences = None,
+    sequence_length: options.SequenceLength = None,
+    seed: options.Seed = None,
+    revision: options.Revision = None,
+    trust_remote_code: options.RemoteCode = None,
+    device: options.Device = None,
+    threads: options.Threads = None,
+    preset: options.Preset = None,
+    config: options.RunFile = None,
+    out: options.Out = None,
+    overwrite: options.Overwrite = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
-    json: Json = False,
+    json: options.Json = False,
 ) -> None:
-    """Compress a model's linear layers and pack the result; calibrates first where that is missing.
+    """Compress a model's linear layers and pack the result.
+
+    Calibrates first where that has not been done.
 
     \b
     Example:
@@ -177,18 +122,13 @@ def quantize(
         preset,
         config,
         {
-            **_machine_flags(model, revision, trust_remote_code, seed, device, threads),
+            **options.machine_flags(model, revision, trust_remote_code, seed, device, threads),
             "calibrate": {"data": data, "sequences": sequences, "sequence_length": sequence_length},
-            "quantize": {
-                "method": method,
-                "scheme": _scheme(bits, scheme),
-                "skip": skip or None,
-                "only": only or None,
-            },
+            "quantize": {"method": method, "scheme": options.chosen_scheme(bits, scheme), "skip": skip, "only": only},
         },
     )
     with Screen(json) as screen:
-        pipeline.use_threads(settings.threads)
+        pipeline.use_machine(settings)
         directory = out or pipeline.default_run_directory(settings)
         plan = pipeline.prepare(settings)
         if dry_run:
@@ -196,17 +136,17 @@ def quantize(
             return
         screen.show(plan)
         reports = pipeline.quantize_and_pack(settings, directory, overwrite, screen.emit)
-        screen.finish(reports, following=f"aqlm eval-ppl {directory}")
+        screen.finish(reports, following=_command("eval-ppl", directory))
 
 
 @app.command()
 def pack(
-    run: Run,
+    run: options.Run,
     format: Annotated[str | None, typer.Option(help="transformers, or dense: an ordinary 16-bit checkpoint.")] = None,
-    overwrite: Overwrite = False,
-    json: Json = False,
+    overwrite: options.Overwrite = False,
+    json: options.Json = False,
 ) -> None:
-    """Write a quantized model as a checkpoint that transformers loads.
+    """Write a quantized model as a checkpoint for others.
 
     \b
     Example:
@@ -217,23 +157,25 @@ def pack(
     settings = pipeline.settings_of_run(run, {"pack": {"format": format}})
     with Screen(json) as screen:
         report = pipeline.pack_run(settings, run, overwrite, screen.emit)
-        screen.finish({"pack": report}, following=f"aqlm generate {run} --prompt ...")
+        screen.finish({"pack": report}, following=_command("generate", run, "--prompt", PROMPT))
 
 
 @app.command()
 def eval_ppl(
-    target: Target,
+    target: options.Target,
     data: Annotated[str | None, typer.Option(help="wikitext2, c4, builtin or a file.")] = None,
-    sequence_length: SequenceLength = None,
+    sequence_length: options.SequenceLength = None,
     windows: Annotated[int | None, typer.Option(min=2, help="Only the first so many; all, if not given.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
-    revision: Revision = None,
-    trust_remote_code: RemoteCode = None,
-    device: Device = None,
-    threads: Threads = None,
-    json: Json = False,
+    revision: options.Revision = None,
+    trust_remote_code: options.RemoteCode = None,
+    device: options.Device = None,
+    threads: options.Threads = None,
+    json: options.Json = False,
 ) -> None:
-    """Measure perplexity as GPTQ does; of a run, beside the original's.
+    """Measure perplexity; of a run, beside the original's.
+
+    The protocol is GPTQ's: windows without overlap, every token but a window's first scored.
 
     \b
     Example:
@@ -244,29 +186,31 @@ def eval_ppl(
     settings = pipeline.settings_for(
         target,
         {
-            **_machine_flags(None, revision, trust_remote_code, None, device, threads),
+            **options.machine_flags(None, revision, trust_remote_code, None, device, threads),
             "eval_ppl": {"data": data and [data], "sequence_length": sequence_length, "dtype": dtype},
         },
     )
     with Screen(json) as screen:
-        pipeline.use_threads(settings.threads)
+        pipeline.use_machine(settings)
         reports = pipeline.measure(target, settings, windows, screen.emit)
-        screen.finish(reports, following=f"aqlm bench {target}")
+        screen.finish(reports, following=_command("bench", target))
 
 
 @app.command()
 def bench(
-    target: Target,
+    target: options.Target,
     tokens: Annotated[int | None, typer.Option(help="New tokens to decode.")] = None,
     prompt: Annotated[int | None, typer.Option(help="Tokens of the prompt.")] = None,
     repeats: Annotated[int | None, typer.Option(help="Times that each model runs.")] = None,
-    seed: Seed = None,
-    revision: Revision = None,
-    trust_remote_code: RemoteCode = None,
-    threads: Threads = None,
-    json: Json = False,
+    seed: options.Seed = None,
+    revision: options.Revision = None,
+    trust_remote_code: options.RemoteCode = None,
+    threads: options.Threads = None,
+    json: options.Json = False,
 ) -> None:
-    """Measure tokens per second, of decoding and of reading a prompt; of a run, beside the original's.
+    """Measure tokens per second; of a run, beside the original's.
+
+    Reading a prompt and decoding token by token are measured apart, on the CPU.
 
     \b
     Example:
@@ -277,28 +221,28 @@ def bench(
     settings = pipeline.settings_for(
         target,
         {
-            **_machine_flags(None, revision, trust_remote_code, seed, None, threads),
+            **options.machine_flags(None, revision, trust_remote_code, seed, None, threads),
             "bench": {"tokens": tokens, "prompt": prompt, "repeats": repeats},
         },
     )
     with Screen(json) as screen:
-        pipeline.use_threads(settings.threads)
+        pipeline.use_machine(settings)
         report = pipeline.compare_speed(target, settings, screen.emit)
-        screen.finish({"bench": report}, following=f"aqlm generate {target} --prompt ...")
+        screen.finish({"bench": report}, following=_command("generate", target, "--prompt", PROMPT))
 
 
 @app.command()
 def generate(
-    target: Target,
+    target: options.Target,
     prompt: Annotated[str, typer.Option(help="The text to continue.")],
     tokens: Annotated[int, typer.Option(min=1, help="The most tokens to add.")] = 64,
     temperature: Annotated[float, typer.Option(min=0, help="0: always the likeliest token.")] = 0.0,
-    seed: Seed = None,
-    revision: Revision = None,
-    trust_remote_code: RemoteCode = None,
-    device: Device = None,
-    threads: Threads = None,
-    json: Json = False,
+    seed: options.Seed = None,
+    revision: options.Revision = None,
+    trust_remote_code: options.RemoteCode = None,
+    device: options.Device = None,
+    threads: options.Threads = None,
+    json: options.Json = False,
 ) -> None:
     """Continue a text.
 
@@ -308,22 +252,22 @@ def generate(
     """
     from aqlm_cli import pipeline
 
-    flags = _machine_flags(None, revision, trust_remote_code, seed, device, threads)
+    flags = options.machine_flags(None, revision, trust_remote_code, seed, device, threads)
     settings = pipeline.settings_for(target, flags)
     with Screen(json) as screen:
-        pipeline.use_threads(settings.threads)
+        pipeline.use_machine(settings)
         report = pipeline.continue_text(target, settings, prompt, tokens, temperature, screen.emit)
-        screen.finish({"generate": report}, following=f"aqlm bench {target}")
+        screen.finish({"generate": report}, following=_command("bench", target))
 
 
 @app.command()
 def run(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A run file in YAML.")],
-    out: Out = None,
-    overwrite: Overwrite = False,
-    json: Json = False,
+    out: options.Out = None,
+    overwrite: options.Overwrite = False,
+    json: options.Json = False,
 ) -> None:
-    """Run all stages of a run file, from calibration to the benchmark.
+    """Run all stages of a run file, calibration to benchmark.
 
     \b
     Example:
@@ -333,15 +277,16 @@ def run(
 
     settings = build_config(None, file, {})
     with Screen(json) as screen:
-        pipeline.use_threads(settings.threads)
+        pipeline.use_machine(settings)
         directory = out or pipeline.default_run_directory(settings)
+        screen.show(pipeline.prepare(settings))
         reports = pipeline.run_all(settings, directory, overwrite, screen.emit)
-        screen.finish(reports, following=f"aqlm generate {directory} --prompt ...")
+        screen.finish(reports, following=_command("generate", directory, "--prompt", PROMPT))
 
 
 @app.command()
-def doctor(json: Json = False) -> None:
-    """Show what this machine has, which backends it can use, and why not the others.
+def doctor(json: options.Json = False) -> None:
+    """Show what this machine has and which backends it can use.
 
     \b
     Example:
@@ -350,28 +295,9 @@ def doctor(json: Json = False) -> None:
     from aqlm_cli import pipeline
 
     with Screen(json) as screen:
-        screen.finish({"doctor": pipeline.doctor()}, following="aqlm quantize --bits 2 MODEL")
+        screen.finish({"doctor": pipeline.doctor()}, following=_command("quantize", "--bits", 2, "smollm2-135m"))
 
 
-def _machine_flags(
-    model: str | None,
-    revision: str | None,
-    trust_remote_code: bool | None,
-    seed: int | None,
-    device: str | None,
-    threads: int | None,
-) -> dict[str, Any]:
-    return {
-        "model": model,
-        "revision": revision,
-        "trust_remote_code": trust_remote_code,
-        "seed": seed,
-        "device": device,
-        "threads": threads,
-    }
-
-
-def _scheme(bits: float | None, scheme: str | None) -> str | None:
-    if bits is not None and scheme is not None:
-        raise UsageError("--bits and --scheme say the same thing; give one of them")
-    return scheme if bits is None else str(scheme_for_bits(bits))
+def _command(name: str, *arguments: object) -> str:
+    """A command as one would type it."""
+    return shlex.join(["aqlm", name, *map(str, arguments)])

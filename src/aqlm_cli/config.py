@@ -8,6 +8,7 @@ all is checked once; an error names the layer that holds the wrong value.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
@@ -25,6 +26,7 @@ DEFAULT_SEQUENCES = 192
 
 Positive: TypeAlias = Annotated[int, Field(ge=1)]
 Count: TypeAlias = Annotated[int, Field(ge=0)]
+Beam: TypeAlias = Literal[2, 4, 8, 16, 32, 64, 128, 256]
 # Not strict, as YAML 1.1 reads 1e-4 (without a dot) as a string; pydantic makes a number of it.
 Rate: TypeAlias = Annotated[float, Field(strict=False, gt=0, allow_inf_nan=False)]
 # Not strict, as YAML has lists and a frozen record has tuples.
@@ -45,7 +47,7 @@ class CalibrateConfig(Section):
     data: str = "c4"
     sequences: Positive | None = None
     sequence_length: Annotated[int, Field(ge=2)] = 1024
-    statistics_sequences: Positive = 32
+    statistics_sequences: Positive = 16
 
 
 class SearchConfig(Section):
@@ -57,12 +59,12 @@ class SearchConfig(Section):
 
     recipe: Literal["ldlq", "published"] = "ldlq"
     kmeans_iterations: Positive = 25
-    rounds: Positive = 8
-    ldlq_rounds: Count = 6
+    rounds: Positive = 6
+    ldlq_rounds: Count = 4
     cg_steps: Positive = 2
     final_cg_steps: Count = 4
-    beam: Positive = 16
-    final_beam: Positive = 32
+    beam: Beam = 32
+    final_beam: Beam = 64
     damping: Rate = 0.01
     factor_damping: Rate = 1e-4
     adam_steps: Positive = 100
@@ -79,9 +81,9 @@ class FitConfig(Section):
     """
 
     epochs: Count = 2
-    sequences: Positive = 64
-    held_out: Count = 16
-    batch: Positive = 4
+    sequences: Positive = 32
+    held_out: Positive = 8
+    batch: Positive = 2
     learning_rate: Rate = 7e-3
     learning_rate_unit: Literal["rms", "absolute"] = "rms"
     warmup_steps: Count = 3
@@ -150,6 +152,13 @@ class RunConfig(Section):
     pack: PackConfig = PackConfig()
     eval_ppl: EvalConfig = EvalConfig()
     bench: BenchConfig = BenchConfig()
+
+    @field_validator("device")
+    @classmethod
+    def _is_device(cls, name: str) -> str:
+        if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+            raise ValueError(f"there is no device {name!r}; choose cpu, cuda or cuda:NUMBER")
+        return name
 
 
 # Where a run is computed, not what comes out: these may change within one run directory.

@@ -127,8 +127,6 @@ def _cut(
         tokens += tokenizer.encode(text, add_special_tokens=False)
         if len(tokens) >= windows * length:
             break
-    if not tokens:
-        raise DataError(f"{name} has no text")
     if len(tokens) < windows * length:
         raise DataError(
             f"{name}: asked {windows} windows of {length} tokens, found {len(tokens) // length}; "
@@ -184,12 +182,16 @@ def documents(name: str, split: Split, characters: int | None = None) -> list[st
     splits: keeping text for calibration apart from text for evaluation is up to the user.
     """
     if name == "builtin":
-        return _builtin(split)
-    if name in HUB:
-        return _from_hub(name, split, characters)
-    if not Path(name).exists():
+        texts = _builtin(split)
+    elif name in HUB:
+        texts = _from_hub(name, split, characters)
+    elif Path(name).exists():
+        texts = read_texts(Path(name))
+    else:
         raise DataError(f"there is no text source {name!r}; choose {', '.join(HUB)}, builtin, or a file")
-    return read_texts(Path(name))
+    if not any(text.strip() for text in texts):
+        raise DataError(f"{name} has no text; choose another source")
+    return texts
 
 
 def _builtin(split: Split) -> list[str]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from aqlm_cli.report import readable_bytes
+from aqlm_cli.wording import readable_bytes, text_name
 
 TEMPLATE = """\
 ---
@@ -87,9 +87,8 @@ def model_card(facts: CardFacts) -> str:
 
 
 def _perplexity_row(report: Mapping[str, Any]) -> str:
+    windows = f"{report['windows']} windows of {report['sequence_length']} tokens"
+    measured = f"{report['perplexity']:.2f} ± {report['stderr']:.2f}"
     original = report["original"]
     beside = f", original {original['perplexity']:.2f} ± {original['stderr']:.2f}" if original else ""
-    return (
-        f"| perplexity, {report['data']}, {report['windows']} windows of {report['sequence_length']} tokens | "
-        f"{report['perplexity']:.2f} ± {report['stderr']:.2f}{beside} |\n"
-    )
+    return f"| perplexity, {text_name(report['data'])}, {windows} | {measured}{beside} |\n"

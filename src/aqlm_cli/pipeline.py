@@ -16,8 +16,9 @@ import torch
 from aqlm_cli.artifacts import is_run, read_run
 from aqlm_cli.config import RunConfig, build_config
 from aqlm_cli.errors import UsageError
-from aqlm_cli.model import resolve
-from aqlm_cli.report import BenchReport, Emit, GenerationReport, Noted, PackReport, Record
+from aqlm_cli.events import Emit, Noted
+from aqlm_cli.model import Subject, find_subject, resolve
+from aqlm_cli.report import BenchReport, GenerationReport, PackReport, Record
 from aqlm_cli.scheme import SCHEMES_BY_BITS, parse_scheme
 from aqlm_cli.stages.bench import bench
 from aqlm_cli.stages.calibrate import calibrate
@@ -40,19 +41,24 @@ __all__ = [
     "run_all",
     "settings_for",
     "settings_of_run",
-    "use_threads",
+    "use_machine",
 ]
 
 
-def use_threads(threads: int | None) -> None:
-    """Let torch's products and our own kernels run on so many threads; None leaves both at all of the machine's."""
-    if threads is None:
-        return
-    try:
-        numba.set_num_threads(threads)
-    except ValueError as error:
-        raise UsageError(f"--threads {threads}: this machine has {numba.get_num_threads()}") from error
-    torch.set_num_threads(threads)
+def use_machine(config: RunConfig) -> None:
+    """Let torch's products and our own kernels run on `config.threads`; None leaves both at all of the machine's.
+
+    Raises UsageError for threads or a device that this machine has not got.
+    """
+    device = torch.device(config.device)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UsageError(f"--device {device}: torch finds {torch.cuda.device_count()} such devices here; choose cpu")
+    if config.threads is not None:
+        try:
+            numba.set_num_threads(config.threads)
+        except ValueError as error:
+            raise UsageError(f"--threads {config.threads}: this machine has {numba.get_num_threads()}") from error
+        torch.set_num_threads(config.threads)
 
 
 def default_run_directory(config: RunConfig) -> Path:
@@ -98,26 +104,23 @@ def pack_run(config: RunConfig, run_directory: Path, overwrite: bool, emit: Emit
 
 def measure(target: str, config: RunConfig, windows: int | None, emit: Emit) -> dict[str, Record]:
     """Perplexity on every text of the settings."""
-    _complete(target, emit)
-    section, origin = config.eval_ppl, (config.revision, config.trust_remote_code)
+    subject, section = _subject(target, config, emit), config.eval_ppl
     return {
-        text: eval_ppl(target, text, section.sequence_length, section.dtype, windows, emit, *origin, config.device)
+        text: eval_ppl(subject, text, section.sequence_length, section.dtype, windows, config.device, emit)
         for text in section.data
     }
 
 
 def compare_speed(target: str, config: RunConfig, emit: Emit) -> BenchReport:
-    _complete(target, emit)
-    section, origin = config.bench, (config.revision, config.trust_remote_code)
-    return bench(target, section.prompt, section.tokens, section.repeats, config.seed, emit, *origin)
+    subject, section = _subject(target, config, emit), config.bench
+    return bench(subject, section.prompt, section.tokens, section.repeats, config.seed, emit)
 
 
 def continue_text(
     target: str, config: RunConfig, prompt: str, tokens: int, temperature: float, emit: Emit
 ) -> GenerationReport:
-    _complete(target, emit)
-    origin = (config.revision, config.trust_remote_code)
-    return generate(target, prompt, tokens, temperature, config.seed, emit, *origin, config.device)
+    subject = _subject(target, config, emit)
+    return generate(subject, prompt, tokens, temperature, config.seed, config.device, emit)
 
 
 def run_all(config: RunConfig, run_directory: Path, overwrite: bool, emit: Emit) -> dict[str, Record]:
@@ -127,10 +130,11 @@ def run_all(config: RunConfig, run_directory: Path, overwrite: bool, emit: Emit)
     return {**made, **measured, "bench": compare_speed(str(run_directory), config, emit)}
 
 
-def _complete(target: str, emit: Emit) -> None:
-    """Where `target` is a run without a checkpoint, run the stages that are missing; a model is left as it is."""
+def _subject(target: str, config: RunConfig, emit: Emit) -> Subject:
+    """What `target` means; where it is a run without a checkpoint, the stages that are missing run first."""
     if is_run(Path(target)):
         run = read_run(Path(target))
         if run.artifact("packed") is None:
             emit(Noted(f"{target} is not packed yet, that runs first"))
             pack_run(run.config, run.path, overwrite=False, emit=emit)
+    return find_subject(target, config.revision, config.trust_remote_code)

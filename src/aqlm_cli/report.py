@@ -1,9 +1,7 @@
-"""What a stage says while it runs (events) and what it returns at its end (records).
+"""What a stage returns at its end: one frozen record, which knows two ways to be shown.
 
-A stage never prints. It calls `emit(event)` for each thing worth telling, and the command line decides whether that
-becomes a progress bar, a plain line or nothing. At its end it returns one frozen record, which knows two ways to be
-shown: `as_json()` for programs and `table()` for people. No number in a record stands alone: a perplexity carries its
-data, windows and standard error, a speed its spread and the error of what was computed.
+`as_json()` is for programs and `table()` for people. No number in a record stands alone: a perplexity carries its data,
+windows and standard error, a speed its spread and the error of what was computed.
 """
 
 from __future__ import annotations
@@ -11,74 +9,15 @@ from __future__ import annotations
 import abc
 import dataclasses
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 from rich.table import Table
 from rich.text import Text
 
-# ---------------------------------------------------------------------------------------------------------- events
-
-
-@dataclass(frozen=True)
-class StageStarted:
-    """`total` steps of `unit` ("window", "block") lie ahead."""
-
-    stage: str
-    total: int
-    unit: str
-
-
-@dataclass(frozen=True)
-class Advanced:
-    """`done` of the stage's steps are finished, counted from its start."""
-
-    stage: str
-    done: int
-    detail: str = ""
-
-
-@dataclass(frozen=True)
-class LayerQuantized:
-    """`relative_error` is tr(dW H dW^T) / tr(W H W^T), over the undamped H."""
-
-    path: str
-    relative_error: float
-    bits_per_weight: float
-    seconds: float
-
-
-@dataclass(frozen=True)
-class BlockQuantized:
-    """Relative squared errors of the block's output, before and after its codebooks were fitted; `index` from 0."""
-
-    index: int
-    blocks: int
-    relative_error_before_fit: float
-    relative_error: float
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Noted:
-    """A fact the user should see: a stage that is reused, a file that is fetched."""
-
-    message: str
-
-
-@dataclass(frozen=True)
-class Warned:
-    """Something that may not be what the user wants, though the work goes on."""
-
-    message: str
-
-
-Event: TypeAlias = StageStarted | Advanced | LayerQuantized | BlockQuantized | Noted | Warned
-Emit: TypeAlias = Callable[[Event], None]
-
-# --------------------------------------------------------------------------------------------------------- records
+from aqlm_cli.wording import both_bits, counted, facts, plain, readable_bytes, shrinkage, some, text_name
 
 
 @dataclass(frozen=True)
@@ -87,7 +26,7 @@ class Record(abc.ABC):
 
     def as_json(self) -> dict[str, Any]:
         """The fields by name, in types that JSON knows."""
-        return {field.name: _plain(getattr(self, field.name)) for field in dataclasses.fields(self)}
+        return {field.name: plain(getattr(self, field.name)) for field in dataclasses.fields(self)}
 
     @abc.abstractmethod
     def table(self) -> Table:
@@ -115,14 +54,14 @@ class PlanReport(Record):
         by_reason: dict[str, list[str]] = defaultdict(list)
         for path, reason in self.skipped:
             by_reason[reason].append(path)
-        return _facts(
+        return facts(
             "plan",
             [
                 ("model", self.model),
                 ("layers", f"{self.layers}, {self.method} {self.scheme}"),
-                ("bits per weight", _bits(self.code_bits, self.stored_bits)),
-                ("model size", _shrinkage(self.bytes_before, self.bytes_after)),
-                *((f"skipped {len(paths)}", f"{_some(paths)}: {reason}") for reason, paths in by_reason.items()),
+                ("bits per weight", both_bits(self.code_bits, self.stored_bits)),
+                ("model size", shrinkage(self.bytes_before, self.bytes_after)),
+                *((f"skipped {len(paths)}", f"{some(paths)}: {reason}") for reason, paths in by_reason.items()),
             ],
         )
 
@@ -140,11 +79,11 @@ class CalibrationReport(Record):
     seconds: float
 
     def table(self) -> Table:
-        return _facts(
+        return facts(
             "calibration",
             [
                 ("windows", f"{self.windows} of {self.sequence_length} tokens ({self.tokens} tokens)"),
-                ("from", ", ".join(f"{source} ({windows})" for source, windows in self.sources.items())),
+                ("from", ", ".join(f"{text_name(source)} ({windows})" for source, windows in self.sources.items())),
                 ("loss of the model", f"{self.loss:.4f} nats a token"),
                 ("time", f"{self.seconds:.0f} s"),
                 ("wrote", str(self.directory)),
@@ -170,14 +109,14 @@ class QuantizeReport(Record):
     directory: Path
 
     def table(self) -> Table:
-        return _facts(
+        return facts(
             "quantized",
             [
                 ("model", self.model),
                 ("layers", f"{self.layers}, {self.method} {self.scheme}"),
-                ("bits per weight", _bits(self.code_bits, self.stored_bits)),
-                ("model size", _shrinkage(self.bytes_before, self.bytes_after)),
-                ("relative error", f"{self.mean_relative_error:.5f} (geometric mean over the layers)"),
+                ("bits per weight", both_bits(self.code_bits, self.stored_bits)),
+                ("model size", shrinkage(self.bytes_before, self.bytes_after)),
+                ("relative error", f"{self.mean_relative_error:.3g} (geometric mean over the layers)"),
                 ("time", f"{self.seconds:.0f} s"),
                 ("peak memory", readable_bytes(self.peak_memory_bytes)),
                 ("wrote", str(self.directory)),
@@ -202,7 +141,7 @@ class PackReport(Record):
     layers: int
 
     def table(self) -> Table:
-        return _facts(
+        return facts(
             "packed",
             [
                 ("format", self.format),
@@ -246,7 +185,7 @@ class PerplexityReport(Record):
         for name, found, ratio in rows:
             table.add_row(
                 Text(name),
-                Text(self.data),
+                Text(text_name(self.data)),
                 f"{self.windows} x {self.sequence_length}",
                 self.dtype,
                 f"{found.perplexity:.3f} ± {found.stderr:.3f}",
@@ -285,8 +224,8 @@ class BenchReport(Record):
 
     def table(self) -> Table:
         title = (
-            f"{self.model}: tokens per second, median of {self.repeats} (lowest to highest); {self.threads} threads, "
-            f"prompt of {self.prompt} tokens, then {self.tokens} one by one; backend {self.backend}"
+            f"{self.model}: tokens per second, median of {self.repeats} (lowest to highest); prompt of {self.prompt} "
+            f"tokens, then {self.tokens} one by one; {counted(self.threads, 'thread')}; backend {self.backend}"
         )
         table = Table("model", "decode", "prefill", "size", "logits' error", title=Text(title), title_justify="left")
         for row in self.rows:
@@ -313,7 +252,7 @@ class GenerationReport(Record):
 
     def table(self) -> Table:
         speed = f"{self.tokens} tokens in {self.seconds:.1f} s: {self.tokens_per_second:.1f} tokens/s"
-        return _facts(self.model, [("prompt", self.prompt), ("text", self.text), ("speed", speed)])
+        return facts(self.model, [("prompt", self.prompt), ("text", self.text), ("speed", speed)])
 
 
 @dataclass(frozen=True)
@@ -339,10 +278,11 @@ class MachineReport(Record):
     backends: tuple[BackendReport, ...]
 
     def table(self) -> Table:
-        return _facts(
+        return facts(
             "this machine",
             [
-                ("processor", f"{self.processor}, {self.cores} cores, {self.threads} threads in use"),
+                ("processor", f"{self.processor}, {counted(self.cores, 'core')}"),
+                ("threads in use", str(self.threads)),
                 ("features", ", ".join(self.features) or "none that matter here"),
                 ("accelerators", ", ".join(self.accelerators) or "none"),
                 *((name, version or "not installed") for name, version in self.versions.items()),
@@ -352,47 +292,3 @@ class MachineReport(Record):
                 ),
             ],
         )
-
-
-# -------------------------------------------------------------------------------------------------------- wording
-
-
-def readable_bytes(count: int) -> str:
-    """Decimal units, as disks and downloads are measured: 85123456 -> "85.1 MB"."""
-    size = float(count)
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.1f} TB"
-
-
-def _bits(code_bits: float, stored_bits: float) -> str:
-    return f"{code_bits:.3f} of codes, {stored_bits:.3f} stored (with codebooks and scales)"
-
-
-def _shrinkage(before: int, after: int) -> str:
-    times = f" ({before / after:.2f}x smaller)" if after else ""
-    return f"{readable_bytes(before)} -> {readable_bytes(after)}, embeddings and head included{times}"
-
-
-def _some(paths: list[str]) -> str:
-    return ", ".join(paths[:3]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
-
-
-def _facts(title: str, rows: Iterable[tuple[str, str]]) -> Table:
-    """Two columns without a heading. Values become `Text`, so that brackets in them are not read as rich's markup."""
-    table = Table(title=Text(title), title_justify="left", show_header=False)
-    for name, fact in rows:
-        table.add_row(Text(name), Text(fact))
-    return table
-
-
-def _plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        return {str(key): _plain(entry) for key, entry in value.items()}
-    if isinstance(value, (tuple, list)):
-        return [_plain(entry) for entry in value]
-    return str(value) if isinstance(value, Path) else value

@@ -1,4 +1,4 @@
-"""How events and results look: a bar with the time left on a terminal, plain lines elsewhere.
+"""How events, results and errors look: a bar with the time left on a terminal, plain lines elsewhere.
 
 With `--json` exactly one JSON object goes to stdout and everything else to stderr.
 """
@@ -12,25 +12,24 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
+import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 from rich.text import Text
+from typer.core import TyperGroup
 
-from aqlm_cli.report import (
-    Advanced,
-    BlockQuantized,
-    Event,
-    LayerQuantized,
-    Noted,
-    Record,
-    StageStarted,
-    Warned,
-)
+from aqlm_cli.errors import AqlmError
+from aqlm_cli.events import Advanced, BlockQuantized, Event, LayerQuantized, Noted, StageStarted, Warned
+from aqlm_cli.report import Record
+from aqlm_cli.wording import counted
 
 PLAIN_STEPS = 10
 """Lines of progress that a stage prints where there is no terminal."""
+
+FILE_WIDTH = 160
+"""Columns of a table there: rich would break paths at 80."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +45,8 @@ class Screen:
     def __init__(self, as_json: bool) -> None:
         self._as_json = as_json
         self._console = Console(stderr=as_json, highlight=False)
+        if not self._console.is_terminal:
+            self._console.width = FILE_WIDTH
         columns = (
             TextColumn("{task.description}", markup=False),
             BarColumn(),
@@ -93,33 +94,56 @@ class Screen:
             print(json.dumps(whole))
 
     def _advance(self, stage: _Stage, event: Advanced) -> None:
-        total = stage.event.total
+        total, spent = stage.event.total, time.monotonic() - stage.start
         # By all steps so far. rich's own estimate looks at the last seconds only, and one step may take longer.
-        left = (time.monotonic() - stage.start) / event.done * (total - event.done)
-        ahead = f"{timedelta(seconds=round(left))} left{', ' * bool(event.detail)}{event.detail}"
+        left = spent / event.done * (total - event.done)
+        ahead = f"{_clock(left)} left" if event.done < total else f"done in {_clock(spent)}"
+        ahead += f", {event.detail}" if event.detail else ""
         self._progress.update(stage.bar, completed=event.done, ahead=ahead, visible=event.done < total)
         new_part = event.done * PLAIN_STEPS // total > (event.done - 1) * PLAIN_STEPS // total
         if new_part and not self._console.is_terminal:
-            self._line(f"{event.stage}: {stage.event.unit} {event.done} of {total}, {ahead}")
+            self._line(f"{event.stage}: {event.done} of {counted(total, stage.event.unit)}, {ahead}")
 
     def _line(self, text: str) -> None:
         # Not wrapped: a line in a log, or a path in it, stays whole.
         self._progress.console.print(Text(text), soft_wrap=True)
 
 
-def show_error(error: Exception) -> None:
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+class OneLineErrors(TyperGroup):
+    """A command that cannot go on ends with one line on stderr, if a user can mend it; a bug keeps its traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except _mendable() as error:
+            _end(str(error), getattr(error, "exit_status", 1), error)
+        except KeyboardInterrupt as interrupt:
+            _end("interrupted; finished stages are kept, the same command goes on after them", 130, interrupt)
+
+
+def _mendable() -> tuple[type[Exception], ...]:
+    """Looked up when something was raised: a KernelError can only come from a package that is loaded by then."""
+    kernels = sys.modules.get("aqlm_kernels.errors")
+    return (AqlmError,) if kernels is None else (AqlmError, kernels.KernelError)
+
+
+def _end(reason: str, status: int, cause: BaseException) -> NoReturn:
+    print(f"error: {' '.join(reason.split())}", file=sys.stderr)
+    raise typer.Exit(status) from cause
+
+
+def _clock(seconds: float) -> str:
+    return str(timedelta(seconds=round(seconds)))
 
 
 def _sentence(event: LayerQuantized | BlockQuantized | Noted | Warned) -> str:
     if isinstance(event, LayerQuantized):
         return (
-            f"  {event.path}: relative error {event.relative_error:.5f}, {event.bits_per_weight:.3f} bits, "
+            f"  {event.path}: relative error {event.relative_error:.3g}, {event.bits_per_weight:.3f} bits, "
             f"{event.seconds:.1f} s"
         )
     if isinstance(event, BlockQuantized):
-        return (
-            f"block {event.index + 1} of {event.blocks}: relative error of its output {event.relative_error:.5f} "
-            f"({event.relative_error_before_fit:.5f} before fitting), {event.seconds:.1f} s"
-        )
+        fitted = f"fitting removed {event.gain:.1%}, " if event.gain else ""
+        error = f"relative error of its output {event.relative_error:.3g}"
+        return f"block {event.index}: {error}, {fitted}{event.seconds:.1f} s"
     return f"warning: {event.message}" if isinstance(event, Warned) else event.message

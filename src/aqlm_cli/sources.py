@@ -146,8 +146,8 @@ def hub_source(name: str, revision: str | None, with_code: bool) -> ModelSource:
         raise ModelError(f"{name} has no revision {revision}; give a branch, a tag or a commit") from error
     except (LocalEntryNotFoundError, HfHubHTTPError, ConnectionError) as error:
         raise ModelError(
-            f"the hub does not answer and {name} is not cached; connect, or use a local directory, a .gguf file, "
-            f"or {', '.join(ALIASES)}"
+            f"{name} is neither here nor cached, and the hub does not answer; connect, or use a local directory, a "
+            f".gguf file, or {', '.join(ALIASES)}"
         ) from error
     directory = Path(fetched)  # .../snapshots/COMMIT
     identity = f"hub:{name}@{directory.name}"

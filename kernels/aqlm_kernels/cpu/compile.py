@@ -9,9 +9,10 @@ threads), one thread owns one of them, and the sums inside it run in an order th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import numba
+from numba.extending import intrinsic
 
 Kernel = TypeVar("Kernel", bound=Callable[..., object])
 
@@ -31,3 +32,12 @@ def compiled(parallel: bool = False, fastmath: Iterable[str] = ()) -> Callable[[
         return cast(Kernel, decorator(kernel))
 
     return decorate
+
+
+def instruction(describe: Callable[..., Any]) -> Callable[..., Any]:
+    """A few instructions of LLVM that kernels call as a function.
+
+    `describe(typing_context, *argument_types)` returns the signature and what generates the code; callers pass the
+    arguments alone. (Numba's own hints say that they pass the context, too.)
+    """
+    return cast(Callable[..., Any], intrinsic(describe))

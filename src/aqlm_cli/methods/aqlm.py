@@ -1,12 +1,12 @@
-"""AQLM for one weight matrix: W `[out, in]` ~ scales * sums of codebook entries, at the least error on the layer's inputs.
+"""AQLM for one weight matrix: W `[out, in]` ~ scales * sums of codebook entries, close on the layer's inputs.
 
     minimise  sum_i  (w_i - s_i v_i) H (w_i - s_i v_i)      v_ij = sum_m C_m[a_ijm]
 
-over codes a, codebooks C and scales s. What makes it good, in this order: codes are chosen with error feedback (LDLQ), the
-most active input groups first; both codes of a pair are chosen jointly; k-means starts in the metric of that feedback;
-codebooks are solved for instead of trained, in alternation with the codes, and in all but the last rounds the codes are
-found from scratch for the new codebooks. Against AQLM's own procedure (arXiv 2401.06118; here `published.py`) this leaves a
-third less error in a twentieth of the time.
+over codes a, codebooks C and scales s. What makes it good, in this order: codes are chosen with error feedback (LDLQ),
+the most active input groups first; both codes of a pair are chosen jointly; k-means starts in the metric of that
+feedback; codebooks are solved for instead of trained, in alternation with the codes, and in all but the last rounds
+the codes are found from scratch for the new codebooks. Against AQLM's own procedure (arXiv 2401.06118; here
+`published.py`) this leaves a third less error in a twentieth of the time.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Codebooks and scales for given codes: a quadratic problem, solved by a few preconditioned conjugate-gradient steps.
 
-With codes fixed, the objective sum_i s_i^2 r_i H r_i (r_i: row i of W/s minus its approximation) is quadratic in the M*K*g
-numbers of the codebooks. Its Hessian A is never formed: A x is "dequantize x, multiply by H, add up by code". The
-preconditioner is its g x g block for every entry, sum of s_i^2 H_jj over the groups that use it. Two steps a round do what
-a hundred Adam steps do: codes move every round anyway.
+With codes fixed, the objective sum_i s_i^2 r_i H r_i (r_i: row i of W/s minus its approximation) is quadratic in the
+M*K*g numbers of the codebooks. Its Hessian A is never formed: A x is "dequantize x, multiply by H, add up by code". The
+preconditioner is its g x g block for every entry, sum of s_i^2 H_jj over the groups that use it. Two steps a round do
+what a hundred Adam steps do: codes move every round anyway.
 """
 
 from __future__ import annotations

@@ -25,6 +25,7 @@ class CodeSearch:
     """Codes are int64 `[out, n, M]` throughout, as torch wants them for an index."""
 
     choose: Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]  # search.choose_codes
+    nearest: Callable[[Tensor, Tensor, Tensor], Tensor]  # search.nearest_entries
     _gradients: Gradients
     _dequantize: Dequantize
 
@@ -41,8 +42,10 @@ class CodeSearch:
 def code_search(device: torch.device) -> CodeSearch:
     """The compiled form on the CPU."""
     if device.type == "cpu":
-        return CodeSearch(compiled_search.choose_codes, compiled.gradients, compiled.dequantize)
-    return CodeSearch(search.choose_codes, _plain_gradients, additive.dequantize)
+        return CodeSearch(
+            compiled_search.choose_codes, compiled_search.nearest_entries, compiled.gradients, compiled.dequantize
+        )
+    return CodeSearch(search.choose_codes, search.nearest_entries, _plain_gradients, additive.dequantize)
 
 
 def _plain_gradients(values: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,15 +1,16 @@
 """One pass over the groups of inputs, each rounded while the errors of the others are taken into account.
 
-LDLQ (the vector form of GPTQ) and coordinate descent are the same loop. A state S `[out, in]` says how far the errors made
-elsewhere pull at every weight; group j is then rounded to the v that minimises
+LDLQ (the vector form of GPTQ) and coordinate descent are the same loop. A state S `[out, in]` says how far the errors
+made elsewhere pull at every weight; group j is then rounded to the v that minimises
 
     v^T D_j v - 2 t.v      with  t = S_j + D_j base_j,
 
 and its error e = base_j - v is spread: S += e (rows j of the coupling).
 
-- LDLQ: base is the weight, S starts at zero, D and the coupling come from the block LDL, which reaches later groups only.
-- Coordinate descent: base is the present approximation, S = (W - base) H, D_j = H_jj, and the coupling is H itself. S stays
-  (W - present) H throughout, so the objective never rises.
+- LDLQ: base is the weight, S starts at zero, D and the coupling come from the block LDL, which reaches later groups
+  only.
+- Coordinate descent: base is the present approximation, S = (W - base) H, D_j = H_jj, and the coupling is H itself. S
+  stays (W - present) H throughout, so the objective never rises.
 
 How a group is rounded is an argument: the loop serves any method.
 """
@@ -28,7 +29,7 @@ Rounder: TypeAlias = Callable[[int, Tensor, Tensor], Tensor]
 """(group j, metric `[g, g]`, targets t `[out, g]`) -> values v `[out, g]`."""
 
 LAZY_COLUMNS = 128
-"""Errors are spread at once within so many columns, and to all others by one product when those are done, as in GPTQ."""
+"""Within so many columns errors are spread at once, to all others by one product when these are done, as in GPTQ."""
 
 
 def sweep(state: Tensor, base: Tensor, feedback: Feedback, round_group: Rounder) -> tuple[Tensor, Tensor]:

@@ -1,8 +1,8 @@
-"""Codebooks to start from: k-means in the metric that the code search will use, one codebook on the residual of the last.
+"""Codebooks to start from: k-means in the metric of the code search, each codebook on what the last one left.
 
-Group j of every row is weighted by the diagonal h_j of its block D_j of the LDL (the full g x g metric is no better), and
-row i by its squared scale, so centroids go where errors cost. That is the k-means of the search's own objective, not of
-plain distance: it lowers the final error by 3 %.
+Group j of every row is weighted by the diagonal h_j of its block D_j of the LDL (the full g x g metric is no better),
+and row i by its squared scale, so centroids go where errors cost. That is the k-means of the search's own objective,
+not of plain distance: it lowers the final error by 3 %.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def _kmeans(
     centroids = torch.zeros(entries, points.shape[1], device=points.device)
     centroids[: len(drawn)] = points[drawn]
     for _ in range(iterations):
-        chosen = _assign(vectors, importance, centroids, search)
+        chosen = search.nearest(importance, vectors * importance, centroids)
         top = _sums(vectors * importance, chosen, row_weights, centroids, search)  # [K, g]
         bottom = _sums(importance.expand_as(vectors), chosen, row_weights, centroids, search)
         centroids = torch.where(bottom > 0, top / bottom, centroids)
@@ -57,17 +57,7 @@ def _kmeans(
         again = torch.randint(len(points), (len(empty),), generator=rng).to(points.device)
         if len(points) > entries:
             centroids[empty] = points[again]
-    return _assign(vectors, importance, centroids, search), centroids
-
-
-def _assign(vectors: Tensor, importance: Tensor, centroids: Tensor, search: CodeSearch) -> Tensor:
-    """The centroid of least sum_d h_d (c_d - x_d)^2 for every vector: `[out, n]`."""
-    columns = []
-    for j in range(vectors.shape[1]):
-        start = torch.zeros(len(vectors), 1, dtype=torch.int64, device=vectors.device)
-        targets = vectors[:, j] * importance[j]  # [out, g]
-        columns.append(search.choose(importance[j].diag(), targets, centroids[None], start, 2)[:, 0])
-    return torch.stack(columns, 1)
+    return search.nearest(importance, vectors * importance, centroids), centroids
 
 
 def _sums(values: Tensor, chosen: Tensor, row_weights: Tensor, centroids: Tensor, search: CodeSearch) -> Tensor:

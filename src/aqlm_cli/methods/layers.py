@@ -32,13 +32,19 @@ class Task:
 @dataclass(frozen=True, eq=False)
 class Compressed:
     path: str
+    weights: int  # how many the matrix stands for
     matrix: CompressedMatrix
     relative_error: float
     seconds: float
 
 
 def compress_all(
-    tasks: list[Task], method: Method, settings: SearchConfig, seed: int, threads: int, done: Callable[[Compressed], None]
+    tasks: list[Task],
+    method: Method,
+    settings: SearchConfig,
+    seed: int,
+    threads: int,
+    done: Callable[[Compressed], None],
 ) -> Mapping[str, Compressed]:
     """Every task's result by path; `done` is called in this thread as each one finishes, in any order.
 
@@ -52,12 +58,12 @@ def compress_all(
         except QuantizationError as error:
             raise QuantizationError(f"{task.path}: {error}") from error
         relative_error = task.statistics.relative_error(task.weight, matrix.dequantize())
-        return Compressed(task.path, matrix, relative_error, time.monotonic() - started)
+        return Compressed(task.path, task.weight.numel(), matrix, relative_error, time.monotonic() - started)
 
     # The most expensive first: the last ones to finish are then short.
     order = sorted(tasks, key=lambda task: -task.weight.numel() * task.weight.shape[1])
     results: dict[str, Compressed] = {}
-    with ThreadPoolExecutor(threads, initializer=_single_threaded) as pool:
+    with ThreadPoolExecutor(_safely_parallel(threads), initializer=_single_threaded) as pool:
         waiting = [pool.submit(compress, task) for task in order]
         try:
             for finished in as_completed(waiting):
@@ -67,6 +73,12 @@ def compress_all(
             pool.shutdown(cancel_futures=True)
     torch.set_num_threads(threads)  # torch keeps one number for all Python threads
     return results
+
+
+def _safely_parallel(threads: int) -> int:
+    """One thread where Numba has neither OpenMP nor TBB: its own `workqueue` must not be entered by two at once."""
+    numba.set_num_threads(numba.get_num_threads())  # the layer is chosen at the first use
+    return 1 if numba.threading_layer() == "workqueue" else threads
 
 
 def _single_threaded() -> None:

@@ -1,8 +1,9 @@
 """AQLM as its authors publish it (arXiv 2401.06118), for comparison: the preset `paper`.
 
-Plain residual k-means, then in alternation a hundred Adam steps on codebooks and scales, and one greedy pass that takes for
-one code at a time the entry which lowers its row's error most, groups and codebooks in random order. It ends when a pass
-improves the error by less than the tolerance. The published recipes use beam 1, which is what is implemented.
+Plain residual k-means, then in alternation a hundred Adam steps on codebooks and scales, and one greedy pass that
+takes for one code at a time the entry which lowers its row's error most, groups and codebooks in random order. It ends
+when a pass improves the error by less than the tolerance. The published recipes use beam 1, which is what is
+implemented.
 """
 
 from __future__ import annotations

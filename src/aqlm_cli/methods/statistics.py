@@ -5,8 +5,8 @@ decides one group of g features after the other sees it through two kinds of g x
 
 - the diagonal blocks H_jj: the price of an error in group j while all other groups stay as they are;
 - the block LDL of H: the price of an error in group j when the groups decided after it may still make up for it.
-  H = L^T L with L lower triangular gives r H r^T = sum_j | L_jj r_j + sum_{k<j} L_jk r_k |^2, so that group j is paid for
-  with D_j = L_jj^T L_jj, and an error e_k made earlier pulls at it with e_k L_jk^T L_jj.
+  H = L^T L with L lower triangular gives r H r^T = sum_j | L_jj r_j + sum_{k<j} L_jk r_k |^2, so that group j is paid
+  for with D_j = L_jj^T L_jj, and an error e_k made earlier pulls at it with e_k L_jk^T L_jj.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ class LayerStatistics:
         """tr(dW H dW^T) / tr(W H W^T); 0 where no input ever reaches the weight."""
         difference = approximation - weight
         whole = float((weight @ self.second_moment * weight).sum(dtype=torch.float64))
-        return float((difference @ self.second_moment * difference).sum(dtype=torch.float64)) / whole if whole > 0 else 0.0
+        return (
+            float((difference @ self.second_moment * difference).sum(dtype=torch.float64)) / whole if whole > 0 else 0.0
+        )
 
 
 class SecondMoment:
@@ -98,7 +100,7 @@ def diagonal_blocks(matrix: Tensor, group: int) -> Tensor:
 
 
 def most_active_first(second_moment: Tensor, group: int) -> Tensor:
-    """Groups by falling energy of their inputs `[n]`: what matters most is decided while most can still make up for it."""
+    """Groups by falling energy of their inputs `[n]`: what matters most is decided while others can make up for it."""
     return second_moment.diagonal().view(-1, group).sum(1).argsort(descending=True, stable=True)
 
 

@@ -11,22 +11,27 @@ model against the same weights written out and multiplied in float32, of the ori
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from aqlm_cli.artifacts import is_run, read_run
 from aqlm_cli.blocks import count_parameters, replace_module
 from aqlm_cli.errors import ModelError
-from aqlm_cli.model import ModelSource, load_network, load_tokenizer, model_config, resolve, tensor_index
-from aqlm_cli.report import Advanced, BenchReport, BenchRow, Emit, Noted, StageStarted
-from aqlm_cli.storage import storage_errors, write_file
+from aqlm_cli.events import Advanced, Emit, Noted, StageStarted
+from aqlm_cli.model import (
+    ModelSource,
+    Subject,
+    is_coded,
+    load_network,
+    load_tokenizer,
+    model_config,
+    tensor_index,
+)
+from aqlm_cli.report import BenchReport, BenchRow
 from aqlm_kernels import AdditiveLinear, choose
 
 DTYPES = {"FP16": torch.float16, "BF16": torch.bfloat16, "FP32": torch.float32}
@@ -51,34 +56,17 @@ class Contender:
     relative_error: float | None
 
 
-def bench(
-    target: str,
-    prompt: int,
-    tokens: int,
-    repeats: int,
-    seed: int,
-    emit: Emit,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-) -> BenchReport:
+def bench(subject: Subject, prompt: int, tokens: int, repeats: int, seed: int, emit: Emit) -> BenchReport:
     """Measure what a run has packed beside the model it was made from, or any one model; on the CPU, one sequence.
 
     `prompt` and `tokens` are the tokens read at once and one by one.  The report of a run is written to its `reports/`.
     """
-    run = read_run(Path(target)) if is_run(Path(target)) else None
-    source = resolve(target, revision, trust_remote_code)
-    emit(Noted(f"measuring {source.directory}"))
-    ids = _random_ids(source, prompt + tokens, seed)
-    if run is not None:
-        original = resolve(run.config.model, run.config.revision, run.config.trust_remote_code)
-        contenders = [*_originals(original, ids, prompt), _packed(source, ids, prompt)]
-    elif "quantization_config" in model_config(source):
-        contenders = [_packed(source, ids, prompt)]
-    else:
-        contenders = _originals(source, ids, prompt)
+    emit(Noted(f"measuring {subject.source.directory}"))
+    ids = _random_ids(subject.source, prompt + tokens, seed)
+    contenders = _contenders(subject, ids, prompt)
     passes = _take_turns(contenders, ids, prompt, repeats, emit)
     report = BenchReport(
-        model=target,
+        model=subject.source.name,
         threads=torch.get_num_threads(),
         backend=_backends(contenders),
         prompt=prompt,
@@ -86,11 +74,8 @@ def bench(
         repeats=repeats,
         rows=tuple(_row(contender, passes[contender.name]) for contender in contenders),
     )
-    if run is not None:
-        path = run.path / "reports" / "bench.json"
-        with storage_errors(path):
-            path.parent.mkdir(exist_ok=True)
-        write_file(path, json.dumps(report.as_json(), indent=1).encode())
+    if subject.run is not None:
+        emit(Noted(f"wrote {subject.run.write_report('bench.json', report.as_json())}"))
     return report
 
 
@@ -117,6 +102,13 @@ def _random_ids(source: ModelSource, length: int, seed: int) -> Tensor:
         raise ModelError(f"{source.name} reads {longest} tokens, not {length}; lower --prompt or --tokens")
     vocabulary = len(load_tokenizer(source))
     return torch.randint(vocabulary, (1, length), generator=torch.Generator().manual_seed(seed))
+
+
+def _contenders(subject: Subject, ids: Tensor, prompt: int) -> list[Contender]:
+    original, source = subject.original(), subject.source
+    if original is not None:
+        return [*_originals(original, ids, prompt), _packed(source, ids, prompt)]
+    return [_packed(source, ids, prompt)] if is_coded(source) else _originals(source, ids, prompt)
 
 
 def _originals(source: ModelSource, ids: Tensor, prompt: int) -> list[Contender]:

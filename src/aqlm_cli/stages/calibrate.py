@@ -21,8 +21,9 @@ from aqlm_cli.blocks import find_blocks, linears
 from aqlm_cli.config import RunConfig
 from aqlm_cli.data import calibration_windows
 from aqlm_cli.errors import QuantizationError
+from aqlm_cli.events import Advanced, Emit, Noted, StageStarted
 from aqlm_cli.model import ModelSource, load_network, load_tokenizer, resolve
-from aqlm_cli.report import Advanced, CalibrationReport, Emit, Noted, StageStarted
+from aqlm_cli.report import CalibrationReport
 from aqlm_cli.storage import save_tensors
 
 STAGE = "calibrate"
@@ -104,5 +105,7 @@ def _teacher_statistics(network: nn.Module, ids: Tensor, emit: Emit) -> tuple[di
     moments = {path: (entries / ids.numel()).float().cpu() for path, entries in sums.items()}
     for path, entries in moments.items():
         if not bool(entries.isfinite().all()):
-            raise QuantizationError(f"{path}: its inputs hold NaN or infinite values; the model is damaged or overflows")
+            raise QuantizationError(
+                f"{path}: its inputs hold NaN or infinite values; the model is damaged or overflows"
+            )
     return moments, total / len(ids)

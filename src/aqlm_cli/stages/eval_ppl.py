@@ -13,19 +13,17 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
 from aqlm_cli import data, model
-from aqlm_cli.artifacts import RunDirectory, is_run, read_run
-from aqlm_cli.errors import ArtifactError, DataError, ModelError
-from aqlm_cli.model import ModelSource
-from aqlm_cli.report import Advanced, Emit, Noted, Perplexity, PerplexityReport, StageStarted
-from aqlm_cli.storage import storage_errors, write_file
+from aqlm_cli.errors import DataError, ModelError
+from aqlm_cli.events import Advanced, Emit, Noted, StageStarted
+from aqlm_cli.model import ModelSource, Subject
+from aqlm_cli.report import Perplexity, PerplexityReport
+from aqlm_cli.wording import text_name
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -34,28 +32,19 @@ ROWS_PER_CHUNK = 256
 
 
 def eval_ppl(
-    target: str,
-    text: str,
-    sequence_length: int,
-    dtype: str,
-    windows: int | None,
-    emit: Emit,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    device: str = "cpu",
+    subject: Subject, text: str, sequence_length: int, dtype: str, windows: int | None, device: str, emit: Emit
 ) -> PerplexityReport:
     """Measure a model, or what a run has packed beside its original; `text` is a source of `data.documents`.
 
     `windows`: only the first so many; None: all. Weights and products are in `dtype`, the log-softmax in float32. The
-    report of a run is written to its `reports/`.
+    report of a run is written to its `reports/`, with the digest of the quantized model that was measured.
     """
-    run = read_run(Path(target)) if is_run(Path(target)) else None
-    source = model.resolve(target, revision, trust_remote_code) if run is None else _packed(run, emit)
-    ids = _windows(source, text, sequence_length, windows)
-    measured = _measure(source, ids, dtype, device, emit)
-    original = None if run is None else _original(run, ids, dtype, device, emit)
+    emit(Noted(f"measuring {subject.source.directory}"))
+    ids = _windows(subject.source, text, sequence_length, windows)
+    measured = _measure(subject.source, ids, dtype, device, emit)
+    original = _original(subject, ids, dtype, device, emit)
     report = PerplexityReport(
-        model=target,
+        model=subject.source.name,
         data=text,
         perplexity=measured.perplexity,
         stderr=measured.stderr,
@@ -65,8 +54,10 @@ def eval_ppl(
         original=original,
         ratio=None if original is None else measured.perplexity / original.perplexity,
     )
-    if run is not None:
-        _write_report(run, _file_name(report), report.as_json())
+    if subject.run is not None:
+        parents = subject.run.current("packed").manifest.parents
+        path = subject.run.write_report(_file_name(report), {**report.as_json(), "quantized": parents.get("quantized")})
+        emit(Noted(f"wrote {path}; `aqlm pack {subject.run.path} --overwrite` puts it on the model card"))
     return report
 
 
@@ -92,14 +83,6 @@ def window_losses(network: nn.Module, ids: Tensor) -> Iterator[float]:  # ids [w
         for chunk, following in zip(logits.split(ROWS_PER_CHUNK), window[1:].split(ROWS_PER_CHUNK), strict=True):
             total += nn.functional.cross_entropy(chunk.float(), following, reduction="sum").item()
         yield total / len(logits)
-
-
-def _packed(run: RunDirectory, emit: Emit) -> ModelSource:
-    packed = run.artifact("packed")
-    if packed is None:
-        raise ArtifactError(f"{run.path} has no complete packed/; make it with `aqlm pack {run.path}`")
-    emit(Noted(f"measuring {packed.directory}"))
-    return model.resolve(str(packed.directory))
 
 
 def _windows(source: ModelSource, text: str, sequence_length: int, windows: int | None) -> Tensor:  # [windows, length]
@@ -128,28 +111,23 @@ def _measure(source: ModelSource, ids: Tensor, dtype: str, device: str, emit: Em
     return perplexity(torch.tensor(losses, dtype=torch.float64))
 
 
-def _original(run: RunDirectory, ids: Tensor, dtype: str, device: str, emit: Emit) -> Perplexity:
-    """The figure of the model that the run was made from; kept under a digest of all that it depends on."""
-    source = model.resolve(run.config.model, run.config.revision, run.config.trust_remote_code)
+def _original(subject: Subject, ids: Tensor, dtype: str, device: str, emit: Emit) -> Perplexity | None:
+    """The figure of the model that a run was made from; kept under a digest of all that it depends on."""
+    source = subject.original()
+    if source is None or subject.run is None:
+        return None
     facts = {"model": source.identity, "dtype": dtype, "windows": list(ids.shape)}
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode() + ids.numpy().tobytes()).hexdigest()
-    kept = run.path / "reports" / f"original-{digest[:16]}.json"
+    kept = subject.run.reports / f"original-{digest[:16]}.json"
     if kept.exists():
         found = json.loads(kept.read_bytes())
         return Perplexity(found["perplexity"], found["stderr"])
     measured = _measure(source, ids, dtype, device, emit)
-    _write_report(run, kept.name, {**facts, "perplexity": measured.perplexity, "stderr": measured.stderr})
+    subject.run.write_report(kept.name, {**facts, "perplexity": measured.perplexity, "stderr": measured.stderr})
     return measured
-
-
-def _write_report(run: RunDirectory, name: str, record: Mapping[str, Any]) -> None:
-    directory = run.path / "reports"
-    with storage_errors(directory):
-        directory.mkdir(exist_ok=True)
-    write_file(directory / name, json.dumps(record, indent=1).encode())
 
 
 def _file_name(report: PerplexityReport) -> str:
     """eval-ppl-wikitext2-148x2048-float32.json; of a file only its name counts, not its folder."""
-    text = re.sub(r"[^\w.-]+", "_", Path(report.data).name)
+    text = re.sub(r"[^\w.-]+", "_", text_name(report.data))
     return f"eval-ppl-{text}-{report.windows}x{report.sequence_length}-{report.dtype}.json"

@@ -8,27 +8,20 @@ from typing import Any
 import torch
 
 from aqlm_cli.errors import DataError
-from aqlm_cli.model import load_network, load_tokenizer, resolve
-from aqlm_cli.report import Emit, GenerationReport, Noted
+from aqlm_cli.events import Emit, Noted
+from aqlm_cli.model import Subject, load_network, load_tokenizer
+from aqlm_cli.report import GenerationReport
 
 
 def generate(
-    target: str,
-    prompt: str,
-    max_new_tokens: int,
-    temperature: float,
-    seed: int,
-    emit: Emit,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    device: str = "cpu",
+    subject: Subject, prompt: str, max_new_tokens: int, temperature: float, seed: int, device: str, emit: Emit
 ) -> GenerationReport:
     """Continue `prompt` as it stands, without a chat template, with any model or with what a run has packed.
 
     At temperature 0 the likeliest token is taken each time; above it tokens are drawn, by `seed`.  The speed counts
     reading the prompt too; `bench` measures the two apart.
     """
-    source = resolve(target, revision, trust_remote_code)
+    source = subject.source
     tokenizer = load_tokenizer(source)
     ids = torch.tensor([tokenizer.encode(prompt)], dtype=torch.int64, device=device)  # [1, length]
     if ids.numel() == 0:
@@ -49,7 +42,7 @@ def generate(
     seconds = time.perf_counter() - started
     new = out[0, ids.shape[1] :].tolist()
     return GenerationReport(
-        model=target,
+        model=source.name,
         prompt=prompt,
         text=str(tokenizer.decode(new, skip_special_tokens=True)),
         tokens=len(new),

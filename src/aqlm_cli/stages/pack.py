@@ -12,16 +12,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from aqlm_cli.artifacts import MANIFEST, Artifact, RunDirectory, read_run
+from aqlm_cli.artifacts import Artifact, RunDirectory, read_run
 from aqlm_cli.checkpoint import Entry, total_bytes, write_checkpoint
 from aqlm_cli.errors import ArtifactError
+from aqlm_cli.events import Emit, Noted
 from aqlm_cli.export import QuantizedLayer, as_codes, plan_entries, quantized_layers
-from aqlm_cli.model import ModelSource, model_config, resolve, save_support_files, tensor_index
+from aqlm_cli.model import ModelSource, model_config, original_of, save_support_files, tensor_index
 from aqlm_cli.model_card import CardFacts, model_card
 from aqlm_cli.plan import HEAD, Plan
-from aqlm_cli.report import Emit, Noted, PackReport
+from aqlm_cli.report import PackReport
 from aqlm_cli.scheme import AdditiveScheme
 from aqlm_cli.storage import write_file
+from aqlm_cli.wording import text_name
 
 
 def pack(run_directory: Path, format: str | None, overwrite: bool, emit: Emit) -> PackReport:
@@ -31,7 +33,7 @@ def pack(run_directory: Path, format: str | None, overwrite: bool, emit: Emit) -
     where the layers have more schemes than the format can name.
     """
     run = read_run(run_directory)
-    quantized = _quantized(run)
+    quantized = run.current("quantized")
     settings = {"format": format or run.config.pack.format}
     parents = {"quantized": quantized.digest}
     packed = run.reusable("packed", settings, parents, overwrite)
@@ -89,7 +91,8 @@ class Contents:
 
     def config(self, quantized: Artifact) -> dict[str, Any]:
         """config.json of the original, in 16 bits, with the description of the codes and a key of our own."""
-        config = {key: value for key, value in model_config(self.source).items() if key != "quantization_config"}
+        # transformers 4 wrote down where the original lay.
+        config = {key: value for key, value in model_config(self.source).items() if key != "_name_or_path"}
         for key in ("dtype", "torch_dtype"):  # transformers 5 and 4
             if config.get(key) == "float32":
                 config[key] = "float16"
@@ -115,13 +118,14 @@ class Contents:
                 f"the layers have the schemes {self.scheme()}, and the format `transformers` can name one additive "
                 "scheme for all; use --format dense"
             )
-        # transformers 4 looks for the names of weights in this list, transformers 5 for those of modules. A tied head
-        # has no tensor in the files, and would be taken for a quantized layer if it were not named.
-        kept = {
+        # transformers 4 looks for the names of weights in this list, transformers 5 for those of modules, which in some
+        # families are not those in the files. A tied head has no tensor there at all, and would be taken for a
+        # quantized layer if it were not named.
+        kept = {HEAD, *(target.path for target in self.plan.skipped)} | {
             name.removesuffix(".weight")
             for name, entry in self.entries.items()
             if name.endswith(".weight") and len(entry.layout.shape) == 2
-        } | {HEAD}
+        }
         return {
             "quant_method": "aqlm",
             "num_codebooks": scheme.num_codebooks,
@@ -132,23 +136,8 @@ class Contents:
         }
 
 
-def _quantized(run: RunDirectory) -> Artifact:
-    quantized = run.artifact("quantized")
-    if quantized is None:
-        raise ArtifactError(
-            f"{run.path} holds no quantized model yet; run `aqlm quantize {run.config.model} --out {run.path}`"
-        )
-    return quantized
-
-
 def _collect(run: RunDirectory, quantized: Artifact, format: str) -> Contents:
-    source = resolve(run.config.model, run.config.revision, run.config.trust_remote_code)
-    identity = quantized.manifest.results["model"]["identity"]
-    if source.identity != identity:
-        raise ArtifactError(
-            f"{quantized.directory} was made from {identity}, and {run.config.model} is now {source.identity}; "
-            "bring the old model back, or redo the run with --overwrite"
-        )
+    source = original_of(run)
     layers = quantized_layers(quantized, format)
     plan = Plan.from_json(quantized.manifest.results["plan"])
     assert {layer.path for layer in layers} == {target.path for target in plan.quantized}
@@ -167,19 +156,13 @@ def _card_facts(run: RunDirectory, quantized: Artifact, contents: Contents) -> C
         stored_bits=results["stored_bits"],
         bytes=results["bytes"],
         layers=results["layers"],
-        data=", ".join(_last_name(source) for source in run.config.calibrate.data.split(",")),
+        data=", ".join(text_name(source) for source in run.config.calibrate.data.split(",")),
         needs_package=bool(contents.coded),
-        perplexities=[{**report, "data": _last_name(report["data"])} for report in _perplexities(run, quantized)],
+        perplexities=_perplexities(run, quantized),
     )
 
 
 def _perplexities(run: RunDirectory, quantized: Artifact) -> list[dict[str, Any]]:
-    """Reports of `eval-ppl` on this run that are younger than its quantized model; older ones are of another."""
-    made = (quantized.directory / MANIFEST).stat().st_mtime_ns
-    reports = sorted((run.path / "reports").glob("eval-ppl-*.json"))
-    return [json.loads(path.read_bytes()) for path in reports if path.stat().st_mtime_ns > made]
-
-
-def _last_name(source: str) -> str:
-    """A text by name, without the folder it lies in on this machine."""
-    return source.strip().rpartition("/")[2]
+    """Reports of `eval-ppl` on this quantized model; those on an earlier one of the run are left out."""
+    reports = [json.loads(path.read_bytes()) for path in sorted(run.reports.glob("eval-ppl-*.json"))]
+    return [report for report in reports if report["quantized"] == quantized.digest]

@@ -22,40 +22,29 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from aqlm_cli.activations import activation_file, compute_dtype, run_block
-from aqlm_cli.artifacts import Artifact, RunDirectory, open_run
+from aqlm_cli.artifacts import Artifact, open_run
 from aqlm_cli.blocks import (
     BlockCall,
     count_parameters,
     describe_layers,
     find_blocks,
-    first_inputs,
     linears,
-    observe_inputs,
     record_calls,
     replace_module,
 )
 from aqlm_cli.config import RunConfig
-from aqlm_cli.errors import ArtifactError, QuantizationError
-from aqlm_cli.methods import METHODS
+from aqlm_cli.errors import ArtifactError
+from aqlm_cli.events import Advanced, BlockQuantized, Emit, LayerQuantized, Noted, StageStarted
+from aqlm_cli.methods import METHODS, CompressedMatrix
 from aqlm_cli.methods.layers import Compressed, Task, compress_all
-from aqlm_cli.methods.statistics import LayerStatistics, SecondMoment
 from aqlm_cli.model import load_network, resolve
 from aqlm_cli.plan import Plan, make_plan
-from aqlm_cli.report import (
-    Advanced,
-    BlockQuantized,
-    Emit,
-    LayerQuantized,
-    Noted,
-    PlanReport,
-    QuantizeReport,
-    StageStarted,
-)
+from aqlm_cli.propagation import Propagation, start_propagation
+from aqlm_cli.report import PlanReport, QuantizeReport
 from aqlm_cli.scheme import Scheme, parse_scheme
 from aqlm_cli.seeds import generator
 from aqlm_cli.storage import load_tensors, save_tensors
-from aqlm_cli.tuning.block import BlockData, fit_block, tuned_parameters
+from aqlm_cli.tuning.block import BlockData, fit_block, round_to_16_bits, tuned_parameters
 from aqlm_kernels import AdditiveLinear, AdditiveMatrix
 
 STAGE = "quantize"
@@ -69,12 +58,14 @@ def prepare(config: RunConfig) -> PlanReport:
 
 
 def quantize(config: RunConfig, run_directory: Path, overwrite: bool, emit: Emit) -> QuantizeReport:
-    """Write `quantized/` from the run's calibration, or reuse one that was made from the same with the same settings."""
+    """Write `quantized/` from the run's calibration, or reuse one that was made with the same settings."""
     source = resolve(config.model, config.revision, config.trust_remote_code)
     run = open_run(run_directory, config, overwrite)
     calibration = run.artifact("calibration")
     if calibration is None:
-        raise ArtifactError(f"{run.path} holds no calibration yet; run `aqlm calibrate {config.model} --out {run.path}`")
+        raise ArtifactError(
+            f"{run.path} holds no calibration yet; run `aqlm calibrate {config.model} --out {run.path}`"
+        )
     settings = {**config.quantize.model_dump(mode="json"), "seed": config.seed}
     parents = {"model": source.identity, "calibration": calibration.digest}
     quantized = run.reusable("quantized", settings, parents, overwrite)
@@ -131,15 +122,12 @@ def _report(quantized: Artifact) -> QuantizeReport:
 
 
 @dataclass(frozen=True, eq=False)
-class _Pass:
+class _Work:
     """What stays the same from block to block."""
 
     config: RunConfig
     schemes: Mapping[str, Scheme]  # of every layer to quantize, by path
-    hidden: Tensor  # [windows, L, d], what enters the present block
-    targets: Tensor  # [windows, L, d], what the original block makes of it
-    dtype: torch.dtype
-    threads: int
+    states: Propagation
     directory: Path
     emit: Emit
 
@@ -148,31 +136,18 @@ def _quantize_blocks(
     config: RunConfig, network: nn.Module, plan: Plan, calibration: Artifact, directory: Path, emit: Emit
 ) -> dict[str, dict[str, float]]:
     """Write `block-NNN.safetensors` of every block that has something to quantize; return the layers' measurements."""
-    ids = load_tensors(calibration.path("windows.safetensors"))["ids"].long()
-    # Mixed once, so that any first part of the windows holds text of all sources.
-    ids = ids[torch.randperm(len(ids), generator=generator(config.seed, "windows"))]
+    ids, measured = _windows(config, calibration)
     blocks = find_blocks(network)
     schemes = {target.path: target.scheme for target in plan.targets if target.scheme is not None}
-    batch = config.quantize.batch
-    calls = record_calls(network, ids[:batch].to(config.device))
-    first = first_inputs(network, ids[:1].to(config.device))
-    shape = (len(ids), *first.shape[1:])
-    work = _Pass(
-        config=config,
-        schemes=schemes,
-        hidden=activation_file(directory / "hidden.activations", shape),
-        targets=activation_file(directory / "targets.activations", shape),
-        dtype=compute_dtype(torch.device(config.device)),
-        threads=torch.get_num_threads(),
-        directory=directory,
-        emit=emit,
-    )
-    for chosen in torch.arange(len(ids)).split(batch):
-        work.hidden[chosen] = first_inputs(network, ids[chosen].to(config.device)).float().cpu()
-    wanted = [index for index, path in enumerate(blocks.paths) if any(one.startswith(path + ".") for one in schemes)]
-    emit(StageStarted(STAGE, wanted[-1] + 1, "block"))
+    last = max(index for index, path in enumerate(blocks.paths) if any(name.startswith(path + ".") for name in schemes))
+    emit(StageStarted(STAGE, last + 1, "block"))
+    device = torch.device(config.device)
+    fitted = min(config.quantize.fit.sequences, measured)
+    calls = record_calls(network, ids[:1].to(device))
+    states = start_propagation(network, ids, measured, fitted, config.quantize.batch, device, directory)
+    work = _Work(config, schemes, states, directory, emit)
     layers: dict[str, dict[str, float]] = {}
-    for index in range(wanted[-1] + 1):
+    for index in range(last + 1):
         layers.update(_quantize_block(work, index, blocks.paths[index], blocks.modules[index], calls[index]))
         emit(Advanced(STAGE, index + 1))
     for path in directory.glob("*.activations"):
@@ -180,80 +155,64 @@ def _quantize_blocks(
     return layers
 
 
+def _windows(config: RunConfig, calibration: Artifact) -> tuple[Tensor, int]:
+    """Token ids `[windows, L]`, and how many of the windows are measured; the others, at the end, are held out.
+
+    Mixed once, so that any part of them holds text of all sources.
+    """
+    ids = load_tensors(calibration.path("windows.safetensors"))["ids"].long()
+    ids = ids[torch.randperm(len(ids), generator=generator(config.seed, "windows"))]
+    section = config.quantize
+    held_out = min(section.fit.held_out, len(ids) // 4) if section.fit.epochs else 0
+    measured = min(section.statistics_sequences, len(ids) - held_out)
+    return ids[: measured + held_out], measured
+
+
 def _quantize_block(
-    work: _Pass, index: int, prefix: str, block: nn.Module, call: BlockCall
+    work: _Work, index: int, prefix: str, block: nn.Module, call: BlockCall
 ) -> dict[str, dict[str, float]]:
-    """One block, start to end; on return `work.hidden` is what enters the next one."""
+    """One block, start to end; on return `work.states` is at the next one."""
     started = time.monotonic()
-    chosen = {path: layer for path, layer in linears(block, prefix).items() if path in work.schemes}
     section = work.config.quantize
-    statistics = _run_original(work, prefix, block, call, set(chosen))
+    # Paths inside the block, as the block knows them.
+    chosen = {path: layer for path, layer in linears(block, "").items() if f"{prefix}.{path}" in work.schemes}
+    statistics = work.states.measure(block, call, chosen)
     tasks = [
-        Task(path, layer.weight.detach(), statistics[path], work.schemes[path]) for path, layer in chosen.items()
+        Task(f"{prefix}.{path}", layer.weight.detach(), statistics[path], work.schemes[f"{prefix}.{path}"])
+        for path, layer in chosen.items()
     ]
-    report = _reporter(work.emit)
-    compressed = compress_all(tasks, METHODS[section.method], section.search, work.config.seed, work.threads, report)
+    method, threads = METHODS[section.method], torch.get_num_threads()
+    compressed = compress_all(tasks, method, section.search, work.config.seed, threads, _reporter(work.emit))
     for path, layer in chosen.items():
-        replace_module(block, path.removeprefix(prefix + "."), _compressed_linear(compressed[path], layer))
-    data = BlockData(work.hidden, work.targets, call, work.dtype)
-    windows = torch.arange(len(work.hidden))
-    before = data.relative_error(block, windows[: section.fit.sequences], section.batch) if chosen else 0.0
-    if section.fit.epochs and any(isinstance(module, AdditiveLinear) for module in block.modules()):
-        held_out = windows[len(windows) - section.fit.held_out :]
-        training = windows[: min(section.fit.sequences, len(windows) - len(held_out))]
-        fit_block(block, data, training, held_out, section.fit, generator(work.config.seed, prefix))
-    _round_to_16_bits(block)
-    after = _propagate(work, block, call)
+        replace_module(block, path, _compressed_linear(compressed[f"{prefix}.{path}"].matrix, layer))
+    gain = _fit(work, prefix, block, call)
+    round_to_16_bits(block)
+    error = work.states.advance(block, call)
     if chosen:
         _save(work.directory / f"block-{index:03d}.safetensors", prefix, block, compressed)
-        work.emit(BlockQuantized(index, len(work.schemes), before, after, time.monotonic() - started))
+        work.emit(BlockQuantized(index, error, gain, time.monotonic() - started))
     return {
         path: {"relative_error": one.relative_error, "seconds": one.seconds} for path, one in sorted(compressed.items())
     }
 
 
-def _run_original(
-    work: _Pass, prefix: str, block: nn.Module, call: BlockCall, paths: set[str]
-) -> dict[str, LayerStatistics]:
-    """Fill `work.targets`; H of every layer in `paths`, one object where layers share their inputs."""
-    moments: dict[tuple[str, ...], SecondMoment] = {}
-
-    def collect(sharing: tuple[str, ...], x: Tensor) -> None:  # x [tokens, in]
-        if any(f"{prefix}.{path}" in paths for path in sharing):
-            moments.setdefault(sharing, SecondMoment(x.shape[1], x.device)).add(x.to(work.dtype))
-
-    for batch in torch.arange(len(work.hidden)).split(work.config.quantize.batch):
-        with observe_inputs(block, collect):
-            work.targets[batch] = run_block(block, call, work.hidden[batch], work.dtype)
-    return {f"{prefix}.{path}": moment.statistics() for sharing, moment in moments.items() for path in sharing}
+def _fit(work: _Work, prefix: str, block: nn.Module, call: BlockCall) -> float:
+    """Fit what is additive in the block; the share of its held-out error that this removed."""
+    settings, states = work.config.quantize.fit, work.states
+    if not settings.epochs or not any(isinstance(module, AdditiveLinear) for module in block.modules()):
+        return 0.0
+    data = BlockData(states.hidden, states.targets, call, states.dtype, states.device)
+    training, held_out = torch.arange(states.fitted), torch.arange(states.measured, len(states.hidden))
+    before, after = fit_block(block, data, training, held_out, settings, generator(work.config.seed, prefix))
+    return 1 - after / before if before > 0 else 0.0
 
 
-def _propagate(work: _Pass, block: nn.Module, call: BlockCall) -> float:
-    """Put the compressed block's outputs in the place of its inputs; their squared error relative to the targets."""
-    error = energy = 0.0
-    for batch in torch.arange(len(work.hidden)).split(work.config.quantize.batch):
-        output = run_block(block, call, work.hidden[batch], work.dtype)
-        error += float((output - work.targets[batch]).square().sum(dtype=torch.float64))
-        energy += float(work.targets[batch].square().sum(dtype=torch.float64))
-        work.hidden[batch] = output
-    return error / energy if energy > 0 else 0.0
-
-
-def _compressed_linear(compressed: Compressed, layer: nn.Linear) -> nn.Module:
+def _compressed_linear(matrix: CompressedMatrix, layer: nn.Linear) -> nn.Module:
     """A module that computes with the compressed weight: trainable where it is additive."""
-    if isinstance(compressed.matrix, AdditiveMatrix):
-        return AdditiveLinear(compressed.matrix, None if layer.bias is None else layer.bias.detach())
-    replaced = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device=layer.weight.device)
-    replaced.weight = nn.Parameter(compressed.matrix.dequantize().to(layer.weight.device), requires_grad=False)
-    replaced.bias = layer.bias
-    return replaced
-
-
-@torch.no_grad()
-def _round_to_16_bits(block: nn.Module) -> None:
-    """What is tuned is stored as float16; the blocks that follow must see it as it will be."""
-    for parameter in tuned_parameters(block).values():
-        parameter.copy_(parameter.half().float())
+    if isinstance(matrix, AdditiveMatrix):
+        return AdditiveLinear(matrix, None if layer.bias is None else layer.bias.detach()).requires_grad_(False)
+    layer.weight = nn.Parameter(matrix.dequantize(), requires_grad=False)
+    return layer
 
 
 def _save(path: Path, prefix: str, block: nn.Module, compressed: Mapping[str, Compressed]) -> None:
@@ -263,14 +222,13 @@ def _save(path: Path, prefix: str, block: nn.Module, compressed: Mapping[str, Co
         module = block.get_submodule(name.removeprefix(prefix + "."))
         matrix = module.matrix if isinstance(module, AdditiveLinear) else one.matrix
         tensors.update({f"{name}.{key}": tensor.contiguous() for key, tensor in matrix.tensors().items()})
-    vectors = {name: p.detach() for name, p in tuned_parameters(block, prefix).items() if name not in tensors}
+    vectors = {name: values.detach() for name, values in tuned_parameters(block, prefix).items() if name not in tensors}
     kinds = {name: one.matrix.kind for name, one in sorted(compressed.items())}
     save_tensors(path, {**tensors, **vectors}, {"kinds": json.dumps(kinds)})
 
 
 def _reporter(emit: Emit) -> Callable[[Compressed], None]:
     def report(one: Compressed) -> None:
-        bits = one.matrix.bits() / one.matrix.dequantize().numel()
-        emit(LayerQuantized(one.path, one.relative_error, bits, one.seconds))
+        emit(LayerQuantized(one.path, one.relative_error, one.matrix.bits() / one.weights, one.seconds))
 
     return report

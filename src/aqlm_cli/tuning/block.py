@@ -1,6 +1,6 @@
 """Fitting a quantized block: codebooks, scales, norms and biases move, the codes stay.
 
-Matrices were quantized one by one; fitted together, against the output that the original block gives on the same inputs,
+Matrices were quantized one by one; fitted together, to the output that the original block gives on the same inputs,
 they make up for each other's errors. Adam on the mean squared error, with rates in units of each tensor's own root mean
 square, so that codebooks, scales and norms need no tuning of their own. The best state on held-out windows is kept.
 """
@@ -28,13 +28,14 @@ class BlockData:
     targets: Tensor
     call: BlockCall
     dtype: torch.dtype  # of the products
+    device: torch.device
 
     def relative_error(self, block: nn.Module, windows: Tensor, batch: int) -> float:
         """|output - target|^2 / |target|^2, summed over the given windows."""
         error, energy = 0.0, 0.0
         for chosen in windows.split(batch):
-            target = self.targets[chosen]
-            output = run_block(block, self.call, self.inputs[chosen], self.dtype)
+            target = self.targets[chosen].to(self.device)
+            output = run_block(block, self.call, self.inputs[chosen].to(self.device), self.dtype)
             error += float((output - target).square().sum(dtype=torch.float64))
             energy += float(target.square().sum(dtype=torch.float64))
         return error / energy if energy > 0 else 0.0
@@ -52,8 +53,11 @@ def tuned_parameters(block: nn.Module, prefix: str = "") -> dict[str, nn.Paramet
 
 def fit_block(
     block: nn.Module, data: BlockData, training: Tensor, held_out: Tensor, settings: FitConfig, rng: torch.Generator
-) -> None:
-    """Train the block in place on the `training` windows; keep the state that is best on the `held_out` ones."""
+) -> tuple[float, float]:
+    """Train the block in place on the `training` windows; keep the state that is best on the `held_out` ones.
+
+    Returns the held-out error before and after.
+    """
     parameters = tuned_parameters(block)
     steps_per_epoch = math.ceil(len(training) / settings.batch)
     energy = float(data.targets[training].square().mean(dtype=torch.float64)) or 1.0
@@ -65,16 +69,17 @@ def fit_block(
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: _share(step, steps_per_epoch * settings.epochs, settings)
     )
-    best, kept, stale = data.relative_error(block, held_out, settings.batch), _copy(parameters), 0
+    before = best = data.relative_error(block, held_out, settings.batch)
+    kept, stale = _copy(parameters), 0
     for parameter in parameters.values():
         parameter.requires_grad_(True)
     for _ in range(settings.epochs):
         for chosen in _shuffled(training, settings.batch, rng):
-            with autocast(data.inputs.device, data.dtype):
-                output = data.call(block, data.inputs[chosen])
-            loss = (output.float() - data.targets[chosen]).square().mean() / energy
+            with autocast(data.device, data.dtype):
+                output = data.call(block, data.inputs[chosen].to(data.device))
+            loss = (output.float() - data.targets[chosen].to(data.device)).square().mean() / energy
             optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             optimizer.step()
             schedule.step()
         error = data.relative_error(block, held_out, settings.batch)
@@ -87,6 +92,14 @@ def fit_block(
         for name, parameter in parameters.items():
             parameter.copy_(kept[name])
             parameter.requires_grad_(False)
+    return before, best
+
+
+@torch.no_grad()
+def round_to_16_bits(block: nn.Module) -> None:
+    """What is tuned is stored as float16; whatever comes after the block must see it as it will be."""
+    for parameter in tuned_parameters(block).values():
+        parameter.copy_(parameter.half().float())
 
 
 def _rate(parameter: Tensor, settings: FitConfig) -> float:

@@ -1,0 +1,68 @@
+"""What a stage says while it runs.
+
+A stage never prints. It calls `emit(event)` for each thing worth telling, and the command line decides whether that
+becomes a progress bar, a plain line or nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeAlias
+
+
+@dataclass(frozen=True)
+class StageStarted:
+    """`total` steps of `unit` ("window", "block") lie ahead."""
+
+    stage: str
+    total: int
+    unit: str
+
+
+@dataclass(frozen=True)
+class Advanced:
+    """`done` of the stage's steps are finished, counted from its start."""
+
+    stage: str
+    done: int
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class LayerQuantized:
+    """`relative_error` is tr(dW H dW^T) / tr(W H W^T), over the undamped H."""
+
+    path: str
+    relative_error: float
+    bits_per_weight: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class BlockQuantized:
+    """`index` counts from 0. `relative_error` is the squared error of the block's output on the windows fitted to, as a
+    share of the output's square; `gain` is the share of the held-out error that fitting removed."""
+
+    index: int
+    relative_error: float
+    gain: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Noted:
+    """A fact the user should see: a stage that is reused, a file that is fetched."""
+
+    message: str
+
+
+@dataclass(frozen=True)
+class Warned:
+    """Something that may not be what the user wants, though the work goes on."""
+
+    message: str
+
+
+Event: TypeAlias = StageStarted | Advanced | LayerQuantized | BlockQuantized | Noted | Warned
+Emit: TypeAlias = Callable[[Event], None]

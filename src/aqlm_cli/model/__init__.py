@@ -1,0 +1,24 @@
+"""Models of transformers: the only package here that imports it.
+
+`resolve` makes a local Hugging Face directory of whatever name the user typed; everything else reads that directory.
+`load_network` gives an ordinary `nn.Module`, frozen and in evaluation mode, of an original or of a packed model alike.
+"""
+
+from aqlm_cli.model.loading import is_coded, load_network, load_skeleton, load_tokenizer
+from aqlm_cli.model.resolve import Subject, find_subject, original_of, resolve
+from aqlm_cli.sources import ModelSource, model_config, save_support_files, tensor_index
+
+__all__ = [
+    "ModelSource",
+    "Subject",
+    "find_subject",
+    "is_coded",
+    "load_network",
+    "load_skeleton",
+    "load_tokenizer",
+    "model_config",
+    "original_of",
+    "resolve",
+    "save_support_files",
+    "tensor_index",
+]

@@ -1,0 +1,199 @@
+"""From a directory to a network: weights by transformers, codes by us.
+
+In an AQLM checkpoint, ours or anyone's, each linear layer that has codes becomes an `AdditiveLinear`. Which these are
+is told by the tensors alone: the lists of exceptions in the config differ between versions of the format, and the
+tensors do not. Everything else is left to transformers, which knows how the names in the files of a family become
+those of its modules, and what is fused on the way. Its extension point for quantized models keeps it from filling the
+layers that have codes in place of weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from aqlm_cli.blocks import find_blocks, replace_module
+from aqlm_cli.errors import ModelError
+from aqlm_cli.sources import ModelSource, StoredTensor, model_config, tensor_index
+from aqlm_kernels import AdditiveLinear, from_checkpoint
+
+CODED = "aqlm-cli-codes"
+"""The name under which transformers knows `LeaveOut`."""
+
+
+def load_network(source: ModelSource, dtype: torch.dtype, device: str | torch.device = "cpu") -> PreTrainedModel:
+    """The model in evaluation mode, without gradients; weights are in `dtype`, packed layers work in the type of x."""
+    with _quiet():
+        if is_coded(source):
+            network = _load_coded(source, dtype)
+        else:
+            _refuse_quantized(source)
+            network = _load(source, dtype)
+    find_blocks(network)  # or it is refused here
+    network.eval()
+    network.requires_grad_(False)
+    network.to(device)  # type: ignore[arg-type]  # transformers' wrapper hides the signature
+    return network
+
+
+def load_skeleton(source: ModelSource) -> PreTrainedModel:
+    """The model with modules, names and shapes, and no numbers: all that a plan needs. What is quantized has none."""
+    _refuse_quantized(source)
+    return without_weights(load_config(source), source.trust_remote_code)
+
+
+def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source.directory, trust_remote_code=source.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{source.name} has no tokenizer that can be loaded: {first_line(error)}") from error
+    assert isinstance(tokenizer, PreTrainedTokenizerBase)
+    return tokenizer
+
+
+def load_config(source: ModelSource) -> PreTrainedConfig:
+    try:
+        config = AutoConfig.from_pretrained(source.directory, trust_remote_code=source.trust_remote_code)
+    except (OSError, ValueError) as error:
+        if "auto_map" in model_config(source) and not source.trust_remote_code:
+            reason = "needs Python code of its own; read it, and allow it with --trust-remote-code"
+        else:
+            reason = f"is of a kind that transformers {transformers.__version__} does not know: {first_line(error)}"
+        raise ModelError(f"{source.name} {reason}") from error
+    assert isinstance(config, PreTrainedConfig)
+    return config
+
+
+def without_weights(config: PreTrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The network of a configuration with parameters that take no memory."""
+    with torch.device("meta"):
+        network = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    assert isinstance(network, PreTrainedModel)
+    return network
+
+
+def is_coded(source: ModelSource) -> bool:
+    """Whether it is an AQLM checkpoint."""
+    return _quantization(source) == "aqlm"
+
+
+def _refuse_quantized(source: ModelSource) -> None:
+    if _quantization(source) is not None:
+        raise ModelError(
+            f"{source.name} is quantized already, with {_quantization(source)}; use the model it was made from"
+        )
+
+
+def _quantization(source: ModelSource) -> str | None:
+    """What config.json says of how weights are stored; None for ordinary ones."""
+    settings = model_config(source).get("quantization_config")
+    return str(settings.get("quant_method")) if settings else None
+
+
+def first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
+
+
+# -------------------------------------------------------------------------------------------------------------- loading
+
+
+def _load(source: ModelSource, dtype: torch.dtype, **options: Any) -> PreTrainedModel:
+    tensor_index(source.directory)  # refuses what has no safetensors
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        source.directory, dtype=dtype, trust_remote_code=source.trust_remote_code, output_loading_info=True, **options
+    )
+    network, report = loaded
+    assert isinstance(network, PreTrainedModel)
+    # transformers would fill a gap with random numbers and go on.
+    missing = sorted([*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])])
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise ModelError(f"{source.name} lacks a fitting tensor {missing[0]}{more}; fetch the model again")
+    return network
+
+
+def _load_coded(source: ModelSource, dtype: torch.dtype) -> PreTrainedModel:
+    config, stored = load_config(source), tensor_index(source.directory)
+    plain = dict(without_weights(config, source.trust_remote_code).named_modules())
+    paths = sorted(name.removesuffix(".codes") for name in stored if name.endswith(".codes"))
+    layers = {path: _additive_linear(source, plain.get(path), path, stored) for path in paths}
+    config.quantization_config = {"quant_method": CODED, "paths": paths}
+    network = _load(source, dtype, config=config)
+    for path, layer in layers.items():
+        replace_module(network, path, layer)
+    return network
+
+
+@register_quantization_config(CODED)
+class CodedLayers(QuantizationConfigMixin):
+    """What `_load_coded` tells transformers in place of the checkpoint's own `quantization_config`."""
+
+    quant_method: Any
+
+    def __init__(self, paths: list[str], quant_method: str) -> None:
+        self.paths = paths
+        self.quant_method = quant_method
+
+
+@register_quantizer(CODED)
+class LeaveOut(HfQuantizer):
+    """transformers loads the model without the layers at `paths`."""
+
+    quantization_config: CodedLayers
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> None:
+        for path in self.quantization_config.paths:
+            replace_module(model, path, nn.Identity())
+
+    def is_serializable(self) -> bool:
+        return False
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+
+def _additive_linear(
+    source: ModelSource, plain: nn.Module | None, path: str, stored: Mapping[str, StoredTensor]
+) -> AdditiveLinear:
+    """The layer that takes the place of `plain` at `path`."""
+    names = [name for name in ("codes", "codebooks", "scales", "bias") if f"{path}.{name}" in stored]
+    tensors = {name: stored[f"{path}.{name}"].read(f"{path}.{name}") for name in names}
+    if not isinstance(plain, nn.Linear) or not {"codebooks", "scales"} <= tensors.keys():
+        raise ModelError(f"{source.name} has codes for {path}, which is no linear layer that they could restore")
+    matrix = from_checkpoint(tensors)
+    found, wanted = (matrix.out_features, matrix.in_features), (plain.out_features, plain.in_features)
+    if found != wanted:
+        raise ModelError(f"{source.name}: the codes of {path} restore a {found} matrix, the model has {wanted}")
+    return AdditiveLinear(matrix, tensors.get("bias"))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' progress bars and reports: what is printed is not for the library to say."""
+    logging = transformers.utils.logging
+    bar, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bar:
+            logging.enable_progress_bar()

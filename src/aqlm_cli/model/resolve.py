@@ -1,0 +1,86 @@
+"""What a name means: an alias, a .gguf file, a directory, a run, or an id on the hub.
+
+A run stands for what it has packed, so every command that takes a model takes a run, too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+import transformers
+
+from aqlm_cli.artifacts import RunDirectory, is_run, read_run
+from aqlm_cli.errors import ArtifactError, ModelError
+from aqlm_cli.model.convert import gguf_source
+from aqlm_cli.model.loading import load_config
+from aqlm_cli.sources import ALIASES, ModelSource, default_cache, directory_source, find_gguf, hub_source
+
+
+def resolve(
+    name: str, revision: str | None = None, trust_remote_code: bool = False, cache_dir: Path | None = None
+) -> ModelSource:
+    """Find the language model that `name` means.
+
+    Raises ModelError if there is none, if it cannot be fetched, or if it is not a decoder-only language model, and
+    ArtifactError for a run that has packed nothing yet.
+    """
+    cache, path = cache_dir or default_cache(), Path(name).expanduser()
+    if revision is not None and (name in ALIASES or path.exists()):
+        raise ModelError(f"{name} lies on this disk and has no revisions; drop --revision")
+    if found := find_gguf(name):
+        source = gguf_source(found, cache)
+    elif is_run(path):
+        packed = read_run(path).current("packed").directory
+        source = dataclasses.replace(directory_source(packed, cache), short_name=path.resolve().name)
+    elif path.is_dir():
+        source = directory_source(path, cache)
+    else:
+        source = hub_source(name, revision, with_code=trust_remote_code)
+    source = dataclasses.replace(source, name=name, trust_remote_code=trust_remote_code)
+    _check_language_model(source)
+    return source
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What a command is pointed at: a model, or what a run has packed."""
+
+    source: ModelSource
+    run: RunDirectory | None
+
+    def original(self) -> ModelSource | None:
+        """The model that the run was made from; None for a model that stands for itself."""
+        return None if self.run is None else original_of(self.run)
+
+
+def find_subject(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Subject:
+    """`revision` is that of a model on the hub; a run knows its own."""
+    if not is_run(Path(name)):
+        return Subject(resolve(name, revision, trust_remote_code), run=None)
+    run = read_run(Path(name))
+    return Subject(resolve(name, None, trust_remote_code or run.config.trust_remote_code), run)
+
+
+def original_of(run: RunDirectory) -> ModelSource:
+    """The model that a run was made from; ArtifactError if its name now means another one."""
+    config, quantized = run.config, run.artifact("quantized")
+    source = resolve(config.model, config.revision, config.trust_remote_code)
+    if quantized is not None and quantized.manifest.parents["model"] != source.identity:
+        raise ArtifactError(
+            f"{quantized.directory} was made from {quantized.manifest.parents['model']}, and {config.model} is now "
+            f"{source.identity}; bring the old model back, or redo the run with --overwrite"
+        )
+    return source
+
+
+def _check_language_model(source: ModelSource) -> None:
+    """A decoder that predicts the next token, and not, say, BERT, for which transformers has such a class too."""
+    config = load_config(source)
+    causal = getattr(transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None), "__name__", None)
+    named = config.architectures or [causal or config.model_type]
+    if not any(name == causal or name.endswith("ForCausalLM") for name in named):
+        raise ModelError(
+            f"{source.name} is not a decoder-only language model but {', '.join(named)}; choose one that generates text"
+        )

@@ -1,0 +1,62 @@
+"""How facts are put into words, into tables and into JSON: what all records share."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path, PurePath
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+
+def readable_bytes(count: int) -> str:
+    """Decimal units, as disks and downloads are measured: 85123456 -> "85.1 MB"."""
+    size = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} TB"
+
+
+def counted(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def both_bits(code_bits: float, stored_bits: float) -> str:
+    return f"{code_bits:.3f} of codes, {stored_bits:.3f} stored (with codebooks and scales)"
+
+
+def shrinkage(before: int, after: int) -> str:
+    times = f" ({before / after:.2f}x smaller)" if after else ""
+    return f"{readable_bytes(before)} -> {readable_bytes(after)}, embeddings and head included{times}"
+
+
+def some(paths: Sequence[str]) -> str:
+    return ", ".join(paths[:3]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
+
+
+def text_name(source: str) -> str:
+    """A source of text by its name alone: the folder of a file says something of this machine only."""
+    return PurePath(source.strip()).name
+
+
+def facts(title: str, rows: Iterable[tuple[str, str]]) -> Table:
+    """Two columns without a heading. Values become `Text`, so that brackets in them are not read as rich's markup."""
+    table = Table(title=Text(title), title_justify="left", show_header=False)
+    for name, fact in rows:
+        table.add_row(Text(name), Text(fact))
+    return table
+
+
+def plain(value: Any) -> Any:
+    """`value` in types that JSON knows."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): plain(entry) for key, entry in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [plain(entry) for entry in value]
+    return str(value) if isinstance(value, Path) else value

@@ -1,0 +1,36 @@
+"""Commands as a user types them, in this process, on a model small enough for a run to take a second."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import tiny_models
+from typer.testing import CliRunner, Result
+
+from aqlm_cli.cli import app
+
+RUN_FILE = """
+model: tiny
+threads: 1
+calibrate: {data: "builtin:8", sequence_length: 32, statistics_sequences: 2}
+quantize:
+  statistics_sequences: 8
+  scheme: 2x4g8
+  search: {rounds: 1, ldlq_rounds: 1, kmeans_iterations: 1}
+  fit: {epochs: 1, sequences: 4, held_out: 4}
+eval_ppl: {data: [notes.txt], sequence_length: 32}
+bench: {tokens: 2, prompt: 4, repeats: 1}
+"""
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(app, list(arguments))
+
+
+def save_run_file(directory: Path) -> Path:
+    """`run.yaml`, with the model `tiny` and the text `notes.txt` that it names beside it."""
+    tiny_models.save("llama", directory / "tiny")
+    (directory / "notes.txt").write_text("".join(f"{number} is {number}. " for number in range(40)))
+    path = directory / "run.yaml"
+    path.write_text(RUN_FILE)
+    return path

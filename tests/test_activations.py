@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from aqlm_cli.activations import activation_file, autocast, compute_dtype, run_block
+from aqlm_cli.blocks import BlockCall
+from aqlm_cli.errors import StorageError
+
+CPU = torch.device("cpu")
+
+
+class Block(nn.Module):
+    """A residual block that notes in which type it is given its input and in which its linear layer answers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+        self.seen: list[tuple[torch.dtype, torch.dtype]] = []
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        product: Tensor = self.linear(hidden)
+        self.seen.append((hidden.dtype, product.dtype))
+        return hidden + product
+
+
+# ---------------------------------------------------------------------------------------------------------- the file
+
+
+def test_what_is_stored_lies_in_the_file_and_all_its_space_is_taken_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "hidden.activations"
+    tensor = activation_file(path, (5, 3, 1000))
+    assert tensor.dtype == torch.float32 and tensor.shape == (5, 3, 1000)
+    assert path.stat().st_size == 4 * tensor.numel()
+    assert 512 * path.stat().st_blocks >= path.stat().st_size
+    tensor[torch.tensor([3, 1])] = torch.randn(2, 3, 1000)
+    assert np.array_equal(np.fromfile(path, np.float32).reshape(5, 3, 1000), tensor.numpy())
+    assert (tensor[0] == 0).all()
+
+
+def test_a_file_left_by_an_earlier_run_is_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "hidden.activations"
+    path.write_bytes(b"\xff" * 1000)
+    assert torch.equal(activation_file(path, (2, 4)), torch.zeros(2, 4))
+    assert path.stat().st_size == 32
+
+
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [(errno.ENOSPC, "no space left"), (errno.EDQUOT, "no space left"), (errno.EIO, "cannot write")],
+)
+def test_a_disk_that_cannot_hold_it_is_one_line_that_names_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, reason: str
+) -> None:
+    def full(descriptor: int, offset: int, size: int) -> None:
+        assert (offset, size) == (0, 4 * 24)
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    path = tmp_path / "hidden.activations"
+    with pytest.raises(StorageError, match=reason) as error:
+        activation_file(path, (2, 3, 4))
+    assert str(path) in str(error.value)
+
+
+def test_a_place_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match="cannot write"):
+        activation_file(tmp_path / "missing" / "hidden.activations", (1, 1))
+
+
+# ---------------------------------------------------------------------------------------------------- running a block
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_are_in_the_type_asked_and_the_residual_stream_is_float32(dtype: torch.dtype) -> None:
+    block, hidden = Block(), torch.randn(2, 3, 8)
+    output = run_block(block, BlockCall((), {}, None, batch=1), hidden, dtype)
+    assert block.seen == [(torch.float32, dtype)]
+    assert output.dtype == torch.float32 and not output.requires_grad
+    torch.testing.assert_close(output, block(hidden).detach(), rtol=0, atol=1e-6 if dtype == torch.float32 else 0.05)
+
+
+def test_autocast_leaves_gradients_to_whoever_asks_for_them() -> None:
+    block, hidden = Block(), torch.randn(2, 3, 8)
+    with autocast(CPU, torch.bfloat16):
+        block(hidden).sum().backward()
+    assert block.linear.weight.grad is not None
+    with autocast(CPU, torch.float32):
+        assert not torch.is_autocast_enabled("cpu")
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "dtype"),
+    [
+        ({"avx2": True}, torch.float32),
+        ({"avx512_bf16": True}, torch.bfloat16),
+        ({"avx512_bf16": False, "amx_bf16": True}, torch.bfloat16),
+    ],
+)
+def test_bfloat16_is_taken_where_the_machine_multiplies_it(
+    capabilities: dict[str, bool], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    assert compute_dtype(CPU) == dtype
+    assert compute_dtype(torch.device("cuda")) == torch.bfloat16
