@@ -18,6 +18,7 @@ from aqlm_cli.config import RunConfig, build_config
 from aqlm_cli.errors import UsageError
 from aqlm_cli.events import Emit, Noted
 from aqlm_cli.model import Subject, find_subject, resolve
+from aqlm_cli.openmp import forbid_nested_loops
 from aqlm_cli.report import BenchReport, GenerationReport, PackReport, Record
 from aqlm_cli.scheme import SCHEMES_BY_BITS, parse_scheme
 from aqlm_cli.stages.bench import bench
@@ -53,12 +54,13 @@ def use_machine(config: RunConfig) -> None:
     device = torch.device(config.device)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UsageError(f"--device {device}: torch finds {torch.cuda.device_count()} such devices here; choose cpu")
-    if config.threads is not None:
-        try:
-            numba.set_num_threads(config.threads)
-        except ValueError as error:
-            raise UsageError(f"--threads {config.threads}: this machine has {numba.get_num_threads()}") from error
-        torch.set_num_threads(config.threads)
+    threads = config.threads or numba.get_num_threads()
+    try:
+        numba.set_num_threads(threads)  # starts Numba's threads
+    except ValueError as error:
+        raise UsageError(f"--threads {threads}: this machine has {numba.get_num_threads()}") from error
+    torch.set_num_threads(threads)
+    forbid_nested_loops()
 
 
 def default_run_directory(config: RunConfig) -> Path:

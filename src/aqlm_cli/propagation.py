@@ -48,7 +48,8 @@ class Propagation:
         with observe_inputs(block, collect):
             self._run(block, call, torch.arange(self.measured), self.targets)
         self._run(block, call, torch.arange(self.measured, len(self.hidden)), self.targets)
-        return {path: moment.statistics() for sharing, moment in moments.items() for path in sharing}
+        found = {sharing: moment.statistics() for sharing, moment in moments.items()}
+        return {path: statistics for sharing, statistics in found.items() for path in sharing}
 
     def advance(self, block: nn.Module, call: BlockCall) -> float:
         """Move `hidden` on to the quantized block's outputs; their squared error in the fitted windows, relative."""
@@ -61,7 +62,7 @@ class Propagation:
         return error / energy if energy > 0 else 0.0
 
     def _run(self, block: nn.Module, call: BlockCall, windows: Tensor, outputs: Tensor) -> None:
-        for chosen in windows.split(self.batch):
+        for chosen in windows.split(self.batch) if len(windows) else ():  # split gives one part even of nothing
             outputs[chosen] = run_block(block, call, self.hidden[chosen].to(self.device), self.dtype).cpu()
 
 

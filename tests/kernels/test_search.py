@@ -60,7 +60,7 @@ CASES = (
     Search(2, 1, 4, rows=7),
     Search(2, 4, 8, rows=33),
     Search(2, 8, 8, rows=17),
-    Search(2, 8, 4, rows=1),
+    Search(2, 8, 3, rows=1),
     Search(2, 10, 8, rows=3),
     Search(2, 11, 4, rows=3),
     Search(2, 12, 16, rows=2),
@@ -69,7 +69,7 @@ CASES = (
     Search(4, 4, 16, rows=9),
     Search(4, 8, 8, rows=4),
 )
-BEAMS = (2, 5, 16, 4096)
+BEAMS = (2, 8, 64, 4096)
 
 
 @pytest.fixture(params=CASES, ids=str)
@@ -152,16 +152,17 @@ def test_a_beam_of_all_entries_finds_the_best_of_all_pairs(form: str) -> None:
     problem = Search(2, 4, 4, rows=40).reals()
     pairs = torch.tensor(list(itertools.product(range(16), repeat=2)))
     errors = torch.stack([squared_errors(problem, pair.expand(40, 2)) for pair in pairs], 1)  # [rows, K * K]
-    for beam in (16, 100):
+    for beam in (16, 128):
         codes = FORMS[form](*problem, beam)
         torch.testing.assert_close(squared_errors(problem, codes), errors.min(1).values, rtol=SLACK, atol=0)
 
 
-def test_the_beam_is_half_the_best_beside_the_partner_and_half_the_best_alone(form: str) -> None:
+def test_half_the_beam_is_the_best_of_each_class_beside_the_partner_and_half_the_best_alone(form: str) -> None:
     """Against the words of the specification, one row and one candidate at a time, in exact integers."""
     problem = Search(2, 4, 4, rows=30).integers()
     metric, targets, codebooks, codes = (part.long() for part in problem)
-    for beam in (2, 5):
+    for beam in (2, 8):
+        classes = [range(c, 16, beam // 2) for c in range(beam // 2)]
         found = FORMS[form](*problem, beam).tolist()
         for row, (target, (a, b)) in enumerate(zip(targets, codes.tolist(), strict=True)):
 
@@ -171,8 +172,7 @@ def test_the_beam_is_half_the_best_beside_the_partner_and_half_the_best_alone(fo
 
             beside = [objective(entry, codebooks[1, b]) for entry in codebooks[0]]
             alone = [objective(entry) for entry in codebooks[0]]
-            tried = [a, *sorted(range(16), key=beside.__getitem__)[: beam // 2]]
-            tried += sorted(range(16), key=alone.__getitem__)[: beam - beam // 2]
+            tried = [a, *(min(one, key=scores.__getitem__) for scores in (beside, alone) for one in classes)]
             pairs = [(p, q) for p in tried for q in range(16)]
             scores = [objective(codebooks[0, p], codebooks[1, q]) for p, q in pairs]
             assert found[row] == list(pairs[scores.index(min(scores))])
@@ -241,6 +241,78 @@ def test_parts_that_do_not_fit_together_are_refused(form: str) -> None:
             FORMS[form](*wrong, 4)
 
 
-def test_a_beam_too_narrow_for_its_two_halves_is_refused(form: str) -> None:
-    with pytest.raises(KernelError, match="beam is 1, at least 2"):
-        FORMS[form](*Search(2, 4, 8, rows=3).reals(), 1)
+@pytest.mark.parametrize("beam", [0, 1, 12])
+def test_a_beam_that_cannot_be_halved_into_equal_classes_is_refused(beam: int, form: str) -> None:
+    with pytest.raises(KernelError, match=rf"beam is {beam}, a power of two from 2"):
+        FORMS[form](*Search(2, 4, 8, rows=3).reals(), beam)
+
+
+# ----------------------------------------------------------------------------------------------- all groups at once
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """Points `[rows, groups, group]` to be given to entries of one codebook of 2^bits, as k-means does."""
+
+    bits: int
+    group: int
+    rows: int
+    groups: int
+
+    def __str__(self) -> str:
+        return f"1x{self.bits}g{self.group}-{self.rows}x{self.groups}"
+
+    def integers(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Importance, targets and a codebook so small that sums are exact; each entry comes twice."""
+        draw = torch.Generator().manual_seed(0)
+        importance = torch.randint(0, 4, (self.groups, self.group), generator=draw).float()
+        targets = torch.randint(-20, 21, (self.rows, self.groups, self.group), generator=draw).float()
+        half = torch.randint(-3, 4, (2**self.bits // 2, self.group), generator=draw).float()
+        return importance, targets, torch.cat([half, half])
+
+    def reals(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The same of real numbers; targets are `importance * x` for the points x."""
+        draw = torch.Generator().manual_seed(1)
+        importance = 0.1 + torch.rand(self.groups, self.group, generator=draw)
+        points = torch.randn(self.rows, self.groups, self.group, generator=draw)
+        return importance, importance * points, torch.randn(2**self.bits, self.group, generator=draw)
+
+
+ASSIGNMENTS = (
+    Assignment(1, 4, rows=1, groups=1),
+    Assignment(4, 8, rows=33, groups=5),
+    Assignment(8, 3, rows=16, groups=3),
+    Assignment(8, 16, rows=17, groups=2),
+    Assignment(12, 8, rows=3, groups=4),
+)
+NEAREST = {"plain": search.nearest_entries, "compiled": compiled.nearest_entries}
+
+
+@pytest.mark.parametrize("assignment", ASSIGNMENTS, ids=str)
+def test_nearest_entries_of_integers_are_equal_ties_included(assignment: Assignment) -> None:
+    problem = assignment.integers()
+    assert torch.equal(compiled.nearest_entries(*problem), search.nearest_entries(*problem))
+
+
+@pytest.mark.parametrize("assignment", ASSIGNMENTS, ids=str)
+def test_the_nearest_entry_is_the_nearest_and_no_other_is(assignment: Assignment, form: str) -> None:
+    importance, targets, codebook = (part.double() for part in assignment.reals())
+    points = targets / importance
+    distances = ((points[:, :, None] - codebook).square() * importance[:, None]).sum(3)  # [rows, groups, K]
+    found = NEAREST[form](*assignment.reals())
+    assert found.dtype == torch.int64
+    chosen = distances.gather(2, found[..., None])[..., 0]
+    assert (chosen <= distances.min(2).values * (1 + SLACK)).all()
+    found[-1, -1] = (found[-1, -1] + 1) % 2**assignment.bits
+    chosen = distances.gather(2, found[..., None])[..., 0]
+    assert not (chosen <= distances.min(2).values * (1 + SLACK)).all()
+
+
+@pytest.mark.parametrize("assignment", ASSIGNMENTS, ids=str)
+def test_nearest_entries_are_the_codes_chosen_under_diagonal_metrics(assignment: Assignment, form: str) -> None:
+    importance, targets, codebook = assignment.integers()
+    start = torch.zeros(assignment.rows, 1, dtype=torch.int64)
+    chosen = [
+        FORMS[form](importance[j].diag(), targets[:, j], codebook[None], start, 2) for j in range(assignment.groups)
+    ]
+    assert torch.equal(NEAREST[form](importance, targets, codebook), torch.cat(chosen, 1))

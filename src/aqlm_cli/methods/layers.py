@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numba
 import torch
+from numba.np.ufunc.parallel import threading_layer
 from torch import Tensor
 
 from aqlm_cli.config import SearchConfig
@@ -78,7 +79,7 @@ def compress_all(
 def _safely_parallel(threads: int) -> int:
     """One thread where Numba has neither OpenMP nor TBB: its own `workqueue` must not be entered by two at once."""
     numba.set_num_threads(numba.get_num_threads())  # the layer is chosen at the first use
-    return 1 if numba.threading_layer() == "workqueue" else threads
+    return 1 if threading_layer() == "workqueue" else threads
 
 
 def _single_threaded() -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,12 +66,13 @@ def _bfloat16_products(allowed: bool) -> Iterator[None]:
 
     Sums and the result stay in float32.
     """
-    before = torch.backends.mkldnn.matmul.fp32_precision
-    torch.backends.mkldnn.matmul.fp32_precision = "bf16" if allowed else before
+    settings: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # torch's hints do not know it
+    before = settings.fp32_precision
+    settings.fp32_precision = "bf16" if allowed else before
     try:
         yield
     finally:
-        torch.backends.mkldnn.matmul.fp32_precision = before
+        settings.fp32_precision = before
 
 
 @dataclass(frozen=True, eq=False)

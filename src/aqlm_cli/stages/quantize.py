@@ -33,11 +33,10 @@ from aqlm_cli.blocks import (
     replace_module,
 )
 from aqlm_cli.config import RunConfig
-from aqlm_cli.errors import ArtifactError
 from aqlm_cli.events import Advanced, BlockQuantized, Emit, LayerQuantized, Noted, StageStarted
 from aqlm_cli.methods import METHODS, CompressedMatrix
 from aqlm_cli.methods.layers import Compressed, Task, compress_all
-from aqlm_cli.model import load_network, resolve
+from aqlm_cli.model import load_network, load_skeleton, resolve
 from aqlm_cli.plan import Plan, make_plan
 from aqlm_cli.propagation import Propagation, start_propagation
 from aqlm_cli.report import PlanReport, QuantizeReport
@@ -53,19 +52,14 @@ STAGE = "quantize"
 def prepare(config: RunConfig) -> PlanReport:
     """What `quantize` would do, without doing it."""
     source = resolve(config.model, config.revision, config.trust_remote_code)
-    network = load_network(source, torch.float16)
-    return _plan_report(config, _plan(config, network))
+    return _plan_report(config, _plan(config, load_skeleton(source)))
 
 
 def quantize(config: RunConfig, run_directory: Path, overwrite: bool, emit: Emit) -> QuantizeReport:
     """Write `quantized/` from the run's calibration, or reuse one that was made with the same settings."""
     source = resolve(config.model, config.revision, config.trust_remote_code)
     run = open_run(run_directory, config, overwrite)
-    calibration = run.artifact("calibration")
-    if calibration is None:
-        raise ArtifactError(
-            f"{run.path} holds no calibration yet; run `aqlm calibrate {config.model} --out {run.path}`"
-        )
+    calibration = run.current("calibration")
     settings = {**config.quantize.model_dump(mode="json"), "seed": config.seed}
     parents = {"model": source.identity, "calibration": calibration.digest}
     quantized = run.reusable("quantized", settings, parents, overwrite)
