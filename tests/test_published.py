@@ -133,6 +133,13 @@ def test_it_ends_at_the_first_pass_that_gains_too_little(tolerance: float, monke
     assert losses[-1] == pytest.approx(float(row_losses(weight, statistics, found_as(found)).mean()), rel=1e-4)
 
 
+def test_a_loss_that_is_no_number_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, statistics = layer()
+    losses = iter([1.0, 0.5, torch.nan])
+    monkeypatch.setattr(published, "_loss", lambda *_: next(losses))  # StopIteration where a fourth is asked
+    aqlm.quantize(weight, statistics, SCHEME, draw(), SearchConfig(recipe="published", adam_steps=1))
+
+
 def found_as(matrix: AdditiveMatrix) -> Approximation:
     return Approximation(matrix.codes.long(), matrix.codebooks, matrix.scales)
 

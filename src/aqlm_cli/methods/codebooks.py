@@ -85,10 +85,10 @@ def _inverse(blocks: Tensor, ridge: Tensor) -> Tensor:
 
 
 def improve_scales(weight: Tensor, damped: Tensor, present: Approximation, search: CodeSearch) -> Approximation:
-    """Every row's best scale: s = (w H v) / (v H v); kept where v is (almost) zero in that metric."""
+    """Every row's best scale: s = (w H v) / (v H v); kept where v is (almost) zero in that metric, or w is."""
     normalised = search.expand(present.codebooks, present.codes)  # [out, in]
     image = normalised @ damped
     bottom = (image * normalised).sum(1, dtype=torch.float64)
     top = (image * weight).sum(1, dtype=torch.float64)
-    scales = torch.where(bottom > 1e-20, top / bottom.clamp_min(1e-20), present.scales.double()).float()
+    scales = torch.where((bottom > 1e-20) & (top != 0), top / bottom.clamp_min(1e-20), present.scales.double()).float()
     return Approximation(present.codes, present.codebooks, scales)

@@ -39,7 +39,7 @@ def sweep(state: Tensor, base: Tensor, feedback: Feedback, round_group: Rounder)
     width = max(group, LAZY_COLUMNS // group * group)
     for start in range(0, base.shape[1], width):
         block = slice(start, min(start + width, base.shape[1]))
-        local = state[:, block].contiguous()  # [out, width]
+        local = state[:, block].clone()  # [out, width]
         coupling = feedback.coupling[block, block].contiguous()  # [width, width]
         for first in range(0, local.shape[1], group):
             inside = slice(first, first + group)

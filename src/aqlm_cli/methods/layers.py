@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -59,6 +60,8 @@ def compress_all(
         except QuantizationError as error:
             raise QuantizationError(f"{task.path}: {error}") from error
         relative_error = task.statistics.relative_error(task.weight, matrix.dequantize())
+        if not math.isfinite(relative_error):
+            raise QuantizationError(f"{task.path}: its error is {relative_error}; another seed or scheme may help")
         return Compressed(task.path, task.weight.numel(), matrix, relative_error, time.monotonic() - started)
 
     # The most expensive first: the last ones to finish are then short.

@@ -32,7 +32,7 @@ def quantize_as_published(
         present = _train(weight, second_moment, present, settings, search)
         present = _greedy_pass(weight, second_moment, present, rng, search)
         before, loss = loss, _loss(weight, second_moment, present, search)
-        if loss >= before * (1 - settings.tolerance):
+        if not loss < before * (1 - settings.tolerance):  # NaN ends it, too
             return present
 
 
