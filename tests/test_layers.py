@@ -161,3 +161,25 @@ def test_after_a_refusal_nothing_else_is_begun() -> None:
     with pytest.raises(QuantizationError, match=r"^block\.wide: no"):
         compress_all(TASKS, refusing, SETTINGS, 0, 1, lambda done: None)  # type: ignore[arg-type]
     assert len(begun) < len(TASKS)
+
+
+def test_a_damaged_weight_is_named_before_the_layers_behind_it() -> None:
+    behind = Task(
+        "block.behind",
+        torch.randn(64, 512),
+        LayerStatistics(torch.full((512, 512), torch.nan), 1),
+        parse_scheme("2x4g8"),
+    )
+    weight = torch.randn(*SHAPES["k"])
+    weight[3, 5] = torch.nan
+    with pytest.raises(QuantizationError, match=r"^block\.k: the weight holds NaN"):
+        compress([behind, task("k", weight)])
+
+
+def test_an_error_that_is_no_number_is_refused() -> None:
+    broken = task("q")
+    broken = Task(
+        broken.path, broken.weight, LayerStatistics(torch.full((64, 64), torch.nan), 1), parse_scheme("int2g16")
+    )
+    with pytest.raises(QuantizationError, match=r"^block\.q: its error is nan"):
+        compress([broken], method="rtn")

@@ -18,7 +18,7 @@ from aqlm_cli.artifacts import Artifact, open_artifact, open_run
 from aqlm_cli.blocks import BlockCall, find_blocks, first_inputs, linears, record_calls
 from aqlm_cli.config import RunConfig, build_config
 from aqlm_cli.errors import ArtifactError, PlanError, QuantizationError, StorageError
-from aqlm_cli.events import Advanced, BlockQuantized, Event, LayerQuantized, Noted, StageStarted
+from aqlm_cli.events import Advanced, BlockQuantized, Event, LayerQuantized, Noted, StageStarted, Warned
 from aqlm_cli.methods import MATRIX_KINDS, CompressedMatrix, layers
 from aqlm_cli.methods.statistics import LayerStatistics
 from aqlm_cli.model import load_network, resolve
@@ -353,6 +353,47 @@ def test_where_windows_are_few_fewer_are_measured_and_fitted_to(
     spy = Spy(monkeypatch)
     run(settings(llama, statistics_sequences=statistics_sequences, fit=fit, only=[r".*0.*q_proj"]))
     assert spy.counts == [counts]
+
+
+def few_windows(model: Path, count: int) -> RunConfig:
+    given = settings(model).model_dump(mode="json")
+    return build_config(None, None, {**given, "calibrate": {**given["calibrate"], "data": f"a.txt:{count}"}})
+
+
+def test_one_window_cannot_be_held_out_and_that_is_said(llama: Path) -> None:
+    events: list[Event] = []
+    run(few_windows(llama, 1), events=events)
+    assert [event.message for event in events if isinstance(event, Warned)] == [
+        "there is one window of text only, so none can be held out and blocks are not fitted; add text"
+    ]
+    assert {event.gain for event in events if isinstance(event, BlockQuantized)} == {0.0}
+
+
+def test_of_two_windows_one_is_held_out(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spy = Spy(monkeypatch)
+    run(few_windows(llama, 2))
+    assert spy.counts == [(2, 1, 1)] * len(spy.counts) and spy.counts
+
+
+def test_a_layer_that_no_text_reaches_is_refused_by_name(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def without_q(*arguments: Any) -> dict[str, LayerStatistics]:
+        found = measure(*arguments)
+        return {path: statistics for path, statistics in found.items() if "q_proj" not in path}
+
+    measure = Propagation.measure
+    monkeypatch.setattr(Propagation, "measure", without_q)
+    with pytest.raises(QuantizationError, match=r"model\.layers\.0\.self_attn\.q_proj: no text ever reaches it"):
+        run(settings(llama))
+
+
+def test_a_calibration_of_another_model_is_refused(llama: Path, tmp_path: Path) -> None:
+    calibrate(settings(llama), Path("run"), False, lambda event: None)
+    manifest = Path("run/calibration/manifest.json")
+    made = json.loads(manifest.read_text())
+    made["parents"]["model"] = "sha256:another"
+    manifest.write_text(json.dumps(made))
+    with pytest.raises(ArtifactError, match="was made from another model than"):
+        quantize(settings(llama), Path("run"), False, lambda event: None)
 
 
 def test_held_out_windows_are_not_fitted_to(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -90,3 +90,9 @@ def test_a_weight_that_is_no_number_is_refused() -> None:
         weight[3, 7] = bad
         with pytest.raises(QuantizationError, match="the weight holds NaN or infinite values"):
             rounded(weight)
+
+
+def test_small_weights_are_rounded_on_the_grid_that_is_stored() -> None:
+    weight = 2e-5 * random()
+    ordinary, small = rounded(random()).dequantize() - random(), rounded(weight).dequantize() - weight
+    assert small.norm() / weight.norm() < 1.1 * ordinary.norm() / random().norm()

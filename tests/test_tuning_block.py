@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from aqlm_cli.blocks import BlockCall
 from aqlm_cli.config import FitConfig
-from aqlm_cli.tuning.block import BlockData, fit_block, tuned_parameters
+from aqlm_cli.errors import QuantizationError
+from aqlm_cli.tuning.block import BlockData, fit_block, round_to_16_bits, tuned_parameters
 from aqlm_kernels import AdditiveLinear, AdditiveMatrix
 
 WINDOWS, LENGTH, WIDTH = 24, 10, 16
@@ -57,9 +58,9 @@ def original() -> Any:
     return Block(layer)
 
 
-def block_data(dtype: torch.dtype = torch.float32) -> BlockData:
+def block_data(dtype: torch.dtype = torch.float32, per_token: bool = False) -> BlockData:
     inputs = random(WINDOWS, LENGTH, WIDTH, seed=5)
-    return BlockData(inputs, original()(inputs).detach(), CALL, dtype, CPU)
+    return BlockData(inputs, original()(inputs).detach(), CALL, dtype, CPU, per_token)
 
 
 def settings(**changes: Any) -> FitConfig:
@@ -275,7 +276,37 @@ def test_the_relative_error_is_summed_over_windows_whatever_the_batch() -> None:
     assert data.relative_error(original(), HELD_OUT, 4) < 1e-12
 
 
-def test_targets_of_zero_have_no_error_and_can_be_fitted_to() -> None:
+def test_the_error_per_token_is_the_mean_of_each_token_s_own() -> None:
+    block, data = quantized(), block_data(per_token=True)
+    data.inputs[:, 0] *= 1e4  # as the first token of a window has it in deep blocks
+    data.targets[:, 0] *= 1e4
+    output = block(data.inputs[HELD_OUT]).double()
+    target = data.targets[HELD_OUT].double()
+    expected = float(((output - target).square().sum(2) / target.square().sum(2)).mean())
+    for batch in 1, 3, 100:
+        assert data.relative_error(block, HELD_OUT, batch) == pytest.approx(expected, rel=1e-5)
+
+
+def test_fitted_per_token_a_token_of_great_energy_does_not_drown_the_others() -> None:
+    def others(per_token: bool) -> float:
+        block, data = quantized(), block_data(per_token=per_token)
+        data.targets[:, 0] += 1e3 * random(WINDOWS, WIDTH, seed=7)
+        fit(block, data=data, epochs=8)
+        output, target = block(data.inputs)[HELD_OUT, 1:], data.targets[HELD_OUT, 1:]
+        return float((output - target).square().sum() / target.square().sum())
+
+    assert others(per_token=True) < 0.9 * others(per_token=False)
+
+
+@pytest.mark.parametrize("per_token", [False, True])
+def test_targets_of_zero_have_no_error_and_can_be_fitted_to(per_token: bool) -> None:
     data = block_data()
-    silent = BlockData(data.inputs, torch.zeros_like(data.targets), CALL, torch.float32, CPU)
+    silent = BlockData(data.inputs, torch.zeros_like(data.targets), CALL, torch.float32, CPU, per_token)
     assert fit(quantized(), data=silent) == (0, 0)
+
+
+def test_a_tuned_value_that_float16_cannot_hold_is_refused_by_name() -> None:
+    block = quantized()
+    block.norm.weight.data[2] = 1e6
+    with pytest.raises(QuantizationError, match=r"norm\.weight: a value is out of the range of float16"):
+        round_to_16_bits(block)

@@ -30,7 +30,7 @@ def choose_codes(metric: Tensor, targets: Tensor, codebooks: Tensor, codes: Tens
     `metric` is H `[g, g]`, `targets` t `[rows, g]`, `codebooks` `[M, K, g]`. `beam`, a power of two, is the number
     of candidates for the first code of a pair beside the present one: half of them are the best of beam/2 classes given
     the present second code, half the best of these classes on their own; K or more means all entries. Ties go to the
-    lower code, the present pair first.
+    present first code, then to the earlier candidate, and to the lower second code.
     """
     check_search(metric, targets, codebooks, codes, beam)
     codes = codes.long().clone()  # [rows, M]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -23,11 +22,6 @@ def activation_file(path: Path, shape: tuple[int, ...]) -> Tensor:
     with storage_errors(path), open(path, "wb") as file:
         os.posix_fallocate(file.fileno(), 0, size)
     return torch.from_file(str(path), shared=True, size=math.prod(shape), dtype=torch.float32).view(shape)
-
-
-def batches(indices: Tensor, size: int) -> Iterator[Tensor]:
-    """Consecutive pieces of `indices`, of `size` but for the last."""
-    yield from indices.split(size)
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:

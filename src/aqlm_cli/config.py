@@ -54,7 +54,7 @@ class SearchConfig(Section):
     """How codes and codebooks of one matrix are found.
 
     `ldlq` starts with error feedback, chooses pairs of codes jointly and solves for the codebooks by conjugate
-    gradients; `published` is the recipe of AQLM's authors, which knows only the last four settings and k-means.
+    gradients; `published` is the recipe of AQLM's authors, which knows only the last three settings and k-means.
     """
 
     recipe: Literal["ldlq", "published"] = "ldlq"
@@ -63,8 +63,8 @@ class SearchConfig(Section):
     ldlq_rounds: Count = 4
     cg_steps: Positive = 2
     final_cg_steps: Count = 4
-    beam: Beam = 32
-    final_beam: Beam = 64
+    beam: Beam = 64
+    final_beam: Beam = 256
     damping: Rate = 0.01
     factor_damping: Rate = 1e-4
     adam_steps: Positive = 100
@@ -75,13 +75,15 @@ class SearchConfig(Section):
 class FitConfig(Section):
     """Fitting codebooks, scales, norms and biases of a finished block to the original block's output.
 
+    `error` per_token: each token's squared error as a share of its own output's square; total: all tokens' together.
     `learning_rate_unit` rms: each tensor's rate is `learning_rate` times its root mean square. After the warm-up the
     rate falls as half a cosine to `final_rate` of itself. `patience`: epochs without gain on the held-out windows
     before it stops; None: never before `epochs`.
     """
 
+    error: Literal["per_token", "total"] = "per_token"
     epochs: Count = 2
-    sequences: Positive = 32
+    sequences: Positive = 64
     held_out: Positive = 8
     batch: Positive = 2
     learning_rate: Rate = 7e-3

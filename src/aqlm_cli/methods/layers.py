@@ -64,6 +64,9 @@ def compress_all(
             raise QuantizationError(f"{task.path}: its error is {relative_error}; another seed or scheme may help")
         return Compressed(task.path, task.weight.numel(), matrix, relative_error, time.monotonic() - started)
 
+    for task in tasks:  # before any other layer is blamed for what this one does to its inputs
+        if not bool(task.weight.isfinite().all()):
+            raise QuantizationError(f"{task.path}: the weight holds NaN or infinite values; the model is damaged")
     # The most expensive first: the last ones to finish are then short.
     order = sorted(tasks, key=lambda task: -task.weight.numel() * task.weight.shape[1])
     results: dict[str, Compressed] = {}
@@ -75,7 +78,7 @@ def compress_all(
                 done(finished.result())
         finally:
             pool.shutdown(cancel_futures=True)
-    torch.set_num_threads(threads)  # torch keeps one number for all Python threads
+    torch.set_num_threads(threads)  # where torch is built without OpenMP it keeps one number for all Python threads
     return results
 
 

@@ -23,7 +23,7 @@ from aqlm_cli.scheme import AdditiveScheme
 def quantize_as_published(
     weight: Tensor, statistics: LayerStatistics, scheme: AdditiveScheme, rng: torch.Generator, settings: SearchConfig
 ) -> Approximation:
-    """Compress W `[out, in]` float32; of the settings the last four and the k-means iterations count."""
+    """Compress W `[out, in]` float32; of the settings the last three and the k-means iterations count."""
     search = code_search(weight.device)
     second_moment = statistics.second_moment
     present = _start(weight, scheme, rng, settings, search)

@@ -57,7 +57,7 @@ def quantize(
     groups = weight.view(len(weight), -1, scheme.group_size)  # [out, n, g]
     low, high = groups.amin(2).clamp_max(0), groups.amax(2).clamp_min(0)  # zero stays exact
     scales = ((high - low) / top).half()  # [out, n]
-    step = scales.float().clamp_min(torch.finfo(torch.float16).smallest_normal)
+    step = torch.where(scales > 0, scales.float(), 1.0)  # what is too small for a float16 scale becomes zero
     zeros = (-low / step).round().clamp(0, top)
     levels = (groups / step[..., None] + zeros[..., None]).round().clamp(0, top)
     return UniformMatrix(

@@ -33,9 +33,7 @@ class LayerStatistics:
         """tr(dW H dW^T) / tr(W H W^T); 0 where no input ever reaches the weight."""
         difference = approximation - weight
         whole = float((weight @ self.second_moment * weight).sum(dtype=torch.float64))
-        return (
-            float((difference @ self.second_moment * difference).sum(dtype=torch.float64)) / whole if whole > 0 else 0.0
-        )
+        return float((difference @ self.second_moment * difference).sum(dtype=torch.float64)) / whole if whole else 0.0
 
 
 class SecondMoment:

@@ -7,6 +7,7 @@ loss shows at a glance whether the text suits it.
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from pathlib import Path
@@ -108,4 +109,14 @@ def _teacher_statistics(network: nn.Module, ids: Tensor, emit: Emit) -> tuple[di
             raise QuantizationError(
                 f"{path}: its inputs hold NaN or infinite values; the model is damaged or overflows"
             )
+    if not math.isfinite(total):
+        raise QuantizationError(_why_not_finite(network))
     return moments, total / len(ids)
+
+
+def _why_not_finite(network: nn.Module) -> str:
+    """Of a loss that is not: the first weight that is at fault, if one is."""
+    for name, parameter in network.named_parameters():
+        if not bool(parameter.isfinite().all()):
+            return f"{name.removesuffix('.weight')}: the weight holds NaN or infinite values; the model is damaged"
+    return "the loss of the original model is not finite; its activations overflow"

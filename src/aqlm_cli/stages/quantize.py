@@ -33,7 +33,8 @@ from aqlm_cli.blocks import (
     replace_module,
 )
 from aqlm_cli.config import RunConfig
-from aqlm_cli.events import Advanced, BlockQuantized, Emit, LayerQuantized, Noted, StageStarted
+from aqlm_cli.errors import ArtifactError, QuantizationError
+from aqlm_cli.events import Advanced, BlockQuantized, Emit, LayerQuantized, Noted, StageStarted, Warned
 from aqlm_cli.methods import METHODS, CompressedMatrix
 from aqlm_cli.methods.layers import Compressed, Task, compress_all
 from aqlm_cli.model import load_network, load_skeleton, resolve
@@ -60,6 +61,10 @@ def quantize(config: RunConfig, run_directory: Path, overwrite: bool, emit: Emit
     source = resolve(config.model, config.revision, config.trust_remote_code)
     run = open_run(run_directory, config, overwrite)
     calibration = run.current("calibration")
+    if calibration.manifest.parents["model"] != source.identity:
+        raise ArtifactError(
+            f"{calibration.directory} was made from another model than {source.name}; add --overwrite to redo it"
+        )
     settings = {**config.quantize.model_dump(mode="json"), "seed": config.seed}
     parents = {"model": source.identity, "calibration": calibration.digest}
     quantized = run.reusable("quantized", settings, parents, overwrite)
@@ -74,7 +79,7 @@ def quantize(config: RunConfig, run_directory: Path, overwrite: bool, emit: Emit
         report = _plan_report(config, plan).as_json()
         del report["skipped"]
         errors = [layer["relative_error"] for layer in layers.values() if layer["relative_error"] > 0]
-        report["mean_relative_error"] = math.exp(sum(map(math.log, errors)) / max(1, len(errors)))
+        report["mean_relative_error"] = math.exp(sum(map(math.log, errors)) / len(errors)) if errors else 0.0
         report["seconds"] = time.monotonic() - started
         report["peak_memory_bytes"] = peak_memory_bytes()
         model = {"name": source.name, "identity": source.identity}
@@ -131,6 +136,8 @@ def _quantize_blocks(
 ) -> dict[str, dict[str, float]]:
     """Write `block-NNN.safetensors` of every block that has something to quantize; return the layers' measurements."""
     ids, measured = _windows(config, calibration)
+    if config.quantize.fit.epochs and measured == len(ids):
+        emit(Warned("there is one window of text only, so none can be held out and blocks are not fitted; add text"))
     blocks = find_blocks(network)
     schemes = {target.path: target.scheme for target in plan.targets if target.scheme is not None}
     last = max(index for index, path in enumerate(blocks.paths) if any(name.startswith(path + ".") for name in schemes))
@@ -157,7 +164,7 @@ def _windows(config: RunConfig, calibration: Artifact) -> tuple[Tensor, int]:
     ids = load_tensors(calibration.path("windows.safetensors"))["ids"].long()
     ids = ids[torch.randperm(len(ids), generator=generator(config.seed, "windows"))]
     section = config.quantize
-    held_out = min(section.fit.held_out, len(ids) // 4) if section.fit.epochs else 0
+    held_out = min(section.fit.held_out, max(1, len(ids) // 4), len(ids) - 1) if section.fit.epochs else 0
     measured = min(section.statistics_sequences, len(ids) - held_out)
     return ids[: measured + held_out], measured
 
@@ -171,6 +178,9 @@ def _quantize_block(
     # Paths inside the block, as the block knows them.
     chosen = {path: layer for path, layer in linears(block, "").items() if f"{prefix}.{path}" in work.schemes}
     statistics = work.states.measure(block, call, chosen)
+    for path in chosen:
+        if path not in statistics:
+            raise QuantizationError(f"{prefix}.{path}: no text ever reaches it; add text, or leave it out with --skip")
     tasks = [
         Task(f"{prefix}.{path}", layer.weight.detach(), statistics[path], work.schemes[f"{prefix}.{path}"])
         for path, layer in chosen.items()
@@ -193,9 +203,15 @@ def _quantize_block(
 def _fit(work: _Work, prefix: str, block: nn.Module, call: BlockCall) -> float:
     """Fit what is additive in the block; the share of its held-out error that this removed."""
     settings, states = work.config.quantize.fit, work.states
-    if not settings.epochs or not any(isinstance(module, AdditiveLinear) for module in block.modules()):
+    if (
+        not settings.epochs
+        or states.measured == len(states.hidden)
+        or not any(isinstance(module, AdditiveLinear) for module in block.modules())
+    ):
         return 0.0
-    data = BlockData(states.hidden, states.targets, call, states.dtype, states.device)
+    data = BlockData(
+        states.hidden, states.targets, call, states.dtype, states.device, per_token=settings.error == "per_token"
+    )
     training, held_out = torch.arange(states.fitted), torch.arange(states.measured, len(states.hidden))
     before, after = fit_block(block, data, training, held_out, settings, generator(work.config.seed, prefix))
     return 1 - after / before if before > 0 else 0.0
