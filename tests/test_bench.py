@@ -7,21 +7,26 @@ from typing import Any
 import pytest
 import tiny_models
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from aqlm_cli.artifacts import RunDirectory, open_run
 from aqlm_cli.blocks import linears
-from aqlm_cli.config import build_config
+from aqlm_cli.config import BenchConfig, build_config
 from aqlm_cli.errors import ModelError
 from aqlm_cli.events import Advanced, Event
-from aqlm_cli.model import find_subject, load_network, resolve
+from aqlm_cli.model import Decoding, decoding_of, find_subject, load_network, resolve
 from aqlm_cli.report import BenchReport
 from aqlm_cli.stages import bench as stage_module
 from aqlm_cli.stages.bench import bench, relative_error, run_pass
-from aqlm_kernels import AdditiveLinear
+from aqlm_kernels import AdditiveLinear, KernelError
+from aqlm_kernels.cpu import lookup
 
 PROMPT, TOKENS = 24, 6
+NOT_HERE = "transformers, cpu-lut (the compiled decoder needs one of cpu-avx512, cpu-avx512-8bit)"
+DECODING = "compiled decoder, cpu-avx512" if lookup.HAS_VBMI else NOT_HERE
+
+needs_vbmi = pytest.mark.skipif(not lookup.HAS_VBMI, reason="the decoder needs AVX-512 VBMI")
 
 
 @pytest.fixture
@@ -39,16 +44,17 @@ def run(model: Path, tmp_path: Path) -> RunDirectory:
     return run
 
 
-def measured(target: Path, events: list[Event] | None = None, repeats: int = 2) -> BenchReport:
+def measured(target: Path, events: list[Event] | None = None, repeats: int = 2, **settings: Any) -> BenchReport:
     emit = (events if events is not None else []).append
-    return bench(find_subject(str(target)), PROMPT, TOKENS, repeats, 0, emit)
+    chosen = {"prompt": PROMPT, "tokens": TOKENS, "repeats": repeats, **settings}
+    return bench(find_subject(str(target)), BenchConfig.model_validate(chosen), 0, emit)
 
 
 def test_a_run_stands_beside_its_original_in_three_types(run: RunDirectory) -> None:
     events: list[Event] = []
     report = measured(run.path, events, repeats=3)
     assert [row.name for row in report.rows] == ["FP16", "BF16", "FP32", "packed"]
-    assert (report.backend, report.threads) == ("cpu-lut", torch.get_num_threads())
+    assert (report.backend, report.threads) == (DECODING, torch.get_num_threads())
     for row in report.rows:
         assert 0 < row.decode_low <= row.decode_median <= row.decode_high
         assert 0 < row.prefill_low <= row.prefill_median <= row.prefill_high
@@ -69,35 +75,55 @@ def test_errors_are_those_of_the_types(run: RunDirectory) -> None:
     assert single.relative_error is None
     assert half.relative_error is not None and brain.relative_error is not None and packed.relative_error is not None
     assert 1e-4 < half.relative_error < brain.relative_error < 5e-2
-    assert 0 < packed.relative_error < 1e-5
+    assert 0 < packed.relative_error < 1e-3
+
+
+def test_a_named_backend_is_obeyed_and_stands_in_the_report(run: RunDirectory) -> None:
+    report = measured(run.path / "packed", backend="cpu-lut")
+    assert report.backend == NOT_HERE
+    assert 0 < (report.rows[-1].relative_error or 0) < 1e-5
+    with pytest.raises(KernelError, match="there is no backend fast"):
+        measured(run.path / "packed", backend="fast")
+
+
+@needs_vbmi
+def test_an_int8_head_shows_its_error(run: RunDirectory) -> None:
+    exact, rounded = (measured(run.path / "packed", head=head).rows[-1].relative_error for head in ("exact", "int8"))
+    assert exact is not None and rounded is not None
+    assert 2 * exact < rounded < 0.05
+
+
+def test_an_int8_head_is_not_left_out_in_silence(run: RunDirectory) -> None:
+    with pytest.raises(KernelError, match="an int8 head needs the compiled decoder"):
+        measured(run.path / "packed", head="int8", backend="cpu-lut")
 
 
 def test_a_product_that_is_wrong_shows_in_the_error(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
     right = AdditiveLinear.forward
     monkeypatch.setattr(AdditiveLinear, "forward", lambda self, x: right(self, x) * (1 + 1e-3))
-    assert (measured(run.path).rows[-1].relative_error or 0) > 1e-4
+    assert (measured(run.path, backend="cpu-lut").rows[-1].relative_error or 0) > 1e-4
 
 
 def test_models_take_turns(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[Any] = []
 
-    def spy(network: nn.Module, ids: Tensor, prompt: int) -> stage_module.Pass:
-        order.append(network)
-        return run_pass(network, ids, prompt)
+    def spy(decoding: Decoding, ids: Tensor, prompt: int) -> stage_module.Pass:
+        order.append(decoding)
+        return run_pass(decoding, ids, prompt)
 
     monkeypatch.setattr(stage_module, "run_pass", spy)
     measured(run.path, repeats=3)
     turns = order[-12:]
-    assert len({id(network) for network in turns[:4]}) == 4
+    assert len({id(decoding) for decoding in turns[:4]}) == 4
     assert turns == turns[:4] * 3
-    assert {id(network) for network in turns} <= {id(network) for network in order[:-12]}  # all were warm
+    assert {id(decoding) for decoding in turns} <= {id(decoding) for decoding in order[:-12]}  # all were warm
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt_neox", "opt"])
 def test_decoding_through_the_cache_gives_the_logits_of_one_forward(family: str, tmp_path: Path) -> None:
     network = AutoModelForCausalLM.from_pretrained(tiny_models.save(family, tmp_path / family)).eval()
     ids = tiny_models.token_ids(1, PROMPT + TOKENS)
-    logits = run_pass(network, ids, PROMPT).logits
+    logits = run_pass(decoding_of(network, PROMPT + TOKENS), ids[0], PROMPT).logits
     assert logits.shape[0] == TOKENS
     assert relative_error(logits, network(ids).logits[0, PROMPT:].detach()) < 1e-4
 
@@ -105,13 +131,13 @@ def test_decoding_through_the_cache_gives_the_logits_of_one_forward(family: str,
 def test_a_plain_model_is_measured_alone(model: Path) -> None:
     report = measured(model)
     assert [row.name for row in report.rows] == ["FP16", "BF16", "FP32"]
-    assert report.backend == "torch"
+    assert report.backend == "transformers"
 
 
 def test_an_aqlm_checkpoint_is_measured_alone(run: RunDirectory) -> None:
     report = measured(run.path / "packed")
     assert [row.name for row in report.rows] == ["packed"]
-    assert report.backend == "cpu-lut"
+    assert report.backend == DECODING
 
 
 def test_what_is_compared_with_holds_no_codes_and_keeps_the_biases(tmp_path: Path) -> None:
@@ -123,4 +149,4 @@ def test_what_is_compared_with_holds_no_codes_and_keeps_the_biases(tmp_path: Pat
 
 def test_more_tokens_than_the_model_reads_are_refused(model: Path) -> None:
     with pytest.raises(ModelError, match="reads 256 tokens, not 303; lower --prompt or --tokens"):
-        bench(find_subject(str(model)), 300, 3, 1, 0, lambda event: None)
+        measured(model, prompt=300, tokens=3)

@@ -19,8 +19,16 @@ from aqlm_cli.stages.generate import generate
 PROMPT = "The quick brown fox"
 
 
-def generated(target: Path, prompt: str = PROMPT, temperature: float = 0.0, seed: int = 0) -> GenerationReport:
-    return generate(find_subject(str(target)), prompt, 12, temperature, seed, "cpu", lambda event: None)
+def generated(
+    target: Path,
+    prompt: str = PROMPT,
+    temperature: float = 0.0,
+    seed: int = 0,
+    backend: str | None = None,
+    events: list[Event] | None = None,
+) -> GenerationReport:
+    emit = (events if events is not None else []).append
+    return generate(find_subject(str(target)), prompt, 12, temperature, seed, "cpu", backend, "exact", emit)
 
 
 @pytest.fixture
@@ -69,9 +77,9 @@ def test_a_run_generates_with_what_it_has_packed_and_says_so(model: Path, tmp_pa
         tiny_models.save("qwen2", stage.directory)
         stage.publish({})
     events: list[Event] = []
-    report = generate(find_subject(str(run.path)), PROMPT, 12, 0.0, 0, "cpu", events.append)
+    report = generated(run.path, events=events)
     assert report.text == generated(run.path / "packed").text
-    assert events == [Noted(f"generating with {run.path / 'packed'}")]
+    assert events == [Noted(f"generating with {run.path / 'packed'}: transformers")]
 
 
 def test_a_prompt_without_a_token_is_refused(model: Path) -> None:

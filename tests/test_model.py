@@ -177,17 +177,17 @@ def with_dense_weights(directory: Path, weights: dict[str, Tensor]) -> torch.nn.
 @pytest.mark.parametrize(
     "family", ["llama", "gemma2", "qwen2", "opt"]
 )  # untied and tied heads, without and with biases
-@pytest.mark.parametrize("length", [40, 3])  # the products for many rows and for few
+@pytest.mark.parametrize(("length", "bound"), [(40, 1e-5), (3, 5e-4)])  # many rows, and few by tables in 16 bits
 def test_an_aqlm_checkpoint_computes_what_its_codes_stand_for(
-    family: str, length: int, tmp_path: Path, find: Any
+    family: str, length: int, bound: float, tmp_path: Path, find: Any
 ) -> None:
     original = tiny_models.save(family, tmp_path / "original")
     weights = tiny_models.save_additive(original, tmp_path / "packed")
     network, ids = load_network(find(tmp_path / "packed"), torch.float32), tiny_models.token_ids(1, length)
     expected = with_dense_weights(original, weights)(ids).logits
-    assert relative_error(network(ids).logits, expected) < 1e-5
-    weights[next(iter(weights))][0, :8] += 0.1
-    assert relative_error(network(ids).logits, with_dense_weights(original, weights)(ids).logits) > 1e-5
+    assert relative_error(network(ids).logits, expected) < bound
+    weights[next(iter(weights))][0, :8] += 0.3
+    assert relative_error(network(ids).logits, with_dense_weights(original, weights)(ids).logits) > bound
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])

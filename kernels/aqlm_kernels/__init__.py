@@ -9,6 +9,8 @@ Knows torch, numpy and numba only. What a caller can mend is raised as KernelErr
 from aqlm_kernels.additive import AdditiveMatrix
 from aqlm_kernels.backends import BACKENDS, Backend, choose, matmul
 from aqlm_kernels.checkpoint import from_checkpoint, to_checkpoint
+from aqlm_kernels.cpu.decoder import Decoder, DecoderBlock
+from aqlm_kernels.cpu.dense import ByteRows, matmul_dense
 from aqlm_kernels.errors import KernelError
 from aqlm_kernels.linear import AdditiveLinear
 from aqlm_kernels.packed import PackedMatrix, pack, unpack
@@ -18,11 +20,15 @@ __all__ = [
     "AdditiveLinear",
     "AdditiveMatrix",
     "Backend",
+    "ByteRows",
+    "Decoder",
+    "DecoderBlock",
     "KernelError",
     "PackedMatrix",
     "choose",
     "from_checkpoint",
     "matmul",
+    "matmul_dense",
     "pack",
     "to_checkpoint",
     "unpack",

@@ -13,24 +13,25 @@ import torch
 from torch import Tensor
 
 from aqlm_kernels import reference
-from aqlm_kernels.cpu import product
+from aqlm_kernels.cpu import lookup, product
 from aqlm_kernels.errors import KernelError
 from aqlm_kernels.packed import PackedMatrix
 
 
 @dataclass(frozen=True)
 class Backend:
-    """A way to compute y = x W^T."""
+    """A way to compute y = x W^T; `on_request`: only when asked for by name, for what it computes is coarser."""
 
     name: str
     matmul: Callable[[Tensor, PackedMatrix], Tensor]  # x [rows, in] -> y [rows, out]
     refuses: Callable[[PackedMatrix, torch.device], str | None]  # why it cannot, or None
+    on_request: bool = False
 
 
 def choose(packed: PackedMatrix, device: torch.device, name: str | None = None) -> Backend:
     """The first backend that can multiply x on the device, or the named one, or its reason as a KernelError."""
     for backend in BACKENDS:
-        if name not in (None, backend.name):
+        if name != backend.name and (name is not None or backend.on_request):
             continue
         reason = backend.refuses(packed, device)
         if reason is None:
@@ -62,6 +63,12 @@ def _refuses_by_tables(packed: PackedMatrix, device: torch.device) -> str | None
     return _refuses_elsewhere(packed, device)
 
 
+def _refuses_by_lookup(packed: PackedMatrix, device: torch.device) -> str | None:
+    if not lookup.HAS_VBMI:
+        return "needs a processor with AVX-512 VBMI"
+    return _refuses_by_tables(packed, device)
+
+
 def _refuses_elsewhere(packed: PackedMatrix, device: torch.device) -> str | None:
     return None if device.type == "cpu" else f"runs on the CPU, x is on {device}"
 
@@ -71,6 +78,8 @@ def _never_refuses(packed: PackedMatrix, device: torch.device) -> str | None:
 
 
 BACKENDS = (
+    Backend("cpu-avx512", lookup.by_lookup, _refuses_by_lookup),
+    Backend("cpu-avx512-8bit", lookup.by_byte_lookup, _refuses_by_lookup, on_request=True),
     Backend("cpu-lut", product.by_tables, _refuses_by_tables),
     Backend("cpu-gather", product.by_gather, _refuses_elsewhere),
     Backend("reference", reference.matmul, _never_refuses),

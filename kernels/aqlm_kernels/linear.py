@@ -48,6 +48,7 @@ class AdditiveLinear(nn.Module):
         self.codebooks = _parameter(matrix.codebooks)
         self.scales = _parameter(matrix.scales)
         self.bias = None if bias is None else _parameter(bias)
+        self.backend: str | None = None  # of products with a few rows; None: the first that can
         self._packed: _Packed | None = None
 
     @classmethod
@@ -100,7 +101,7 @@ class AdditiveLinear(nn.Module):
         elif self._records_gradients(x) or x.numel() > FEW_ROWS * self.in_features:
             y = _product(x, self.codebooks, self.scales, self.codes)
         else:
-            y = matmul(x, self.packed())
+            y = matmul(x, self.packed(), self.backend)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def extra_repr(self) -> str:

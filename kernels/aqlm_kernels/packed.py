@@ -7,9 +7,11 @@ of all its outputs: they lie side by side. The outputs of the last tile that the
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from aqlm_kernels.additive import AdditiveMatrix, code_dtype
 from aqlm_kernels.errors import KernelError
@@ -48,6 +50,17 @@ class PackedMatrix:
     @property
     def device(self) -> torch.device:
         return self.codes.device
+
+    @cached_property
+    def columns(self) -> Tensor:
+        """The codebooks transposed, `[M, g, max(K, 256)]` float32; smaller ones are filled up with their entries."""
+        times = -(-256 // self.codebook_size)
+        return self.codebooks.transpose(1, 2).float().repeat(1, 1, times).contiguous()
+
+    @cached_property
+    def tile_scales(self) -> Tensor:
+        """The scales of whole tiles, `[tiles * TILE]` float32, 0 where the last has no output."""
+        return F.pad(self.scales.float(), (0, -self.out_features % TILE))
 
 
 def pack(matrix: AdditiveMatrix) -> PackedMatrix:

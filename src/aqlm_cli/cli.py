@@ -202,6 +202,8 @@ def bench(
     tokens: Annotated[int | None, typer.Option(help="New tokens to decode.")] = None,
     prompt: Annotated[int | None, typer.Option(help="Tokens of the prompt.")] = None,
     repeats: Annotated[int | None, typer.Option(help="Times that each model runs.")] = None,
+    backend: options.Backend = None,
+    head: options.Head = None,
     seed: options.Seed = None,
     revision: options.Revision = None,
     trust_remote_code: options.RemoteCode = None,
@@ -222,7 +224,7 @@ def bench(
         target,
         {
             **options.machine_flags(None, revision, trust_remote_code, seed, None, threads),
-            "bench": {"tokens": tokens, "prompt": prompt, "repeats": repeats},
+            "bench": {"tokens": tokens, "prompt": prompt, "repeats": repeats, "backend": backend, "head": head},
         },
     )
     with Screen(json) as screen:
@@ -237,6 +239,8 @@ def generate(
     prompt: Annotated[str, typer.Option(help="The text to continue.")],
     tokens: Annotated[int, typer.Option(min=1, help="The most tokens to add.")] = 64,
     temperature: Annotated[float, typer.Option(min=0, help="0: always the likeliest token.")] = 0.0,
+    backend: options.Backend = None,
+    head: options.Head = None,
     seed: options.Seed = None,
     revision: options.Revision = None,
     trust_remote_code: options.RemoteCode = None,
@@ -253,7 +257,7 @@ def generate(
     from aqlm_cli import pipeline
 
     flags = options.machine_flags(None, revision, trust_remote_code, seed, device, threads)
-    settings = pipeline.settings_for(target, flags)
+    settings = pipeline.settings_for(target, {**flags, "bench": {"backend": backend, "head": head}})
     with Screen(json) as screen:
         pipeline.use_machine(settings)
         report = pipeline.continue_text(target, settings, prompt, tokens, temperature, screen.emit)

@@ -133,11 +133,13 @@ class EvalConfig(Section):
 
 
 class BenchConfig(Section):
-    """Lengths in tokens."""
+    """Lengths in tokens. `backend` None: the first that can; `head` int8: the output head in bytes."""
 
     tokens: Positive = 32
     prompt: Positive = 512
     repeats: Positive = 5
+    backend: str | None = None
+    head: Literal["exact", "int8"] = "exact"
 
 
 class RunConfig(Section):

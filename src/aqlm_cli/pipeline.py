@@ -114,15 +114,16 @@ def measure(target: str, config: RunConfig, windows: int | None, emit: Emit) -> 
 
 
 def compare_speed(target: str, config: RunConfig, emit: Emit) -> BenchReport:
-    subject, section = _subject(target, config, emit), config.bench
-    return bench(subject, section.prompt, section.tokens, section.repeats, config.seed, emit)
+    return bench(_subject(target, config, emit), config.bench, config.seed, emit)
 
 
 def continue_text(
     target: str, config: RunConfig, prompt: str, tokens: int, temperature: float, emit: Emit
 ) -> GenerationReport:
-    subject = _subject(target, config, emit)
-    return generate(subject, prompt, tokens, temperature, config.seed, config.device, emit)
+    subject, section = _subject(target, config, emit), config.bench
+    return generate(
+        subject, prompt, tokens, temperature, config.seed, config.device, section.backend, section.head, emit
+    )
 
 
 def run_all(config: RunConfig, run_directory: Path, overwrite: bool, emit: Emit) -> dict[str, Record]:

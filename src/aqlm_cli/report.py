@@ -249,9 +249,10 @@ class GenerationReport(Record):
     tokens: int
     seconds: float
     tokens_per_second: float
+    decoding: str
 
     def table(self) -> Table:
-        speed = f"{self.tokens} tokens in {self.seconds:.1f} s: {self.tokens_per_second:.1f} tokens/s"
+        speed = f"{self.tokens} tokens in {self.seconds:.1f} s: {self.tokens_per_second:.1f} tokens/s; {self.decoding}"
         return facts(self.model, [("prompt", self.prompt), ("text", self.text), ("speed", speed)])
 
 

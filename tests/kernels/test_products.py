@@ -8,14 +8,16 @@ import pytest
 import torch
 
 from aqlm_kernels import BACKENDS, AdditiveMatrix, KernelError, choose, matmul, pack, reference
+from aqlm_kernels.cpu import lookup
 
 CPU = torch.device("cpu")
 FLOAT32_BOUND = 1e-6  # relative RMS of y against float64: a few roundings of 2^-24
+BOUNDS = {"cpu-avx512": 3e-4}  # of tables in 16 bits
 
 pytestmark = pytest.mark.usefixtures("nan_filled_outputs")
 
 
-@pytest.fixture(params=[backend.name for backend in BACKENDS])
+@pytest.fixture(params=[backend.name for backend in BACKENDS if not backend.on_request])
 def backend(request, case):
     _, matrix = case.integers()
     chosen = next(backend for backend in BACKENDS if backend.name == request.param)
@@ -43,12 +45,12 @@ def test_products_of_reals_are_near_float64_and_one_wrong_code_is_not(case, back
     if case.rows == 0:
         pytest.skip("no numbers to compare")
     x, matrix = case.reals()
-    exact = exact_product(x, matrix)
-    assert relative_rms(matmul(x, pack(matrix), backend), exact) < FLOAT32_BOUND
+    exact, bound = exact_product(x, matrix), BOUNDS.get(backend, FLOAT32_BOUND)
+    assert relative_rms(matmul(x, pack(matrix), backend), exact) < bound
     wrong = matrix.codes.clone()
     wrong[0, -1, -1] = (wrong[0, -1, -1].int() + 1) % matrix.codebook_size
     y = matmul(x, pack(dataclasses.replace(matrix, codes=wrong)), backend)
-    assert relative_rms(y, exact) > FLOAT32_BOUND
+    assert relative_rms(y, exact) > bound
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -91,13 +93,15 @@ def packed_with(codebook_size):
 
 
 def test_the_first_backend_that_can_is_chosen():
-    assert choose(packed_with(256), CPU).name == "cpu-lut"
+    assert choose(packed_with(256), CPU).name == ("cpu-avx512" if lookup.HAS_VBMI else "cpu-lut")
     assert choose(packed_with(512), CPU).name == "cpu-gather"
     assert choose(packed_with(256), torch.device("meta")).name == "reference"
 
 
 @pytest.mark.parametrize("backend", BACKENDS, ids=lambda backend: backend.name)
 def test_a_named_backend_is_obeyed(backend):
+    if backend.refuses(packed_with(256), CPU):
+        pytest.skip("the backend refuses this machine")
     assert choose(packed_with(256), CPU, backend.name) is backend
 
 
@@ -106,7 +110,9 @@ def test_a_named_backend_that_cannot_raises_its_reason():
         choose(packed_with(512), CPU, "cpu-lut")
     with pytest.raises(KernelError, match="cpu-gather runs on the CPU, x is on meta"):
         choose(packed_with(256), torch.device("meta"), "cpu-gather")
-    with pytest.raises(KernelError, match="no backend cuda; choose one of cpu-lut, cpu-gather, reference"):
+    with pytest.raises(
+        KernelError, match="no backend cuda; choose one of cpu-avx512, cpu-avx512-8bit, cpu-lut, cpu-gather, reference"
+    ):
         choose(packed_with(256), CPU, "cuda")
 
 

@@ -14,13 +14,14 @@ import aqlm_kernels
 DIGESTS = """
 import hashlib, sys
 import numba, torch
-from aqlm_kernels import AdditiveMatrix, matmul, pack
+from aqlm_kernels import AdditiveMatrix, pack
+from aqlm_kernels.cpu import lookup, product as plain
 from aqlm_kernels.cpu.dequantize import dequantize, gradients
 
-def product(backend, codebook_size):
+def product(multiply, codebook_size):
     matrix = random_matrix(codebook_size)
     x = torch.randn(3, matrix.in_features)
-    return lambda: [matmul(x, pack(matrix), backend)]
+    return lambda: [multiply(x, pack(matrix))]
 
 def weights(codebook_size):
     matrix = random_matrix(codebook_size)
@@ -34,7 +35,9 @@ def random_matrix(codebook_size):
     return AdditiveMatrix(codes, torch.randn(2, codebook_size, 8), torch.rand(333))
 
 torch.manual_seed(0)
-RUNS = [product("cpu-lut", 256), product("cpu-gather", 4096), weights(256), weights(4096)]
+TABLES = lookup.by_lookup, lookup.by_byte_lookup, plain.by_tables
+RUNS = [product(multiply, 256) for multiply in TABLES]
+RUNS += [product(plain.by_gather, 4096), weights(256), weights(4096)]
 for threads in 1, 2, 3, 4:
     numba.set_num_threads(threads)
     for attempt in range(5):

@@ -9,6 +9,7 @@ threads), one thread owns one of them, and the sums inside it run in an order th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import numba
@@ -18,18 +19,24 @@ Kernel = TypeVar("Kernel", bound=Callable[..., object])
 
 prange: Callable[[int], Iterable[int]] = numba.prange
 
+_STAMP = sorted(
+    (path.name, path.stat().st_mtime_ns, path.stat().st_size) for path in Path(__file__).parent.glob("*.py")
+)
+
 
 def compiled(parallel: bool = False, fastmath: Iterable[str] = ()) -> Callable[[Kernel], Kernel]:
     """Compile for this machine at the first call with new argument types; the code runs without the interpreter lock.
 
     `fastmath` names LLVM flags: "contract" allows fused multiply-add, "reassoc" another order of a sum. The machine
-    code is cached on disk, so that a second run does not compile again. Numba notices an edit of the kernel's own file
-    only: a kernel must call compiled functions of its own file, not of others.
+    code is cached on disk, so that a second run does not compile again.
     """
 
     def decorate(kernel: Kernel) -> Kernel:
         decorator = numba.njit(cache=True, nogil=True, error_model="numpy", parallel=parallel, fastmath=set(fastmath))
-        return cast(Kernel, decorator(kernel))
+        dispatcher: Any = decorator(kernel)
+        # Numba looks at the kernel's own file alone to see whether cached code is outdated; kernels call one another.
+        dispatcher._cache._cache_file._source_stamp = _STAMP
+        return cast(Kernel, dispatcher)
 
     return decorate
 

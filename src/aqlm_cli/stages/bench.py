@@ -20,11 +20,14 @@ import torch
 from torch import Tensor, nn
 
 from aqlm_cli.blocks import count_parameters, replace_module
+from aqlm_cli.config import BenchConfig
 from aqlm_cli.errors import ModelError
 from aqlm_cli.events import Advanced, Emit, Noted, StageStarted
 from aqlm_cli.model import (
+    Decoding,
     ModelSource,
     Subject,
+    decoding_of,
     is_coded,
     load_network,
     load_tokenizer,
@@ -32,7 +35,7 @@ from aqlm_cli.model import (
     tensor_index,
 )
 from aqlm_cli.report import BenchReport, BenchRow
-from aqlm_kernels import AdditiveLinear, choose
+from aqlm_kernels import AdditiveLinear
 
 DTYPES = {"FP16": torch.float16, "BF16": torch.bfloat16, "FP32": torch.float32}
 
@@ -51,24 +54,25 @@ class Contender:
     """A model that takes part, its size, and the error of its logits (None for what others are compared with)."""
 
     name: str
-    network: nn.Module
+    decoding: Decoding
     bytes: int
     relative_error: float | None
 
 
-def bench(subject: Subject, prompt: int, tokens: int, repeats: int, seed: int, emit: Emit) -> BenchReport:
+def bench(subject: Subject, settings: BenchConfig, seed: int, emit: Emit) -> BenchReport:
     """Measure what a run has packed beside the model it was made from, or any one model; on the CPU, one sequence.
 
-    `prompt` and `tokens` are the tokens read at once and one by one.  The report of a run is written to its `reports/`.
+    The report of a run is written to its `reports/`.
     """
     emit(Noted(f"measuring {subject.source.directory}"))
+    prompt, tokens, repeats = settings.prompt, settings.tokens, settings.repeats
     ids = _random_ids(subject.source, prompt + tokens, seed)
-    contenders = _contenders(subject, ids, prompt)
+    contenders = _contenders(subject, ids, settings)
     passes = _take_turns(contenders, ids, prompt, repeats, emit)
     report = BenchReport(
         model=subject.source.name,
         threads=torch.get_num_threads(),
-        backend=_backends(contenders),
+        backend=contenders[-1].decoding.name,
         prompt=prompt,
         tokens=tokens,
         repeats=repeats,
@@ -79,16 +83,12 @@ def bench(subject: Subject, prompt: int, tokens: int, repeats: int, seed: int, e
     return report
 
 
-@torch.inference_mode()
-def run_pass(network: nn.Module, ids: Tensor, prompt: int) -> Pass:  # ids [1, prompt + tokens]
-    """Read the prompt in one forward, then feed the other tokens one by one through the cache of keys and values."""
+def run_pass(decoding: Decoding, ids: Tensor, prompt: int) -> Pass:  # ids [prompt + tokens]
+    """Read the prompt at once, then feed the other tokens one by one."""
     started = time.perf_counter()
-    out = network(ids[:, :prompt], use_cache=True, logits_to_keep=1)
+    decoding.read(ids[:prompt])
     read = time.perf_counter()
-    logits = []
-    for position in range(prompt, ids.shape[1]):
-        out = network(ids[:, position : position + 1], past_key_values=out.past_key_values, use_cache=True)
-        logits.append(out.logits[0, -1].float())
+    logits = [decoding.step(token) for token in ids[prompt:].tolist()]
     finished = time.perf_counter()
     return Pass(torch.stack(logits), prompt / (read - started), len(logits) / (finished - read))
 
@@ -101,23 +101,24 @@ def _random_ids(source: ModelSource, length: int, seed: int) -> Tensor:
     if longest is not None and length > longest:
         raise ModelError(f"{source.name} reads {longest} tokens, not {length}; lower --prompt or --tokens")
     vocabulary = len(load_tokenizer(source))
-    return torch.randint(vocabulary, (1, length), generator=torch.Generator().manual_seed(seed))
+    return torch.randint(vocabulary, (length,), generator=torch.Generator().manual_seed(seed))
 
 
-def _contenders(subject: Subject, ids: Tensor, prompt: int) -> list[Contender]:
+def _contenders(subject: Subject, ids: Tensor, settings: BenchConfig) -> list[Contender]:
     original, source = subject.original(), subject.source
     if original is not None:
-        return [*_originals(original, ids, prompt), _packed(source, ids, prompt)]
-    return [_packed(source, ids, prompt)] if is_coded(source) else _originals(source, ids, prompt)
+        return [*_originals(original, ids, settings.prompt), _packed(source, ids, settings)]
+    return [_packed(source, ids, settings)] if is_coded(source) else _originals(source, ids, settings.prompt)
 
 
 def _originals(source: ModelSource, ids: Tensor, prompt: int) -> list[Contender]:
     networks = {name: load_network(source, dtype) for name, dtype in DTYPES.items()}
-    logits = {name: run_pass(network, ids, prompt).logits for name, network in networks.items()}
+    decodings = {name: decoding_of(network, len(ids)) for name, network in networks.items()}
+    logits = {name: run_pass(decoding, ids, prompt).logits for name, decoding in decodings.items()}
     return [
         Contender(
             name,
-            network,
+            decodings[name],
             bytes=DTYPES[name].itemsize * count_parameters(network),
             relative_error=None if name == "FP32" else relative_error(logits[name], logits["FP32"]),
         )
@@ -125,11 +126,13 @@ def _originals(source: ModelSource, ids: Tensor, prompt: int) -> list[Contender]
     ]
 
 
-def _packed(source: ModelSource, ids: Tensor, prompt: int) -> Contender:
-    exact = run_pass(_written_out(load_network(source, torch.float32)), ids, prompt).logits
+def _packed(source: ModelSource, ids: Tensor, settings: BenchConfig) -> Contender:
+    written_out = decoding_of(_written_out(load_network(source, torch.float32)), len(ids))
+    exact = run_pass(written_out, ids, settings.prompt).logits
     size = sum(tensor.bytes for tensor in tensor_index(source.directory).values())
-    network = load_network(source, torch.float32)
-    return Contender("packed", network, size, relative_error(run_pass(network, ids, prompt).logits, exact))
+    decoding = decoding_of(load_network(source, torch.float32), len(ids), settings.backend, settings.head)
+    found = run_pass(decoding, ids, settings.prompt).logits
+    return Contender("packed", decoding, size, relative_error(found, exact))
 
 
 def _written_out(network: nn.Module) -> nn.Module:
@@ -160,7 +163,7 @@ def _take_turns(
     emit(StageStarted("bench", repeats, "repeat"))
     for done in range(1, repeats + 1):
         for contender in contenders:
-            passes[contender.name].append(run_pass(contender.network, ids, prompt))
+            passes[contender.name].append(run_pass(contender.decoding, ids, prompt))
         emit(Advanced("bench", done))
     return passes
 
@@ -178,9 +181,3 @@ def _row(contender: Contender, passes: Sequence[Pass]) -> BenchRow:
         bytes=contender.bytes,
         relative_error=contender.relative_error,
     )
-
-
-def _backends(contenders: Sequence[Contender]) -> str:
-    """The product kernels that the packed layers choose while decoding."""
-    layers = [module for one in contenders for module in one.network.modules() if isinstance(module, AdditiveLinear)]
-    return ", ".join(sorted({choose(layer.packed(), layer.codes.device).name for layer in layers})) or "torch"

@@ -1,20 +1,28 @@
-"""Text from a model, by transformers' own `generate`."""
+"""Text from a model, token by token."""
 
 from __future__ import annotations
 
 import time
-from typing import Any
 
 import torch
+from torch import Tensor
 
 from aqlm_cli.errors import DataError
 from aqlm_cli.events import Emit, Noted
-from aqlm_cli.model import Subject, load_network, load_tokenizer
+from aqlm_cli.model import Head, Subject, decoding_of, load_network, load_tokenizer
 from aqlm_cli.report import GenerationReport
 
 
 def generate(
-    subject: Subject, prompt: str, max_new_tokens: int, temperature: float, seed: int, device: str, emit: Emit
+    subject: Subject,
+    prompt: str,
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
+    device: str,
+    backend: str | None,
+    head: Head,
+    emit: Emit,
 ) -> GenerationReport:
     """Continue `prompt` as it stands, without a chat template, with any model or with what a run has packed.
 
@@ -23,24 +31,22 @@ def generate(
     """
     source = subject.source
     tokenizer = load_tokenizer(source)
-    ids = torch.tensor([tokenizer.encode(prompt)], dtype=torch.int64, device=device)  # [1, length]
+    ids = torch.tensor(tokenizer.encode(prompt), dtype=torch.int64, device=device)  # [length]
     if ids.numel() == 0:
         raise DataError("the prompt has no token; give some text with --prompt")
-    emit(Noted(f"generating with {source.directory}"))
-    network: Any = load_network(source, torch.float32, device)  # transformers' types hide that it generates
-    choice = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    network = load_network(source, torch.float32, device)
+    decoding = decoding_of(network, len(ids) + max_new_tokens, backend, head)
+    emit(Noted(f"generating with {source.directory}: {decoding.name}"))
+    last = network.generation_config.eos_token_id if network.generation_config else tokenizer.eos_token_id
+    ends = set(last) if isinstance(last, list) else {last}
+    draw = torch.Generator(device).manual_seed(seed)
     started = time.perf_counter()
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        out = network.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=max_new_tokens,
-            pad_token_id=tokenizer.eos_token_id,
-            **choice,
-        )  # [1, length + new]
+    logits = decoding.read(ids)
+    new = [_choose(logits, temperature, draw)]
+    while len(new) < max_new_tokens and new[-1] not in ends:
+        logits = decoding.step(new[-1])
+        new.append(_choose(logits, temperature, draw))
     seconds = time.perf_counter() - started
-    new = out[0, ids.shape[1] :].tolist()
     return GenerationReport(
         model=source.name,
         prompt=prompt,
@@ -48,4 +54,11 @@ def generate(
         tokens=len(new),
         seconds=seconds,
         tokens_per_second=len(new) / seconds,
+        decoding=decoding.name,
     )
+
+
+def _choose(logits: Tensor, temperature: float, draw: torch.Generator) -> int:  # logits [vocabulary]
+    if temperature == 0:
+        return int(logits.argmax())
+    return int(torch.multinomial((logits / temperature).softmax(0), 1, generator=draw))

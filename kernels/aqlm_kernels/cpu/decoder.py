@@ -1,0 +1,237 @@
+"""One token through a Llama-like model, all of it compiled: in Python a small model spends most of a token's time.
+
+A block is RMSNorm; queries, keys and values with rotary positions; attention over all positions so far; RMSNorm; a
+gated SiLU network. Queries, keys and values are one stack of matrices, gate and up another, so that a block has four
+products. Everything is float32 but the codes and the head, which has its own type.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numba
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from aqlm_kernels.cpu.compile import compiled, prange
+from aqlm_kernels.cpu.dense import ByteRows, matmul_dense
+from aqlm_kernels.cpu.dequantize import Floats, array
+from aqlm_kernels.cpu.lookup import LANES, Bytes, Stack, Tiles, multiply
+from aqlm_kernels.errors import KernelError
+from aqlm_kernels.packed import PackedMatrix
+
+
+@dataclass(frozen=True, eq=False)
+class DecoderBlock:
+    """The weights of one block."""
+
+    attention_norm: Tensor  # [d]
+    attention_in: Sequence[PackedMatrix]  # of queries [heads * e, d], keys and values [key_heads * e, d]
+    attention_bias: Sequence[Tensor | None]  # of these
+    attention_out: PackedMatrix  # [d, heads * e]
+    network_norm: Tensor  # [d]
+    network_in: Sequence[PackedMatrix]  # of gate and up [f, d]
+    network_out: PackedMatrix  # [d, f]
+
+
+class Decoder:
+    """A model that reads one token at a time, with room for the keys and values of as many as it has angles.
+
+    `embeddings` is `[vocabulary, d]`, `head` likewise; `angles` are the cosines and the sines `[positions, e]` of the
+    rotary positions. `planes`: bytes of an entry in the look-up tables. Raises KernelError for a codebook of more than
+    256 entries, and where the positions are used up.
+    """
+
+    def __init__(
+        self,
+        blocks: Sequence[DecoderBlock],
+        embeddings: Tensor,
+        norm: Tensor,
+        head: Tensor | ByteRows,
+        angles: tuple[Tensor, Tensor],
+        heads: int,
+        key_heads: int,
+        epsilon: float,
+        planes: int = 2,
+    ) -> None:
+        cosines, sines = angles
+        self._blocks = [_Block.of(block) for block in blocks]
+        self._embeddings, self._norm, self._head = embeddings, norm.detach().float(), head
+        self._cosines, self._sines = array(cosines), array(sines)
+        self._heads, self._epsilon, self._planes = heads, epsilon, planes
+        shape = (len(blocks), key_heads, *cosines.shape)
+        self._keys, self._values = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
+        self.position = 0
+
+    def start(self, keys: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+        """Begin after a prompt: of every block `[key_heads, length, e]`."""
+        self.position = keys[0].shape[1]
+        for block, (key, value) in enumerate(zip(keys, values, strict=True)):
+            self._keys[block, :, : self.position] = array(key)
+            self._values[block, :, : self.position] = array(value)
+
+    def step(self, token: int) -> Tensor:
+        """The logits [vocabulary] of what follows the token, which takes the next position."""
+        if self.position == self._keys.shape[2]:
+            raise KernelError(f"the decoder has room for {self.position} positions, and they are used up")
+        hidden = array(self._embeddings[token])[None].copy()  # [1, d]
+        angles = self._cosines[self.position], self._sines[self.position]
+        threads = numba.get_num_threads()
+        for number, block in enumerate(self._blocks):
+            cache = self._keys[number], self._values[number]
+            _step(hidden, *block, *angles, *cache, self.position, self._heads, self._epsilon, self._planes, threads)
+        self.position += 1
+        normed = F.rms_norm(torch.from_numpy(hidden), self._norm.shape, self._norm, self._epsilon)
+        return matmul_dense(normed, self._head)[0]
+
+
+class _Matrices(NamedTuple):
+    """A lookup.Stack as Numba takes it."""
+
+    codes: Bytes
+    columns: Floats
+    scales: Floats
+    ends: Tiles
+
+
+class _Block(NamedTuple):
+    attention_norm: Floats
+    attention_in: _Matrices
+    bias: Floats  # [tiles * LANES], as the outputs of attention_in lie
+    attention_out: _Matrices
+    network_norm: Floats
+    network_in: _Matrices
+    network_out: _Matrices
+
+    @classmethod
+    def of(cls, block: DecoderBlock) -> _Block:
+        biases = [
+            F.pad(
+                torch.zeros(one.out_features) if bias is None else bias.detach().float(), (0, -one.out_features % LANES)
+            )
+            for one, bias in zip(block.attention_in, block.attention_bias, strict=True)
+        ]
+        return cls(
+            array(block.attention_norm),
+            _matrices(block.attention_in),
+            array(torch.cat(biases)),
+            _matrices([block.attention_out]),
+            array(block.network_norm),
+            _matrices(block.network_in),
+            _matrices([block.network_out]),
+        )
+
+
+def _matrices(packed: Sequence[PackedMatrix]) -> _Matrices:
+    stack = Stack.of(packed)
+    return _Matrices(stack.codes, stack.columns, stack.scales, stack.ends)
+
+
+@compiled(fastmath=("contract",))
+def _step(
+    hidden: Floats,  # [1, d], becomes the block's output
+    attention_norm: Floats,
+    attention_in: _Matrices,
+    bias: Floats,
+    attention_out: _Matrices,
+    network_norm: Floats,
+    network_in: _Matrices,
+    network_out: _Matrices,
+    cosines: Floats,  # [e]
+    sines: Floats,
+    keys: Floats,  # [key_heads, positions, e]
+    values: Floats,
+    position: int,
+    heads: int,
+    epsilon: float,
+    planes: int,
+    threads: int,
+) -> None:
+    d, e = hidden.shape[1], cosines.shape[0]
+    inputs = _product(_normed(hidden, attention_norm, epsilon), attention_in, planes, threads)[0]
+    for o in range(bias.shape[0]):
+        inputs[o] += bias[o]
+    first_key, first_value = attention_in.ends[0] * LANES, attention_in.ends[1] * LANES
+    _rotate(inputs[: heads * e], cosines, sines)
+    _rotate(inputs[first_key : first_key + keys.shape[0] * e], cosines, sines)
+    for head in range(keys.shape[0]):
+        for i in range(e):
+            keys[head, position, i] = inputs[first_key + head * e + i]
+            values[head, position, i] = inputs[first_value + head * e + i]
+    context = np.empty((1, heads * e), np.float32)
+    _attend(inputs, keys, values, position + 1, heads, context[0])
+    change = _product(context, attention_out, planes, threads)[0]
+    for i in range(d):
+        hidden[0, i] += change[i]
+    inputs = _product(_normed(hidden, network_norm, epsilon), network_in, planes, threads)[0]
+    first_up = network_in.ends[0] * LANES
+    gated = np.empty(
+        (1, network_out.codes.shape[1] // network_out.columns.shape[1] * network_out.columns.shape[2]), np.float32
+    )
+    for i in range(gated.shape[1]):
+        gated[0, i] = inputs[i] / (np.float32(1) + np.exp(-inputs[i])) * inputs[first_up + i]
+    change = _product(gated, network_out, planes, threads)[0]
+    for i in range(d):
+        hidden[0, i] += change[i]
+
+
+@compiled()
+def _product(x: Floats, matrices: _Matrices, planes: int, threads: int) -> Floats:
+    y = np.zeros((1, matrices.scales.shape[0]), np.float32)
+    multiply(x, matrices.codes, matrices.columns, matrices.scales, matrices.ends, planes, threads, y)
+    return y
+
+
+@compiled(fastmath=("contract", "reassoc"))
+def _normed(hidden: Floats, weight: Floats, epsilon: float) -> Floats:
+    total = np.float32(0)
+    for i in range(hidden.shape[1]):
+        total += hidden[0, i] * hidden[0, i]
+    scale = np.float32(1 / math.sqrt(total / hidden.shape[1] + epsilon))
+    normed = np.empty_like(hidden)
+    for i in range(hidden.shape[1]):
+        normed[0, i] = hidden[0, i] * scale * weight[i]
+    return normed
+
+
+@compiled()
+def _rotate(heads: Floats, cosines: Floats, sines: Floats) -> None:
+    """Rotary positions, in place; heads lie one after the other, and a pair of numbers is half a head apart."""
+    e = cosines.shape[0]
+    for start in range(0, heads.shape[0], e):
+        for i in range(e // 2):
+            a, b = heads[start + i], heads[start + e // 2 + i]
+            heads[start + i] = a * cosines[i] - b * sines[i]
+            heads[start + e // 2 + i] = b * cosines[e // 2 + i] + a * sines[e // 2 + i]
+
+
+@compiled(parallel=True, fastmath=("contract", "reassoc"))
+def _attend(queries: Floats, keys: Floats, values: Floats, length: int, heads: int, context: Floats) -> None:
+    """Softmax attention of every head to the first `length` positions; context is `[heads * e]`."""
+    e = keys.shape[2]
+    for head in prange(heads):
+        key, value = keys[head * keys.shape[0] // heads], values[head * keys.shape[0] // heads]
+        query = queries[head * e : head * e + e]
+        scores = np.empty(length, np.float32)
+        highest = np.float32(-np.inf)
+        for t in range(length):
+            total = np.float32(0)
+            for i in range(e):
+                total += query[i] * key[t, i]
+            scores[t] = total / np.float32(math.sqrt(e))
+            highest = max(highest, scores[t])
+        out = context[head * e : head * e + e]
+        out[:] = 0
+        total = np.float32(0)
+        for t in range(length):
+            weight = np.exp(scores[t] - highest)
+            total += weight
+            for i in range(e):
+                out[i] += weight * value[t, i]
+        for i in range(e):
+            out[i] /= total

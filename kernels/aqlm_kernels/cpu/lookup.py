@@ -1,0 +1,468 @@
+"""y = x W^T for a few rows of x by table look-ups inside vector registers, for codebooks of at most 256 entries.
+
+For input group j, all that W can multiply x_j with are M * K vectors, so that each code costs one look-up:
+
+    T[j, m, k] = <x_j, C_m[k]>          y_o = s_o * sum over (j, m) of T[j, m, a[o, j, m]]
+
+A table of 256 bytes is four 512-bit registers, and `vpermi2b` of AVX-512 VBMI looks 64 codes up in two of them at once.
+So tables are rounded to integers, of two bytes (two planes of such registers) or of one. The least entry of each table
+is subtracted first and added back at the end, which costs nothing; BLOCK tables share one unit. Sums of bytes are kept
+in 16-bit lanes, even and odd bytes apart: A += word and B += word >> 8, then B is the odd sum and A - (B << 8) the even
+one. They are integers, hence exact, and go to float32 once a block.
+
+One thread owns some tiles of outputs, and an output's sum runs over the blocks in order, so the result is the same for
+any number of threads. Two-byte units are powers of two: where x and W are small integers, so is everything else.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+from llvmlite import binding, ir
+from numba import types
+from numba.core import cgutils
+from numpy.typing import NDArray
+from torch import Tensor
+
+from aqlm_kernels.cpu.compile import compiled, instruction, prange
+from aqlm_kernels.cpu.dequantize import Floats, array
+from aqlm_kernels.packed import PackedMatrix
+
+Bytes = NDArray[np.uint8]
+Tiles = NDArray[np.int64]
+
+BLOCK = 64
+"""Tables that share a unit. Two planes of so many are 32 KiB and stay in the first cache for all outputs; and 64 bytes
+of 255 fit a 16-bit lane."""
+
+AHEAD = 24
+"""Look-ups of one tile that codes are prefetched ahead."""
+
+LANES = 64  # outputs in a tile, bytes in a register
+ENTRIES = 256  # of a table; smaller codebooks are filled up
+
+
+def _has_vbmi() -> bool:
+    """Of the machine that Numba compiles for: this one, or what NUMBA_CPU_FEATURES says."""
+    settings: Any = numba.config
+    named = settings.CPU_FEATURES
+    return bool(binding.get_host_cpu_features().get("avx512vbmi")) if named is None else "+avx512vbmi" in named
+
+
+HAS_VBMI = _has_vbmi()
+"""Without it the same code runs a byte at a time, which is slow."""
+
+_byte, _word, _int, _long, _float = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
+_bytes, _words = ir.VectorType(_byte, LANES), ir.VectorType(_word, LANES // 2)
+_floats = ir.VectorType(_float, 16)
+
+
+@dataclass(frozen=True, eq=False)
+class Stack:
+    """Matrices that multiply the same x, one above the other: alike in inputs, M, K and g, each with its codebooks."""
+
+    codes: Bytes  # [tiles, n * M, LANES], the tiles of one matrix after those of the other
+    columns: Floats  # [matrices, M, g, K], the codebooks transposed
+    scales: Floats  # [tiles * LANES], 0 where a last tile has no output
+    ends: Tiles  # [matrices], tiles up to the end of each
+
+    @classmethod
+    def of(cls, matrices: Sequence[PackedMatrix]) -> Stack:
+        return cls(
+            codes=torch.cat([one.codes.flatten(1, 2) for one in matrices]).numpy(),
+            columns=torch.stack([one.columns for one in matrices]).numpy(),
+            scales=torch.cat([one.tile_scales for one in matrices]).numpy(),
+            ends=np.cumsum([len(one.codes) for one in matrices]),
+        )
+
+
+def by_lookup(x: Tensor, packed: PackedMatrix) -> Tensor:
+    """y [rows, out] of x [rows, in], by tables of two bytes; rounded once to x's type. K <= 256."""
+    return _product(x, packed, planes=2)
+
+
+def by_byte_lookup(x: Tensor, packed: PackedMatrix) -> Tensor:
+    """The same by tables of one byte: nearly twice as fast, with an error of some percent."""
+    return _product(x, packed, planes=1)
+
+
+def _product(x: Tensor, packed: PackedMatrix, planes: int) -> Tensor:
+    codes, scales = packed.codes.flatten(1, 2).numpy(), packed.tile_scales.numpy()
+    ends = np.array([codes.shape[0]])
+    y = np.zeros((x.shape[0], scales.shape[0]), np.float32)
+    multiply(array(x), codes, packed.columns[None].numpy(), scales, ends, planes, numba.get_num_threads(), y)
+    return torch.from_numpy(y)[:, : packed.out_features].to(x.dtype)
+
+
+@compiled()
+def multiply(
+    x: Floats,  # [rows, in]
+    codes: Bytes,  # as in Stack, these four
+    columns: Floats,
+    scales: Floats,
+    ends: Tiles,
+    planes: int,
+    threads: int,
+    y: Floats,  # [rows, tiles * LANES], zeros; becomes the product
+) -> None:
+    count = codes.shape[1]
+    tables = np.empty((x.shape[0], columns.shape[0], count, planes, 256), np.uint8)
+    units = np.empty((x.shape[0], columns.shape[0], -(-count // BLOCK), 2), np.float32)
+    _tabulate(x, columns, tables, units)
+    _sum_up(codes, scales, ends, tables, units, threads, y)
+
+
+@compiled(parallel=True)
+def _tabulate(x: Floats, columns: Floats, tables: Bytes, units: Floats) -> None:
+    rows, matrices, blocks = units.shape[:3]
+    for part in prange(rows * matrices * blocks):
+        row, matrix, block = part // (matrices * blocks), part // blocks % matrices, part % blocks
+        _make_tables(x[row], columns[matrix], block * BLOCK, tables[row, matrix], units[row, matrix, block])
+
+
+@compiled(parallel=True)
+def _sum_up(codes: Bytes, scales: Floats, ends: Tiles, tables: Bytes, units: Floats, threads: int, y: Floats) -> None:
+    parts = min(threads, codes.shape[0])
+    for part in prange(parts):
+        first, last = part * codes.shape[0] // parts, (part + 1) * codes.shape[0] // parts
+        for matrix in range(ends.shape[0]):
+            start, end = max(first, ends[matrix - 1] if matrix else 0), min(last, ends[matrix])
+            if start < end:
+                _sum_tiles(codes, scales, tables, units, matrix, start, end, y)
+
+
+@compiled(fastmath=("contract",))
+def _make_tables(x: Floats, columns: Floats, first: int, tables: Bytes, unit: Floats) -> None:
+    """The tables of one block, from the `first` on, as integers; table = unit[0] * integer, and unit[1] is the sum of
+    what was subtracted."""
+    num_codebooks, group_size = columns.shape[:2]
+    count, planes = min(BLOCK, tables.shape[0] - first), tables.shape[1]
+    exact = np.empty((count, ENTRIES), np.float32)
+    bounds = np.empty((count, 2), np.float32)
+    for m in range(num_codebooks):
+        t = (m - first) % num_codebooks  # the first table of the block that belongs to codebook m
+        while t < count:
+            start = (first + t) // num_codebooks * group_size
+            if t + 3 * num_codebooks < count:
+                _products_4(x, start, columns, m, exact, bounds, t)
+                t += 4 * num_codebooks
+            else:
+                _products_1(x, start, columns, m, exact, bounds, t)
+                t += num_codebooks
+    widest, total = np.float32(0), 0.0
+    for t in range(count):
+        widest = max(widest, bounds[t, 1] - bounds[t, 0])
+        total += bounds[t, 0]
+    finite = True
+    for i in range(first // num_codebooks * group_size, -(-(first + count) // num_codebooks) * group_size):
+        finite &= np.isfinite(x[i])
+    unit[0] = _unit(widest, planes) if finite and widest < np.inf else np.float32(np.nan)
+    unit[1] = total
+    inverse = np.float32(1) / unit[0] if unit[0] > 0 else np.float32(0)
+    for t in range(count):
+        _round(exact[t], inverse, bounds[t, 0], tables[first + t])
+
+
+@compiled()
+def _round(exact: Floats, inverse: np.float32, least: np.float32, table: Bytes) -> None:
+    """Each entry above the least, in units, to the nearest integer: the low byte to the first plane, the high one to
+    the second."""
+    if table.shape[0] == 1:
+        only = table[0]
+        for k in range(ENTRIES):
+            only[k] = np.uint8(np.int32((exact[k] - least) * inverse + np.float32(0.5)))
+    else:
+        lower, upper = table[0], table[1]
+        for k in range(ENTRIES):
+            level = np.int32((exact[k] - least) * inverse + np.float32(0.5))
+            lower[k] = np.uint8(level)
+            upper[k] = np.uint8(level >> 8)
+
+
+@compiled()
+def _unit(widest: np.float32, planes: int) -> np.float32:
+    """What one step of an integer table stands for, so that `widest` is the greatest integer at most."""
+    if planes == 1:
+        return widest / np.float32(255)
+    mantissa, exponent = math.frexp(widest / np.float32(65535))
+    if mantissa == 0:
+        return np.float32(0)
+    return np.float32(math.ldexp(1.0, max(exponent - (mantissa == 0.5), -120)))
+
+
+@compiled(fastmath=("contract",))
+def _sum_tiles(
+    codes: Bytes, scales: Floats, tables: Bytes, units: Floats, matrix: int, first: int, last: int, y: Floats
+) -> None:
+    """y of the tiles from first to before last, all of one matrix, all rows; a block's tables stay in the cache."""
+    rows, planes = tables.shape[0], tables.shape[3]
+    for block in range(units.shape[2]):
+        start = block * BLOCK
+        count = min(BLOCK, codes.shape[1] - start)
+        for row in range(rows):
+            unit, offset = units[row, matrix, block]
+            tile = first
+            while tile < last:
+                size = 4 if last - tile >= 4 else 2 if last - tile >= 2 else 1
+                if planes == 2:
+                    if size == 4:
+                        _look_up_4_2(codes, tile, start, tables, row, matrix, count, unit, offset, y)
+                    elif size == 2:
+                        _look_up_2_2(codes, tile, start, tables, row, matrix, count, unit, offset, y)
+                    else:
+                        _look_up_1_2(codes, tile, start, tables, row, matrix, count, unit, offset, y)
+                elif size == 4:
+                    _look_up_4_1(codes, tile, start, tables, row, matrix, count, unit, offset, y)
+                elif size == 2:
+                    _look_up_2_1(codes, tile, start, tables, row, matrix, count, unit, offset, y)
+                else:
+                    _look_up_1_1(codes, tile, start, tables, row, matrix, count, unit, offset, y)
+                tile += size
+    for row in range(rows):
+        for o in range(first * LANES, last * LANES):
+            y[row, o] *= scales[o]
+
+
+# ------------------------------------------------------------------------------------------------- LLVM, by its builder
+
+
+def _products(groups: int) -> Callable[..., Any]:
+    """exact[t + r * M, k] = <x[start + r * g:], column k of codebook m> for so many groups r, and the least and the
+    greatest of each in bounds[t + r * M].
+
+    A tile of four vectors for each group stays in registers, so that what is read is used several times.
+    """
+
+    @instruction
+    def products(typing_context: Any, x: Any, start: Any, columns: Any, m: Any, exact: Any, bounds: Any, t: Any) -> Any:
+        signature = types.void(x, start, columns, m, exact, bounds, t)
+
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            x, start, columns, m, exact, bounds, t = arguments
+            x, columns, exact, bounds = (
+                context.make_array(signature.args[place])(context, builder, arguments[place]) for place in (0, 2, 4, 5)
+            )
+            num_codebooks, group_size = (builder.extract_value(columns.shape, axis) for axis in (0, 1))
+            step = builder.mul(num_codebooks, ir.Constant(_long, 1))
+            rows = [builder.add(t, builder.mul(step, ir.Constant(_long, r))) for r in range(groups)]
+            _generate_products(
+                builder,
+                [
+                    _at(builder, x, builder.add(start, builder.mul(group_size, ir.Constant(_long, r))))
+                    for r in range(groups)
+                ],
+                group_size,
+                _at(builder, columns, m),
+                [_at(builder, exact, row) for row in rows],
+                [_at(builder, bounds, row) for row in rows],
+            )
+            return context.get_dummy_value()
+
+        return signature, generate
+
+    return products
+
+
+def _generate_products(builder: Any, x: Any, group_size: Any, columns: Any, exact: Any, bounds: Any) -> None:
+    """`x`, `exact` and `bounds` have one pointer for each group."""
+    fma = cgutils.get_or_insert_function(builder.module, ir.FunctionType(_floats, [_floats] * 3), "llvm.fma.v16f32")
+    lows = [cgutils.alloca_once(builder, _floats) for _ in x]
+    highs = [cgutils.alloca_once(builder, _floats) for _ in x]
+    sums = [[cgutils.alloca_once(builder, _floats) for _ in range(4)] for _ in x]
+    for low, high in zip(lows, highs, strict=True):
+        builder.store(ir.Constant(_floats, [math.inf] * 16), low)
+        builder.store(ir.Constant(_floats, [-math.inf] * 16), high)
+    with cgutils.for_range(builder, ir.Constant(_long, ENTRIES // 64)) as part:
+        first = builder.mul(part.index, ir.Constant(_long, 4 * 64))  # in bytes
+        for places in sums:
+            for place in places:
+                builder.store(ir.Constant(_floats, None), place)
+        with cgutils.for_range(builder, group_size) as loop:
+            column = builder.gep(
+                columns, [builder.add(first, builder.mul(loop.index, ir.Constant(_long, 4 * ENTRIES)))]
+            )
+            entries = [_load(builder, column, _floats, 64 * q) for q in range(4)]
+            for places, start in zip(sums, x, strict=True):
+                number = builder.load(
+                    builder.bitcast(
+                        builder.gep(start, [builder.mul(loop.index, ir.Constant(_long, 4))]), _float.as_pointer()
+                    )
+                )
+                factor = _spread(builder, number, 16)
+                for place, entry in zip(places, entries, strict=True):
+                    builder.store(builder.call(fma, [factor, entry, builder.load(place)]), place)
+        for places, low, high, row in zip(sums, lows, highs, exact, strict=True):
+            for q, place in enumerate(places):
+                values = builder.load(place)
+                _store(builder, values, builder.gep(row, [first]), 64 * q)
+                for bound, sign in ((low, "<"), (high, ">")):
+                    before = builder.load(bound)
+                    builder.store(builder.select(builder.fcmp_ordered(sign, values, before), values, before), bound)
+    for low, high, row in zip(lows, highs, bounds, strict=True):
+        for offset, (bound, name) in enumerate(((low, "fmin"), (high, "fmax"))):
+            reduce = cgutils.get_or_insert_function(
+                builder.module, ir.FunctionType(_float, [_floats]), f"llvm.vector.reduce.{name}.v16f32"
+            )
+            _store(builder, builder.call(reduce, [builder.load(bound)], fastmath=("nnan",)), row, 4 * offset)
+
+
+def _look_up(tiles: int, planes: int) -> Callable[..., Any]:
+    """y[row, tile * LANES + lane] += offset + unit * sum over i < count of T[i, codes[tile, start + i, lane]]
+
+    with T = tables[row, matrix, start:], for so many `tiles` at once: a table's registers are loaded once for all.
+    """
+
+    @instruction
+    def look_up(
+        typing_context: Any,
+        codes: Any,
+        tile: Any,
+        start: Any,
+        tables: Any,
+        row: Any,
+        matrix: Any,
+        count: Any,
+        unit: Any,
+        offset: Any,
+        y: Any,
+    ) -> Any:
+        signature = types.void(codes, tile, start, tables, row, matrix, count, unit, offset, y)
+
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            _generate(_Arguments(context, builder, signature, arguments), tiles, planes)
+            return context.get_dummy_value()
+
+        return signature, generate
+
+    return look_up
+
+
+class _Arguments:
+    """Pointers to where the look-ups of one call begin, and its numbers."""
+
+    def __init__(self, context: Any, builder: Any, signature: Any, arguments: Any) -> None:
+        self.builder = builder
+        codes, tile, start, tables, row, matrix, self.count, self.unit, self.offset, y = arguments
+        codes, tables, y = (
+            context.make_array(kind)(context, builder, value)
+            for kind, value in zip(
+                (signature.args[0], signature.args[3], signature.args[9]), (codes, tables, y), strict=True
+            )
+        )
+
+        self.codes = _at(builder, codes, tile, start)
+        self.tile_stride = builder.extract_value(codes.strides, 0)
+        self.tables = _at(builder, tables, row, matrix, start)
+        self.sums = _at(builder, y, row, builder.mul(tile, ir.Constant(_long, LANES)))
+
+
+def _generate(a: _Arguments, tiles: int, planes: int) -> None:
+    builder = a.builder
+    eight = ir.Constant(_words, [8] * (LANES // 2))
+    zero = ir.Constant(_words, None)
+    permute = _permute(builder.module)
+    kind = ir.FunctionType(ir.VoidType(), [_byte.as_pointer(), _int, _int, _int])
+    prefetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")
+    both = [[cgutils.alloca_once(builder, _words) for _ in range(2)] for _ in range(tiles * planes)]  # A and B
+    for pair in both:
+        for place in pair:
+            builder.store(zero, place)
+    with cgutils.for_range(builder, a.count) as loop:
+        i = loop.index
+        table = builder.gep(a.tables, [builder.mul(i, ir.Constant(_long, 256 * planes))])
+        quarters = [_load(builder, table, _bytes, LANES * q) for q in range(4 * planes)]
+        code = builder.gep(a.codes, [builder.mul(i, ir.Constant(_long, LANES))])
+        for t in range(tiles):
+            here = builder.gep(code, [builder.mul(a.tile_stride, ir.Constant(_long, t))])
+            soon = builder.gep(here, [ir.Constant(_long, LANES * AHEAD)])
+            builder.call(prefetch, [soon, *(ir.Constant(_int, flag) for flag in (0, 3, 1))])
+            index = _load(builder, here, _bytes, 0)
+            upper_half = builder.icmp_signed("<", index, ir.Constant(_bytes, None))
+            for p in range(planes):
+                q = quarters[4 * p : 4 * p + 4]
+                low, high = builder.call(permute, [q[0], index, q[1]]), builder.call(permute, [q[2], index, q[3]])
+                words = builder.bitcast(builder.select(upper_half, high, low), _words)
+                for place, addend in zip(both[t * planes + p], (words, builder.lshr(words, eight)), strict=True):
+                    builder.store(builder.add(builder.load(place), addend), place)
+    for t in range(tiles):
+        totals = [None, None]  # of even and of odd bytes, as integers
+        for p in range(planes):
+            whole, odd = (builder.load(place) for place in both[t * planes + p])
+            even = builder.sub(whole, builder.shl(odd, eight))
+            for parity, sums in enumerate((even, odd)):
+                wide = builder.zext(sums, ir.VectorType(_int, LANES // 2))
+                if p:
+                    wide = builder.shl(wide, ir.Constant(wide.type, [8 * p] * (LANES // 2)))
+                totals[parity] = wide if totals[parity] is None else builder.add(totals[parity], wide)
+        even, odd = (builder.uitofp(total, ir.VectorType(_float, LANES // 2)) for total in totals)
+        order = ir.Constant(ir.VectorType(_int, LANES), [lane % 2 * (LANES // 2) + lane // 2 for lane in range(LANES)])
+        values = builder.shuffle_vector(even, odd, order)
+        values = builder.fadd(builder.fmul(values, _spread(builder, a.unit, LANES)), _spread(builder, a.offset, LANES))
+        before = _load(builder, a.sums, values.type, 4 * LANES * t)
+        _store(builder, builder.fadd(before, values), a.sums, 4 * LANES * t)
+
+
+def _permute(module: Any) -> Any:
+    """(lower [64], index [64], upper [64]) -> the bytes that the low 7 bits of the index choose from the two."""
+    kind = ir.FunctionType(_bytes, [_bytes, _bytes, _bytes])
+    name = "llvm.x86.avx512.vpermi2var.qi.512" if HAS_VBMI else "aqlm_permute_bytes"
+    if name in module.globals:
+        return module.globals[name]
+    function = ir.Function(module, kind, name)
+    if not HAS_VBMI:
+        _write_permute(function)
+    return function
+
+
+def _write_permute(function: Any) -> None:
+    """The same on any machine, a byte at a time."""
+    function.linkage = "internal"
+    builder = ir.IRBuilder(function.append_basic_block())
+    lower, index, upper = function.args
+    table = cgutils.alloca_once(builder, ir.VectorType(_byte, 2 * LANES))
+    order = ir.Constant(ir.VectorType(_int, 2 * LANES), list(range(2 * LANES)))
+    builder.store(builder.shuffle_vector(lower, upper, order), table)
+    start = builder.bitcast(table, _byte.as_pointer())
+    found = ir.Constant(_bytes, ir.Undefined)
+    for lane in range(LANES):
+        place = builder.and_(builder.extract_element(index, ir.Constant(_int, lane)), ir.Constant(_byte, 127))
+        byte = builder.load(builder.gep(start, [builder.zext(place, _long)]))
+        found = builder.insert_element(found, byte, ir.Constant(_int, lane))
+    builder.ret(found)
+
+
+def _at(builder: Any, array: Any, *indices: Any) -> Any:
+    """Where array[indices] begins; the array is contiguous along its last axis."""
+    offset: Any = ir.Constant(_long, 0)
+    for axis, index in enumerate(indices):
+        offset = builder.add(offset, builder.mul(index, builder.extract_value(array.strides, axis)))
+    return builder.gep(builder.bitcast(array.data, _byte.as_pointer()), [offset])
+
+
+def _load(builder: Any, start: Any, kind: Any, offset: int) -> Any:
+    place = builder.bitcast(builder.gep(start, [ir.Constant(_long, offset)]), kind.as_pointer())
+    value = builder.load(place)
+    value.align = 1
+    return value
+
+
+def _store(builder: Any, value: Any, start: Any, offset: int) -> None:
+    place = builder.bitcast(builder.gep(start, [ir.Constant(_long, offset)]), value.type.as_pointer())
+    builder.store(value, place).align = 1
+
+
+def _spread(builder: Any, number: Any, lanes: int) -> Any:
+    kind = ir.VectorType(_float, lanes)
+    one = builder.insert_element(ir.Constant(kind, ir.Undefined), number, ir.Constant(_int, 0))
+    return builder.shuffle_vector(one, one, ir.Constant(ir.VectorType(_int, lanes), [0] * lanes))
+
+
+_products_4, _products_1 = _products(4), _products(1)
+_look_up_4_2, _look_up_2_2, _look_up_1_2 = (_look_up(tiles, 2) for tiles in (4, 2, 1))
+_look_up_4_1, _look_up_2_1, _look_up_1_1 = (_look_up(tiles, 1) for tiles in (4, 2, 1))

@@ -1,0 +1,91 @@
+"""Products by look-ups in registers: against what rounded tables give, and on machines without the instructions."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import numba
+import pytest
+import torch
+
+from aqlm_kernels import pack, reference
+from aqlm_kernels.cpu import lookup
+
+from .conftest import CASES
+
+SMALL = [case for case in CASES if case.codebook_bits <= 8]
+GREATEST = {lookup.by_lookup: 65535, lookup.by_byte_lookup: 255}
+
+pytestmark = pytest.mark.usefixtures("nan_filled_outputs")
+
+
+def by_rounded_tables(x, matrix, greatest):
+    """The specification: y [rows, out] in float64 from tables whose entries are integers up to `greatest`."""
+    groups = x.double().reshape(len(x), -1, matrix.group_size)  # [rows, n, g]
+    tables = torch.einsum("rji,mki->rjmk", groups, matrix.codebooks.double()).flatten(1, 2)  # [rows, n * M, K]
+    codes = matrix.codes.flatten(1).long()  # [out, n * M]
+    y = torch.zeros(len(x), matrix.out_features, dtype=torch.float64)
+    for start in range(0, codes.shape[1], lookup.BLOCK):
+        block = tables[:, start : start + lookup.BLOCK]
+        least = block.amin(2, keepdim=True)
+        unit = (block - least).amax((1, 2), keepdim=True) / greatest
+        if greatest == 65535:
+            unit = torch.exp2(unit.log2().ceil())
+        levels = torch.where(unit > 0, (block - least) / unit, 0.0).round()
+        for t in range(block.shape[1]):
+            y += (unit[:, 0] * levels[:, t] + least[:, t])[:, codes[:, start + t]]
+    return y * matrix.scales.double()
+
+
+@pytest.fixture(params=SMALL, ids=str)
+def small(request):
+    return request.param
+
+
+@pytest.mark.parametrize("product", GREATEST, ids=lambda product: product.__name__)
+def test_it_is_the_product_by_rounded_tables(small, product):
+    if small.rows == 0:
+        pytest.skip("no numbers to compare")
+    x, matrix = small.reals()
+    expected, exact = by_rounded_tables(x, matrix, GREATEST[product]), reference.matmul(x.double(), pack(matrix))
+    # Where an entry lies near the middle of two levels, float32 may round it the other way.
+    assert (product(x, pack(matrix)) - expected).norm() < 0.5 * (expected - exact).norm()
+
+
+def test_sixteen_bits_are_exact_where_all_is_integer(small):
+    x, matrix = small.integers()
+    assert torch.equal(lookup.by_lookup(x, pack(matrix)), reference.matmul(x, pack(matrix)))
+
+
+@pytest.mark.parametrize("product", GREATEST, ids=lambda product: product.__name__)
+def test_an_input_of_zeros_gives_zeros(small, product):
+    x, matrix = small.reals()
+    assert not product(torch.zeros_like(x), pack(matrix)).any()
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("product", GREATEST, ids=lambda product: product.__name__)
+def test_what_is_not_finite_spoils_its_own_row_only(product, value):
+    x, matrix = CASES[3].reals()
+    clean = product(x, pack(matrix))
+    x[2, 7] = value
+    spoilt = product(x, pack(matrix))
+    assert spoilt[2].isnan().all()
+    assert torch.equal(spoilt[[0, 1, 3, 4]], clean[[0, 1, 3, 4]])
+
+
+@pytest.mark.skipif(not lookup.HAS_VBMI, reason="the tests above have run without the instructions")
+def test_it_does_the_same_without_the_instructions(tmp_path):
+    environment = {
+        **os.environ,
+        "NUMBA_CPU_NAME": "generic",
+        "NUMBA_CPU_FEATURES": "",
+        "NUMBA_CACHE_DIR": str(tmp_path),
+        "NUMBA_NUM_THREADS": str(numba.config.NUMBA_NUM_THREADS),
+    }
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    assert "skipped" in done.stdout  # this test itself, for there it has no other machine to play
