@@ -13,13 +13,14 @@ from transformers import AutoModelForCausalLM
 from aqlm_cli.artifacts import RunDirectory, open_run
 from aqlm_cli.blocks import linears
 from aqlm_cli.config import BenchConfig, build_config
-from aqlm_cli.errors import ModelError
-from aqlm_cli.events import Advanced, Event
-from aqlm_cli.model import Decoding, decoding_of, find_subject, load_network, resolve
+from aqlm_cli.errors import ModelError, UsageError
+from aqlm_cli.events import Advanced, Event, Noted
+from aqlm_cli.model import Decoding, decoding_of, find_subject, load_network, resolve, shapes
 from aqlm_cli.report import BenchReport
+from aqlm_cli.scheme import AdditiveScheme, parse_scheme
 from aqlm_cli.stages import bench as stage_module
-from aqlm_cli.stages.bench import bench, relative_error, run_pass
-from aqlm_kernels import AdditiveLinear, KernelError
+from aqlm_cli.stages.bench import bench, bench_shape, relative_error, run_pass
+from aqlm_kernels import AdditiveLinear, KernelError, read_bandwidth
 from aqlm_kernels.cpu import lookup
 
 PROMPT, TOKENS = 24, 6
@@ -150,3 +151,64 @@ def test_what_is_compared_with_holds_no_codes_and_keeps_the_biases(tmp_path: Pat
 def test_more_tokens_than_the_model_reads_are_refused(model: Path) -> None:
     with pytest.raises(ModelError, match="reads 256 tokens, not 303; lower --prompt or --tokens"):
         measured(model, prompt=300, tokens=3)
+
+
+# ------------------------------------------------------------------------------------------------------- shapes, bounds
+
+
+@pytest.fixture(params=[True, False], ids=["tied", "untied"])
+def shape(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setitem(shapes.SHAPES, "tiny", (64, 128, 2, 4, 2, 258, request.param))
+    return "tiny"
+
+
+def measured_shape(shape: str, scheme: str, **settings: Any) -> BenchReport:
+    chosen = BenchConfig.model_validate({"prompt": PROMPT, "tokens": TOKENS, "repeats": 1, **settings})
+    parsed = parse_scheme(scheme)
+    assert isinstance(parsed, AdditiveScheme)
+    return bench_shape(shape, parsed, chosen, 0, lambda event: None)
+
+
+def test_a_shape_is_measured_with_random_numbers(shape: str) -> None:
+    report = measured_shape(shape, "2x8g8")
+    assert (report.model, report.backend) == ("tiny, 2x8g8, random numbers", DECODING)
+    assert [row.name for row in report.rows] == ["FP16", "BF16", "FP32", "packed"]
+    assert 0 < (report.rows[-1].relative_error or 0) < 1e-3
+    blocks = 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128)  # weights
+    codebooks = 2 * 7 * 2 * 256 * 8
+    outputs = 2 * (64 + 32 + 32 + 64 + 128 + 128 + 64)
+    others = 258 * 64 * (1 if shapes.SHAPES[shape][-1] else 2) + 5 * 64
+    assert report.rows[-1].bytes == blocks // 4 + 2 * (codebooks + outputs) + 2 * others
+    assert report.rows[0].bytes == 2 * (blocks + others)
+
+
+def test_the_bound_counts_what_one_token_reads(shape: str) -> None:
+    report = measured_shape(shape, "1x8g8")
+    tied = shapes.SHAPES[shape][-1]
+    for row, itemsize in zip(report.rows, (2, 2, 4, 2), strict=True):
+        read = row.bytes - (0 if tied else itemsize * 258 * 64)
+        assert row.decode_bound == pytest.approx(report.read_bandwidth / read)
+        assert row.decode_times == {
+            other.name: row.decode_median / other.decode_median for other in report.rows if other.name != "packed"
+        }
+
+
+def test_types_that_do_not_fit_are_left_out_and_named(shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stage_module.os, "sysconf", lambda name: 600 if name == "SC_PAGE_SIZE" else 1000)
+    events: list[Event] = []
+    parsed = parse_scheme("1x8g8")
+    assert isinstance(parsed, AdditiveScheme)
+    chosen = BenchConfig.model_validate({"prompt": PROMPT, "tokens": TOKENS, "repeats": 1})
+    report = bench_shape(shape, parsed, chosen, 0, events.append)
+    assert [row.name for row in report.rows] == ["FP16", "packed"]
+    assert report.rows[-1].relative_error is None
+    assert Noted("BF16, FP32 would take more than half of this machine's memory, and is not measured") in events
+
+
+def test_a_shape_that_is_not_known_names_those_that_are() -> None:
+    with pytest.raises(UsageError, match=r"there is no shape huge; choose one of smollm2-135m, llama-3\.2-1b"):
+        measured_shape("huge", "2x8g8")
+
+
+def test_bandwidth_is_read_by_all_threads() -> None:
+    assert 1e8 < read_bandwidth(repeats=1) < 1e13

@@ -79,7 +79,8 @@ def test_a_run_generates_with_what_it_has_packed_and_says_so(model: Path, tmp_pa
     events: list[Event] = []
     report = generated(run.path, events=events)
     assert report.text == generated(run.path / "packed").text
-    assert events == [Noted(f"generating with {run.path / 'packed'}: transformers")]
+    assert events == [Noted(f"generating with {run.path / 'packed'}")]
+    assert report.decoding == "transformers"
 
 
 def test_a_prompt_without_a_token_is_refused(model: Path) -> None:

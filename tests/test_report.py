@@ -41,7 +41,16 @@ RECORDS: list[Record] = [
     CalibrationReport(8, 64, 512, 3.25, {"c4": 4, "notes.txt": 4}, Path("run/calibration"), 1.5),
     QuantizeReport("tiny", "2x8g8", "aqlm", 14, 2.0, 2.15, 1000, 200, 0.01, 9.5, 10**9, Path("run/quantized")),
     PackReport(Path("run/packed"), "transformers", "2x8g8", 2.15, 2.15, 200, 14),
-    BenchReport("tiny", 2, "cpu-lut", 512, 32, 5, (BenchRow("packed", 9, 8, 10, 90, 80, 100, 200, 0.001),)),
+    BenchReport(
+        "tiny",
+        2,
+        "cpu-lut",
+        512,
+        32,
+        5,
+        3e10,
+        (BenchRow("packed", 9, 8, 10, {"FP16": 4}, 20, 90, 80, 100, 200, 0.001),),
+    ),
     GenerationReport("tiny", "Hello", " [bold]world[/bold]", 2, 0.5, 4.0, "transformers"),
     MachineReport("x86_64", ("avx2",), 2, 2, (), {"triton": None}, (BackendReport("lut", "2x8g8", "cpu", None),)),
 ]

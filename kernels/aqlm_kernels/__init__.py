@@ -9,6 +9,7 @@ Knows torch, numpy and numba only. What a caller can mend is raised as KernelErr
 from aqlm_kernels.additive import AdditiveMatrix
 from aqlm_kernels.backends import BACKENDS, Backend, choose, matmul
 from aqlm_kernels.checkpoint import from_checkpoint, to_checkpoint
+from aqlm_kernels.cpu.bandwidth import read_bandwidth
 from aqlm_kernels.cpu.decoder import Decoder, DecoderBlock
 from aqlm_kernels.cpu.dense import ByteRows, matmul_dense
 from aqlm_kernels.errors import KernelError
@@ -30,6 +31,7 @@ __all__ = [
     "matmul",
     "matmul_dense",
     "pack",
+    "read_bandwidth",
     "to_checkpoint",
     "unpack",
 ]

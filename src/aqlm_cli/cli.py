@@ -14,6 +14,7 @@ import typer
 
 from aqlm_cli import options
 from aqlm_cli.config import build_config
+from aqlm_cli.errors import UsageError
 from aqlm_cli.openmp import share_pool
 from aqlm_cli.screen import OneLineErrors, Screen
 
@@ -198,7 +199,11 @@ def eval_ppl(
 
 @app.command()
 def bench(
-    target: options.Target,
+    target: options.OptionalTarget = None,
+    shape: Annotated[
+        str | None, typer.Option(help="In place of a model: llama-3.2-1b or the like, with random numbers.")
+    ] = None,
+    scheme: Annotated[str | None, typer.Option(help="With --shape: 2x8g8 or the like.")] = None,
     tokens: Annotated[int | None, typer.Option(help="New tokens to decode.")] = None,
     prompt: Annotated[int | None, typer.Option(help="Tokens of the prompt.")] = None,
     repeats: Annotated[int | None, typer.Option(help="Times that each model runs.")] = None,
@@ -217,20 +222,30 @@ def bench(
     \b
     Example:
       aqlm bench runs/SmolLM2-135M-Instruct-2bit --threads 1
+      aqlm bench --shape llama-3.2-1b --scheme 2x8g8
     """
     from aqlm_cli import pipeline
 
+    if (target is None) == (shape is None):
+        raise UsageError("give a model, a run or --shape, one of them")
+    if scheme is not None and shape is None:
+        raise UsageError("--scheme goes with --shape; a run has a scheme of its own")
     settings = pipeline.settings_for(
-        target,
+        target or str(shape),
         {
             **options.machine_flags(None, revision, trust_remote_code, seed, None, threads),
+            "quantize": {"scheme": scheme},
             "bench": {"tokens": tokens, "prompt": prompt, "repeats": repeats, "backend": backend, "head": head},
         },
     )
     with Screen(json) as screen:
         pipeline.use_machine(settings)
-        report = pipeline.compare_speed(target, settings, screen.emit)
-        screen.finish({"bench": report}, following=_command("generate", target, "--prompt", PROMPT))
+        if target is None:
+            report = pipeline.compare_speed_of_shape(str(shape), settings, screen.emit)
+            screen.finish({"bench": report}, following=_command("quantize", "--bits", 2, "MODEL"))
+        else:
+            report = pipeline.compare_speed(target, settings, screen.emit)
+            screen.finish({"bench": report}, following=_command("generate", target, "--prompt", PROMPT))
 
 
 @app.command()

@@ -31,6 +31,9 @@ Model = Annotated[
     typer.Argument(metavar="MODEL", help="Hub id, directory, .gguf file or smollm2-135m; may stand in the run file."),
 ]
 Target = Annotated[str, typer.Argument(metavar="MODEL|RUN", help="A model, or the directory of a run.")]
+OptionalTarget = Annotated[
+    str | None, typer.Argument(metavar="[MODEL|RUN]", help="A model, or the directory of a run.", show_default=False)
+]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="The directory of a run, such as runs/NAME-2bit.")]
 
 Revision = Annotated[str | None, typer.Option(help="Commit, tag or branch of a hub model.")]

@@ -20,8 +20,8 @@ from aqlm_cli.events import Emit, Noted
 from aqlm_cli.model import Subject, find_subject, resolve
 from aqlm_cli.openmp import forbid_nested_loops
 from aqlm_cli.report import BenchReport, GenerationReport, PackReport, Record
-from aqlm_cli.scheme import SCHEMES_BY_BITS, parse_scheme
-from aqlm_cli.stages.bench import bench
+from aqlm_cli.scheme import SCHEMES_BY_BITS, AdditiveScheme, parse_scheme
+from aqlm_cli.stages.bench import bench, bench_shape
 from aqlm_cli.stages.calibrate import calibrate
 from aqlm_cli.stages.doctor import doctor
 from aqlm_cli.stages.eval_ppl import eval_ppl
@@ -32,6 +32,7 @@ from aqlm_cli.stages.quantize import prepare, quantize
 __all__ = [
     "calibrate",
     "compare_speed",
+    "compare_speed_of_shape",
     "continue_text",
     "default_run_directory",
     "doctor",
@@ -115,6 +116,13 @@ def measure(target: str, config: RunConfig, windows: int | None, emit: Emit) -> 
 
 def compare_speed(target: str, config: RunConfig, emit: Emit) -> BenchReport:
     return bench(_subject(target, config, emit), config.bench, config.seed, emit)
+
+
+def compare_speed_of_shape(shape: str, config: RunConfig, emit: Emit) -> BenchReport:
+    scheme = parse_scheme(config.quantize.scheme)
+    if not isinstance(scheme, AdditiveScheme):
+        raise UsageError(f"scheme {scheme} is packed as ordinary weights; choose one such as 2x8g8")
+    return bench_shape(shape, scheme, config.bench, config.seed, emit)
 
 
 def continue_text(

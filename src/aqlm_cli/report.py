@@ -196,13 +196,16 @@ class PerplexityReport(Record):
 
 @dataclass(frozen=True)
 class BenchRow:
-    """Tokens per second: median, lowest and highest of the repeats. `relative_error` is that of the logits, as
-    relative RMS against the same weights in float32; None where the row is that reference."""
+    """Tokens per second: median, lowest and highest of the repeats. `decode_times`: times as fast as the original in
+    each type; `decode_bound`: what reading the weights allows. `relative_error` is that of the logits, as relative RMS
+    against the same weights in float32; None where the row is that reference, or there is none."""
 
     name: str
     decode_median: float
     decode_low: float
     decode_high: float
+    decode_times: Mapping[str, float]
+    decode_bound: float
     prefill_median: float
     prefill_low: float
     prefill_high: float
@@ -212,7 +215,8 @@ class BenchRow:
 
 @dataclass(frozen=True)
 class BenchReport(Record):
-    """Speed of batch-1 decoding and of reading a prompt; `backend` is the product that the packed model ran through."""
+    """Speed of batch-1 decoding and of reading a prompt; `backend` is the product that the packed model ran through,
+    `read_bandwidth` in bytes per second."""
 
     model: str
     threads: int
@@ -220,21 +224,27 @@ class BenchReport(Record):
     prompt: int
     tokens: int
     repeats: int
+    read_bandwidth: float
     rows: tuple[BenchRow, ...]
 
     def table(self) -> Table:
         title = (
             f"{self.model}: tokens per second, median of {self.repeats} (lowest to highest); prompt of {self.prompt} "
-            f"tokens, then {self.tokens} one by one; {counted(self.threads, 'thread')}; backend {self.backend}"
+            f"tokens, then {self.tokens} one by one; {counted(self.threads, 'thread')} reading "
+            f"{self.read_bandwidth / 1e9:.1f} GB/s; {self.backend}"
         )
-        table = Table("model", "decode", "prefill", "size", "logits' error", title=Text(title), title_justify="left")
+        others = self.rows[0].decode_times
+        columns = ("model", "decode", *(f"x {name}" for name in others), "of bound", "prefill", "size", "logits' error")
+        table = Table(*columns, title=Text(title), title_justify="left")
         for row in self.rows:
             table.add_row(
                 Text(row.name),
                 f"{row.decode_median:.1f} ({row.decode_low:.1f}-{row.decode_high:.1f})",
+                *(f"{row.decode_times[name]:.2f}" for name in others),
+                f"{row.decode_median / row.decode_bound:.0%}",
                 f"{row.prefill_median:.0f} ({row.prefill_low:.0f}-{row.prefill_high:.0f})",
                 readable_bytes(row.bytes),
-                "reference" if row.relative_error is None else f"{row.relative_error:.1e}",
+                "-" if row.relative_error is None else f"{row.relative_error:.1e}",
             )
         return table
 

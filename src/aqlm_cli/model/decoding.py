@@ -77,6 +77,7 @@ class _Compiled:
         self.name = f"compiled decoder, {backend}"
         self._network: Any = network
         self._decoder = _decoder(network, room, PLANES[backend], head)
+        self.step(0)  # compiles, in some seconds, where no earlier process has
 
     @torch.inference_mode()
     def read(self, ids: Tensor) -> Tensor:

@@ -5,16 +5,22 @@ how fast one token follows another (one at a time, bound by reading the weights)
 tokens, also while decoding, so all do the same work.  They take turns, pass by pass, so that a machine that warms up or
 is disturbed does it to all of them.
 
+Decoding one token reads every weight once (of an embedding that is not also the head, one row): memory bounds it, and
+the share of that bound that is reached says what is left to gain.
+
 A fast product may be wrong, so each row carries the relative RMS error of its logits while decoding: of the packed
 model against the same weights written out and multiplied in float32, of the original in 16 bits against itself in 32.
 """
 
 from __future__ import annotations
 
+import copy
+import os
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,8 +40,10 @@ from aqlm_cli.model import (
     model_config,
     tensor_index,
 )
+from aqlm_cli.model.shapes import empty_network, random_network, random_packed_network
 from aqlm_cli.report import BenchReport, BenchRow
-from aqlm_kernels import AdditiveLinear
+from aqlm_cli.scheme import AdditiveScheme
+from aqlm_kernels import AdditiveLinear, read_bandwidth
 
 DTYPES = {"FP16": torch.float16, "BF16": torch.bfloat16, "FP32": torch.float32}
 
@@ -56,6 +64,7 @@ class Contender:
     name: str
     decoding: Decoding
     bytes: int
+    read_bytes: int  # of these, what one token reads
     relative_error: float | None
 
 
@@ -65,22 +74,64 @@ def bench(subject: Subject, settings: BenchConfig, seed: int, emit: Emit) -> Ben
     The report of a run is written to its `reports/`.
     """
     emit(Noted(f"measuring {subject.source.directory}"))
-    prompt, tokens, repeats = settings.prompt, settings.tokens, settings.repeats
-    ids = _random_ids(subject.source, prompt + tokens, seed)
-    contenders = _contenders(subject, ids, settings)
-    passes = _take_turns(contenders, ids, prompt, repeats, emit)
-    report = BenchReport(
-        model=subject.source.name,
-        threads=torch.get_num_threads(),
-        backend=contenders[-1].decoding.name,
-        prompt=prompt,
-        tokens=tokens,
-        repeats=repeats,
-        rows=tuple(_row(contender, passes[contender.name]) for contender in contenders),
-    )
+    ids = _random_ids(subject.source, settings.prompt + settings.tokens, seed)
+    report = _compare(subject.source.name, _contenders(subject, ids, settings), ids, settings, emit)
     if subject.run is not None:
         emit(Noted(f"wrote {subject.run.write_report('bench.json', report.as_json())}"))
     return report
+
+
+def bench_shape(shape: str, scheme: AdditiveScheme, settings: BenchConfig, seed: int, emit: Emit) -> BenchReport:
+    """The same for a model of a shape alone, with random weights and codes: those types that fit in half the memory."""
+    length = settings.prompt + settings.tokens
+    parameters = count_parameters(empty_network(shape))
+    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    sizes = {name: dtype.itemsize * parameters for name, dtype in DTYPES.items()}
+    left_out = [name for position, name in enumerate(sizes) if sum(list(sizes.values())[: position + 1]) > free]
+    if left_out:
+        emit(Noted(f"{', '.join(left_out)} would take more than half of this machine's memory, and is not measured"))
+    packed = random_packed_network(shape, scheme)
+    ids = torch.randint(packed.config.vocab_size, (length,), generator=torch.Generator().manual_seed(seed))
+    exact = None
+    if "FP32" not in left_out:
+        exact = run_pass(decoding_of(_written_out(copy.deepcopy(packed)), length), ids, settings.prompt).logits
+    decoding = decoding_of(packed, length, settings.backend, settings.head)
+    found = run_pass(decoding, ids, settings.prompt).logits
+    layers = [module for module in packed.modules() if isinstance(module, AdditiveLinear)]
+    weights = sum(layer.out_features * layer.in_features for layer in layers)
+    size = 2 * (parameters - weights) + sum(layer.matrix.bits() // 8 for layer in layers)
+    contenders = [
+        Contender(
+            name,
+            decoding_of(random_network(shape, DTYPES[name]), length),
+            bytes=sizes[name],
+            read_bytes=sizes[name] - DTYPES[name].itemsize * _embedded_only(packed),
+            relative_error=None,
+        )
+        for name in DTYPES
+        if name not in left_out
+    ]
+    error = None if exact is None else relative_error(found, exact)
+    contenders.append(Contender("packed", decoding, size, size - 2 * _embedded_only(packed), error))
+    return _compare(f"{shape}, {scheme}, random numbers", contenders, ids, settings, emit)
+
+
+def _compare(
+    model: str, contenders: Sequence[Contender], ids: Tensor, settings: BenchConfig, emit: Emit
+) -> BenchReport:
+    bandwidth = read_bandwidth()
+    passes = _take_turns(contenders, ids, settings.prompt, settings.repeats, emit)
+    medians = {name: statistics.median(one.decode for one in turns) for name, turns in passes.items()}
+    return BenchReport(
+        model=model,
+        threads=torch.get_num_threads(),
+        backend=contenders[-1].decoding.name,
+        prompt=settings.prompt,
+        tokens=settings.tokens,
+        repeats=settings.repeats,
+        read_bandwidth=bandwidth,
+        rows=tuple(_row(contender, passes[contender.name], medians, bandwidth) for contender in contenders),
+    )
 
 
 def run_pass(decoding: Decoding, ids: Tensor, prompt: int) -> Pass:  # ids [prompt + tokens]
@@ -120,6 +171,7 @@ def _originals(source: ModelSource, ids: Tensor, prompt: int) -> list[Contender]
             name,
             decodings[name],
             bytes=DTYPES[name].itemsize * count_parameters(network),
+            read_bytes=DTYPES[name].itemsize * (count_parameters(network) - _embedded_only(network)),
             relative_error=None if name == "FP32" else relative_error(logits[name], logits["FP32"]),
         )
         for name, network in networks.items()
@@ -130,9 +182,16 @@ def _packed(source: ModelSource, ids: Tensor, settings: BenchConfig) -> Contende
     written_out = decoding_of(_written_out(load_network(source, torch.float32)), len(ids))
     exact = run_pass(written_out, ids, settings.prompt).logits
     size = sum(tensor.bytes for tensor in tensor_index(source.directory).values())
-    decoding = decoding_of(load_network(source, torch.float32), len(ids), settings.backend, settings.head)
+    network = load_network(source, torch.float32)
+    decoding = decoding_of(network, len(ids), settings.backend, settings.head)
     found = run_pass(decoding, ids, settings.prompt).logits
-    return Contender("packed", decoding, size, relative_error(found, exact))
+    return Contender("packed", decoding, size, size - 2 * _embedded_only(network), relative_error(found, exact))
+
+
+def _embedded_only(network: Any) -> int:
+    """Weights of the embedding where it is not the head, too: of these a token reads one row."""
+    embedding, head = network.get_input_embeddings().weight, network.get_output_embeddings().weight
+    return 0 if embedding is head else int(embedding.numel())
 
 
 def _written_out(network: nn.Module) -> nn.Module:
@@ -168,13 +227,16 @@ def _take_turns(
     return passes
 
 
-def _row(contender: Contender, passes: Sequence[Pass]) -> BenchRow:
+def _row(contender: Contender, passes: Sequence[Pass], medians: Mapping[str, float], bandwidth: float) -> BenchRow:
     decode, prefill = [one.decode for one in passes], [one.prefill for one in passes]
+    median = medians[contender.name]
     return BenchRow(
         name=contender.name,
-        decode_median=statistics.median(decode),
+        decode_median=median,
         decode_low=min(decode),
         decode_high=max(decode),
+        decode_times={name: median / medians[name] for name in DTYPES if name in medians},
+        decode_bound=bandwidth / contender.read_bytes,
         prefill_median=statistics.median(prefill),
         prefill_low=min(prefill),
         prefill_high=max(prefill),

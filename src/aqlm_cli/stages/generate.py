@@ -34,9 +34,9 @@ def generate(
     ids = torch.tensor(tokenizer.encode(prompt), dtype=torch.int64, device=device)  # [length]
     if ids.numel() == 0:
         raise DataError("the prompt has no token; give some text with --prompt")
+    emit(Noted(f"generating with {source.directory}"))
     network = load_network(source, torch.float32, device)
     decoding = decoding_of(network, len(ids) + max_new_tokens, backend, head)
-    emit(Noted(f"generating with {source.directory}: {decoding.name}"))
     last = network.generation_config.eos_token_id if network.generation_config else tokenizer.eos_token_id
     ends = set(last) if isinstance(last, list) else {last}
     draw = torch.Generator(device).manual_seed(seed)
