@@ -34,7 +34,8 @@ def _sum(words: Words, sums: Words) -> None:
     """Each thread adds up a part of its own."""
     parts = sums.shape[0]
     for part in prange(parts):
+        own = words[part * words.shape[0] // parts : (part + 1) * words.shape[0] // parts]
         total = 0
-        for i in range(part * words.shape[0] // parts, (part + 1) * words.shape[0] // parts):
-            total += words[i]
+        for word in own:
+            total += word
         sums[part] = total
