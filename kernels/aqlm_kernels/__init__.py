@@ -6,6 +6,7 @@
 Knows torch, numpy and numba only. What a caller can mend is raised as KernelError.
 """
 
+from aqlm_kernels.accelerate import accelerate
 from aqlm_kernels.additive import AdditiveMatrix
 from aqlm_kernels.backends import BACKENDS, Backend, choose, matmul
 from aqlm_kernels.checkpoint import from_checkpoint, to_checkpoint
@@ -26,6 +27,7 @@ __all__ = [
     "DecoderBlock",
     "KernelError",
     "PackedMatrix",
+    "accelerate",
     "choose",
     "from_checkpoint",
     "matmul",

@@ -1,27 +1,24 @@
 """AdditiveLinear: nn.Linear whose weight is an AdditiveMatrix, differentiable in its input, codebooks and scales.
 
 Three ways to the same product. A few rows without gradients on the CPU read the codes directly (`backends.matmul`).
-More rows, or gradients, on the CPU: compiled code writes W in the type of x, torch multiplies. Elsewhere, and for
-float64: the same in plain torch. The result has the type of x, or autocast's, whatever the type of the parameters.
+More rows, or gradients, on the CPU: compiled code writes W in the type of x, torch multiplies. Both are operators of
+torch (ops.py). Elsewhere, and for float64: the same in plain torch. The result has the type of x, or autocast's,
+whatever the type of the parameters.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn import functional as F
 
-from aqlm_kernels import additive, checkpoint
+from aqlm_kernels import additive, checkpoint, ops
 from aqlm_kernels.additive import AdditiveMatrix
-from aqlm_kernels.backends import matmul
-from aqlm_kernels.cpu import dequantize
 from aqlm_kernels.errors import KernelError
-from aqlm_kernels.packed import PackedMatrix, pack
+from aqlm_kernels.packed import PackedMatrix
 
 FEW_ROWS = 8
 COMPILED_TYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -49,7 +46,7 @@ class AdditiveLinear(nn.Module):
         self.scales = _parameter(matrix.scales)
         self.bias = None if bias is None else _parameter(bias)
         self.backend: str | None = None  # of products with a few rows; None: the first that can
-        self._packed: _Packed | None = None
+        self._key = ops.new_key(self)
 
     @classmethod
     def empty(
@@ -86,10 +83,7 @@ class AdditiveLinear(nn.Module):
 
     def packed(self) -> PackedMatrix:
         """The present values in the product kernels' order: made at the first call, and again after a change."""
-        sources = self.codes, self.codebooks, self.scales
-        if self._packed is None or not self._packed.is_of(sources):
-            self._packed = _Packed(pack(self.matrix), tuple(t.detach() for t in sources), _versions(sources))
-        return self._packed.matrix
+        return ops.packed(self._key, self.codes, self.codebooks, self.scales)
 
     def forward(self, x: Tensor) -> Tensor:  # [..., in] -> [..., out]
         device = x.device.type
@@ -99,10 +93,14 @@ class AdditiveLinear(nn.Module):
         if device != "cpu" or x.dtype not in COMPILED_TYPES:
             y = F.linear(x, additive.dequantize(self.codes, self.codebooks, self.scales, x.dtype))
         elif self._records_gradients(x) or x.numel() > FEW_ROWS * self.in_features:
-            y = _product(x, self.codebooks, self.scales, self.codes)
+            y = ops.product(x, self.codes, self.codebooks, self.scales)
         else:
-            y = matmul(x, self.packed(), self.backend)
+            y = ops.decoding_product(x, self.codes, self.codebooks, self.scales, self._key, self.backend or "")
         return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:  # also of a copy
+        self.__dict__.update(state)
+        self._key = ops.new_key(self)
 
     def extra_repr(self) -> str:
         num_codebooks, codebook_size, group_size = self.codebooks.shape
@@ -133,49 +131,5 @@ class AdditiveLinear(nn.Module):
         super()._load_from_state_dict(own, prefix, *rest)
 
 
-@dataclass(frozen=True)
-class _Packed:
-    """A packed matrix with what it was made from: kept, so that no other tensor can come to lie at the same address."""
-
-    matrix: PackedMatrix
-    sources: tuple[Tensor, ...]
-    versions: tuple[int, ...]
-
-    def is_of(self, sources: tuple[Tensor, ...]) -> bool:
-        """Whether these are the same tensors, and unchanged. A change through `.data` in place cannot be seen."""
-        same = all(old.data_ptr() == new.data_ptr() for old, new in zip(self.sources, sources, strict=True))
-        return same and self.versions == _versions(sources)
-
-
-def _versions(tensors: tuple[Tensor, ...]) -> tuple[int, ...]:
-    """How often each was changed in place; tensors made in inference mode do not count."""
-    return tuple(0 if tensor.is_inference() else tensor._version for tensor in tensors)
-
-
 def _parameter(values: Tensor) -> nn.Parameter:
     return nn.Parameter(values.detach().to(torch.promote_types(values.dtype, torch.float32)))
-
-
-class _Product(torch.autograd.Function):
-    """x W^T in the type of x, on the CPU. W is written anew in the backward, which is cheaper than keeping it."""
-
-    @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, codebooks: Tensor, scales: Tensor, codes: Tensor) -> Tensor:
-        ctx.save_for_backward(x, codebooks, scales, codes)
-        return F.linear(x, dequantize.dequantize(codes, codebooks, scales, x.dtype))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
-        x, codebooks, scales, codes = ctx.saved_tensors
-        dx = codebook_gradient = scale_gradient = None
-        with torch.autocast("cpu", enabled=False):  # products in the type of the forward
-            if ctx.needs_input_grad[0]:
-                dx = dy @ dequantize.dequantize(codes, codebooks, scales, dy.dtype)
-            if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-                dw = dy.reshape(-1, dy.shape[-1]).T @ x.reshape(-1, x.shape[-1])  # [out, in]
-                codebook_gradient, scale_gradient = dequantize.gradients(dw, codes, codebooks, scales)
-        return dx, codebook_gradient, scale_gradient, None
-
-
-_product: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] = _Product.apply

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
 from torch.nn import functional as F
 
-from aqlm_kernels import AdditiveLinear, AdditiveMatrix, KernelError, from_checkpoint, linear
+from aqlm_kernels import AdditiveLinear, AdditiveMatrix, KernelError, from_checkpoint, linear, ops
 
 OUT, IN = 70, 48
 SCHEMES = [(2, 256, 8), (1, 4096, 16)]
@@ -145,7 +147,17 @@ def test_decoding_sees_a_changed_parameter(change):
 def test_the_packed_matrix_is_made_once():
     layer = AdditiveLinear(random_matrix())
     assert layer.packed() is layer.packed()
-    assert copy.deepcopy(layer).packed() is not layer.packed()
+    other = copy.deepcopy(layer)
+    assert other.packed() is not layer.packed()
+    assert other.packed() is other.packed() and layer.packed() is layer.packed()  # neither drives the other out
+
+
+def test_what_is_kept_for_a_layer_goes_with_it():
+    layer = AdditiveLinear(random_matrix())
+    packed = weakref.ref(layer.packed())
+    del layer
+    gc.collect()
+    assert packed() is None
 
 
 def test_a_layer_made_in_inference_mode_serves():
@@ -218,3 +230,34 @@ def test_a_bias_of_another_length_is_refused():
 
 def test_the_scheme_shows_in_the_printed_module():
     assert "in_features=48, out_features=70, scheme=2x8g8, bias=False" in repr(AdditiveLinear(random_matrix()))
+
+
+# ------------------------------------------------------------------------------------------------- operators of torch
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
+def test_a_compiled_graph_holds_the_whole_product(scheme, frozen):
+    layers = torch.nn.Sequential(AdditiveLinear(random_matrix(*scheme), torch.randn(OUT)), torch.nn.ReLU())
+    layers.requires_grad_(not frozen)
+    compiled = torch.compile(layers, fullgraph=True, backend="aot_eager")
+    for rows in 1, 20:
+        x = random_rows(rows).requires_grad_(not frozen)
+        y = compiled(x)
+        assert torch.equal(y, layers(x))
+        if not frozen:
+            of = [x, *layers.parameters()]
+            dy = torch.randn_like(y)
+            for found, expected in zip(
+                torch.autograd.grad(y, of, dy), torch.autograd.grad(layers(x), of, dy), strict=True
+            ):
+                torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_operators_keep_torch_s_rules():
+    layer = AdditiveLinear(random_matrix())
+    x = random_rows(3).requires_grad_()
+    parts = layer.codes, layer.codebooks, layer.scales
+    torch.library.opcheck(ops.product, (x, *parts))
+    detached = [part.detach() for part in parts]
+    torch.library.opcheck(ops.decoding_product, (x.detach(), *detached, layer._key, "cpu-lut"))

@@ -1,0 +1,132 @@
+"""The products of AdditiveLinear as operators of torch: torch.compile, export and autograd see them whole.
+
+`decoding_product` reads the codes in the order of the product kernels. That order is made once for each layer and kept
+here under the layer's key, so that the operator has nothing but tensors and numbers for arguments.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from aqlm_kernels.additive import AdditiveMatrix
+from aqlm_kernels.backends import matmul
+from aqlm_kernels.cpu import dequantize
+from aqlm_kernels.packed import PackedMatrix, pack
+
+
+@torch.library.custom_op("aqlm::decoding_product", mutates_args=(), device_types="cpu")
+def decoding_product(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor, key: int, backend: str) -> Tensor:
+    """x W^T [..., out] by the named backend, or the first that can if the name is empty; no gradients."""
+    return matmul(x, packed(key, codes, codebooks, scales), backend or None)
+
+
+@torch.library.custom_op("aqlm::product", mutates_args=(), device_types="cpu")
+def product(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor) -> Tensor:
+    """x W^T [..., out] in the type of x. W is written anew in the backward, which is cheaper than keeping it."""
+    return F.linear(x, dequantize.dequantize(codes, codebooks, scales, x.dtype))
+
+
+@torch.library.custom_op("aqlm::input_gradient", mutates_args=(), device_types="cpu")
+def _input_gradient(dy: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor) -> Tensor:
+    """dy W [..., in]."""
+    return dy @ dequantize.dequantize(codes, codebooks, scales, dy.dtype)
+
+
+@torch.library.custom_op("aqlm::weight_gradients", mutates_args=(), device_types="cpu")
+def _weight_gradients(dy: Tensor, x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+    """Of the codebooks [M, K, g] and the scales [out]; products in the type of the forward."""
+    dw = dy.reshape(-1, dy.shape[-1]).T @ x.reshape(-1, x.shape[-1])  # [out, in]
+    return dequantize.gradients(dw, codes, codebooks, scales)
+
+
+@decoding_product.register_fake
+def _(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor, key: int, backend: str) -> Tensor:
+    return x.new_empty(*x.shape[:-1], len(scales))
+
+
+@product.register_fake
+def _(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor) -> Tensor:
+    return x.new_empty(*x.shape[:-1], len(scales))
+
+
+@_input_gradient.register_fake
+def _(dy: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor) -> Tensor:
+    return dy.new_empty(*dy.shape[:-1], codes.shape[1] * codebooks.shape[2])
+
+
+@_weight_gradients.register_fake
+def _(dy: Tensor, x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(codebooks, dtype=torch.float32), torch.empty_like(scales, dtype=torch.float32)
+
+
+def _keep(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, None, Tensor | None, Tensor | None]:
+    x, codes, codebooks, scales = ctx.saved_tensors
+    dx = codebook_gradient = scale_gradient = None
+    with torch.autocast("cpu", enabled=False):
+        if ctx.needs_input_grad[0]:
+            dx = _input_gradient(dy, codes, codebooks, scales)
+        if ctx.needs_input_grad[2] or ctx.needs_input_grad[3]:
+            codebook_gradient, scale_gradient = _weight_gradients(dy, x, codes, codebooks, scales)
+    return (
+        dx,
+        None,
+        codebook_gradient if ctx.needs_input_grad[2] else None,
+        scale_gradient if ctx.needs_input_grad[3] else None,
+    )
+
+
+product.register_autograd(_backward, setup_context=_keep)
+
+
+# ---------------------------------------------------------------------------------------------- matrices of the kernels
+
+
+@dataclass(frozen=True)
+class _Packed:
+    """A packed matrix with what it was made from: kept, so that no other tensor can come to lie at the same address."""
+
+    matrix: PackedMatrix
+    sources: tuple[Tensor, ...]
+    versions: tuple[int, ...]
+
+    def is_of(self, sources: tuple[Tensor, ...]) -> bool:
+        """Whether these are the same tensors, and unchanged. A change through `.data` in place cannot be seen."""
+        same = all(old.data_ptr() == new.data_ptr() for old, new in zip(self.sources, sources, strict=True))
+        return same and self.versions == _versions(sources)
+
+
+_keys = itertools.count()
+_packed: dict[int, _Packed] = {}
+
+
+def new_key(layer: object) -> int:
+    """A number for what is kept as long as the layer lives."""
+    key = next(_keys)
+    weakref.finalize(layer, _packed.pop, key, None)
+    return key
+
+
+def packed(key: int, codes: Tensor, codebooks: Tensor, scales: Tensor) -> PackedMatrix:
+    """The matrix in the product kernels' order: made at the first call, and again after a change."""
+    sources = codes, codebooks, scales
+    kept = _packed.get(key)
+    if kept is None or not kept.is_of(sources):
+        detached = tuple(tensor.detach() for tensor in sources)
+        kept = _packed[key] = _Packed(pack(AdditiveMatrix(*detached)), detached, _versions(sources))
+    return kept.matrix
+
+
+def _versions(tensors: tuple[Tensor, ...]) -> tuple[int, ...]:
+    """How often each was changed in place; tensors made in inference mode do not count."""
+    return tuple(0 if tensor.is_inference() else tensor._version for tensor in tensors)
