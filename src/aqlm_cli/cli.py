@@ -207,6 +207,7 @@ def bench(
     tokens: Annotated[int | None, typer.Option(help="New tokens to decode.")] = None,
     prompt: Annotated[int | None, typer.Option(help="Tokens of the prompt.")] = None,
     repeats: Annotated[int | None, typer.Option(help="Times that each model runs.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Rows of x in a single product.")] = None,
     backend: options.Backend = None,
     head: options.Head = None,
     seed: options.Seed = None,
@@ -217,7 +218,7 @@ def bench(
 ) -> None:
     """Measure tokens per second; of a run, beside the original's.
 
-    Reading a prompt and decoding token by token are measured apart, on the CPU.
+    Reading a prompt, decoding token by token, and single products are measured apart, on the CPU.
 
     \b
     Example:
@@ -230,12 +231,13 @@ def bench(
         raise UsageError("give a model, a run or --shape, one of them")
     if scheme is not None and shape is None:
         raise UsageError("--scheme goes with --shape; a run has a scheme of its own")
+    lengths = {"tokens": tokens, "prompt": prompt, "repeats": repeats, "batch": batch}
     settings = pipeline.settings_for(
         target or str(shape),
         {
             **options.machine_flags(None, revision, trust_remote_code, seed, None, threads),
             "quantize": {"scheme": scheme},
-            "bench": {"tokens": tokens, "prompt": prompt, "repeats": repeats, "backend": backend, "head": head},
+            "bench": {**lengths, "backend": backend, "head": head},
         },
     )
     with Screen(json) as screen:

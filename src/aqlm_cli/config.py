@@ -133,11 +133,13 @@ class EvalConfig(Section):
 
 
 class BenchConfig(Section):
-    """Lengths in tokens. `backend` None: the first that can; `head` int8: the output head in bytes."""
+    """Lengths in tokens; `batch` is the rows of x in a single product. `backend` None: the first that can; `head`
+    int8: the output head in bytes."""
 
     tokens: Positive = 32
     prompt: Positive = 512
     repeats: Positive = 5
+    batch: Positive = 1
     backend: str | None = None
     head: Literal["exact", "int8"] = "exact"
 

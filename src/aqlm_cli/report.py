@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
@@ -29,7 +30,7 @@ class Record(abc.ABC):
         return {field.name: plain(getattr(self, field.name)) for field in dataclasses.fields(self)}
 
     @abc.abstractmethod
-    def table(self) -> Table:
+    def table(self) -> Table | Group:
         """The same for a person to read."""
 
 
@@ -214,6 +215,21 @@ class BenchRow:
 
 
 @dataclass(frozen=True)
+class ProductRow:
+    """One shape of y = x W^T with weights from memory. `times`: times as fast as torch's product in each type;
+    `bandwidth_share`: bytes of codes a second, of those that memory gives; `relative_error` against float64."""
+
+    out_features: int
+    in_features: int
+    rows: int
+    backend: str
+    microseconds: float
+    times: Mapping[str, float]
+    bandwidth_share: float
+    relative_error: float
+
+
+@dataclass(frozen=True)
 class BenchReport(Record):
     """Speed of batch-1 decoding and of reading a prompt; `backend` is the product that the packed model ran through,
     `read_bandwidth` in bytes per second."""
@@ -226,8 +242,27 @@ class BenchReport(Record):
     repeats: int
     read_bandwidth: float
     rows: tuple[BenchRow, ...]
+    products: tuple[ProductRow, ...]
 
-    def table(self) -> Table:
+    def table(self) -> Group:
+        return Group(self._models(), self._products()) if self.products else Group(self._models())
+
+    def _products(self) -> Table:
+        others = self.products[0].times
+        columns = ("product", "us", *(f"x {name}" for name in others), "of bandwidth", "error", "backend")
+        table = Table(*columns, title="single products, weights from memory", title_justify="left")
+        for row in self.products:
+            table.add_row(
+                f"{row.rows} x {row.in_features} x {row.out_features}",
+                f"{row.microseconds:.1f}",
+                *(f"{row.times[name]:.2f}" for name in others),
+                f"{row.bandwidth_share:.0%}",
+                f"{row.relative_error:.1e}",
+                row.backend,
+            )
+        return table
+
+    def _models(self) -> Table:
         title = (
             f"{self.model}: tokens per second, median of {self.repeats} (lowest to highest); prompt of {self.prompt} "
             f"tokens, then {self.tokens} one by one; {counted(self.threads, 'thread')} reading "

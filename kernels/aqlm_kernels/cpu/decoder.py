@@ -182,7 +182,7 @@ def _step(
 
 @compiled()
 def _product(x: Floats, matrices: _Matrices, planes: int, threads: int) -> Floats:
-    y = np.zeros((1, matrices.scales.shape[0]), np.float32)
+    y = np.empty((1, matrices.scales.shape[0]), np.float32)
     multiply(x, matrices.codes, matrices.columns, matrices.scales, matrices.ends, planes, threads, y)
     return y
 

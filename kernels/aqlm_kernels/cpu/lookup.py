@@ -10,8 +10,8 @@ is subtracted first and added back at the end, which costs nothing; BLOCK tables
 in 16-bit lanes, even and odd bytes apart: A += word and B += word >> 8, then B is the odd sum and A - (B << 8) the even
 one. They are integers, hence exact, and go to float32 once a block.
 
-One thread owns some tiles of outputs, and an output's sum runs over the blocks in order, so the result is the same for
-any number of threads. Two-byte units are powers of two: where x and W are small integers, so is everything else.
+Threads share the blocks in fixed parts, and the parts are added in order, so the result is the same for any number of
+threads. Two-byte units are powers of two: where x and W are small integers, so is everything else.
 """
 
 from __future__ import annotations
@@ -37,9 +37,11 @@ from aqlm_kernels.packed import PackedMatrix
 Bytes = NDArray[np.uint8]
 Tiles = NDArray[np.int64]
 
-BLOCK = 64
-"""Tables that share a unit. Two planes of so many are 32 KiB and stay in the first cache for all outputs; and 64 bytes
-of 255 fit a 16-bit lane."""
+BLOCK = 32
+"""Tables that share a unit. They stay in the first cache with their exact values; so many bytes fit a 16-bit lane."""
+
+PARTS = 4
+"""Into which the sum over the blocks is divided, whatever the number of threads, each with its own sums."""
 
 AHEAD = 24
 """Look-ups of one tile that codes are prefetched ahead."""
@@ -60,7 +62,7 @@ HAS_VBMI = _has_vbmi()
 
 _byte, _word, _int, _long, _float = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
 _bytes, _words = ir.VectorType(_byte, LANES), ir.VectorType(_word, LANES // 2)
-_floats = ir.VectorType(_float, 16)
+_floats, _ints = ir.VectorType(_float, 16), ir.VectorType(_int, 16)
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,12 +97,12 @@ def by_byte_lookup(x: Tensor, packed: PackedMatrix) -> Tensor:
 def _product(x: Tensor, packed: PackedMatrix, planes: int) -> Tensor:
     codes, scales = packed.codes.flatten(1, 2).numpy(), packed.tile_scales.numpy()
     ends = np.array([codes.shape[0]])
-    y = np.zeros((x.shape[0], scales.shape[0]), np.float32)
+    y = np.empty((x.shape[0], scales.shape[0]), np.float32)
     multiply(array(x), codes, packed.columns[None].numpy(), scales, ends, planes, numba.get_num_threads(), y)
     return torch.from_numpy(y)[:, : packed.out_features].to(x.dtype)
 
 
-@compiled()
+@compiled(parallel=True)
 def multiply(
     x: Floats,  # [rows, in]
     codes: Bytes,  # as in Stack, these four
@@ -109,41 +111,65 @@ def multiply(
     ends: Tiles,
     planes: int,
     threads: int,
-    y: Floats,  # [rows, tiles * LANES], zeros; becomes the product
+    y: Floats,  # [rows, tiles * LANES], becomes the product
 ) -> None:
-    count = codes.shape[1]
-    tables = np.empty((x.shape[0], columns.shape[0], count, planes, 256), np.uint8)
-    units = np.empty((x.shape[0], columns.shape[0], -(-count // BLOCK), 2), np.float32)
-    _tabulate(x, columns, tables, units)
-    _sum_up(codes, scales, ends, tables, units, threads, y)
+    rows, outputs = y.shape
+    blocks, tiles = -(-codes.shape[1] // BLOCK), codes.shape[0]
+    parts = min(PARTS, blocks)
+    ranges = -(-threads // parts)
+    sums = np.empty((parts, rows, outputs), np.float32)
+    for job in prange(parts * ranges):
+        part, piece = job // ranges, job % ranges
+        first, last = part * blocks // parts, (part + 1) * blocks // parts
+        start, end = piece * tiles // ranges, (piece + 1) * tiles // ranges
+        sums[part, :, start * LANES : end * LANES] = 0
+        _sum_blocks(x, codes, columns, ends, planes, first, last, start, end, sums[part])
+    for tile in prange(tiles):
+        for row in range(rows):
+            for o in range(tile * LANES, tile * LANES + LANES):
+                total = np.float32(0)
+                for part in range(parts):
+                    total += sums[part, row, o]
+                y[row, o] = scales[o] * total
 
 
-@compiled(parallel=True)
-def _tabulate(x: Floats, columns: Floats, tables: Bytes, units: Floats) -> None:
-    rows, matrices, blocks = units.shape[:3]
-    for part in prange(rows * matrices * blocks):
-        row, matrix, block = part // (matrices * blocks), part // blocks % matrices, part % blocks
-        _make_tables(x[row], columns[matrix], block * BLOCK, tables[row, matrix], units[row, matrix, block])
-
-
-@compiled(parallel=True)
-def _sum_up(codes: Bytes, scales: Floats, ends: Tiles, tables: Bytes, units: Floats, threads: int, y: Floats) -> None:
-    parts = min(threads, codes.shape[0])
-    for part in prange(parts):
-        first, last = part * codes.shape[0] // parts, (part + 1) * codes.shape[0] // parts
+@compiled()
+def _sum_blocks(
+    x: Floats,
+    codes: Bytes,
+    columns: Floats,
+    ends: Tiles,
+    planes: int,
+    first: int,
+    last: int,
+    start: int,
+    end: int,
+    sums: Floats,
+) -> None:
+    """Add to sums `[rows, outputs]` what the blocks from first to before last give the tiles from start to before end;
+    the tables of a block are in the nearest cache meanwhile."""
+    exact = np.empty((BLOCK, ENTRIES), np.float32)
+    tables = np.empty((BLOCK, planes, ENTRIES), np.uint8)
+    for block in range(first, last):
+        count = min(BLOCK, codes.shape[1] - block * BLOCK)
         for matrix in range(ends.shape[0]):
-            start, end = max(first, ends[matrix - 1] if matrix else 0), min(last, ends[matrix])
-            if start < end:
-                _sum_tiles(codes, scales, tables, units, matrix, start, end, y)
+            tile, stop = max(start, ends[matrix - 1] if matrix else 0), min(end, ends[matrix])
+            if tile < stop:
+                for row in range(x.shape[0]):
+                    unit, offset = _make_tables(x[row], columns[matrix], block * BLOCK, count, exact, tables)
+                    _look_up_tiles(codes, tables, tile, stop, block * BLOCK, count, row, unit, offset, sums)
 
 
 @compiled(fastmath=("contract",))
-def _make_tables(x: Floats, columns: Floats, first: int, tables: Bytes, unit: Floats) -> None:
-    """The tables of one block, from the `first` on, as integers; table = unit[0] * integer, and unit[1] is the sum of
-    what was subtracted."""
+def _make_tables(
+    x: Floats, columns: Floats, first: int, count: int, exact: Floats, tables: Bytes
+) -> tuple[np.float32, np.float32]:
+    """So many tables from the `first` on, as integers: T = unit * integer, and the sum of what was subtracted from all.
+
+    `exact` `[BLOCK, ENTRIES]` is scratch. Returns the unit and that sum.
+    """
     num_codebooks, group_size = columns.shape[:2]
-    count, planes = min(BLOCK, tables.shape[0] - first), tables.shape[1]
-    exact = np.empty((count, ENTRIES), np.float32)
+    planes = tables.shape[1]
     bounds = np.empty((count, 2), np.float32)
     for m in range(num_codebooks):
         t = (m - first) % num_codebooks  # the first table of the block that belongs to codebook m
@@ -162,27 +188,15 @@ def _make_tables(x: Floats, columns: Floats, first: int, tables: Bytes, unit: Fl
     finite = True
     for i in range(first // num_codebooks * group_size, -(-(first + count) // num_codebooks) * group_size):
         finite &= np.isfinite(x[i])
-    unit[0] = _unit(widest, planes) if finite and widest < np.inf else np.float32(np.nan)
-    unit[1] = total
-    inverse = np.float32(1) / unit[0] if unit[0] > 0 else np.float32(0)
+    unit = _unit(widest, planes) if finite and widest < np.inf else np.float32(np.nan)
+    inverse = np.float32(1) / unit if unit > 0 else np.float32(0)
     for t in range(count):
-        _round(exact[t], inverse, bounds[t, 0], tables[first + t])
-
-
-@compiled()
-def _round(exact: Floats, inverse: np.float32, least: np.float32, table: Bytes) -> None:
-    """Each entry above the least, in units, to the nearest integer: the low byte to the first plane, the high one to
-    the second."""
-    if table.shape[0] == 1:
-        only = table[0]
-        for k in range(ENTRIES):
-            only[k] = np.uint8(np.int32((exact[k] - least) * inverse + np.float32(0.5)))
-    else:
-        lower, upper = table[0], table[1]
-        for k in range(ENTRIES):
-            level = np.int32((exact[k] - least) * inverse + np.float32(0.5))
-            lower[k] = np.uint8(level)
-            upper[k] = np.uint8(level >> 8)
+        shift = np.float32(0.5) - bounds[t, 0] * inverse
+        if planes == 2:
+            _round_2(exact, t, inverse, shift, tables, t)
+        else:
+            _round_1(exact, t, inverse, shift, tables, t)
+    return unit, np.float32(total)
 
 
 @compiled()
@@ -196,37 +210,36 @@ def _unit(widest: np.float32, planes: int) -> np.float32:
     return np.float32(math.ldexp(1.0, max(exponent - (mantissa == 0.5), -120)))
 
 
-@compiled(fastmath=("contract",))
-def _sum_tiles(
-    codes: Bytes, scales: Floats, tables: Bytes, units: Floats, matrix: int, first: int, last: int, y: Floats
+@compiled()
+def _look_up_tiles(
+    codes: Bytes,
+    tables: Bytes,
+    tile: int,
+    stop: int,
+    start: int,
+    count: int,
+    row: int,
+    unit: np.float32,
+    offset: np.float32,
+    sums: Floats,
 ) -> None:
-    """y of the tiles from first to before last, all of one matrix, all rows; a block's tables stay in the cache."""
-    rows, planes = tables.shape[0], tables.shape[3]
-    for block in range(units.shape[2]):
-        start = block * BLOCK
-        count = min(BLOCK, codes.shape[1] - start)
-        for row in range(rows):
-            unit, offset = units[row, matrix, block]
-            tile = first
-            while tile < last:
-                size = 4 if last - tile >= 4 else 2 if last - tile >= 2 else 1
-                if planes == 2:
-                    if size == 4:
-                        _look_up_4_2(codes, tile, start, tables, row, matrix, count, unit, offset, y)
-                    elif size == 2:
-                        _look_up_2_2(codes, tile, start, tables, row, matrix, count, unit, offset, y)
-                    else:
-                        _look_up_1_2(codes, tile, start, tables, row, matrix, count, unit, offset, y)
-                elif size == 4:
-                    _look_up_4_1(codes, tile, start, tables, row, matrix, count, unit, offset, y)
-                elif size == 2:
-                    _look_up_2_1(codes, tile, start, tables, row, matrix, count, unit, offset, y)
-                else:
-                    _look_up_1_1(codes, tile, start, tables, row, matrix, count, unit, offset, y)
-                tile += size
-    for row in range(rows):
-        for o in range(first * LANES, last * LANES):
-            y[row, o] *= scales[o]
+    """Add one block's look-ups to the sums of the tiles from `tile` to before `stop`, four at a time."""
+    while tile < stop:
+        size = 4 if stop - tile >= 4 else 2 if stop - tile >= 2 else 1
+        if tables.shape[1] == 2:
+            if size == 4:
+                _look_up_4_2(codes, tile, start, tables, count, unit, offset, sums, row)
+            elif size == 2:
+                _look_up_2_2(codes, tile, start, tables, count, unit, offset, sums, row)
+            else:
+                _look_up_1_2(codes, tile, start, tables, count, unit, offset, sums, row)
+        elif size == 4:
+            _look_up_4_1(codes, tile, start, tables, count, unit, offset, sums, row)
+        elif size == 2:
+            _look_up_2_1(codes, tile, start, tables, count, unit, offset, sums, row)
+        else:
+            _look_up_1_1(codes, tile, start, tables, count, unit, offset, sums, row)
+        tile += size
 
 
 # ------------------------------------------------------------------------------------------------- LLVM, by its builder
@@ -312,10 +325,40 @@ def _generate_products(builder: Any, x: Any, group_size: Any, columns: Any, exac
             _store(builder, builder.call(reduce, [builder.load(bound)], fastmath=("nnan",)), row, 4 * offset)
 
 
-def _look_up(tiles: int, planes: int) -> Callable[..., Any]:
-    """y[row, tile * LANES + lane] += offset + unit * sum over i < count of T[i, codes[tile, start + i, lane]]
+def _round(planes: int) -> Callable[..., Any]:
+    """tables[t, p, k] = byte p of the integer part of exact[row, k] * inverse + shift."""
 
-    with T = tables[row, matrix, start:], for so many `tiles` at once: a table's registers are loaded once for all.
+    @instruction
+    def rounded(typing_context: Any, exact: Any, row: Any, inverse: Any, shift: Any, tables: Any, t: Any) -> Any:
+        signature = types.void(exact, row, inverse, shift, tables, t)
+
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            exact, row, inverse, shift, tables, t = arguments
+            exact, tables = (
+                context.make_array(signature.args[place])(context, builder, arguments[place]) for place in (0, 4)
+            )
+            source, target = _at(builder, exact, row), _at(builder, tables, t)
+            factor, summand = _spread(builder, inverse, 16), _spread(builder, shift, 16)
+            fma = cgutils.get_or_insert_function(
+                builder.module, ir.FunctionType(_floats, [_floats] * 3), "llvm.fma.v16f32"
+            )
+            for start in range(0, ENTRIES, 16):
+                values = builder.call(fma, [_load(builder, source, _floats, 4 * start), factor, summand])
+                levels = builder.fptosi(values, _ints)
+                for plane in range(planes):
+                    byte = builder.lshr(levels, ir.Constant(_ints, [8 * plane] * 16)) if plane else levels
+                    _store(builder, builder.trunc(byte, ir.VectorType(_byte, 16)), target, ENTRIES * plane + start)
+            return context.get_dummy_value()
+
+        return signature, generate
+
+    return rounded
+
+
+def _look_up(tiles: int, planes: int) -> Callable[..., Any]:
+    """sums[row, tile * LANES + lane] += offset + unit * sum over i < count of tables[i, codes[tile, start + i, lane]]
+
+    for so many `tiles` at once: a table's registers are loaded once for all of them.
     """
 
     @instruction
@@ -325,14 +368,13 @@ def _look_up(tiles: int, planes: int) -> Callable[..., Any]:
         tile: Any,
         start: Any,
         tables: Any,
-        row: Any,
-        matrix: Any,
         count: Any,
         unit: Any,
         offset: Any,
-        y: Any,
+        sums: Any,
+        row: Any,
     ) -> Any:
-        signature = types.void(codes, tile, start, tables, row, matrix, count, unit, offset, y)
+        signature = types.void(codes, tile, start, tables, count, unit, offset, sums, row)
 
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             _generate(_Arguments(context, builder, signature, arguments), tiles, planes)
@@ -348,18 +390,14 @@ class _Arguments:
 
     def __init__(self, context: Any, builder: Any, signature: Any, arguments: Any) -> None:
         self.builder = builder
-        codes, tile, start, tables, row, matrix, self.count, self.unit, self.offset, y = arguments
-        codes, tables, y = (
-            context.make_array(kind)(context, builder, value)
-            for kind, value in zip(
-                (signature.args[0], signature.args[3], signature.args[9]), (codes, tables, y), strict=True
-            )
+        codes, tile, start, tables, self.count, self.unit, self.offset, sums, row = arguments
+        codes, tables, sums = (
+            context.make_array(signature.args[place])(context, builder, arguments[place]) for place in (0, 3, 7)
         )
-
         self.codes = _at(builder, codes, tile, start)
         self.tile_stride = builder.extract_value(codes.strides, 0)
-        self.tables = _at(builder, tables, row, matrix, start)
-        self.sums = _at(builder, y, row, builder.mul(tile, ir.Constant(_long, LANES)))
+        self.tables = _at(builder, tables)
+        self.sums = _at(builder, sums, row, builder.mul(tile, ir.Constant(_long, LANES)))
 
 
 def _generate(a: _Arguments, tiles: int, planes: int) -> None:
@@ -464,5 +502,6 @@ def _spread(builder: Any, number: Any, lanes: int) -> Any:
 
 
 _products_4, _products_1 = _products(4), _products(1)
+_round_2, _round_1 = _round(2), _round(1)
 _look_up_4_2, _look_up_2_2, _look_up_1_2 = (_look_up(tiles, 2) for tiles in (4, 2, 1))
 _look_up_4_1, _look_up_2_1, _look_up_1_1 = (_look_up(tiles, 1) for tiles in (4, 2, 1))

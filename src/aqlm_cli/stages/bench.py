@@ -41,7 +41,8 @@ from aqlm_cli.model import (
     tensor_index,
 )
 from aqlm_cli.model.shapes import empty_network, random_network, random_packed_network
-from aqlm_cli.report import BenchReport, BenchRow
+from aqlm_cli.products import measure_product
+from aqlm_cli.report import BenchReport, BenchRow, ProductRow
 from aqlm_cli.scheme import AdditiveScheme
 from aqlm_kernels import AdditiveLinear, read_bandwidth
 
@@ -66,6 +67,7 @@ class Contender:
     bytes: int
     read_bytes: int  # of these, what one token reads
     relative_error: float | None
+    layers: tuple[AdditiveLinear, ...] = ()  # of a packed model
 
 
 def bench(subject: Subject, settings: BenchConfig, seed: int, emit: Emit) -> BenchReport:
@@ -97,7 +99,7 @@ def bench_shape(shape: str, scheme: AdditiveScheme, settings: BenchConfig, seed:
         exact = run_pass(decoding_of(_written_out(copy.deepcopy(packed)), length), ids, settings.prompt).logits
     decoding = decoding_of(packed, length, settings.backend, settings.head)
     found = run_pass(decoding, ids, settings.prompt).logits
-    layers = [module for module in packed.modules() if isinstance(module, AdditiveLinear)]
+    layers = _coded_layers(packed)
     weights = sum(layer.out_features * layer.in_features for layer in layers)
     size = 2 * (parameters - weights) + sum(layer.matrix.bits() // 8 for layer in layers)
     contenders = [
@@ -112,7 +114,7 @@ def bench_shape(shape: str, scheme: AdditiveScheme, settings: BenchConfig, seed:
         if name not in left_out
     ]
     error = None if exact is None else relative_error(found, exact)
-    contenders.append(Contender("packed", decoding, size, size - 2 * _embedded_only(packed), error))
+    contenders.append(Contender("packed", decoding, size, size - 2 * _embedded_only(packed), error, layers))
     return _compare(f"{shape}, {scheme}, random numbers", contenders, ids, settings, emit)
 
 
@@ -131,7 +133,17 @@ def _compare(
         repeats=settings.repeats,
         read_bandwidth=bandwidth,
         rows=tuple(_row(contender, passes[contender.name], medians, bandwidth) for contender in contenders),
+        products=tuple(_products(contenders[-1].layers, settings, bandwidth)),
     )
+
+
+def _products(layers: Sequence[AdditiveLinear], settings: BenchConfig, bandwidth: float) -> list[ProductRow]:
+    """One row for each shape and scheme among the layers."""
+    kinds = {(layer.out_features, layer.in_features, tuple(layer.codebooks.shape)) for layer in layers}
+    return [
+        measure_product(shape, codebooks, settings.backend, settings.batch, settings.repeats, bandwidth, DTYPES)
+        for *shape, codebooks in sorted(kinds)
+    ]
 
 
 def run_pass(decoding: Decoding, ids: Tensor, prompt: int) -> Pass:  # ids [prompt + tokens]
@@ -185,7 +197,12 @@ def _packed(source: ModelSource, ids: Tensor, settings: BenchConfig) -> Contende
     network = load_network(source, torch.float32)
     decoding = decoding_of(network, len(ids), settings.backend, settings.head)
     found = run_pass(decoding, ids, settings.prompt).logits
-    return Contender("packed", decoding, size, size - 2 * _embedded_only(network), relative_error(found, exact))
+    error = relative_error(found, exact)
+    return Contender("packed", decoding, size, size - 2 * _embedded_only(network), error, _coded_layers(network))
+
+
+def _coded_layers(network: nn.Module) -> tuple[AdditiveLinear, ...]:
+    return tuple(module for module in network.modules() if isinstance(module, AdditiveLinear))
 
 
 def _embedded_only(network: Any) -> int:
