@@ -16,7 +16,7 @@ from aqlm_kernels.cpu import lookup
 
 LENGTH, PROMPT = 30, 11
 
-pytestmark = pytest.mark.skipif(not lookup.HAS_VBMI, reason="the decoder needs AVX-512 VBMI")
+BACKENDS = ["cpu-avx512", "cpu-lut"] if lookup.HAS_VBMI else ["cpu-lut"]
 
 
 def packed_network(family: str, directory: Path, **changes: Any) -> Any:
@@ -24,14 +24,15 @@ def packed_network(family: str, directory: Path, **changes: Any) -> Any:
     return load_network(resolve(str(directory / "packed")), torch.float32)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2"])
-def test_its_logits_are_those_of_one_forward(family: str, tmp_path: Path) -> None:
+def test_its_logits_are_those_of_one_forward(family: str, backend: str, tmp_path: Path) -> None:
     changes = {"sliding_window": None} if family == "mistral" else {}
     network = packed_network(family, tmp_path, **changes)
     ids = tiny_models.token_ids(1, LENGTH)
     expected = network(ids).logits[0, PROMPT - 1 :]
-    decoding = decoding_of(network, LENGTH)
-    assert decoding.name == "compiled decoder, cpu-avx512"
+    decoding = decoding_of(network, LENGTH, backend)
+    assert decoding.name == f"compiled decoder, {backend}"
     for _ in range(2):  # a second prompt begins anew
         found = [decoding.read(ids[0, :PROMPT]), *(decoding.step(token) for token in ids[0, PROMPT:].tolist())]
         assert (torch.stack(found) - expected).norm() < 1e-3 * expected.norm()
@@ -60,7 +61,7 @@ def test_what_it_cannot_run_transformers_runs_and_the_reason_is_said(
     network = packed_network(family, tmp_path, **changes)
     ids = tiny_models.token_ids(1, LENGTH)
     decoding = decoding_of(network, LENGTH)
-    assert decoding.name.startswith("transformers, cpu-avx512 (the compiled decoder") and reason in decoding.name
+    assert decoding.name.startswith(f"transformers, {BACKENDS[0]} (the compiled decoder") and reason in decoding.name
     found = [decoding.read(ids[0, :PROMPT]), *(decoding.step(token) for token in ids[0, PROMPT:].tolist())]
     expected = network(ids).logits[0, PROMPT - 1 :]
     assert (torch.stack(found) - expected).norm() < 1e-3 * expected.norm()

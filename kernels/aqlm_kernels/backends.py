@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from aqlm_kernels import reference
-from aqlm_kernels.cpu import lookup, product
+from aqlm_kernels.cpu import gather, lookup
 from aqlm_kernels.errors import KernelError
 from aqlm_kernels.packed import PackedMatrix
 
@@ -80,7 +80,7 @@ def _never_refuses(packed: PackedMatrix, device: torch.device) -> str | None:
 BACKENDS = (
     Backend("cpu-avx512", lookup.by_lookup, _refuses_by_lookup),
     Backend("cpu-avx512-8bit", lookup.by_byte_lookup, _refuses_by_lookup, on_request=True),
-    Backend("cpu-lut", product.by_tables, _refuses_by_tables),
-    Backend("cpu-gather", product.by_gather, _refuses_elsewhere),
+    Backend("cpu-lut", lookup.by_float_lookup, _refuses_by_tables),
+    Backend("cpu-gather", gather.by_gather, _refuses_elsewhere),
     Backend("reference", reference.matmul, _never_refuses),
 )

@@ -54,9 +54,18 @@ def test_it_is_the_product_by_rounded_tables(small, product):
     assert (product(x, pack(matrix)) - expected).norm() < 0.5 * (expected - exact).norm()
 
 
-def test_sixteen_bits_are_exact_where_all_is_integer(small):
+@pytest.mark.parametrize("product", [lookup.by_lookup, lookup.by_float_lookup])
+def test_all_but_bytes_are_exact_where_all_is_integer(small, product):
     x, matrix = small.integers()
-    assert torch.equal(lookup.by_lookup(x, pack(matrix)), reference.matmul(x, pack(matrix)))
+    assert torch.equal(product(x, pack(matrix)), reference.matmul(x, pack(matrix)))
+
+
+def test_floats_are_not_rounded(small):
+    if small.rows == 0:
+        pytest.skip("no numbers to compare")
+    x, matrix = small.reals()
+    exact = reference.matmul(x.double(), pack(matrix))
+    assert (lookup.by_float_lookup(x, pack(matrix)) - exact).norm() < 1e-6 * exact.norm()
 
 
 @pytest.mark.parametrize("product", GREATEST, ids=lambda product: product.__name__)
@@ -77,11 +86,12 @@ def test_what_is_not_finite_spoils_its_own_row_only(product, value):
 
 
 @pytest.mark.skipif(not lookup.HAS_VBMI, reason="the tests above have run without the instructions")
-def test_it_does_the_same_without_the_instructions(tmp_path):
+@pytest.mark.parametrize(("name", "features"), [("generic", ""), ("haswell", "+avx,+avx2,+fma,+f16c")])
+def test_it_does_the_same_without_the_instructions(name, features, tmp_path):
     environment = {
         **os.environ,
-        "NUMBA_CPU_NAME": "generic",
-        "NUMBA_CPU_FEATURES": "",
+        "NUMBA_CPU_NAME": name,
+        "NUMBA_CPU_FEATURES": features,
         "NUMBA_CACHE_DIR": str(tmp_path),
         "NUMBA_NUM_THREADS": str(numba.config.NUMBA_NUM_THREADS),
     }

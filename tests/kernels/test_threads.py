@@ -15,7 +15,7 @@ DIGESTS = """
 import hashlib, sys
 import numba, torch
 from aqlm_kernels import AdditiveMatrix, pack
-from aqlm_kernels.cpu import lookup, product as plain
+from aqlm_kernels.cpu import gather, lookup
 from aqlm_kernels.cpu.dequantize import dequantize, gradients
 
 def product(multiply, codebook_size):
@@ -35,9 +35,9 @@ def random_matrix(codebook_size):
     return AdditiveMatrix(codes, torch.randn(2, codebook_size, 8), torch.rand(333))
 
 torch.manual_seed(0)
-TABLES = lookup.by_lookup, lookup.by_byte_lookup, plain.by_tables
+TABLES = lookup.by_lookup, lookup.by_byte_lookup, lookup.by_float_lookup
 RUNS = [product(multiply, 256) for multiply in TABLES]
-RUNS += [product(plain.by_gather, 4096), weights(256), weights(4096)]
+RUNS += [product(gather.by_gather, 4096), weights(256), weights(4096)]
 for threads in 1, 2, 3, 4:
     numba.set_num_threads(threads)
     for attempt in range(5):

@@ -10,6 +10,8 @@ is subtracted first and added back at the end, which costs nothing; BLOCK tables
 in 16-bit lanes, even and odd bytes apart: A += word and B += word >> 8, then B is the odd sum and A - (B << 8) the even
 one. They are integers, hence exact, and go to float32 once a block.
 
+Where the instructions are missing, tables stay in float32 and are read one entry at a time: a fifth of the speed.
+
 Threads share the blocks in fixed parts, and the parts are added in order, so the result is the same for any number of
 threads. Two-byte units are powers of two: where x and W are small integers, so is everything else.
 """
@@ -50,15 +52,18 @@ LANES = 64  # outputs in a tile, bytes in a register
 ENTRIES = 256  # of a table; smaller codebooks are filled up
 
 
-def _has_vbmi() -> bool:
-    """Of the machine that Numba compiles for: this one, or what NUMBA_CPU_FEATURES says."""
+def _has(feature: str) -> bool:
+    """Whether the machine that Numba compiles for has it: this one, or what NUMBA_CPU_FEATURES says."""
     settings: Any = numba.config
     named = settings.CPU_FEATURES
-    return bool(binding.get_host_cpu_features().get("avx512vbmi")) if named is None else "+avx512vbmi" in named
+    return bool(binding.get_host_cpu_features().get(feature)) if named is None else f"+{feature}" in named
 
 
-HAS_VBMI = _has_vbmi()
-"""Without it the same code runs a byte at a time, which is slow."""
+HAS_VBMI = _has("avx512vbmi")
+"""Without it tables of integers are read a byte at a time, which is slow."""
+
+VECTORS = 4 if _has("avx512f") else 1
+"""Of 16 numbers, of each of four tables, that fit the registers while the tables are made."""
 
 _byte, _word, _int, _long, _float = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
 _bytes, _words = ir.VectorType(_byte, LANES), ir.VectorType(_word, LANES // 2)
@@ -89,6 +94,11 @@ def by_lookup(x: Tensor, packed: PackedMatrix) -> Tensor:
     return _product(x, packed, planes=2)
 
 
+def by_float_lookup(x: Tensor, packed: PackedMatrix) -> Tensor:
+    """The same by tables of float32 in the cache, without rounding: for machines without the instructions."""
+    return _product(x, packed, planes=0)
+
+
 def by_byte_lookup(x: Tensor, packed: PackedMatrix) -> Tensor:
     """The same by tables of one byte: nearly twice as fast, with an error of some percent."""
     return _product(x, packed, planes=1)
@@ -99,7 +109,7 @@ def _product(x: Tensor, packed: PackedMatrix, planes: int) -> Tensor:
     ends = np.array([codes.shape[0]])
     y = np.empty((x.shape[0], scales.shape[0]), np.float32)
     multiply(array(x), codes, packed.columns[None].numpy(), scales, ends, planes, numba.get_num_threads(), y)
-    return torch.from_numpy(y)[:, : packed.out_features].to(x.dtype)
+    return torch.from_numpy(y)[:, : packed.out_features].to(x.dtype).contiguous()
 
 
 @compiled(parallel=True)
@@ -109,7 +119,7 @@ def multiply(
     columns: Floats,
     scales: Floats,
     ends: Tiles,
-    planes: int,
+    planes: int,  # bytes of a table's entry: 2, 1, or 0 for float32
     threads: int,
     y: Floats,  # [rows, tiles * LANES], becomes the product
 ) -> None:
@@ -148,7 +158,7 @@ def _sum_blocks(
 ) -> None:
     """Add to sums `[rows, outputs]` what the blocks from first to before last give the tiles from start to before end;
     the tables of a block are in the nearest cache meanwhile."""
-    exact = np.empty((BLOCK, ENTRIES), np.float32)
+    exact, bounds = np.empty((BLOCK, ENTRIES), np.float32), np.empty((BLOCK, 2), np.float32)
     tables = np.empty((BLOCK, planes, ENTRIES), np.uint8)
     for block in range(first, last):
         count = min(BLOCK, codes.shape[1] - block * BLOCK)
@@ -156,21 +166,20 @@ def _sum_blocks(
             tile, stop = max(start, ends[matrix - 1] if matrix else 0), min(end, ends[matrix])
             if tile < stop:
                 for row in range(x.shape[0]):
-                    unit, offset = _make_tables(x[row], columns[matrix], block * BLOCK, count, exact, tables)
-                    _look_up_tiles(codes, tables, tile, stop, block * BLOCK, count, row, unit, offset, sums)
+                    if planes == 0:
+                        _make_exact(x[row], columns[matrix], block * BLOCK, count, exact, bounds)
+                        _look_up_floats(codes, exact, tile, stop, block * BLOCK, count, sums[row])
+                    else:
+                        unit, offset = _make_tables(
+                            x[row], columns[matrix], block * BLOCK, count, exact, bounds, tables
+                        )
+                        _look_up_tiles(codes, tables, tile, stop, block * BLOCK, count, row, unit, offset, sums)
 
 
-@compiled(fastmath=("contract",))
-def _make_tables(
-    x: Floats, columns: Floats, first: int, count: int, exact: Floats, tables: Bytes
-) -> tuple[np.float32, np.float32]:
-    """So many tables from the `first` on, as integers: T = unit * integer, and the sum of what was subtracted from all.
-
-    `exact` `[BLOCK, ENTRIES]` is scratch. Returns the unit and that sum.
-    """
+@compiled()
+def _make_exact(x: Floats, columns: Floats, first: int, count: int, exact: Floats, bounds: Floats) -> None:
+    """So many tables from the `first` on, and the least and the greatest of each."""
     num_codebooks, group_size = columns.shape[:2]
-    planes = tables.shape[1]
-    bounds = np.empty((count, 2), np.float32)
     for m in range(num_codebooks):
         t = (m - first) % num_codebooks  # the first table of the block that belongs to codebook m
         while t < count:
@@ -181,6 +190,16 @@ def _make_tables(
             else:
                 _products_1(x, start, columns, m, exact, bounds, t)
                 t += num_codebooks
+
+
+@compiled(fastmath=("contract",))
+def _make_tables(
+    x: Floats, columns: Floats, first: int, count: int, exact: Floats, bounds: Floats, tables: Bytes
+) -> tuple[np.float32, np.float32]:
+    """The same as integers: T = unit * integer + the least of T. Returns the unit and the sum of what is least."""
+    num_codebooks, group_size = columns.shape[:2]
+    planes = tables.shape[1]
+    _make_exact(x, columns, first, count, exact, bounds)
     widest, total = np.float32(0), 0.0
     for t in range(count):
         widest = max(widest, bounds[t, 1] - bounds[t, 0])
@@ -242,6 +261,24 @@ def _look_up_tiles(
         tile += size
 
 
+@compiled()
+def _look_up_floats(codes: Bytes, exact: Floats, tile: int, stop: int, start: int, count: int, sums: Floats) -> None:
+    """The same from tables of float32, four at a time: that saves three of four updates of the sums."""
+    fours = count // 4 * 4
+    for number in range(tile, stop):
+        total = sums[number * LANES : number * LANES + LANES]
+        for t in range(0, fours, 4):
+            first, second, third, fourth = exact[t], exact[t + 1], exact[t + 2], exact[t + 3]
+            a, b = codes[number, start + t], codes[number, start + t + 1]
+            c, d = codes[number, start + t + 2], codes[number, start + t + 3]
+            for lane in range(LANES):
+                total[lane] += (first[a[lane]] + second[b[lane]]) + (third[c[lane]] + fourth[d[lane]])
+        for t in range(fours, count):
+            table, code = exact[t], codes[number, start + t]
+            for lane in range(LANES):
+                total[lane] += table[code[lane]]
+
+
 # ------------------------------------------------------------------------------------------------- LLVM, by its builder
 
 
@@ -249,7 +286,7 @@ def _products(groups: int) -> Callable[..., Any]:
     """exact[t + r * M, k] = <x[start + r * g:], column k of codebook m> for so many groups r, and the least and the
     greatest of each in bounds[t + r * M].
 
-    A tile of four vectors for each group stays in registers, so that what is read is used several times.
+    VECTORS of each group stay in registers, so that what is read is used several times.
     """
 
     @instruction
@@ -287,12 +324,12 @@ def _generate_products(builder: Any, x: Any, group_size: Any, columns: Any, exac
     fma = cgutils.get_or_insert_function(builder.module, ir.FunctionType(_floats, [_floats] * 3), "llvm.fma.v16f32")
     lows = [cgutils.alloca_once(builder, _floats) for _ in x]
     highs = [cgutils.alloca_once(builder, _floats) for _ in x]
-    sums = [[cgutils.alloca_once(builder, _floats) for _ in range(4)] for _ in x]
+    sums = [[cgutils.alloca_once(builder, _floats) for _ in range(VECTORS)] for _ in x]
     for low, high in zip(lows, highs, strict=True):
         builder.store(ir.Constant(_floats, [math.inf] * 16), low)
         builder.store(ir.Constant(_floats, [-math.inf] * 16), high)
-    with cgutils.for_range(builder, ir.Constant(_long, ENTRIES // 64)) as part:
-        first = builder.mul(part.index, ir.Constant(_long, 4 * 64))  # in bytes
+    with cgutils.for_range(builder, ir.Constant(_long, ENTRIES // (16 * VECTORS))) as part:
+        first = builder.mul(part.index, ir.Constant(_long, 64 * VECTORS))  # in bytes
         for places in sums:
             for place in places:
                 builder.store(ir.Constant(_floats, None), place)
@@ -300,7 +337,7 @@ def _generate_products(builder: Any, x: Any, group_size: Any, columns: Any, exac
             column = builder.gep(
                 columns, [builder.add(first, builder.mul(loop.index, ir.Constant(_long, 4 * ENTRIES)))]
             )
-            entries = [_load(builder, column, _floats, 64 * q) for q in range(4)]
+            entries = [_load(builder, column, _floats, 64 * q) for q in range(VECTORS)]
             for places, start in zip(sums, x, strict=True):
                 number = builder.load(
                     builder.bitcast(

@@ -17,7 +17,7 @@ Head = Literal["exact", "int8"]
 
 FAMILIES = ("llama", "mistral", "qwen2")
 WITH_BIAS = ("q_proj", "k_proj", "v_proj")
-PLANES = {"cpu-avx512": 2, "cpu-avx512-8bit": 1}
+PLANES = {"cpu-avx512": 2, "cpu-avx512-8bit": 1, "cpu-lut": 0}
 
 
 class Decoding(Protocol):
