@@ -11,6 +11,9 @@ import numba
 import pytest
 import torch
 
+from aqlm_cli import products
+from aqlm_kernels.cpu import bandwidth
+
 
 @pytest.fixture(autouse=True)
 def home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -63,3 +66,10 @@ def fail_disk(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
         monkeypatch.setattr(os, "fsync", broken)
 
     return fail
+
+
+@pytest.fixture(autouse=True)
+def short_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Benchmarks read little memory: here only their arithmetic counts."""
+    monkeypatch.setattr(products, "ROTATED", 2**14)
+    monkeypatch.setattr(bandwidth, "SIZE", 2**20)

@@ -163,6 +163,17 @@ def test_a_model_goes_from_text_to_text_and_every_command_says_what_is_next(run_
     compared = run("bench", "runs/tiny-2x4g8")
     assert "packed" in compared.output and "FP16" in compared.output
     assert "wrote runs/tiny-2x4g8/reports/bench.json" in compared.output
+    table = run("bench", "runs/tiny-2x4g8", "--csv").stdout.splitlines()
+    assert table[0].startswith("name,decode_median,") and [row.partition(",")[0] for row in table[1:5]] == [
+        "FP16",
+        "BF16",
+        "FP32",
+        "packed",
+    ]
+    assert table[5] == "" and table[6].startswith("out_features,in_features,rows,backend,")
+    assert all(row.count(",") == table[0].count(",") for row in table[:5])
+    assert run("bench", "runs/tiny-2x4g8", "--md").stdout.startswith("| name | decode_median |")
+    assert run("bench", "runs/tiny-2x4g8", "--md", "--json").exit_code == 2
     continued = run("generate", "runs/tiny-2x4g8", "--prompt", "1 is", "--tokens", "3")
     assert "3 tokens in" in continued.output
     dense = run("pack", "runs/tiny-2x4g8", "--format", "dense", "--overwrite")

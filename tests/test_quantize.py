@@ -32,7 +32,7 @@ from aqlm_cli.stages.pack import pack
 from aqlm_cli.stages.quantize import prepare, quantize
 from aqlm_cli.storage import load_tensors, read_metadata, save_tensors
 from aqlm_cli.tuning.block import fit_block, tuned_parameters
-from aqlm_kernels import AdditiveLinear
+from aqlm_kernels import AdditiveLinear, choose, smallest
 
 WINDOWS, LENGTH = 12, 32
 QUICK = {"kmeans_iterations": 2, "rounds": 2, "ldlq_rounds": 1, "beam": 2, "final_beam": 2}
@@ -318,6 +318,20 @@ def test_blocks_behind_the_last_chosen_layer_are_not_run(llama: Path, monkeypatc
     assert len(spy.entering) == 1
     assert files().keys() == {"block-000.safetensors"}
     assert events[0] == StageStarted("quantize", 1, "block")
+
+
+@pytest.mark.parametrize(
+    ("scheme", "kernel"),
+    [
+        ("2x8g8", None),
+        ("1x12g8", "cpu-gather: no fast kernel for 1x12g8 on this machine; schemes of 8 bits a code have one"),
+    ],
+)
+def test_a_plan_says_what_will_multiply_and_whether_that_is_slow(llama: Path, scheme: str, kernel: str | None) -> None:
+    assert prepare(settings(llama, scheme=scheme)).kernel == (
+        kernel or choose(smallest(2, 256, 8), torch.device("cpu")).name
+    )
+    assert prepare(settings(llama, method="rtn", scheme="int4g16")).kernel is None
 
 
 def test_a_plan_tells_what_will_be_done_without_doing_it(llama: Path) -> None:

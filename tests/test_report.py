@@ -19,6 +19,7 @@ from aqlm_cli.report import (
     Perplexity,
     PerplexityReport,
     PlanReport,
+    ProductRow,
     QuantizeReport,
     Record,
 )
@@ -37,7 +38,9 @@ PERPLEXITY = PerplexityReport(
 )
 RECORDS: list[Record] = [
     PERPLEXITY,
-    PlanReport("tiny", "aqlm", "2x8g8", 14, 2.0, 2.15, 1000, 200, (("lm_head", "skipped"), ("gate", "skipped"))),
+    PlanReport(
+        "tiny", "aqlm", "2x8g8", 14, 2.0, 2.15, 1000, 200, "cpu-lut", (("lm_head", "skipped"), ("gate", "skipped"))
+    ),
     CalibrationReport(8, 64, 512, 3.25, {"c4": 4, "notes.txt": 4}, Path("run/calibration"), 1.5),
     QuantizeReport("tiny", "2x8g8", "aqlm", 14, 2.0, 2.15, 1000, 200, 0.01, 9.5, 10**9, Path("run/quantized")),
     PackReport(Path("run/packed"), "transformers", "2x8g8", 2.15, 2.15, 200, 14),
@@ -50,6 +53,7 @@ RECORDS: list[Record] = [
         5,
         3e10,
         (BenchRow("packed", 9, 8, 10, {"FP16": 4}, 20, 90, 80, 100, 200, 0.001),),
+        (ProductRow(64, 128, 1, "cpu-lut", 2.5, {"FP16": 4}, 0.3, 1e-4),),
     ),
     GenerationReport("tiny", "Hello", " [bold]world[/bold]", 2, 0.5, 4.0, "transformers"),
     MachineReport("x86_64", ("avx2",), 2, 2, (), {"triton": None}, (BackendReport("lut", "2x8g8", "cpu", None),)),

@@ -8,7 +8,7 @@ Knows torch, numpy and numba only. What a caller can mend is raised as KernelErr
 
 from aqlm_kernels.accelerate import accelerate
 from aqlm_kernels.additive import AdditiveMatrix
-from aqlm_kernels.backends import BACKENDS, Backend, choose, matmul
+from aqlm_kernels.backends import BACKENDS, Backend, choose, matmul, smallest
 from aqlm_kernels.checkpoint import from_checkpoint, to_checkpoint
 from aqlm_kernels.cpu.bandwidth import read_bandwidth
 from aqlm_kernels.cpu.decoder import Decoder, DecoderBlock
@@ -34,6 +34,7 @@ __all__ = [
     "matmul_dense",
     "pack",
     "read_bandwidth",
+    "smallest",
     "to_checkpoint",
     "unpack",
 ]

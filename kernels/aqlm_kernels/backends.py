@@ -13,19 +13,25 @@ import torch
 from torch import Tensor
 
 from aqlm_kernels import reference
+from aqlm_kernels.additive import AdditiveMatrix
 from aqlm_kernels.cpu import gather, lookup
 from aqlm_kernels.errors import KernelError
-from aqlm_kernels.packed import PackedMatrix
+from aqlm_kernels.packed import PackedMatrix, pack
 
 
 @dataclass(frozen=True)
 class Backend:
-    """A way to compute y = x W^T; `on_request`: only when asked for by name, for what it computes is coarser."""
+    """A way to compute y = x W^T.
+
+    `on_request`: only when asked for by name, for what it computes is coarser. `fast`: as fast as is known on a machine
+    of its kind.
+    """
 
     name: str
     matmul: Callable[[Tensor, PackedMatrix], Tensor]  # x [rows, in] -> y [rows, out]
     refuses: Callable[[PackedMatrix, torch.device], str | None]  # why it cannot, or None
     on_request: bool = False
+    fast: bool = False
 
 
 def choose(packed: PackedMatrix, device: torch.device, name: str | None = None) -> Backend:
@@ -39,6 +45,12 @@ def choose(packed: PackedMatrix, device: torch.device, name: str | None = None) 
         if name is not None:
             raise KernelError(f"backend {name} {reason}; choose another or none")
     raise KernelError(f"there is no backend {name}; choose one of {', '.join(backend.name for backend in BACKENDS)}")
+
+
+def smallest(num_codebooks: int, codebook_size: int, group_size: int) -> PackedMatrix:
+    """A matrix of one group: backends judge by the scheme alone."""
+    codes = torch.zeros(1, 1, num_codebooks, dtype=torch.int32)
+    return pack(AdditiveMatrix(codes, torch.zeros(num_codebooks, codebook_size, group_size), torch.ones(1)))
 
 
 def matmul(x: Tensor, packed: PackedMatrix, backend: str | None = None) -> Tensor:
@@ -78,9 +90,9 @@ def _never_refuses(packed: PackedMatrix, device: torch.device) -> str | None:
 
 
 BACKENDS = (
-    Backend("cpu-avx512", lookup.by_lookup, _refuses_by_lookup),
-    Backend("cpu-avx512-8bit", lookup.by_byte_lookup, _refuses_by_lookup, on_request=True),
-    Backend("cpu-lut", lookup.by_float_lookup, _refuses_by_tables),
+    Backend("cpu-avx512", lookup.by_lookup, _refuses_by_lookup, fast=True),
+    Backend("cpu-avx512-8bit", lookup.by_byte_lookup, _refuses_by_lookup, on_request=True, fast=True),
+    Backend("cpu-lut", lookup.by_float_lookup, _refuses_by_tables, fast=True),
     Backend("cpu-gather", gather.by_gather, _refuses_elsewhere),
     Backend("reference", reference.matmul, _never_refuses),
 )

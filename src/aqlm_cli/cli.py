@@ -215,6 +215,8 @@ def bench(
     trust_remote_code: options.RemoteCode = None,
     threads: options.Threads = None,
     json: options.Json = False,
+    md: Annotated[bool, typer.Option("--md", help="Markdown tables on stdout, everything else on stderr.")] = False,
+    csv: Annotated[bool, typer.Option("--csv", help="Likewise comma-separated values.")] = False,
 ) -> None:
     """Measure tokens per second; of a run, beside the original's.
 
@@ -229,6 +231,8 @@ def bench(
 
     if (target is None) == (shape is None):
         raise UsageError("give a model, a run or --shape, one of them")
+    if json + md + csv > 1:
+        raise UsageError("--json, --md and --csv are three forms of the same; give one of them")
     if scheme is not None and shape is None:
         raise UsageError("--scheme goes with --shape; a run has a scheme of its own")
     lengths = {"tokens": tokens, "prompt": prompt, "repeats": repeats, "batch": batch}
@@ -240,7 +244,7 @@ def bench(
             "bench": {**lengths, "backend": backend, "head": head},
         },
     )
-    with Screen(json) as screen:
+    with Screen(json, for_machines=md or csv) as screen:
         pipeline.use_machine(settings)
         if target is None:
             report = pipeline.compare_speed_of_shape(str(shape), settings, screen.emit)
@@ -248,6 +252,8 @@ def bench(
         else:
             report = pipeline.compare_speed(target, settings, screen.emit)
             screen.finish({"bench": report}, following=_command("generate", target, "--prompt", PROMPT))
+    if md or csv:
+        print(report.as_markdown() if md else report.as_csv())
 
 
 @app.command()

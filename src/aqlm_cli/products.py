@@ -31,7 +31,6 @@ def measure_product(
     repeats: int,
     bandwidth: float,
     dtypes: Mapping[str, torch.dtype],
-    rotated: int = ROTATED,
 ) -> ProductRow:
     """With W of `shape` (out, in), `codebooks` (M, K, g), and that many rows of x, on the CPU.
 
@@ -43,7 +42,7 @@ def measure_product(
     x = torch.randn(rows, in_features, generator=draw)
     code_bits = codebook_size.bit_length() - 1
     size = out_features * in_features // group_size * num_codebooks * code_bits / 8
-    packed = [pack(_matrix(shape, codebooks, draw)) for _ in range(_copies(size, rotated))]
+    packed = [pack(_matrix(shape, codebooks, draw)) for _ in range(_copies(size))]
     exact = reference.matmul(x.double(), packed[0])
     error = float((matmul(x, packed[0], backend).double() - exact).norm() / exact.norm())
 
@@ -52,7 +51,7 @@ def measure_product(
 
     passes: dict[str, tuple[int, Callable[[int], Tensor]]] = {"packed": (len(packed), ours)}
     for name, dtype in dtypes.items():
-        passes[name] = _torch_product(x.to(dtype), shape, rotated, draw)
+        passes[name] = _torch_product(x.to(dtype), shape, draw)
     seconds: dict[str, list[float]] = {name: [] for name in passes}
     for _ in range(repeats):
         for name, (copies, product) in passes.items():
@@ -79,15 +78,13 @@ def _matrix(shape: Sequence[int], codebooks: Sequence[int], draw: torch.Generato
     return AdditiveMatrix(codes, torch.randn(*codebooks, generator=draw), torch.ones(out_features))
 
 
-def _torch_product(
-    x: Tensor, shape: Sequence[int], rotated: int, draw: torch.Generator
-) -> tuple[int, Callable[[int], Tensor]]:
-    copies = _copies(shape[0] * shape[1] * x.element_size(), rotated)
+def _torch_product(x: Tensor, shape: Sequence[int], draw: torch.Generator) -> tuple[int, Callable[[int], Tensor]]:
+    copies = _copies(shape[0] * shape[1] * x.element_size())
     one = torch.randn(*shape, generator=draw).to(x.dtype)
     weights = [one.clone() for _ in range(copies)]
     F.linear(x, one)
     return copies, lambda number: F.linear(x, weights[number])
 
 
-def _copies(size: float, rotated: int) -> int:
-    return max(1, min(MOST_COPIES, -(-rotated // max(1, int(size)))))
+def _copies(size: float) -> int:
+    return max(1, min(MOST_COPIES, -(-ROTATED // max(1, int(size)))))

@@ -38,7 +38,8 @@ class Record(abc.ABC):
 class PlanReport(Record):
     """What `quantize` is about to do. Bits are per quantized weight, bytes those of the whole model.
 
-    `skipped` pairs a module path with the reason why it keeps its 16 bits.
+    `kernel` is what will multiply by the compressed layers on this machine, None where it is torch; `skipped` pairs a
+    module path with the reason why it keeps its 16 bits.
     """
 
     model: str
@@ -49,6 +50,7 @@ class PlanReport(Record):
     stored_bits: float
     bytes_before: int
     bytes_after: int
+    kernel: str | None
     skipped: tuple[tuple[str, str], ...]
 
     def table(self) -> Table:
@@ -62,6 +64,7 @@ class PlanReport(Record):
                 ("layers", f"{self.layers}, {self.method} {self.scheme}"),
                 ("bits per weight", both_bits(self.code_bits, self.stored_bits)),
                 ("model size", shrinkage(self.bytes_before, self.bytes_after)),
+                *([("product kernel", self.kernel)] if self.kernel else []),
                 *((f"skipped {len(paths)}", f"{some(paths)}: {reason}") for reason, paths in by_reason.items()),
             ],
         )
@@ -247,6 +250,25 @@ class BenchReport(Record):
     def table(self) -> Group:
         return Group(self._models(), self._products()) if self.products else Group(self._models())
 
+    def as_markdown(self) -> str:
+        return "\n\n".join(
+            "\n".join(f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *rows])
+            for header, *rows in self._plain_tables()
+        )
+
+    def as_csv(self) -> str:
+        """The models, an empty line, the products."""
+        return "\n\n".join("\n".join(map(",".join, rows)) for rows in self._plain_tables())
+
+    def _plain_tables(self) -> list[list[list[str]]]:
+        """The same two tables with plain numbers; the first row holds the names of the columns."""
+        tables = []
+        for records in (self.rows, self.products):
+            flat = [_flat(dataclasses.asdict(record)) for record in records]
+            if flat:
+                tables.append([list(flat[0]), *(list(row.values()) for row in flat)])
+        return tables
+
     def _products(self) -> Table:
         others = self.products[0].times
         columns = ("product", "us", *(f"x {name}" for name in others), "of bandwidth", "error", "backend")
@@ -338,3 +360,14 @@ class MachineReport(Record):
                 ),
             ],
         )
+
+
+def _flat(record: Mapping[str, Any]) -> dict[str, str]:
+    """Field by field as text; a mapping gives a field for each of its keys."""
+    flat: dict[str, str] = {}
+    for name, value in record.items():
+        if isinstance(value, Mapping):
+            flat.update({f"{name}_{key}": f"{part:.6g}" for key, part in value.items()})
+        else:
+            flat[name] = "" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
+    return flat

@@ -1,6 +1,6 @@
 """How events, results and errors look: a bar with the time left on a terminal, plain lines elsewhere.
 
-With `--json` exactly one JSON object goes to stdout and everything else to stderr.
+With `--json` exactly one JSON object goes to stdout and everything else to stderr; likewise other forms for machines.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ class _Stage:
 class Screen:
     """Open for the time of one command."""
 
-    def __init__(self, as_json: bool) -> None:
+    def __init__(self, as_json: bool, for_machines: bool = False) -> None:
         self._as_json = as_json
-        self._console = Console(stderr=as_json, highlight=False)
+        self._console = Console(stderr=as_json or for_machines, highlight=False)
         if not self._console.is_terminal:
             self._console.width = FILE_WIDTH
         columns = (

@@ -10,7 +10,7 @@ import torch
 from llvmlite import binding
 
 from aqlm_cli.report import BackendReport, MachineReport
-from aqlm_kernels import BACKENDS, AdditiveMatrix, PackedMatrix, pack
+from aqlm_kernels import BACKENDS, smallest
 
 PACKAGES = ("aqlm-cli", "torch", "transformers", "numba", "triton", "aqlm")
 
@@ -33,7 +33,7 @@ def doctor() -> MachineReport:
         accelerators=accelerators,
         versions={package: _version(package) for package in PACKAGES},
         backends=tuple(
-            BackendReport(backend.name, scheme, str(device), backend.refuses(_smallest(*shape), device))
+            BackendReport(backend.name, scheme, str(device), backend.refuses(smallest(*shape), device))
             for backend in BACKENDS
             for scheme, shape in SCHEMES.items()
             for device in devices
@@ -46,9 +46,3 @@ def _version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
-
-
-def _smallest(num_codebooks: int, codebook_size: int, group_size: int) -> PackedMatrix:
-    """A matrix of one group, as backends judge by the scheme."""
-    codes = torch.zeros(1, 1, num_codebooks, dtype=torch.int32)
-    return pack(AdditiveMatrix(codes, torch.zeros(num_codebooks, codebook_size, group_size), torch.ones(1)))

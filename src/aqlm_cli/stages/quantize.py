@@ -41,11 +41,11 @@ from aqlm_cli.model import load_network, load_skeleton, resolve
 from aqlm_cli.plan import Plan, make_plan
 from aqlm_cli.propagation import Propagation, start_propagation
 from aqlm_cli.report import PlanReport, QuantizeReport
-from aqlm_cli.scheme import Scheme, parse_scheme
+from aqlm_cli.scheme import AdditiveScheme, Scheme, parse_scheme
 from aqlm_cli.seeds import generator
 from aqlm_cli.storage import load_tensors, save_tensors
 from aqlm_cli.tuning.block import BlockData, fit_block, round_to_16_bits, tuned_parameters
-from aqlm_kernels import AdditiveLinear, AdditiveMatrix
+from aqlm_kernels import AdditiveLinear, AdditiveMatrix, choose, smallest
 
 STAGE = "quantize"
 
@@ -77,7 +77,7 @@ def quantize(config: RunConfig, run_directory: Path, overwrite: bool, emit: Emit
     with run.stage("quantized", "quantized", settings, parents) as stage:
         layers = _quantize_blocks(config, network, plan, calibration, stage.directory, emit)
         report = _plan_report(config, plan).as_json()
-        del report["skipped"]
+        del report["skipped"], report["kernel"]
         errors = [layer["relative_error"] for layer in layers.values() if layer["relative_error"] > 0]
         report["mean_relative_error"] = math.exp(sum(map(math.log, errors)) / len(errors)) if errors else 0.0
         report["seconds"] = time.monotonic() - started
@@ -109,8 +109,19 @@ def _plan_report(config: RunConfig, plan: Plan) -> PlanReport:
         stored_bits=plan.stored_bits,
         bytes_before=plan.bytes_before,
         bytes_after=plan.bytes_after,
+        kernel=_kernel(parse_scheme(config.quantize.scheme), torch.device(config.device)),
         skipped=tuple((target.path, target.reason) for target in plan.targets if target.reason is not None),
     )
+
+
+def _kernel(scheme: Scheme, device: torch.device) -> str | None:
+    """What will multiply by the compressed layers on this machine, and whether that is slow; None: torch."""
+    if not isinstance(scheme, AdditiveScheme):
+        return None
+    backend = choose(smallest(scheme.num_codebooks, scheme.codebook_size, scheme.group_size), device)
+    if backend.fast:
+        return backend.name
+    return f"{backend.name}: no fast kernel for {scheme} on this machine; schemes of 8 bits a code have one"
 
 
 def _report(quantized: Artifact) -> QuantizeReport:
