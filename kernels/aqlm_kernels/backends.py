@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -85,6 +86,21 @@ def _refuses_elsewhere(packed: PackedMatrix, device: torch.device) -> str | None
     return None if device.type == "cpu" else f"runs on the CPU, x is on {device}"
 
 
+def _by_triton(x: Tensor, packed: PackedMatrix) -> Tensor:
+    from aqlm_kernels.gpu import products
+
+    return products.multiply(x, packed)
+
+
+def _refuses_by_triton(packed: PackedMatrix, device: torch.device) -> str | None:
+    if device.type != "cuda":
+        return f"runs on a GPU, x is on {device}"
+    if find_spec("triton") is None:
+        return "needs the package triton"
+    group_size = packed.codebooks.shape[2]
+    return f"needs groups of 4, 8 or 16 inputs, these have {group_size}" if group_size not in (4, 8, 16) else None
+
+
 def _never_refuses(packed: PackedMatrix, device: torch.device) -> str | None:
     return None
 
@@ -94,5 +110,6 @@ BACKENDS = (
     Backend("cpu-avx512-8bit", lookup.by_byte_lookup, _refuses_by_lookup, on_request=True, fast=True),
     Backend("cpu-lut", lookup.by_float_lookup, _refuses_by_tables, fast=True),
     Backend("cpu-gather", gather.by_gather, _refuses_elsewhere),
+    Backend("gpu-triton", _by_triton, _refuses_by_triton, fast=True),
     Backend("reference", reference.matmul, _never_refuses),
 )

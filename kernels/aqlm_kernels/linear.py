@@ -1,6 +1,6 @@
 """AdditiveLinear: nn.Linear whose weight is an AdditiveMatrix, differentiable in its input, codebooks and scales.
 
-Three ways to the same product. A few rows without gradients on the CPU read the codes directly (`backends.matmul`).
+Three ways to the same product. A few rows without gradients read the codes directly (`backends.matmul`).
 More rows, or gradients, on the CPU: compiled code writes W in the type of x, torch multiplies. Both are operators of
 torch (ops.py). Elsewhere, and for float64: the same in plain torch. The result has the type of x, or autocast's,
 whatever the type of the parameters.
@@ -20,7 +20,7 @@ from aqlm_kernels.additive import AdditiveMatrix
 from aqlm_kernels.errors import KernelError
 from aqlm_kernels.packed import PackedMatrix
 
-FEW_ROWS = 8
+FEW_ROWS = {"cpu": 8, "cuda": 64}  # of x that are multiplied straight from the codes
 COMPILED_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -90,12 +90,14 @@ class AdditiveLinear(nn.Module):
         autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
         if autocast and x.dtype != torch.float64:
             x = x.to(torch.get_autocast_dtype(device))
-        if device != "cpu" or x.dtype not in COMPILED_TYPES:
-            y = F.linear(x, additive.dequantize(self.codes, self.codebooks, self.scales, x.dtype))
-        elif self._records_gradients(x) or x.numel() > FEW_ROWS * self.in_features:
+        few = x.numel() <= FEW_ROWS.get(device, 0) * self.in_features and not self._records_gradients(x)
+        y: Tensor
+        if few and x.dtype in COMPILED_TYPES:
+            y = ops.decoding_product(x, self.codes, self.codebooks, self.scales, self._key, self.backend or "")
+        elif device == "cpu" and x.dtype in COMPILED_TYPES:
             y = ops.product(x, self.codes, self.codebooks, self.scales)
         else:
-            y = ops.decoding_product(x, self.codes, self.codebooks, self.scales, self._key, self.backend or "")
+            y = F.linear(x, additive.dequantize(self.codes, self.codebooks, self.scales, x.dtype))
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def __setstate__(self, state: dict[str, Any]) -> None:  # also of a copy

@@ -21,7 +21,7 @@ from aqlm_kernels.cpu import dequantize
 from aqlm_kernels.packed import PackedMatrix, pack
 
 
-@torch.library.custom_op("aqlm::decoding_product", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("aqlm::decoding_product", mutates_args=(), device_types=("cpu", "cuda"))
 def decoding_product(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor, key: int, backend: str) -> Tensor:
     """x W^T [..., out] by the named backend, or the first that can if the name is empty; no gradients."""
     return matmul(x, packed(key, codes, codebooks, scales), backend or None)

@@ -94,7 +94,7 @@ def test_a_frozen_parameter_gets_no_gradient(frozen):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-@pytest.mark.parametrize("rows", [0, 1, linear.FEW_ROWS, linear.FEW_ROWS + 1])
+@pytest.mark.parametrize("rows", [0, 1, linear.FEW_ROWS["cpu"], linear.FEW_ROWS["cpu"] + 1])
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_few_and_many_rows_give_the_same_product(scheme, rows, dtype):
     matrix, bias = random_matrix(*scheme), torch.randn(OUT)

@@ -1,0 +1,1 @@
+"""Products on a GPU, written in Triton, which is imported only where they are used."""
