@@ -24,6 +24,17 @@ def packed_network(family: str, directory: Path, **changes: Any) -> Any:
     return load_network(resolve(str(directory / "packed")), torch.float32)
 
 
+def test_positions_of_long_models_are_those_of_one_forward(tmp_path: Path) -> None:
+    scaled = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
+    network = packed_network("llama", tmp_path, rope_parameters={"rope_type": "llama3", "rope_theta": 1e4, **scaled})
+    ids = tiny_models.token_ids(1, LENGTH)
+    decoding = decoding_of(network, LENGTH)
+    assert decoding.name.startswith("compiled decoder")
+    found = [decoding.read(ids[0, :PROMPT]), *(decoding.step(token) for token in ids[0, PROMPT:].tolist())]
+    expected = network(ids).logits[0, PROMPT - 1 :]
+    assert (torch.stack(found) - expected).norm() < 1e-3 * expected.norm()
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2"])
 def test_its_logits_are_those_of_one_forward(family: str, backend: str, tmp_path: Path) -> None:
@@ -53,6 +64,11 @@ def test_it_stops_where_its_room_ends(tmp_path: Path) -> None:
         ("llama", {"hidden_act": "gelu"}, "knows no gelu"),
         ("mistral", {"sliding_window": 16}, "sees all tokens, this model 16"),
         ("llama", {"attention_bias": True}, "knows no bias of o_proj"),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}},
+            "knows no dynamic positions",
+        ),
     ],
 )
 def test_what_it_cannot_run_transformers_runs_and_the_reason_is_said(

@@ -16,6 +16,7 @@ from aqlm_kernels import AdditiveLinear, ByteRows, Decoder, DecoderBlock, Kernel
 Head = Literal["exact", "int8"]
 
 FAMILIES = ("llama", "mistral", "qwen2")
+FIXED_ANGLES = ("default", "linear", "llama3", "yarn")  # which do not change as the text grows
 WITH_BIAS = ("q_proj", "k_proj", "v_proj")
 PLANES = {"cpu-avx512": 2, "cpu-avx512-8bit": 1, "cpu-lut": 0}
 
@@ -101,6 +102,9 @@ def _why_not(network: Any, room: int, backends: list[str]) -> str | None:
         return f"the compiled decoder needs one of {', '.join(PLANES)}"
     if config.hidden_act != "silu":
         return f"the compiled decoder knows no {config.hidden_act}"
+    rotary = getattr(network.model.rotary_emb, "rope_type", "default")
+    if rotary not in FIXED_ANGLES:
+        return f"the compiled decoder knows no {rotary} positions"
     if (getattr(config, "sliding_window", None) or room) < room:
         return f"the compiled decoder sees all tokens, this model {config.sliding_window}"
     for block in network.model.layers:
