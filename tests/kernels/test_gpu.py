@@ -117,7 +117,8 @@ def every_scheme(kinds):
 
 @compiled_only
 @pytest.mark.parametrize(
-    ("name", "capability", "scheme"), every_scheme((name, capability) for name in KERNELS for capability in NVIDIA)
+    ("name", "capability", "scheme"),
+    list(every_scheme((name, capability) for name in KERNELS for capability in NVIDIA)),
 )
 def test_nothing_is_spilled_on_nvidia(name, capability, scheme, tmp_path):
     from triton.backends.compiler import GPUTarget
@@ -132,7 +133,7 @@ def test_nothing_is_spilled_on_nvidia(name, capability, scheme, tmp_path):
 
 
 @compiled_only
-@pytest.mark.parametrize(("name", "scheme"), every_scheme((name,) for name in KERNELS))
+@pytest.mark.parametrize(("name", "scheme"), list(every_scheme((name,) for name in KERNELS)))
 def test_nothing_is_spilled_on_amd(name, scheme):
     from triton.backends.compiler import GPUTarget
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import numba
+from llvmlite import ir
 from numba.extending import intrinsic
 
 Kernel = TypeVar("Kernel", bound=Callable[..., object])
@@ -48,3 +49,23 @@ def instruction(describe: Callable[..., Any]) -> Callable[..., Any]:
     arguments alone. (Numba's own hints say that they pass the context, too.)
     """
     return cast(Callable[..., Any], intrinsic(describe))
+
+
+def at(builder: Any, array: Any, *indices: Any) -> Any:
+    """Where array[indices] begins; the array is contiguous along its last axis."""
+    offset: Any = ir.Constant(ir.IntType(64), 0)
+    for axis, index in enumerate(indices):
+        offset = builder.add(offset, builder.mul(index, builder.extract_value(array.strides, axis)))
+    return builder.gep(builder.bitcast(array.data, ir.IntType(8).as_pointer()), [offset])
+
+
+def load(builder: Any, start: Any, kind: Any, offset: int) -> Any:
+    place = builder.bitcast(builder.gep(start, [ir.Constant(ir.IntType(64), offset)]), kind.as_pointer())
+    value = builder.load(place)
+    value.align = 1
+    return value
+
+
+def store(builder: Any, value: Any, start: Any, offset: int) -> None:
+    place = builder.bitcast(builder.gep(start, [ir.Constant(ir.IntType(64), offset)]), value.type.as_pointer())
+    builder.store(value, place).align = 1

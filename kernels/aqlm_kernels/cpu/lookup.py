@@ -32,7 +32,7 @@ from numba.core import cgutils
 from numpy.typing import NDArray
 from torch import Tensor
 
-from aqlm_kernels.cpu.compile import compiled, instruction, prange
+from aqlm_kernels.cpu.compile import at, compiled, instruction, load, prange, store
 from aqlm_kernels.cpu.dequantize import Floats, array
 from aqlm_kernels.packed import PackedMatrix
 
@@ -304,13 +304,13 @@ def _products(groups: int) -> Callable[..., Any]:
             _generate_products(
                 builder,
                 [
-                    _at(builder, x, builder.add(start, builder.mul(group_size, ir.Constant(_long, r))))
+                    at(builder, x, builder.add(start, builder.mul(group_size, ir.Constant(_long, r))))
                     for r in range(groups)
                 ],
                 group_size,
-                _at(builder, columns, m),
-                [_at(builder, exact, row) for row in rows],
-                [_at(builder, bounds, row) for row in rows],
+                at(builder, columns, m),
+                [at(builder, exact, row) for row in rows],
+                [at(builder, bounds, row) for row in rows],
             )
             return context.get_dummy_value()
 
@@ -337,7 +337,7 @@ def _generate_products(builder: Any, x: Any, group_size: Any, columns: Any, exac
             column = builder.gep(
                 columns, [builder.add(first, builder.mul(loop.index, ir.Constant(_long, 4 * ENTRIES)))]
             )
-            entries = [_load(builder, column, _floats, 64 * q) for q in range(VECTORS)]
+            entries = [load(builder, column, _floats, 64 * q) for q in range(VECTORS)]
             for places, start in zip(sums, x, strict=True):
                 number = builder.load(
                     builder.bitcast(
@@ -350,7 +350,7 @@ def _generate_products(builder: Any, x: Any, group_size: Any, columns: Any, exac
         for places, low, high, row in zip(sums, lows, highs, exact, strict=True):
             for q, place in enumerate(places):
                 values = builder.load(place)
-                _store(builder, values, builder.gep(row, [first]), 64 * q)
+                store(builder, values, builder.gep(row, [first]), 64 * q)
                 for bound, sign in ((low, "<"), (high, ">")):
                     before = builder.load(bound)
                     builder.store(builder.select(builder.fcmp_ordered(sign, values, before), values, before), bound)
@@ -359,7 +359,7 @@ def _generate_products(builder: Any, x: Any, group_size: Any, columns: Any, exac
             reduce = cgutils.get_or_insert_function(
                 builder.module, ir.FunctionType(_float, [_floats]), f"llvm.vector.reduce.{name}.v16f32"
             )
-            _store(builder, builder.call(reduce, [builder.load(bound)], fastmath=("nnan",)), row, 4 * offset)
+            store(builder, builder.call(reduce, [builder.load(bound)], fastmath=("nnan",)), row, 4 * offset)
 
 
 def _round(planes: int) -> Callable[..., Any]:
@@ -374,17 +374,17 @@ def _round(planes: int) -> Callable[..., Any]:
             exact, tables = (
                 context.make_array(signature.args[place])(context, builder, arguments[place]) for place in (0, 4)
             )
-            source, target = _at(builder, exact, row), _at(builder, tables, t)
+            source, target = at(builder, exact, row), at(builder, tables, t)
             factor, summand = _spread(builder, inverse, 16), _spread(builder, shift, 16)
             fma = cgutils.get_or_insert_function(
                 builder.module, ir.FunctionType(_floats, [_floats] * 3), "llvm.fma.v16f32"
             )
             for start in range(0, ENTRIES, 16):
-                values = builder.call(fma, [_load(builder, source, _floats, 4 * start), factor, summand])
+                values = builder.call(fma, [load(builder, source, _floats, 4 * start), factor, summand])
                 levels = builder.fptosi(values, _ints)
                 for plane in range(planes):
                     byte = builder.lshr(levels, ir.Constant(_ints, [8 * plane] * 16)) if plane else levels
-                    _store(builder, builder.trunc(byte, ir.VectorType(_byte, 16)), target, ENTRIES * plane + start)
+                    store(builder, builder.trunc(byte, ir.VectorType(_byte, 16)), target, ENTRIES * plane + start)
             return context.get_dummy_value()
 
         return signature, generate
@@ -431,10 +431,10 @@ class _Arguments:
         codes, tables, sums = (
             context.make_array(signature.args[place])(context, builder, arguments[place]) for place in (0, 3, 7)
         )
-        self.codes = _at(builder, codes, tile, start)
+        self.codes = at(builder, codes, tile, start)
         self.tile_stride = builder.extract_value(codes.strides, 0)
-        self.tables = _at(builder, tables)
-        self.sums = _at(builder, sums, row, builder.mul(tile, ir.Constant(_long, LANES)))
+        self.tables = at(builder, tables)
+        self.sums = at(builder, sums, row, builder.mul(tile, ir.Constant(_long, LANES)))
 
 
 def _generate(a: _Arguments, tiles: int, planes: int) -> None:
@@ -451,13 +451,13 @@ def _generate(a: _Arguments, tiles: int, planes: int) -> None:
     with cgutils.for_range(builder, a.count) as loop:
         i = loop.index
         table = builder.gep(a.tables, [builder.mul(i, ir.Constant(_long, 256 * planes))])
-        quarters = [_load(builder, table, _bytes, LANES * q) for q in range(4 * planes)]
+        quarters = [load(builder, table, _bytes, LANES * q) for q in range(4 * planes)]
         code = builder.gep(a.codes, [builder.mul(i, ir.Constant(_long, LANES))])
         for t in range(tiles):
             here = builder.gep(code, [builder.mul(a.tile_stride, ir.Constant(_long, t))])
             soon = builder.gep(here, [ir.Constant(_long, LANES * AHEAD)])
             builder.call(prefetch, [soon, *(ir.Constant(_int, flag) for flag in (0, 3, 1))])
-            index = _load(builder, here, _bytes, 0)
+            index = load(builder, here, _bytes, 0)
             upper_half = builder.icmp_signed("<", index, ir.Constant(_bytes, None))
             for p in range(planes):
                 q = quarters[4 * p : 4 * p + 4]
@@ -479,8 +479,8 @@ def _generate(a: _Arguments, tiles: int, planes: int) -> None:
         order = ir.Constant(ir.VectorType(_int, LANES), [lane % 2 * (LANES // 2) + lane // 2 for lane in range(LANES)])
         values = builder.shuffle_vector(even, odd, order)
         values = builder.fadd(builder.fmul(values, _spread(builder, a.unit, LANES)), _spread(builder, a.offset, LANES))
-        before = _load(builder, a.sums, values.type, 4 * LANES * t)
-        _store(builder, builder.fadd(before, values), a.sums, 4 * LANES * t)
+        before = load(builder, a.sums, values.type, 4 * LANES * t)
+        store(builder, builder.fadd(before, values), a.sums, 4 * LANES * t)
 
 
 def _permute(module: Any) -> Any:
@@ -510,26 +510,6 @@ def _write_permute(function: Any) -> None:
         byte = builder.load(builder.gep(start, [builder.zext(place, _long)]))
         found = builder.insert_element(found, byte, ir.Constant(_int, lane))
     builder.ret(found)
-
-
-def _at(builder: Any, array: Any, *indices: Any) -> Any:
-    """Where array[indices] begins; the array is contiguous along its last axis."""
-    offset: Any = ir.Constant(_long, 0)
-    for axis, index in enumerate(indices):
-        offset = builder.add(offset, builder.mul(index, builder.extract_value(array.strides, axis)))
-    return builder.gep(builder.bitcast(array.data, _byte.as_pointer()), [offset])
-
-
-def _load(builder: Any, start: Any, kind: Any, offset: int) -> Any:
-    place = builder.bitcast(builder.gep(start, [ir.Constant(_long, offset)]), kind.as_pointer())
-    value = builder.load(place)
-    value.align = 1
-    return value
-
-
-def _store(builder: Any, value: Any, start: Any, offset: int) -> None:
-    place = builder.bitcast(builder.gep(start, [ir.Constant(_long, offset)]), value.type.as_pointer())
-    builder.store(value, place).align = 1
 
 
 def _spread(builder: Any, number: Any, lanes: int) -> Any:
