@@ -14,7 +14,7 @@ import aqlm_kernels
 DIGESTS = """
 import hashlib, sys
 import numba, torch
-from aqlm_kernels import AdditiveMatrix, pack
+from aqlm_kernels import AdditiveMatrix, ByteRows, matmul_dense, pack
 from aqlm_kernels.cpu import gather, lookup
 from aqlm_kernels.cpu.dequantize import dequantize, gradients
 
@@ -30,6 +30,11 @@ def weights(codebook_size):
     types = torch.float32, torch.bfloat16
     return lambda: [*(dequantize(*parts, dtype).float() for dtype in types), *gradients(dw, *parts)]
 
+def head():
+    x, weight = torch.randn(2, 576), torch.randn(333, 576)
+    forms = weight, weight.bfloat16(), weight.half(), ByteRows.of(weight)
+    return lambda: [matmul_dense(x, form) for form in forms]
+
 def random_matrix(codebook_size):
     codes = torch.randint(0, codebook_size, (333, 72, 2))
     return AdditiveMatrix(codes, torch.randn(2, codebook_size, 8), torch.rand(333))
@@ -37,7 +42,7 @@ def random_matrix(codebook_size):
 torch.manual_seed(0)
 TABLES = lookup.by_lookup, lookup.by_byte_lookup, lookup.by_float_lookup
 RUNS = [product(multiply, 256) for multiply in TABLES]
-RUNS += [product(gather.by_gather, 4096), weights(256), weights(4096)]
+RUNS += [product(gather.by_gather, 4096), weights(256), weights(4096), head()]
 for threads in 1, 2, 3, 4:
     numba.set_num_threads(threads)
     for attempt in range(5):
