@@ -133,6 +133,12 @@ def test_a_plain_model_is_measured_alone(model: Path) -> None:
     assert report.backend == "transformers"
 
 
+@pytest.mark.parametrize("asked", [{"backend": "cpu-lut"}, {"head": "int8"}])
+def test_what_only_packed_layers_can_do_is_refused_of_a_plain_model(model: Path, asked: dict[str, str]) -> None:
+    with pytest.raises(KernelError, match="has no packed layers; leave --backend and --head out"):
+        measured(model, **asked)
+
+
 def test_an_aqlm_checkpoint_is_measured_alone(run: RunDirectory) -> None:
     report = measured(run.path / "packed")
     assert [row.name for row in report.rows] == ["packed"]

@@ -15,6 +15,7 @@ from aqlm_cli.events import Event, Noted
 from aqlm_cli.model import find_subject
 from aqlm_cli.report import GenerationReport
 from aqlm_cli.stages.generate import generate
+from aqlm_kernels import KernelError
 
 PROMPT = "The quick brown fox"
 
@@ -94,3 +95,8 @@ def test_a_tokenizer_that_begins_every_text_itself_needs_no_prompt(model: Path) 
     tokenizer.backend_tokenizer.post_processor = begin
     tokenizer.save_pretrained(model)
     assert generated(model, prompt="").tokens > 0
+
+
+def test_a_backend_is_not_forgotten_where_no_layer_is_packed(model: Path) -> None:
+    with pytest.raises(KernelError, match="backend cpu-lut multiplies by packed layers, and the model has none"):
+        generated(model, backend="cpu-lut")

@@ -132,6 +132,9 @@ class EvalConfig(Section):
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
 
 
+Head = Literal["exact", "int8"]
+
+
 class BenchConfig(Section):
     """Lengths in tokens; `batch` is the rows of x in a single product. `backend` None: the first that can; `head`
     int8: the output head in bytes."""
@@ -141,7 +144,7 @@ class BenchConfig(Section):
     repeats: Positive = 5
     batch: Positive = 1
     backend: str | None = None
-    head: Literal["exact", "int8"] = "exact"
+    head: Head = "exact"
 
 
 class RunConfig(Section):

@@ -6,14 +6,13 @@ transformers in either case: there the work is in the products.
 
 from __future__ import annotations
 
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from aqlm_cli.config import Head
 from aqlm_kernels import AdditiveLinear, ByteRows, Decoder, DecoderBlock, KernelError, choose
-
-Head = Literal["exact", "int8"]
 
 FAMILIES = ("llama", "mistral", "qwen2")
 FIXED_ANGLES = ("default", "linear", "llama3", "yarn")  # which do not change as the text grows
@@ -41,6 +40,8 @@ def decoding_of(network: nn.Module, room: int, backend: str | None = None, head:
     Raises KernelError where the named backend cannot serve, or an int8 head is asked of a model that transformers runs.
     """
     layers = [module for module in network.modules() if isinstance(module, AdditiveLinear)]
+    if backend is not None and not layers:
+        raise KernelError(f"backend {backend} multiplies by packed layers, and the model has none; leave it out")
     names = sorted({choose(layer.packed(), layer.codes.device, backend).name for layer in layers})
     reason = _why_not(network, room, names)
     if reason is None:

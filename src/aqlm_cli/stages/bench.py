@@ -44,7 +44,7 @@ from aqlm_cli.model.shapes import empty_network, random_network, random_packed_n
 from aqlm_cli.products import measure_product
 from aqlm_cli.report import BenchReport, BenchRow, ProductRow
 from aqlm_cli.scheme import AdditiveScheme
-from aqlm_kernels import AdditiveLinear, read_bandwidth
+from aqlm_kernels import AdditiveLinear, KernelError, read_bandwidth
 
 DTYPES = {"FP16": torch.float16, "BF16": torch.bfloat16, "FP32": torch.float32}
 
@@ -171,7 +171,11 @@ def _contenders(subject: Subject, ids: Tensor, settings: BenchConfig) -> list[Co
     original, source = subject.original(), subject.source
     if original is not None:
         return [*_originals(original, ids, settings.prompt), _packed(source, ids, settings)]
-    return [_packed(source, ids, settings)] if is_coded(source) else _originals(source, ids, settings.prompt)
+    if is_coded(source):
+        return [_packed(source, ids, settings)]
+    if settings.backend is not None or settings.head != "exact":
+        raise KernelError(f"{source.name} has no packed layers; leave --backend and --head out")
+    return _originals(source, ids, settings.prompt)
 
 
 def _originals(source: ModelSource, ids: Tensor, prompt: int) -> list[Contender]:

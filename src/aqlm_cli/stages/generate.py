@@ -7,9 +7,10 @@ import time
 import torch
 from torch import Tensor
 
+from aqlm_cli.config import Head
 from aqlm_cli.errors import DataError
 from aqlm_cli.events import Emit, Noted
-from aqlm_cli.model import Head, Subject, decoding_of, load_network, load_tokenizer
+from aqlm_cli.model import Subject, decoding_of, load_network, load_tokenizer
 from aqlm_cli.report import GenerationReport
 
 
