@@ -3,7 +3,7 @@
     packed = pack(AdditiveMatrix(codes=..., codebooks=..., scales=...))
     y = matmul(x, packed)
 
-Knows torch, numpy and numba only. What a caller can mend is raised as KernelError.
+Knows torch, numpy, numba and, where there is a GPU, triton only. What a caller can mend is raised as KernelError.
 """
 
 from aqlm_kernels.accelerate import accelerate

@@ -57,7 +57,7 @@ class Decoder:
         heads: int,
         key_heads: int,
         epsilon: float,
-        planes: int = 2,
+        planes: int,
     ) -> None:
         cosines, sines = angles
         self._blocks = [_Block.of(block) for block in blocks]

@@ -21,8 +21,10 @@ from aqlm_kernels.cpu.compile import compiled, instruction, prange
 from aqlm_kernels.cpu.dequantize import Floats, array
 from aqlm_kernels.errors import KernelError
 
-Words = NDArray[np.uint16]
-SignedBytes = NDArray[np.int8]
+Weights = NDArray[np.float32] | NDArray[np.uint16] | NDArray[np.int16] | NDArray[np.int8]
+
+STORED_AS = {torch.bfloat16: torch.uint16, torch.float16: torch.int16}
+"""Integers that tell the two apart in a kernel: numpy has no bfloat16."""
 
 TILE = 64  # rows of W that a thread takes at a time
 
@@ -52,81 +54,42 @@ def matmul_dense(x: Tensor, weight: Tensor | ByteRows) -> Tensor:
     Raises KernelError for another type of W.
     """
     if isinstance(weight, ByteRows):
-        y = torch.empty(x.shape[0], len(weight.levels))
-        _by_bytes(array(x), weight.levels.numpy(), weight.units.numpy(), y.numpy())
-        return y
-    y = torch.empty(x.shape[0], len(weight))
+        return _product(x, weight.levels) * weight.units
     if weight.dtype == torch.float32:
-        _by_floats(array(x), array(weight), y.numpy())
-    elif weight.dtype == torch.bfloat16:
-        _by_bfloats(array(x), weight.detach().contiguous().view(torch.uint16).numpy(), y.numpy())
-    elif weight.dtype == torch.float16:
-        _by_halves(array(x), weight.detach().contiguous().view(torch.uint16).numpy(), y.numpy())
-    else:
-        raise KernelError(f"the weight is {weight.dtype}; convert it to float32, bfloat16 or float16")
+        return _product(x, weight.detach().contiguous())
+    if weight.dtype in STORED_AS:
+        return _product(x, weight.detach().contiguous().view(STORED_AS[weight.dtype]))
+    raise KernelError(f"the weight is {weight.dtype}; convert it to float32, bfloat16 or float16")
+
+
+def _product(x: Tensor, stored: Tensor) -> Tensor:
+    y = torch.empty(x.shape[0], len(stored))
+    _multiply(array(x), stored.numpy(), y.numpy())
     return y
 
 
 @instruction
-def _bfloat(typing_context: Any, bits: Any) -> Any:
-    """The float32 whose upper half these 16 bits are."""
+def _number(typing_context: Any, stored: Any) -> Any:
+    """What a weight stands for, as float32: the 16 bits of a bfloat16 come unsigned, those of a float16 signed."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        wide = builder.zext(arguments[0], ir.IntType(32))
-        return builder.bitcast(builder.shl(wide, ir.Constant(ir.IntType(32), 16)), ir.FloatType())
+        bits, floats = arguments[0], ir.FloatType()
+        if stored == types.uint16:
+            wide = builder.zext(bits, ir.IntType(32))
+            return builder.bitcast(builder.shl(wide, ir.Constant(ir.IntType(32), 16)), floats)
+        if stored == types.int16:
+            return builder.fpext(builder.bitcast(bits, ir.HalfType()), floats)
+        return builder.sitofp(bits, floats) if stored == types.int8 else bits
 
-    return types.float32(types.uint16), generate
-
-
-@instruction
-def _half(typing_context: Any, bits: Any) -> Any:
-    """The float16 of these 16 bits, as float32."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.fpext(builder.bitcast(arguments[0], ir.HalfType()), ir.FloatType())
-
-    return types.float32(types.uint16), generate
+    return types.float32(stored), generate
 
 
 @compiled(parallel=True, fastmath=("contract", "reassoc"))
-def _by_bfloats(x: Floats, weight: Words, y: Floats) -> None:
+def _multiply(x: Floats, weight: Weights, y: Floats) -> None:
     for tile in prange(-(-weight.shape[0] // TILE)):
         for o in range(tile * TILE, min(tile * TILE + TILE, weight.shape[0])):
             for row in range(x.shape[0]):
                 total = np.float32(0)
                 for i in range(x.shape[1]):
-                    total += x[row, i] * _bfloat(weight[o, i])
+                    total += x[row, i] * _number(weight[o, i])
                 y[row, o] = total
-
-
-@compiled(parallel=True, fastmath=("contract", "reassoc"))
-def _by_halves(x: Floats, weight: Words, y: Floats) -> None:
-    for tile in prange(-(-weight.shape[0] // TILE)):
-        for o in range(tile * TILE, min(tile * TILE + TILE, weight.shape[0])):
-            for row in range(x.shape[0]):
-                total = np.float32(0)
-                for i in range(x.shape[1]):
-                    total += x[row, i] * _half(weight[o, i])
-                y[row, o] = total
-
-
-@compiled(parallel=True, fastmath=("contract", "reassoc"))
-def _by_floats(x: Floats, weight: Floats, y: Floats) -> None:
-    for tile in prange(-(-weight.shape[0] // TILE)):
-        for o in range(tile * TILE, min(tile * TILE + TILE, weight.shape[0])):
-            for row in range(x.shape[0]):
-                total = np.float32(0)
-                for i in range(x.shape[1]):
-                    total += x[row, i] * weight[o, i]
-                y[row, o] = total
-
-
-@compiled(parallel=True, fastmath=("contract", "reassoc"))
-def _by_bytes(x: Floats, levels: SignedBytes, units: Floats, y: Floats) -> None:
-    for tile in prange(-(-levels.shape[0] // TILE)):
-        for o in range(tile * TILE, min(tile * TILE + TILE, levels.shape[0])):
-            for row in range(x.shape[0]):
-                total = np.float32(0)
-                for i in range(x.shape[1]):
-                    total += x[row, i] * np.float32(levels[o, i])
-                y[row, o] = units[o] * total

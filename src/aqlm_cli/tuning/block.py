@@ -47,18 +47,20 @@ class BlockData:
 
     def relative_error(self, block: nn.Module, windows: Tensor, batch: int) -> float:
         """The error over the given windows, as a share of that of an output of zeros."""
-        error = 0.0
+        error = energy = 0.0
         for chosen in windows.split(batch):
             target = self.targets[chosen].to(self.device)
             output = run_block(block, self.call, self.inputs[chosen].to(self.device), self.dtype)
             error += float(self.error(output, target).sum(dtype=torch.float64))
-        energy = self.energy(windows, batch)
+            energy += self._energy(target)
         return error / energy if energy > 0 else 0.0
 
     def energy(self, windows: Tensor, batch: int) -> float:
         """The error that an output of zeros has, summed over the given windows."""
-        targets = (self.targets[chosen].to(self.device) for chosen in windows.split(batch))
-        return sum(float(self.error(torch.zeros_like(target), target).sum(dtype=torch.float64)) for target in targets)
+        return sum(self._energy(self.targets[chosen].to(self.device)) for chosen in windows.split(batch))
+
+    def _energy(self, target: Tensor) -> float:
+        return float(self.error(torch.zeros_like(target), target).sum(dtype=torch.float64))
 
 
 def tuned_parameters(block: nn.Module, prefix: str = "") -> dict[str, nn.Parameter]:
