@@ -21,10 +21,10 @@ from aqlm_cli.scheme import AdditiveScheme, parse_scheme
 from aqlm_cli.stages import bench as stage_module
 from aqlm_cli.stages.bench import bench, bench_shape, relative_error, run_pass
 from aqlm_kernels import AdditiveLinear, KernelError, read_bandwidth
-from aqlm_kernels.cpu import lookup
+from aqlm_kernels.cpu import registers
 
 PROMPT, TOKENS = 24, 6
-DECODING = f"compiled decoder, {'cpu-avx512' if lookup.HAS_VBMI else 'cpu-lut'}"
+DECODING = f"compiled decoder, {'cpu-avx512' if registers.HAS_VBMI else 'cpu-lut'}"
 BY_TRANSFORMERS = "transformers, reference (the compiled decoder needs one of cpu-avx512, cpu-avx512-8bit, cpu-lut)"
 
 

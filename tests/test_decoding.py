@@ -12,11 +12,11 @@ import torch
 from aqlm_cli.model import decoding_of, load_network, resolve
 from aqlm_cli.model.decoding import narrowest
 from aqlm_kernels import KernelError
-from aqlm_kernels.cpu import lookup
+from aqlm_kernels.cpu import registers
 
 LENGTH, PROMPT = 30, 11
 
-BACKENDS = ["cpu-avx512", "cpu-lut"] if lookup.HAS_VBMI else ["cpu-lut"]
+BACKENDS = ["cpu-avx512", "cpu-lut"] if registers.HAS_VBMI else ["cpu-lut"]
 
 
 def packed_network(family: str, directory: Path, **changes: Any) -> Any:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from aqlm_kernels import reference
 from aqlm_kernels.additive import AdditiveMatrix
-from aqlm_kernels.cpu import gather, lookup
+from aqlm_kernels.cpu import gather, lookup, registers
 from aqlm_kernels.errors import KernelError
 from aqlm_kernels.packed import PackedMatrix, pack
 
@@ -77,7 +77,7 @@ def _refuses_by_tables(packed: PackedMatrix, device: torch.device) -> str | None
 
 
 def _refuses_by_lookup(packed: PackedMatrix, device: torch.device) -> str | None:
-    if not lookup.HAS_VBMI:
+    if not registers.HAS_VBMI:
         return "needs a processor with AVX-512 VBMI"
     return _refuses_by_tables(packed, device)
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from aqlm_kernels import pack, reference
-from aqlm_kernels.cpu import lookup
+from aqlm_kernels.cpu import lookup, registers
 
 from .conftest import CASES
 
@@ -85,7 +85,7 @@ def test_what_is_not_finite_spoils_its_own_row_only(product, value):
     assert torch.equal(spoilt[[0, 1, 3, 4]], clean[[0, 1, 3, 4]])
 
 
-@pytest.mark.skipif(not lookup.HAS_VBMI, reason="the tests above have run without the instructions")
+@pytest.mark.skipif(not registers.HAS_VBMI, reason="the tests above have run without the instructions")
 @pytest.mark.parametrize(("name", "features"), [("generic", ""), ("haswell", "+avx,+avx2,+fma,+f16c")])
 def test_it_does_the_same_without_the_instructions(name, features, tmp_path):
     environment = {

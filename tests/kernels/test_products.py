@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from aqlm_kernels import BACKENDS, AdditiveMatrix, KernelError, choose, matmul, pack, reference
-from aqlm_kernels.cpu import lookup
+from aqlm_kernels.cpu import registers
 
 CPU = torch.device("cpu")
 FLOAT32_BOUND = 1e-6  # relative RMS of y against float64: a few roundings of 2^-24
@@ -93,7 +93,7 @@ def packed_with(codebook_size):
 
 
 def test_the_first_backend_that_can_is_chosen():
-    assert choose(packed_with(256), CPU).name == ("cpu-avx512" if lookup.HAS_VBMI else "cpu-lut")
+    assert choose(packed_with(256), CPU).name == ("cpu-avx512" if registers.HAS_VBMI else "cpu-lut")
     assert choose(packed_with(512), CPU).name == "cpu-gather"
     assert choose(packed_with(256), torch.device("meta")).name == "reference"
 

@@ -51,6 +51,11 @@ def instruction(describe: Callable[..., Any]) -> Callable[..., Any]:
     return cast(Callable[..., Any], intrinsic(describe))
 
 
+def arrays(context: Any, builder: Any, signature: Any, arguments: Any, *places: int) -> list[Any]:
+    """Those of an instruction's arguments that are arrays, as `at` takes them."""
+    return [context.make_array(signature.args[place])(context, builder, arguments[place]) for place in places]
+
+
 def at(builder: Any, array: Any, *indices: Any) -> Any:
     """Where array[indices] begins; the array is contiguous along its last axis."""
     offset: Any = ir.Constant(ir.IntType(64), 0)

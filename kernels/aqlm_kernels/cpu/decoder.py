@@ -21,7 +21,8 @@ from torch.nn import functional as F
 from aqlm_kernels.cpu.compile import compiled, prange
 from aqlm_kernels.cpu.dense import ByteRows, matmul_dense
 from aqlm_kernels.cpu.dequantize import Floats, array
-from aqlm_kernels.cpu.lookup import LANES, Bytes, Stack, Tiles, multiply
+from aqlm_kernels.cpu.lookup import Bytes, Stack, Tiles, multiply
+from aqlm_kernels.cpu.registers import LANES
 from aqlm_kernels.errors import KernelError
 from aqlm_kernels.packed import PackedMatrix
 

@@ -17,7 +17,7 @@ from numba.core import cgutils
 from numpy.typing import NDArray
 from torch import Tensor
 
-from aqlm_kernels.cpu.compile import at, compiled, instruction, load, prange, store
+from aqlm_kernels.cpu.compile import arrays, at, compiled, instruction, load, prange, store
 from aqlm_kernels.cpu.dequantize import Floats, array
 from aqlm_kernels.packed import PackedMatrix
 
@@ -97,9 +97,7 @@ def _gather(group_size: int) -> Callable[..., Any]:
     ) -> Any:
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             _, row, _, tile, first, count, lane, _, _ = arguments
-            x, codes, codebooks, products = (
-                context.make_array(signature.args[place])(context, builder, arguments[place]) for place in (0, 2, 7, 8)
-            )
+            x, codes, codebooks, products = arrays(context, builder, signature, arguments, 0, 2, 7, 8)
             name = f"llvm.fma.v{group_size}f32"
             fma = cgutils.get_or_insert_function(builder.module, ir.FunctionType(numbers, [numbers] * 3), name)
             sums = [cgutils.alloca_once(builder, numbers) for _ in range(LANES)]
