@@ -235,7 +235,7 @@ def test_decoding_reads_the_codes_and_never_writes_the_weights_out(
     def refuse(*_: object) -> None:
         raise AssertionError("the weights were written out")
 
-    monkeypatch.setattr("aqlm_kernels.cpu.dequantize.dequantize", refuse)
+    monkeypatch.setattr("aqlm_kernels.cpu.tiles.dequantize", refuse)
     network(tiny_models.token_ids(1, 1))
     with pytest.raises(AssertionError, match="written out"):
         network(tiny_models.token_ids(1, 40))  # many rows, as in a prompt

@@ -13,11 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from aqlm_kernels.additive import AdditiveMatrix
 from aqlm_kernels.backends import matmul
-from aqlm_kernels.cpu import dequantize
+from aqlm_kernels.cpu import tiles
 from aqlm_kernels.packed import PackedMatrix, pack
 
 
@@ -30,20 +29,19 @@ def decoding_product(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor
 @torch.library.custom_op("aqlm::product", mutates_args=(), device_types="cpu")
 def product(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor) -> Tensor:
     """x W^T [..., out] in the type of x. W is written anew in the backward, which is cheaper than keeping it."""
-    return F.linear(x, dequantize.dequantize(codes, codebooks, scales, x.dtype))
+    return tiles.product(x, codes, codebooks, scales)
 
 
 @torch.library.custom_op("aqlm::input_gradient", mutates_args=(), device_types="cpu")
 def _input_gradient(dy: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor) -> Tensor:
     """dy W [..., in]."""
-    return dy @ dequantize.dequantize(codes, codebooks, scales, dy.dtype)
+    return tiles.input_gradient(dy, codes, codebooks, scales)
 
 
 @torch.library.custom_op("aqlm::weight_gradients", mutates_args=(), device_types="cpu")
 def _weight_gradients(dy: Tensor, x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
     """Of the codebooks [M, K, g] and the scales [out]; products in the type of the forward."""
-    dw = dy.reshape(-1, dy.shape[-1]).T @ x.reshape(-1, x.shape[-1])  # [out, in]
-    return dequantize.gradients(dw, codes, codebooks, scales)
+    return tiles.weight_gradients(dy, x, codes, codebooks, scales)
 
 
 @decoding_product.register_fake

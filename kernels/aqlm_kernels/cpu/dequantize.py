@@ -41,7 +41,7 @@ def dequantize(codes: Tensor, codebooks: Tensor, scales: Tensor, dtype: torch.dt
 
 
 def gradients(weight_gradient: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
-    """dC [M, K, g] and ds [out] in float32, from dW [out, in]."""
+    """dC [M, K, g] and ds [out] in float64, from dW [out, in]."""
     blocks = max(1, min(MOST_BLOCKS, MOST_BINS // codebooks.numel()))
     bins = torch.zeros(blocks, *codebooks.shape, dtype=torch.float64)
     scale_gradient = torch.empty(scales.shape, dtype=torch.float64)
@@ -56,7 +56,7 @@ def gradients(weight_gradient: Tensor, codes: Tensor, codebooks: Tensor, scales:
     total = bins[0]
     for block in bins[1:]:
         total += block
-    return total.float(), scale_gradient.float()
+    return total, scale_gradient
 
 
 def array(tensor: Tensor) -> Floats:
