@@ -86,6 +86,15 @@ def _refuses_elsewhere(packed: PackedMatrix, device: torch.device) -> str | None
     return None if device.type == "cpu" else f"runs on the CPU, x is on {device}"
 
 
+def why_not_triton(device: torch.device, group_size: int) -> str | None:
+    """Why products there cannot run through Triton, or None."""
+    if device.type != "cuda":
+        return f"runs on a GPU, x is on {device}"
+    if find_spec("triton") is None:
+        return "needs the package triton"
+    return f"needs groups of 4, 8 or 16 inputs, these have {group_size}" if group_size not in (4, 8, 16) else None
+
+
 def _by_triton(x: Tensor, packed: PackedMatrix) -> Tensor:
     from aqlm_kernels.gpu import products
 
@@ -93,12 +102,7 @@ def _by_triton(x: Tensor, packed: PackedMatrix) -> Tensor:
 
 
 def _refuses_by_triton(packed: PackedMatrix, device: torch.device) -> str | None:
-    if device.type != "cuda":
-        return f"runs on a GPU, x is on {device}"
-    if find_spec("triton") is None:
-        return "needs the package triton"
-    group_size = packed.codebooks.shape[2]
-    return f"needs groups of 4, 8 or 16 inputs, these have {group_size}" if group_size not in (4, 8, 16) else None
+    return why_not_triton(device, packed.codebooks.shape[2])
 
 
 def _never_refuses(packed: PackedMatrix, device: torch.device) -> str | None:

@@ -1,9 +1,9 @@
 """AdditiveLinear: nn.Linear whose weight is an AdditiveMatrix, differentiable in its input, codebooks and scales.
 
 Three ways to the same product. A few rows without gradients read the codes directly (`backends.matmul`).
-More rows, or gradients, on the CPU: compiled code writes W in the type of x, torch multiplies. Both are operators of
-torch (ops.py). Elsewhere, and for float64: the same in plain torch. The result has the type of x, or autocast's,
-whatever the type of the parameters.
+More rows, or gradients: on the CPU compiled code writes tiles of W in the type of x and torch multiplies, on a GPU
+Triton restores them in registers. Both are operators of torch (ops.py). Elsewhere, and for float64: plain torch.
+The result has the type of x, or autocast's, whatever the type of the parameters.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class AdditiveLinear(nn.Module):
         y: Tensor
         if few and x.dtype in COMPILED_TYPES:
             y = ops.decoding_product(x, self.codes, self.codebooks, self.scales, self._key, self.backend or "")
-        elif device == "cpu" and x.dtype in COMPILED_TYPES:
+        elif x.dtype in COMPILED_TYPES and ops.has_product(x.device, self.codebooks.shape[2]):
             y = ops.product(x, self.codes, self.codebooks, self.scales)
         else:
             y = F.linear(x, additive.dequantize(self.codes, self.codebooks, self.scales, x.dtype))

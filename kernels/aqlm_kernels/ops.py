@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from aqlm_kernels.additive import AdditiveMatrix
-from aqlm_kernels.backends import matmul
+from aqlm_kernels.backends import matmul, why_not_triton
 from aqlm_kernels.cpu import tiles
 from aqlm_kernels.packed import PackedMatrix, pack
 
@@ -42,6 +42,27 @@ def _input_gradient(dy: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor
 def _weight_gradients(dy: Tensor, x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
     """Of the codebooks [M, K, g] and the scales [out]; products in the type of the forward."""
     return tiles.weight_gradients(dy, x, codes, codebooks, scales)
+
+
+@product.register_kernel("cuda")
+def _(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor) -> Tensor:
+    from aqlm_kernels.gpu import products
+
+    return products.product(x, codes, codebooks, scales)
+
+
+@_input_gradient.register_kernel("cuda")
+def _(dy: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor) -> Tensor:
+    from aqlm_kernels.gpu import products
+
+    return products.input_gradient(dy, codes, codebooks, scales)
+
+
+@_weight_gradients.register_kernel("cuda")
+def _(dy: Tensor, x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+    from aqlm_kernels.gpu import products
+
+    return products.weight_gradients(dy, x, codes, codebooks, scales)
 
 
 @decoding_product.register_fake
@@ -71,7 +92,7 @@ def _keep(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, None, Tensor | None, Tensor | None]:
     x, codes, codebooks, scales = ctx.saved_tensors
     dx = codebook_gradient = scale_gradient = None
-    with torch.autocast("cpu", enabled=False):
+    with torch.autocast(dy.device.type, enabled=False):
         if ctx.needs_input_grad[0]:
             dx = _input_gradient(dy, codes, codebooks, scales)
         if ctx.needs_input_grad[2] or ctx.needs_input_grad[3]:
@@ -82,6 +103,11 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, None, Tensor | None,
         codebook_gradient if ctx.needs_input_grad[2] else None,
         scale_gradient if ctx.needs_input_grad[3] else None,
     )
+
+
+def has_product(device: torch.device, group_size: int) -> bool:
+    """Whether `product` runs there, with its gradients."""
+    return device.type == "cpu" or why_not_triton(device, group_size) is None
 
 
 product.register_autograd(_backward, setup_context=_keep)

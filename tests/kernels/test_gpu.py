@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from aqlm_kernels import pack, reference
+from aqlm_kernels import additive, pack, reference
 
 from .conftest import CASES
 
@@ -56,6 +56,46 @@ def test_products_of_reals_are_near_float64(problem):
         assert (products.multiply(rows, packed) - exact).norm() < 1e-6 * exact.norm()
 
 
+@interpreted_only
+def test_many_rows_and_their_gradients_equal_float64_on_integers(problem):
+    case, products = problem
+    x, matrix = case.integers()
+    x = x.repeat(20, 1)  # up to 160 rows, which are several programs
+    draw = torch.Generator().manual_seed(2)
+    dy = torch.randint(-3, 4, (len(x), case.out_features), generator=draw).float()
+    parts = matrix.codes, matrix.codebooks, matrix.scales
+    weight = matrix.dequantize(torch.float64)
+    assert torch.equal(products.product(x, *parts), (x.double() @ weight.T).float())
+    assert torch.equal(products.input_gradient(dy, *parts), (dy.double() @ weight).float())
+    codebooks, scales = matrix.codebooks.double().requires_grad_(), matrix.scales.double().requires_grad_()
+    additive.dequantize(matrix.codes, codebooks, scales, torch.float64).backward(dy.double().T @ x.double())
+    of_codebooks, of_scales = products.weight_gradients(dy, x, *parts)
+    assert torch.equal(of_codebooks.double(), codebooks.grad)
+    assert torch.equal(of_scales.double(), scales.grad)
+
+
+@interpreted_only
+def test_gradients_of_reals_are_near_float64(problem):
+    case, products = problem
+    x, matrix = case.reals()
+    if case.rows == 0:
+        pytest.skip("no numbers to compare")
+    draw = torch.Generator().manual_seed(2)
+    dy = torch.randn(2, case.rows, case.out_features, generator=draw)
+    x = x.expand(2, -1, -1)
+    parts = matrix.codes, matrix.codebooks, matrix.scales
+    codebooks, scales = matrix.codebooks.double().requires_grad_(), matrix.scales.double().requires_grad_()
+    weight = additive.dequantize(matrix.codes, codebooks, scales, torch.float64)
+    weight.backward(dy.double().flatten(0, 1).T @ x.double().flatten(0, 1))
+    for found, exact in [
+        (products.product(x, *parts), x.double() @ weight.T),
+        (products.input_gradient(dy, *parts), dy.double() @ weight),
+        *zip(products.weight_gradients(dy, x, *parts), (codebooks.grad, scales.grad), strict=True),
+    ]:
+        assert found.shape == exact.shape
+        assert (found - exact).norm() < 1e-6 * exact.norm()
+
+
 @compiled_only
 def test_the_numbers_are_right_under_the_interpreter():
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
@@ -68,27 +108,25 @@ def test_the_numbers_are_right_under_the_interpreter():
 # ------------------------------------------------------------------------------------------------------- what compiles
 
 
-def compiled(kernel, target, codebooks=(2, 256, 8), dtype="fp16"):
+def compiled(kernel, target, codebooks, cut, dtype="fp16"):
     """The object that Triton makes of a kernel for a GPU that need not be here."""
     from triton.compiler import ASTSource
 
-    from aqlm_kernels.gpu import products
+    from aqlm_kernels.gpu import kernels, products
 
-    num_codebooks, codebook_size, group_size = codebooks
-    codes = "*u8" if codebook_size <= 256 else "*u16"
-    at_once = products.groups_at_once(group_size)
-    constants = {"M": num_codebooks, "K": codebook_size, "G": group_size, "TILE": 64, "GROUPS": at_once}
-    types = {"x": f"*{dtype}", "y": f"*{dtype}", "codes": codes}
-    types |= {"codebooks": "*fp32", "scales": "*fp32", "shares": "*fp32"}
-    if "ROWS" in kernel.arg_names:
-        constants["ROWS"] = 16
+    kernel, cut = getattr(kernels, kernel), getattr(products, cut)
+    options = products.options(codebooks, cut)
+    settings = {name: options.pop(name) for name in ("num_warps", "num_stages")}
+    types = dict.fromkeys(("x", "y", "dx", "dy"), f"*{dtype}") | {"codes": "*u8" if codebooks[1] <= 256 else "*u16"}
+    types |= dict.fromkeys(("codebooks", "scales", "shares", "codebook_gradient"), "*fp32")
     signature = {name: types.get(name, "i32") for name in kernel.arg_names}
-    signature |= dict.fromkeys(constants, "constexpr")
-    # As Triton sees them at a launch: what torch allocates begins at a multiple of 16 bytes.
+    # As Triton sees them at a launch: a step of 1 is a constant, what torch allocates begins at a multiple of 16 bytes.
+    options["lane_step" if cut in (products.ONE_ROW, products.FEW_ROWS) else "codebook_step"] = 1
+    signature |= dict.fromkeys(options, "constexpr")
     aligned = [number for number, name in enumerate(kernel.arg_names) if name in types]
     attributes = {(number,): [["tt.divisibility", 16]] for number in aligned}
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    return triton.compile(source, target=target, options=products.LAUNCH)
+    source = ASTSource(fn=kernel, signature=signature, constexprs=options, attrs=attributes)
+    return triton.compile(source, target=target, options=settings)
 
 
 def nvidia_resources(program, tmp_path: Path) -> dict[str, int]:
@@ -102,7 +140,13 @@ def nvidia_resources(program, tmp_path: Path) -> dict[str, int]:
     return {name: int(re.search(rf"{name}:(\d+)", found)[1]) for name in ("REG", "STACK", "LOCAL")}
 
 
-KERNELS = ["decode", "multiply"]
+KERNELS = [
+    ("decode", "ONE_ROW"),
+    ("multiply", "FEW_ROWS"),
+    ("multiply", "MANY_ROWS"),
+    ("multiply_transposed", "TRANSPOSED"),
+    ("weight_gradient", "GRADIENT"),
+]
 SCHEMES = [(1, 256, 8), (2, 256, 8), (4, 256, 8), (3, 256, 16), (2, 256, 4), (1, 4096, 8), (1, 65536, 8)]
 NVIDIA = [80, 90, 100]
 
@@ -117,15 +161,13 @@ def every_scheme(kinds):
 
 @compiled_only
 @pytest.mark.parametrize(
-    ("name", "capability", "scheme"),
-    list(every_scheme((name, capability) for name in KERNELS for capability in NVIDIA)),
+    ("kernel", "cut", "capability", "scheme"),
+    list(every_scheme((*kernel, capability) for kernel in KERNELS for capability in NVIDIA)),
 )
-def test_nothing_is_spilled_on_nvidia(name, capability, scheme, tmp_path):
+def test_nothing_is_spilled_on_nvidia(kernel, cut, capability, scheme, tmp_path):
     from triton.backends.compiler import GPUTarget
 
-    from aqlm_kernels.gpu import kernels
-
-    program = compiled(getattr(kernels, name), GPUTarget("cuda", capability, 32), scheme)
+    program = compiled(kernel, GPUTarget("cuda", capability, 32), scheme, cut)
     used = nvidia_resources(program, tmp_path)
     assert used["STACK"] == 0 and used["LOCAL"] == 0
     assert 0 < used["REG"] <= 255
@@ -133,13 +175,11 @@ def test_nothing_is_spilled_on_nvidia(name, capability, scheme, tmp_path):
 
 
 @compiled_only
-@pytest.mark.parametrize(("name", "scheme"), list(every_scheme((name,) for name in KERNELS)))
-def test_nothing_is_spilled_on_amd(name, scheme):
+@pytest.mark.parametrize(("kernel", "cut", "scheme"), list(every_scheme(KERNELS)))
+def test_nothing_is_spilled_on_amd(kernel, cut, scheme):
     from triton.backends.compiler import GPUTarget
 
-    from aqlm_kernels.gpu import kernels
-
-    program = compiled(getattr(kernels, name), GPUTarget("hip", "gfx942", 64), scheme)
+    program = compiled(kernel, GPUTarget("hip", "gfx942", 64), scheme, cut)
     text = program.asm["amdgcn"]
     spilled = [int(number) for number in re.findall(r"\.[sv]gpr_spill_count:\s+(\d+)", text)]
     assert len(spilled) >= 2 and not any(spilled)

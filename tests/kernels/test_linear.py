@@ -254,6 +254,12 @@ def test_a_compiled_graph_holds_the_whole_product(scheme, frozen):
                 torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["decoding_product", "product", "input_gradient", "weight_gradients"])
+def test_every_operator_runs_on_the_cpu_and_on_a_gpu(name):
+    for kind in "CPU", "CUDA":
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"aqlm::{name}", kind)
+
+
 def test_the_operators_keep_torch_s_rules():
     layer = AdditiveLinear(random_matrix())
     x = random_rows(3).requires_grad_()

@@ -1,16 +1,20 @@
-"""y = x W^T on a GPU, straight from the codes.
+"""y = x W^T on a GPU, straight from the codes, and its gradients. W is never written to memory.
 
 One row of x is bound by reading codes: a program takes a tile of outputs and a share of the inputs, gathers entries,
 and multiplies. More rows are bound by arithmetic: a program restores a piece of W in registers and feeds it to the
-tensor cores. W is never written to memory.
+tensor cores.
+
+A few rows read the codes of a PackedMatrix, those of a tile side by side; many rows, and gradients, read them as
+AdditiveMatrix has them, since codes and codebooks change while they are trained.
 
 Sizes of pieces follow from the shape alone. Shares of the inputs are added in order afterwards, so that results do not
-depend on which program finishes first.
+depend on which program finishes first. The gradient of the codebooks alone does: many programs add to one entry, in
+float32, and the order of these sums is the card's.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
@@ -19,65 +23,133 @@ from torch import Tensor
 from aqlm_kernels.gpu import kernels
 from aqlm_kernels.packed import TILE, PackedMatrix
 
-PIECE = 4096
-"""Weights that a program restores at once, 32 registers a thread in four warps: more would be spilled."""
-
 PROGRAMS = 512
 """Programs that a product of one row is cut into where it has fewer tiles: a large GPU runs about as many at once."""
 
-LAUNCH = {"num_warps": 4, "num_stages": 1}
-"""Without stages: Triton would otherwise bring entries of codebooks through shared memory, up to 100 KiB of it."""
 
-ROWS = 16  # of x in one program of `kernels.multiply`, the least that tensor cores take
+class Cut(NamedTuple):
+    """What one program works on at a time: as much as registers hold, so that none is spilled (test_gpu.py)."""
 
-
-@dataclass(frozen=True)
-class Sizes:
-    """How a product of one row is cut."""
-
-    groups: int  # restored at once
-    shares: int  # of the inputs
-    share: int  # groups in each but the last
+    weights: int  # restored
+    rows: int  # of x or dy; tensor cores take at least 16
+    warps: int
 
 
-def groups_at_once(group_size: int) -> int:
-    """Of one tile; at least 16 inputs, the least that tensor cores take."""
-    return max(16 // group_size, PIECE // (TILE * group_size))
+ONE_ROW = Cut(weights=4096, rows=1, warps=4)
+FEW_ROWS = Cut(weights=4096, rows=16, warps=4)
+MANY_ROWS = Cut(weights=4096, rows=128, warps=8)
+TRANSPOSED = Cut(weights=2048, rows=64, warps=8)
+GRADIENT = Cut(weights=4096, rows=64, warps=8)
 
 
-def sizes_of(packed: PackedMatrix) -> Sizes:
+class _Steps(NamedTuple):
+    """From one code to its neighbour, in codes."""
+
+    tile: int
+    lane: int
+    group: int
+    codebook: int
+
+    @classmethod
+    def of(cls, codes: Tensor) -> _Steps:
+        """Of codes [out, n, M] as an AdditiveMatrix has them."""
+        groups, num_codebooks = codes.shape[1:]
+        return cls(tile=TILE * groups * num_codebooks, lane=groups * num_codebooks, group=num_codebooks, codebook=1)
+
+
+def shares_of(packed: PackedMatrix) -> tuple[int, int]:
+    """Into how many shares of the inputs a product of one row is cut, and the groups in each but the last."""
     tiles, groups = packed.codes.shape[:2]
-    at_once = groups_at_once(packed.codebooks.shape[2])
-    shares = max(1, min(PROGRAMS // tiles, -(-groups // at_once)))
-    share = -(-groups // shares)
-    return Sizes(at_once, -(-groups // share), share)
+    pieces = triton.cdiv(groups, _groups(packed.codebooks.shape[2], ONE_ROW))
+    share = triton.cdiv(groups, max(1, min(PROGRAMS // tiles, pieces)))
+    return triton.cdiv(groups, share), share
 
 
 def multiply(x: Tensor, packed: PackedMatrix) -> Tensor:
     """y [rows, out] of x [rows, in], summed in float32; several rows multiply W rounded to the type of x."""
-    rows, outputs = x.shape[0], packed.out_features
     tiles, groups, num_codebooks = packed.codes.shape[:3]
-    codebook_size, group_size = packed.codebooks.shape[1:]
-    x = x.contiguous()
-    shape = {"M": num_codebooks, "K": codebook_size, "G": group_size, "TILE": TILE}
-    if rows == 0:
-        return x.new_empty(0, outputs)
+    steps = _Steps(tile=groups * num_codebooks * TILE, lane=1, group=num_codebooks * TILE, codebook=TILE)
+    if x.shape[0] != 1:
+        return _product(x, packed.codes, packed.codebooks, packed.scales, groups, steps)
+    count, share = shares_of(packed)
     with _on(x):
-        if rows == 1:
-            sizes = sizes_of(packed)
-            shares = torch.empty(sizes.shares, outputs, dtype=torch.float32, device=x.device)
-            kernels.decode[(tiles, sizes.shares)](
-                x, packed.codes, packed.codebooks, packed.scales, shares, outputs, groups, sizes.share,
-                GROUPS=sizes.groups, **shape, **LAUNCH,
-            )  # fmt: skip
-            return shares.sum(0)[None].to(x.dtype)
-        y = torch.empty(rows, outputs, dtype=x.dtype, device=x.device)
-        at_once = groups_at_once(group_size)
-        kernels.multiply[(tiles, triton.cdiv(rows, ROWS))](
-            x, packed.codes, packed.codebooks, packed.scales, y, rows, outputs, groups,
-            GROUPS=at_once, ROWS=ROWS, **shape, **LAUNCH,
+        shares = torch.empty(count, packed.out_features, dtype=torch.float32, device=x.device)
+        kernels.decode[(tiles, count)](
+            x.contiguous(), packed.codes, packed.codebooks, packed.scales, shares, packed.out_features, groups,
+            share, *steps, **options(packed.codebooks.shape, ONE_ROW),
         )  # fmt: skip
+        return shares.sum(0)[None].to(x.dtype)
+
+
+def product(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor) -> Tensor:
+    """x W^T [..., out] in the type of x, with the codes of an AdditiveMatrix."""
+    rows = x.reshape(-1, x.shape[-1])
+    codes, codebooks, scales = _contiguous(codes, codebooks, scales)
+    y = _product(rows, codes, codebooks, scales, codes.shape[1], _Steps.of(codes))
+    return y.view(*x.shape[:-1], len(scales))
+
+
+def input_gradient(dy: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor) -> Tensor:
+    """dy W [..., in] in the type of dy."""
+    rows, outputs = dy.numel() // dy.shape[-1], dy.shape[-1]
+    groups, group_size = codes.shape[1], codebooks.shape[2]
+    dx = dy.new_empty(*dy.shape[:-1], groups * group_size)
+    if rows == 0:
+        return dx
+    programs = triton.cdiv(groups, _groups(group_size, TRANSPOSED)), triton.cdiv(rows, TRANSPOSED.rows)
+    with _on(dy):
+        kernels.multiply_transposed[programs](
+            *_contiguous(dy, codes, codebooks, scales), dx, rows, outputs, groups,
+            *_Steps.of(codes), **options(codebooks.shape, TRANSPOSED),
+        )  # fmt: skip
+    return dx
+
+
+def weight_gradients(dy: Tensor, x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+    """dC [M, K, g] and ds [out] in float32."""
+    rows, outputs, groups = dy.numel() // dy.shape[-1], dy.shape[-1], codes.shape[1]
+    pieces = triton.cdiv(groups, _groups(codebooks.shape[2], GRADIENT))
+    codebook_gradient = torch.zeros(codebooks.shape, dtype=torch.float32, device=x.device)
+    shares = torch.empty(pieces, outputs, dtype=torch.float32, device=x.device)
+    with _on(x):
+        kernels.weight_gradient[(triton.cdiv(outputs, TILE), pieces)](
+            *_contiguous(dy, x, codes, codebooks, scales), codebook_gradient, shares, rows, outputs, groups,
+            *_Steps.of(codes), **options(codebooks.shape, GRADIENT),
+        )  # fmt: skip
+        return codebook_gradient, shares.sum(0)
+
+
+def _product(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor, groups: int, steps: _Steps) -> Tensor:
+    rows, outputs = x.shape[0], len(scales)
+    y = torch.empty(rows, outputs, dtype=x.dtype, device=x.device)
+    if rows == 0:
         return y
+    cut = FEW_ROWS if rows <= FEW_ROWS.rows else MANY_ROWS
+    with _on(x):
+        kernels.multiply[(triton.cdiv(outputs, TILE), triton.cdiv(rows, cut.rows))](
+            x.contiguous(), codes, codebooks, scales, y, rows, outputs, groups, *steps,
+            **options(codebooks.shape, cut),
+        )  # fmt: skip
+    return y
+
+
+def _contiguous(*tensors: Tensor) -> list[Tensor]:
+    return [tensor.contiguous() for tensor in tensors]
+
+
+def _groups(group_size: int, cut: Cut) -> int:
+    return cut.weights // (TILE * group_size)
+
+
+def options(codebooks: tuple[int, ...], cut: Cut) -> dict[str, int]:
+    """Constants and settings of a launch with codebooks of that shape (M, K, g).
+
+    One stage, since more would bring entries of codebooks through shared memory, up to 100 KiB of it.
+    """
+    num_codebooks, codebook_size, group_size = codebooks
+    constants = {"M": num_codebooks, "K": codebook_size, "G": group_size, "TILE": TILE}
+    rows = {"ROWS": cut.rows} if cut.rows > 1 else {}
+    return {**constants, "GROUPS": _groups(group_size, cut), **rows, "num_warps": cut.warps, "num_stages": 1}
 
 
 def _on(tensor: Tensor) -> torch.cuda.device:
