@@ -16,8 +16,8 @@ from aqlm_cli.config import BenchConfig, build_config
 from aqlm_cli.errors import ModelError, UsageError
 from aqlm_cli.events import Advanced, Event, Noted
 from aqlm_cli.model import Decoding, decoding_of, find_subject, load_network, resolve, shapes
-from aqlm_cli.report import BenchReport
 from aqlm_cli.scheme import AdditiveScheme, parse_scheme
+from aqlm_cli.speed_report import BenchReport
 from aqlm_cli.stages import bench as stage_module
 from aqlm_cli.stages.bench import bench, bench_shape, relative_error, run_pass
 from aqlm_kernels import AdditiveLinear, KernelError, read_bandwidth
@@ -59,6 +59,28 @@ def test_a_run_stands_beside_its_original_in_three_types(run: RunDirectory) -> N
         assert 0 < row.prefill_low <= row.prefill_median <= row.prefill_high
     assert [event.done for event in events if isinstance(event, Advanced)] == [1, 2, 3]
     assert json.loads((run.path / "reports" / "bench.json").read_text()) == report.as_json()
+
+
+def test_a_picture_stands_beside_the_report_of_a_run(run: RunDirectory) -> None:
+    events: list[Event] = []
+    measured(run.path, events)
+    for name in "bench.png", "bench.svg":
+        assert (run.path / "reports" / name).stat().st_size > 1000
+        assert Noted(f"wrote {run.path / 'reports' / name}") in events
+
+
+def test_llama_cpp_takes_turns_with_ours(run: RunDirectory, tmp_path: Path) -> None:
+    program = tmp_path / "llama-bench"
+    answer = '[{"model_type": "llama Q2_K", "model_size": 1000, "avg_ts": 25.0}]'
+    program.write_text(f"#!/bin/sh\necho $* >> {tmp_path / 'calls'}\necho '{answer}'\n")
+    program.chmod(0o755)
+    report = measured(run.path, llama_bench=str(program), llama_models=["a.gguf"], repeats=2)
+    assert [row.name for row in report.rows] == ["FP16", "BF16", "FP32", "packed", "a.gguf, llama Q2_K"]
+    row = report.rows[-1]
+    assert (row.decode_median, row.prefill_median, row.bytes, row.relative_error) == (25.0, 25.0, 1000, None)
+    assert row.decode_times["FP16"] == 25.0 / report.rows[0].decode_median
+    assert report.backend == DECODING
+    assert len((tmp_path / "calls").read_text().splitlines()) == 1 + 2 * 2
 
 
 def test_sizes_are_those_of_the_tensors_in_each_type(run: RunDirectory, model: Path) -> None:

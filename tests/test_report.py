@@ -10,8 +10,6 @@ from rich.console import Console
 
 from aqlm_cli.report import (
     BackendReport,
-    BenchReport,
-    BenchRow,
     CalibrationReport,
     GenerationReport,
     MachineReport,
@@ -19,10 +17,10 @@ from aqlm_cli.report import (
     Perplexity,
     PerplexityReport,
     PlanReport,
-    ProductRow,
     QuantizeReport,
     Record,
 )
+from aqlm_cli.speed_report import BenchReport, BenchRow, ProductRow
 from aqlm_cli.wording import readable_bytes
 
 PERPLEXITY = PerplexityReport(

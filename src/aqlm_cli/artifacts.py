@@ -235,11 +235,12 @@ class RunDirectory:
     def reports(self) -> Path:
         return self.path / "reports"
 
-    def write_report(self, name: str, record: Mapping[str, Any]) -> Path:
-        """What was measured of the run, as plain JSON; an earlier report of this name is replaced."""
+    def write_report(self, name: str, content: Mapping[str, Any] | bytes) -> Path:
+        """What was measured of the run, as plain JSON or as it is; an earlier report of this name is replaced."""
         with storage_errors(self.reports):
             self.reports.mkdir(exist_ok=True)
-        write_file(self.reports / name, json.dumps(record, indent=1).encode())
+        data = content if isinstance(content, bytes) else json.dumps(content, indent=1).encode()
+        write_file(self.reports / name, data)
         return self.reports / name
 
     @contextlib.contextmanager

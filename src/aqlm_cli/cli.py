@@ -210,6 +210,8 @@ def bench(
     batch: Annotated[int | None, typer.Option(help="Rows of x in a single product.")] = None,
     backend: options.Backend = None,
     head: options.Head = None,
+    llama_bench: Annotated[str | None, typer.Option(help="llama.cpp's program, to measure beside.")] = None,
+    llama_model: Annotated[list[str] | None, typer.Option(help="A .gguf file that it runs; repeatable.")] = None,
     seed: options.Seed = None,
     revision: options.Revision = None,
     trust_remote_code: options.RemoteCode = None,
@@ -241,7 +243,13 @@ def bench(
         {
             **options.machine_flags(None, revision, trust_remote_code, seed, None, threads),
             "quantize": {"scheme": scheme},
-            "bench": {**lengths, "backend": backend, "head": head},
+            "bench": {
+                **lengths,
+                "backend": backend,
+                "head": head,
+                "llama_bench": llama_bench,
+                "llama_models": llama_model,
+            },
         },
     )
     with Screen(json, for_machines=md or csv) as screen:

@@ -137,7 +137,7 @@ Head = Literal["exact", "int8"]
 
 class BenchConfig(Section):
     """Lengths in tokens; `batch` is the rows of x in a single product. `backend` None: the first that can; `head`
-    int8: the output head in bytes."""
+    int8: the output head in bytes. `llama_bench` is llama.cpp's program, `llama_models` are files that it runs."""
 
     tokens: Positive = 32
     prompt: Positive = 512
@@ -145,6 +145,8 @@ class BenchConfig(Section):
     batch: Positive = 1
     backend: str | None = None
     head: Head = "exact"
+    llama_bench: str | None = None
+    llama_models: Names = ()
 
 
 class RunConfig(Section):

@@ -19,8 +19,9 @@ from aqlm_cli.errors import UsageError
 from aqlm_cli.events import Emit, Noted
 from aqlm_cli.model import Subject, find_subject, resolve
 from aqlm_cli.openmp import forbid_nested_loops
-from aqlm_cli.report import BenchReport, GenerationReport, PackReport, Record
+from aqlm_cli.report import GenerationReport, PackReport, Record
 from aqlm_cli.scheme import SCHEMES_BY_BITS, AdditiveScheme, parse_scheme
+from aqlm_cli.speed_report import BenchReport
 from aqlm_cli.stages.bench import bench, bench_shape
 from aqlm_cli.stages.calibrate import calibrate
 from aqlm_cli.stages.doctor import doctor

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from aqlm_cli.report import ProductRow
+from aqlm_cli.speed_report import ProductRow
 from aqlm_kernels import AdditiveMatrix, choose, matmul, pack, reference
 
 ROTATED = 2**28

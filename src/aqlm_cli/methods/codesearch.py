@@ -30,8 +30,10 @@ class CodeSearch:
     _dequantize: Dequantize
 
     def gradients(self, values: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
-        """Those of sum(values * W) by codebooks `[M, K, g]` and scales `[out]`; `values` is `[out, in]`."""
-        return self._gradients(values, codes.to(additive.code_dtype(codebooks.shape[1])), codebooks, scales)
+        """Those of sum(values * W) by codebooks `[M, K, g]` and scales `[out]` in float32; `values` is `[out, in]`."""
+        narrow = codes.to(additive.code_dtype(codebooks.shape[1]))
+        by_codebooks, by_scales = self._gradients(values, narrow, codebooks, scales)
+        return by_codebooks.float(), by_scales.float()
 
     def expand(self, codebooks: Tensor, codes: Tensor) -> Tensor:
         """Sums of entries, `[out, in]`."""
@@ -53,4 +55,4 @@ def _plain_gradients(values: Tensor, codes: Tensor, codebooks: Tensor, scales: T
     with torch.enable_grad():
         total = (values * additive.dequantize(codes, codebooks, scales, torch.float64)).sum()
     by_codebooks, by_scales = torch.autograd.grad(total, (codebooks, scales))
-    return by_codebooks.float(), by_scales.float()
+    return by_codebooks, by_scales

@@ -20,7 +20,7 @@ import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,8 @@ from aqlm_cli.blocks import count_parameters, replace_module
 from aqlm_cli.config import BenchConfig
 from aqlm_cli.errors import ModelError
 from aqlm_cli.events import Advanced, Emit, Noted, StageStarted
+from aqlm_cli.figures import draw_speed
+from aqlm_cli.llama_cpp import LlamaModel, find_llama_models
 from aqlm_cli.model import (
     Decoding,
     ModelSource,
@@ -42,49 +44,63 @@ from aqlm_cli.model import (
 )
 from aqlm_cli.model.shapes import empty_network, random_network, random_packed_network
 from aqlm_cli.products import measure_product
-from aqlm_cli.report import BenchReport, BenchRow, ProductRow
 from aqlm_cli.scheme import AdditiveScheme
+from aqlm_cli.speed_report import BenchReport, BenchRow, ProductRow
 from aqlm_kernels import AdditiveLinear, KernelError, read_bandwidth
 
 DTYPES = {"FP16": torch.float16, "BF16": torch.bfloat16, "FP32": torch.float32}
 
 
-@dataclass(frozen=True)
-class Pass:
+class Speed(NamedTuple):
+    """Tokens per second."""
+
+    prefill: float
+    decode: float
+
+
+class Pass(NamedTuple):
     """One prompt read and continued."""
 
     logits: Tensor  # [tokens, vocabulary], of every decoding step
-    prefill: float  # tokens per second
-    decode: float
+    speed: Speed
 
 
 @dataclass(frozen=True)
 class Contender:
-    """A model that takes part, its size, and the error of its logits (None for what others are compared with)."""
+    """A model that takes part, its size, and the error of its logits (None where there is nothing to compare with)."""
 
     name: str
-    decoding: Decoding
+    decoding: Decoding | LlamaModel
     bytes: int
     read_bytes: int  # of these, what one token reads
     relative_error: float | None
     layers: tuple[AdditiveLinear, ...] = ()  # of a packed model
 
+    def turn(self, ids: Tensor, prompt: int) -> Speed:
+        if isinstance(self.decoding, LlamaModel):
+            return Speed(*self.decoding.speed(prompt, len(ids) - prompt, torch.get_num_threads()))
+        return run_pass(self.decoding, ids, prompt).speed
+
 
 def bench(subject: Subject, settings: BenchConfig, seed: int, emit: Emit) -> BenchReport:
     """Measure what a run has packed beside the model it was made from, or any one model; on the CPU, one sequence.
 
-    The report of a run is written to its `reports/`.
+    The report of a run is written to its `reports/`, with a picture of it.
     """
     emit(Noted(f"measuring {subject.source.directory}"))
+    others = _llama_models(settings)
     ids = _random_ids(subject.source, settings.prompt + settings.tokens, seed)
-    report = _compare(subject.source.name, _contenders(subject, ids, settings), ids, settings, emit)
+    report = _compare(subject.source.name, _contenders(subject, ids, settings), others, ids, settings, emit)
     if subject.run is not None:
         emit(Noted(f"wrote {subject.run.write_report('bench.json', report.as_json())}"))
+        for name, picture in draw_speed(report).items():
+            emit(Noted(f"wrote {subject.run.write_report(f'bench.{name}', picture)}"))
     return report
 
 
 def bench_shape(shape: str, scheme: AdditiveScheme, settings: BenchConfig, seed: int, emit: Emit) -> BenchReport:
     """The same for a model of a shape alone, with random weights and codes: those types that fit in half the memory."""
+    others = _llama_models(settings)
     length = settings.prompt + settings.tokens
     parameters = count_parameters(empty_network(shape))
     free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
@@ -115,14 +131,20 @@ def bench_shape(shape: str, scheme: AdditiveScheme, settings: BenchConfig, seed:
     ]
     error = None if exact is None else relative_error(found, exact)
     contenders.append(Contender("packed", decoding, size, size - 2 * _embedded_only(packed), error, layers))
-    return _compare(f"{shape}, {scheme}, random numbers", contenders, ids, settings, emit)
+    return _compare(f"{shape}, {scheme}, random numbers", contenders, others, ids, settings, emit)
 
 
 def _compare(
-    model: str, contenders: Sequence[Contender], ids: Tensor, settings: BenchConfig, emit: Emit
+    model: str,
+    contenders: Sequence[Contender],
+    others: Sequence[Contender],
+    ids: Tensor,
+    settings: BenchConfig,
+    emit: Emit,
 ) -> BenchReport:
+    """The last of the contenders is the one that the report is about."""
     bandwidth = read_bandwidth()
-    passes = _take_turns(contenders, ids, settings.prompt, settings.repeats, emit)
+    passes = _take_turns([*contenders, *others], ids, settings.prompt, settings.repeats, emit)
     medians = {name: statistics.median(one.decode for one in turns) for name, turns in passes.items()}
     return BenchReport(
         model=model,
@@ -132,7 +154,7 @@ def _compare(
         tokens=settings.tokens,
         repeats=settings.repeats,
         read_bandwidth=bandwidth,
-        rows=tuple(_row(contender, passes[contender.name], medians, bandwidth) for contender in contenders),
+        rows=tuple(_row(one, passes[one.name], medians, bandwidth) for one in (*contenders, *others)),
         products=tuple(_products(contenders[-1].layers, settings, bandwidth)),
     )
 
@@ -153,10 +175,17 @@ def run_pass(decoding: Decoding, ids: Tensor, prompt: int) -> Pass:  # ids [prom
     read = time.perf_counter()
     logits = [decoding.step(token) for token in ids[prompt:].tolist()]
     finished = time.perf_counter()
-    return Pass(torch.stack(logits), prompt / (read - started), len(logits) / (finished - read))
+    return Pass(torch.stack(logits), Speed(prompt / (read - started), len(logits) / (finished - read)))
 
 
 # ---------------------------------------------------------------------------------------------------------- contenders
+
+
+def _llama_models(settings: BenchConfig) -> list[Contender]:
+    return [
+        Contender(model.name, model, bytes=model.bytes, read_bytes=model.bytes, relative_error=None)
+        for model in find_llama_models(settings.llama_bench, settings.llama_models)
+    ]
 
 
 def _random_ids(source: ModelSource, length: int, seed: int) -> Tensor:
@@ -237,18 +266,18 @@ def relative_error(found: Tensor, exact: Tensor) -> float:
 
 def _take_turns(
     contenders: Sequence[Contender], ids: Tensor, prompt: int, repeats: int, emit: Emit
-) -> dict[str, list[Pass]]:
+) -> dict[str, list[Speed]]:
     """Every model once, then every model again.  All have run before, so nothing is compiled any more."""
-    passes: dict[str, list[Pass]] = {contender.name: [] for contender in contenders}
+    passes: dict[str, list[Speed]] = {contender.name: [] for contender in contenders}
     emit(StageStarted("bench", repeats, "repeat"))
     for done in range(1, repeats + 1):
         for contender in contenders:
-            passes[contender.name].append(run_pass(contender.decoding, ids, prompt))
+            passes[contender.name].append(contender.turn(ids, prompt))
         emit(Advanced("bench", done))
     return passes
 
 
-def _row(contender: Contender, passes: Sequence[Pass], medians: Mapping[str, float], bandwidth: float) -> BenchRow:
+def _row(contender: Contender, passes: Sequence[Speed], medians: Mapping[str, float], bandwidth: float) -> BenchRow:
     decode, prefill = [one.decode for one in passes], [one.prefill for one in passes]
     median = medians[contender.name]
     return BenchRow(

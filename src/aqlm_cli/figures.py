@@ -1,0 +1,57 @@
+"""Pictures of what was measured, as PNG and SVG."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+from aqlm_cli.speed_report import BenchReport, BenchRow
+
+FORMATS = ("png", "svg")
+
+
+def draw_speed(report: BenchReport) -> dict[str, bytes]:
+    """Tokens per second of each model over the bytes that one token reads, below the line that memory bounds.
+
+    The file's content by its format.
+    """
+    from matplotlib.figure import Figure  # takes a second to import
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    read = [report.read_bandwidth / row.decode_bound for row in report.rows]  # bytes a token
+    ends = [min(read) / 1.6, max(read) * 1.6]
+    axes.plot([one / 1e6 for one in ends], [report.read_bandwidth / one for one in ends], color="0.3")
+    for number, (row, size) in enumerate(zip(report.rows, read, strict=True)):
+        _point(axes, row, size / 1e6, f"C{number}")
+    axes.set(xscale="log", yscale="log", xlabel="MB that one token reads", ylabel="tokens per second")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter("{x:g}")
+    axes.tick_params(which="both", labelsize=8)
+    axes.grid(which="both", color="0.9")
+    axes.set_title(_title(report), fontsize=9)
+    axes.legend(fontsize=8)
+    return {name: _rendered(figure, name) for name in FORMATS}
+
+
+def _point(axes: Any, row: BenchRow, megabytes: float, color: str) -> None:
+    spread = [[row.decode_median - row.decode_low], [row.decode_high - row.decode_median]]
+    share = row.decode_median / row.decode_bound
+    label = f"{row.name}: {row.decode_median:.1f} tokens/s, {share:.0%} of what memory allows"
+    axes.errorbar([megabytes], [row.decode_median], yerr=spread, fmt="o", capsize=3, color=color, label=label)
+
+
+def _title(report: BenchReport) -> str:
+    threads = "1 thread" if report.threads == 1 else f"{report.threads} threads"
+    return f"{report.model}: decoding with {threads}; the line is {report.read_bandwidth / 1e9:.1f} GB/s of memory"
+
+
+def _rendered(figure: Any, name: str) -> bytes:
+    from matplotlib import rc_context
+
+    buffer = io.BytesIO()
+    # The same numbers give the same bytes: no date, and no random names inside an SVG.
+    with rc_context({"svg.hashsalt": "aqlm"}):
+        figure.savefig(buffer, format=name, dpi=150, metadata={"Date": None} if name == "svg" else {"Software": None})
+    return buffer.getvalue()
