@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -47,6 +50,20 @@ def test_greedy_text_is_the_likeliest_token_each_time(model: Path) -> None:
     assert report.text == tokenizer.decode(ids[0, length:], skip_special_tokens=True)
     assert report.tokens == ids.shape[1] - length
     assert (report.model, report.prompt) == (str(model), PROMPT)
+
+
+def test_a_packed_llama_speaks_without_transformers_networks(model: Path, tmp_path: Path) -> None:
+    tiny_models.save_additive(model, tmp_path / "packed")
+    script = f"""
+import sys
+from aqlm_cli.model import find_subject
+from aqlm_cli.stages.generate import generate
+found = generate(find_subject({str(tmp_path / "packed")!r}), {PROMPT!r}, 12, 0.0, 0, "cpu", None, "exact", print)
+slow = "transformers.modeling_utils", "datasets", "matplotlib"  # a second and more to import
+print(found.decoding, [name for name in slow if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert re.search(r"compiled decoder, cpu-\S+ \[\]$", done.stdout.strip())
 
 
 def test_greedy_text_does_not_depend_on_the_seed_and_drawn_text_does(model: Path) -> None:

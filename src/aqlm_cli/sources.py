@@ -239,14 +239,24 @@ def tensor_index(directory: Path) -> dict[str, StoredTensor]:
 
 def model_config(source: ModelSource) -> dict[str, Any]:
     """The content of config.json."""
-    path = source.directory / "config.json"
+    return _settings(source.directory / "config.json")
+
+
+def end_tokens(source: ModelSource) -> set[int]:
+    """Those that end a text, as generation_config.json says, or else config.json."""
+    path = source.directory / "generation_config.json"
+    ends = (_settings(path) if path.is_file() else model_config(source)).get("eos_token_id")
+    return set() if ends is None else set(ends) if isinstance(ends, list) else {ends}
+
+
+def _settings(path: Path) -> dict[str, Any]:
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        settings = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ModelError(f"{path} cannot be read ({error}); fetch the model again") from error
-    if not isinstance(config, dict):
+    if not isinstance(settings, dict):
         raise ModelError(f"{path} holds no settings of a model; fetch the model again")
-    return config
+    return settings
 
 
 def save_support_files(source: ModelSource, directory: Path) -> None:

@@ -1,8 +1,9 @@
-"""One token through a Llama-like model, all of it compiled: in Python a small model spends most of a token's time.
+"""A Llama-like model on the CPU, without transformers: a prompt by torch, each token after it by compiled code.
 
-A block is RMSNorm; queries, keys and values with rotary positions; attention over all positions so far; RMSNorm; a
-gated SiLU network. Queries, keys and values are one stack of matrices, gate and up another, so that a block has four
-products. Everything is float32 but the codes and the head, which has its own type.
+In Python a small model spends most of a token's time. A block is RMSNorm; queries, keys and values with rotary
+positions; attention over all positions so far; RMSNorm; a gated SiLU network. While tokens come one by one, queries,
+keys and values are one stack of matrices, gate and up another, so that a block has four products. Everything is float32
+but the codes and the head, which has its own type.
 """
 
 from __future__ import annotations
@@ -24,7 +25,11 @@ from aqlm_kernels.cpu.dequantize import Floats, array
 from aqlm_kernels.cpu.lookup import Bytes, Stack, Tiles, multiply
 from aqlm_kernels.cpu.registers import LANES
 from aqlm_kernels.errors import KernelError
-from aqlm_kernels.packed import PackedMatrix
+from aqlm_kernels.linear import AdditiveLinear
+from aqlm_kernels.packed import pack
+
+SHORT = 16
+"""Tokens of a prompt that are read one by one: faster than writing every weight out."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,20 +37,19 @@ class DecoderBlock:
     """The weights of one block."""
 
     attention_norm: Tensor  # [d]
-    attention_in: Sequence[PackedMatrix]  # of queries [heads * e, d], keys and values [key_heads * e, d]
-    attention_bias: Sequence[Tensor | None]  # of these
-    attention_out: PackedMatrix  # [d, heads * e]
+    attention_in: Sequence[AdditiveLinear]  # of queries [heads * e, d], keys and values [key_heads * e, d]
+    attention_out: AdditiveLinear  # [d, heads * e]
     network_norm: Tensor  # [d]
-    network_in: Sequence[PackedMatrix]  # of gate and up [f, d]
-    network_out: PackedMatrix  # [d, f]
+    network_in: Sequence[AdditiveLinear]  # of gate and up [f, d]
+    network_out: AdditiveLinear  # [d, f]
 
 
 class Decoder:
-    """A model that reads one token at a time, with room for the keys and values of as many as it has angles.
+    """A model with room for the keys and values of as many positions as it has angles.
 
     `embeddings` is `[vocabulary, d]`, `head` likewise; `angles` are the cosines and the sines `[positions, e]` of the
-    rotary positions. `planes`: bytes of an entry in the look-up tables. Raises KernelError for a codebook of more than
-    256 entries, and where the positions are used up.
+    rotary positions. `planes`: bytes of an entry in the look-up tables. Only queries, keys and values may have a bias.
+    Raises KernelError for a codebook of more than 256 entries, and where the positions are used up.
     """
 
     def __init__(
@@ -55,40 +59,83 @@ class Decoder:
         norm: Tensor,
         head: Tensor | ByteRows,
         angles: tuple[Tensor, Tensor],
-        heads: int,
         key_heads: int,
         epsilon: float,
         planes: int,
     ) -> None:
         cosines, sines = angles
+        self._layers = blocks
         self._blocks = [_Block.of(block) for block in blocks]
         self._embeddings, self._norm, self._head = embeddings, norm.detach().float(), head
         self._cosines, self._sines = array(cosines), array(sines)
-        self._heads, self._epsilon, self._planes = heads, epsilon, planes
+        self._heads = blocks[0].attention_in[0].out_features // cosines.shape[1]
+        self._epsilon, self._planes = epsilon, planes
         shape = (len(blocks), key_heads, *cosines.shape)
         self._keys, self._values = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
         self.position = 0
 
-    def start(self, keys: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-        """Begin after a prompt: of every block `[key_heads, length, e]`."""
-        self.position = keys[0].shape[1]
-        for block, (key, value) in enumerate(zip(keys, values, strict=True)):
-            self._keys[block, :, : self.position] = array(key)
-            self._values[block, :, : self.position] = array(value)
+    @torch.inference_mode()
+    def read(self, ids: Tensor) -> Tensor:
+        """Begin anew with a prompt [length]; the logits [vocabulary] of what follows it."""
+        self.position = 0
+        self._refuse_beyond(len(ids))
+        if len(ids) <= SHORT:
+            for token in ids[:-1].tolist():
+                self._step(token)
+            return self._logits(self._step(int(ids[-1])))
+        hidden = self._embeddings[ids].float()  # [length, d]
+        for number, block in enumerate(self._layers):
+            hidden = self._read_block(hidden, block, number)
+        self.position = len(ids)
+        return self._logits(hidden[-1:])
 
+    @torch.inference_mode()
     def step(self, token: int) -> Tensor:
         """The logits [vocabulary] of what follows the token, which takes the next position."""
-        if self.position == self._keys.shape[2]:
-            raise KernelError(f"the decoder has room for {self.position} positions, and they are used up")
-        hidden = array(self._embeddings[token])[None].copy()  # [1, d]
+        self._refuse_beyond(1)
+        return self._logits(self._step(token))
+
+    def _refuse_beyond(self, tokens: int) -> None:
+        room = self._keys.shape[2]
+        if self.position + tokens > room:
+            raise KernelError(f"the decoder has room for {room} positions, and they are used up")
+
+    def _read_block(self, hidden: Tensor, block: DecoderBlock, number: int) -> Tensor:
+        length, e = len(hidden), self._cosines.shape[1]
+        x = self._normed(hidden, block.attention_norm)
+        queries, keys, values = (layer(x).view(length, -1, e).transpose(0, 1) for layer in block.attention_in)
+        queries, keys = self._rotated(queries), self._rotated(keys)  # [heads, length, e]
+        self._keys[number, :, :length], self._values[number, :, :length] = array(keys), array(values)
+        context = F.scaled_dot_product_attention(
+            queries[None], keys[None], values[None], is_causal=True, enable_gqa=True
+        )  # [1, heads, length, e]
+        hidden = hidden + block.attention_out(context[0].transpose(0, 1).reshape(length, -1))
+        gate, up = (layer(self._normed(hidden, block.network_norm)) for layer in block.network_in)
+        change: Tensor = block.network_out(F.silu(gate) * up)
+        return hidden + change
+
+    def _rotated(self, heads: Tensor) -> Tensor:  # [heads, length, e]
+        length = heads.shape[1]
+        cosines, sines = (torch.from_numpy(angles[:length]) for angles in (self._cosines, self._sines))
+        first, second = heads.chunk(2, dim=2)
+        return heads * cosines + torch.cat([-second, first], dim=2) * sines
+
+    def _normed(self, hidden: Tensor, weight: Tensor) -> Tensor:
+        return F.rms_norm(hidden, weight.shape, weight.float(), self._epsilon)
+
+    def _step(self, token: int) -> Tensor:
+        """The hidden state [1, d] of a token at the next position, which is taken."""
+        hidden = array(self._embeddings[token])[None].copy()
         angles = self._cosines[self.position], self._sines[self.position]
         threads = numba.get_num_threads()
         for number, block in enumerate(self._blocks):
             cache = self._keys[number], self._values[number]
             _step(hidden, *block, *angles, *cache, self.position, self._heads, self._epsilon, self._planes, threads)
         self.position += 1
-        normed = F.rms_norm(torch.from_numpy(hidden), self._norm.shape, self._norm, self._epsilon)
-        return matmul_dense(normed, self._head)[0]
+        return torch.from_numpy(hidden)
+
+    def _logits(self, hidden: Tensor) -> Tensor:  # [1, d] -> [vocabulary]
+        return matmul_dense(self._normed(hidden, self._norm), self._head)[0]
 
 
 class _Matrices(NamedTuple):
@@ -113,9 +160,10 @@ class _Block(NamedTuple):
     def of(cls, block: DecoderBlock) -> _Block:
         biases = [
             F.pad(
-                torch.zeros(one.out_features) if bias is None else bias.detach().float(), (0, -one.out_features % LANES)
+                torch.zeros(one.out_features) if one.bias is None else one.bias.detach().float(),
+                (0, -one.out_features % LANES),
             )
-            for one, bias in zip(block.attention_in, block.attention_bias, strict=True)
+            for one in block.attention_in
         ]
         return cls(
             array(block.attention_norm),
@@ -128,8 +176,8 @@ class _Block(NamedTuple):
         )
 
 
-def _matrices(packed: Sequence[PackedMatrix]) -> _Matrices:
-    stack = Stack.of(packed)
+def _matrices(layers: Sequence[AdditiveLinear]) -> _Matrices:
+    stack = Stack.of([pack(layer.matrix) for layer in layers])
     return _Matrices(stack.codes, stack.columns, stack.scales, stack.ends)
 
 

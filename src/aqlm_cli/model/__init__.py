@@ -4,22 +4,26 @@
 `load_network` gives an ordinary `nn.Module`, frozen and in evaluation mode, of an original or of a packed model alike.
 """
 
-from aqlm_cli.model.decoding import Decoding, decoding_of
+from aqlm_cli.model.decoding import Decoding, decoding_of, open_decoding
 from aqlm_cli.model.loading import is_coded, load_network, load_skeleton, load_tokenizer
 from aqlm_cli.model.resolve import Subject, find_subject, original_of, resolve
-from aqlm_cli.sources import ModelSource, model_config, save_support_files, tensor_index
+from aqlm_cli.model.tokenizing import open_tokenizer
+from aqlm_cli.sources import ModelSource, end_tokens, model_config, save_support_files, tensor_index
 
 __all__ = [
     "Decoding",
     "ModelSource",
     "Subject",
     "decoding_of",
+    "end_tokens",
     "find_subject",
     "is_coded",
     "load_network",
     "load_skeleton",
     "load_tokenizer",
     "model_config",
+    "open_decoding",
+    "open_tokenizer",
     "original_of",
     "resolve",
     "save_support_files",

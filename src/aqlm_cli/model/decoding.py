@@ -1,22 +1,48 @@
 """One token after another, by compiled code where it knows the family, else by transformers' own loop: which, is said.
 
-transformers spends some milliseconds of Python on every token, most of the time of a small model. The prompt is read by
-transformers in either case: there the work is in the products.
+transformers spends some milliseconds of Python on every token, most of the time of a small model, and seconds on its
+own imports before the first. The compiled decoder needs neither the network nor, from a checkpoint, transformers.
 """
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from collections.abc import Mapping
+from types import SimpleNamespace
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from aqlm_cli.config import Head
-from aqlm_kernels import AdditiveLinear, ByteRows, Decoder, DecoderBlock, KernelError, choose
+from aqlm_cli.model.loading import is_coded, load_network
+from aqlm_cli.sources import ModelSource, model_config, tensor_index
+from aqlm_cli.storage import load_tensors
+from aqlm_kernels import AdditiveLinear, ByteRows, Decoder, DecoderBlock, KernelError, choose, from_checkpoint, smallest
 
 FAMILIES = ("llama", "mistral", "qwen2")
 FIXED_ANGLES = ("default", "linear", "llama3", "yarn")  # which do not change as the text grows
-WITH_BIAS = ("q_proj", "k_proj", "v_proj")
+ATTENTION_IN = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+ATTENTION_OUT = "self_attn.o_proj"
+NETWORK_IN = ("mlp.gate_proj", "mlp.up_proj")
+NETWORK_OUT = "mlp.down_proj"
+NORMS = ("input", "post_attention")
+SETTINGS = (
+    "hidden_act",
+    "hidden_size",
+    "intermediate_size",
+    "model_type",
+    "num_attention_heads",
+    "num_hidden_layers",
+    "num_key_value_heads",
+    "rms_norm_eps",
+    "rope_parameters",
+    "tie_word_embeddings",
+    "vocab_size",
+)
+"""Keys of config.json that the compiled decoder needs."""
+
 PLANES = {"cpu-avx512": 2, "cpu-avx512-8bit": 1, "cpu-lut": 0}
 
 
@@ -39,18 +65,64 @@ def decoding_of(network: nn.Module, room: int, backend: str | None = None, head:
 
     Raises KernelError where the named backend cannot serve, or an int8 head is asked of a model that transformers runs.
     """
-    layers = [module for module in network.modules() if isinstance(module, AdditiveLinear)]
+    parts = Parts.of(network)
+    layers = parts.layers.values()
     if backend is not None and not layers:
         raise KernelError(f"backend {backend} multiplies by packed layers, and the model has none; leave it out")
-    names = sorted({choose(layer.packed(), layer.codes.device, backend).name for layer in layers})
-    reason = _why_not(network, room, names)
+    names = _backends(parts, backend)
+    reason = _why_not(parts, room, names)
     if reason is None:
-        return _Compiled(network, room, names[0], head)
+        return _Compiled(parts, room, names[0], head)
     if head != "exact":
         raise KernelError(f"an int8 head needs the compiled decoder: {reason}; leave --head out")
     for layer in layers:
         layer.backend = backend
     return _Transformers(network, ", ".join(["transformers", *names]) + (f" ({reason})" if layers else ""))
+
+
+def open_decoding(
+    source: ModelSource, room: int, backend: str | None = None, head: Head = "exact", device: str = "cpu"
+) -> Decoding:
+    """The same for a model on this disk, without its network where the compiled decoder serves.
+
+    transformers' own config would import all of it. What config.json does not say, as that of an older version, is not
+    guessed: the network is loaded then.
+    """
+    if device == "cpu" and is_coded(source) and not source.trust_remote_code:
+        config = SimpleNamespace(**model_config(source))
+        if all(hasattr(config, name) for name in SETTINGS) and config.model_type in FAMILIES:
+            parts = Parts.read(source, config)
+            names = _backends(parts, backend)
+            if _why_not(parts, room, names) is None:
+                return _Compiled(parts, room, names[0], head)
+    return decoding_of(load_network(source, torch.float32, device), room, backend, head)
+
+
+class Parts(NamedTuple):
+    """A model taken apart, by the names of its tensors and linear layers."""
+
+    config: Any
+    layers: Mapping[str, AdditiveLinear]
+    tensors: Mapping[str, Tensor]  # all others
+
+    @classmethod
+    def of(cls, network: nn.Module) -> Parts:
+        layers = {path: module for path, module in network.named_modules() if isinstance(module, AdditiveLinear)}
+        tensors = {path: parameter.detach() for path, parameter in network.named_parameters(remove_duplicate=False)}
+        return cls(network.config, layers, tensors)
+
+    @classmethod
+    def read(cls, source: ModelSource, config: Any) -> Parts:
+        """Of an AQLM checkpoint; what it lacks is lacking here."""
+        files = {stored.file for stored in tensor_index(source.directory).values()}
+        tensors = {name: tensor for file in files for name, tensor in load_tensors(file).items()}
+        layers = {}
+        for path in [name.removesuffix(".codes") for name in tensors if name.endswith(".codes")]:
+            names = ("codes", "codebooks", "scales", "bias")
+            own = {name: tensors.pop(f"{path}.{name}") for name in names if f"{path}.{name}" in tensors}
+            if {"codebooks", "scales"} <= own.keys():
+                layers[path] = AdditiveLinear(from_checkpoint(own), own.get("bias")).requires_grad_(False)
+        return cls(config, layers, tensors)
 
 
 class _Transformers:
@@ -75,87 +147,121 @@ class _Transformers:
 
 
 class _Compiled:
-    def __init__(self, network: nn.Module, room: int, backend: str, head: Head) -> None:
+    def __init__(self, parts: Parts, room: int, backend: str, head: Head) -> None:
         self.name = f"compiled decoder, {backend}"
-        self._network: Any = network
-        self._decoder = _decoder(network, room, PLANES[backend], head)
-        self.step(0)  # compiles, in some seconds, where no earlier process has
-
-    @torch.inference_mode()
-    def read(self, ids: Tensor) -> Tensor:
-        out = self._network(ids[None], use_cache=True, logits_to_keep=1)
-        layers = out.past_key_values.layers
-        self._decoder.start([layer.keys[0] for layer in layers], [layer.values[0] for layer in layers])
-        logits: Tensor = out.logits[0, -1].float()
-        return logits
-
-    @torch.inference_mode()
-    def step(self, token: int) -> Tensor:
-        return self._decoder.step(token)
+        decoder = _decoder(parts, room, PLANES[backend], head)
+        decoder.step(0)  # compiles, in some seconds, where no earlier process has
+        self.read, self.step = decoder.read, decoder.step
 
 
-def _why_not(network: Any, room: int, backends: list[str]) -> str | None:
-    """Why the compiled decoder cannot run this network, or None."""
-    config = network.config
+def _backends(parts: Parts, backend: str | None) -> list[str]:
+    kinds = {(layer.codebooks.shape, layer.codes.device) for layer in parts.layers.values()}
+    return sorted({choose(smallest(*shape), device, backend).name for shape, device in kinds})
+
+
+# ------------------------------------------------------------------------------------------------ the compiled decoder
+
+
+def _why_not(parts: Parts, room: int, backends: list[str]) -> str | None:
+    """Why the compiled decoder cannot run the model, or None."""
+    config = parts.config
     if config.model_type not in FAMILIES:
         return f"the compiled decoder knows {', '.join(FAMILIES)}, this is {config.model_type}"
     if len(backends) != 1 or backends[0] not in PLANES:
         return f"the compiled decoder needs one of {', '.join(PLANES)}"
     if config.hidden_act != "silu":
         return f"the compiled decoder knows no {config.hidden_act}"
-    rotary = getattr(network.model.rotary_emb, "rope_type", "default")
-    if rotary not in FIXED_ANGLES:
-        return f"the compiled decoder knows no {rotary} positions"
+    if config.rope_parameters["rope_type"] not in FIXED_ANGLES:
+        return f"the compiled decoder knows no {config.rope_parameters['rope_type']} positions"
+    if config.rope_parameters.get("partial_rotary_factor", 1) != 1:
+        return "the compiled decoder knows no heads with positions in a part of them"
     if (getattr(config, "sliding_window", None) or room) < room:
         return f"the compiled decoder sees all tokens, this model {config.sliding_window}"
-    for block in network.model.layers:
-        for path, layer in _linears(block).items():
-            if not isinstance(layer, AdditiveLinear):
-                return f"the compiled decoder needs codes for {path}, too"
-            if layer.bias is not None and path not in WITH_BIAS:
-                return f"the compiled decoder knows no bias of {path}"
+    for path, shape in _linear_shapes(config).items():
+        layer = parts.layers.get(path)
+        if layer is None:
+            return f"the compiled decoder needs codes for {path}, too"
+        if (layer.out_features, layer.in_features) != shape:
+            return f"the compiled decoder needs {shape} weights in {path}"
+        if layer.bias is not None and not path.endswith(ATTENTION_IN):
+            return f"the compiled decoder knows no bias of {path}"
+    for name, size in _other_shapes(config).items():
+        if name not in parts.tensors or parts.tensors[name].shape != size:
+            return f"the compiled decoder needs a tensor {name} of {size}"
     return None
 
 
-def _linears(block: Any) -> dict[str, nn.Module]:
-    attention, mlp = block.self_attn, block.mlp
-    names = {name: getattr(attention, name) for name in (*WITH_BIAS, "o_proj")}
-    return {**names, **{name: getattr(mlp, name) for name in ("gate_proj", "up_proj", "down_proj")}}
+def _block_paths(config: Any) -> list[str]:
+    return [f"model.layers.{number}" for number in range(config.num_hidden_layers)]
 
 
-def _decoder(network: Any, room: int, planes: int, head: Head) -> Decoder:
-    config, core = network.config, network.model
-    cosines, sines = core.rotary_emb(torch.zeros(1, 1), torch.arange(room)[None])  # [1, room, e]
+def _linear_shapes(config: Any) -> dict[str, tuple[int, int]]:
+    """Outputs and inputs of every linear layer in the blocks."""
+    d, f, e = config.hidden_size, config.intermediate_size, _head_size(config)
+    heads, key_heads = config.num_attention_heads * e, config.num_key_value_heads * e
+    shapes = dict(zip(ATTENTION_IN, [(heads, d), (key_heads, d), (key_heads, d)], strict=True))
+    shapes |= {ATTENTION_OUT: (d, heads), **dict.fromkeys(NETWORK_IN, (f, d)), NETWORK_OUT: (d, f)}
+    return {f"{block}.{name}": shape for block in _block_paths(config) for name, shape in shapes.items()}
+
+
+def _other_shapes(config: Any) -> dict[str, tuple[int, ...]]:
+    d, vocabulary = config.hidden_size, config.vocab_size
+    norms = [f"{block}.{name}_layernorm.weight" for block in _block_paths(config) for name in NORMS]
+    shapes: dict[str, tuple[int, ...]] = dict.fromkeys([*norms, "model.norm.weight"], (d,))
+    return {**shapes, "model.embed_tokens.weight": (vocabulary, d), _head_name(config): (vocabulary, d)}
+
+
+def _head_name(config: Any) -> str:
+    return "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
+
+
+def _head_size(config: Any) -> int:
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+def _decoder(parts: Parts, room: int, planes: int, head: Head) -> Decoder:
+    config, tensors = parts.config, parts.tensors
+    weight = tensors[_head_name(config)]
     return Decoder(
-        [_block(block) for block in core.layers],
-        embeddings=core.embed_tokens.weight,
-        norm=core.norm.weight,
-        head=ByteRows.of(network.lm_head.weight) if head == "int8" else narrowest(network.lm_head.weight),
-        angles=(cosines[0], sines[0]),
-        heads=config.num_attention_heads,
+        [_block(parts, block) for block in _block_paths(config)],
+        embeddings=tensors["model.embed_tokens.weight"],
+        norm=tensors["model.norm.weight"],
+        head=ByteRows.of(weight) if head == "int8" else narrowest(weight),
+        angles=_angles(config, room),
         key_heads=config.num_key_value_heads,
         epsilon=config.rms_norm_eps,
         planes=planes,
     )
 
 
-def _block(block: Any) -> DecoderBlock:
-    layers: dict[str, Any] = _linears(block)
-    attention_in = [layers[name] for name in WITH_BIAS]
+def _block(parts: Parts, block: str) -> DecoderBlock:
+    layers, tensors = parts.layers, parts.tensors
+    attention_norm, network_norm = (tensors[f"{block}.{name}_layernorm.weight"] for name in NORMS)
     return DecoderBlock(
-        attention_norm=block.input_layernorm.weight,
-        attention_in=[layer.packed() for layer in attention_in],
-        attention_bias=[layer.bias for layer in attention_in],
-        attention_out=layers["o_proj"].packed(),
-        network_norm=block.post_attention_layernorm.weight,
-        network_in=[layers[name].packed() for name in ("gate_proj", "up_proj")],
-        network_out=layers["down_proj"].packed(),
+        attention_norm=attention_norm,
+        attention_in=[layers[f"{block}.{name}"] for name in ATTENTION_IN],
+        attention_out=layers[f"{block}.{ATTENTION_OUT}"],
+        network_norm=network_norm,
+        network_in=[layers[f"{block}.{name}"] for name in NETWORK_IN],
+        network_out=layers[f"{block}.{NETWORK_OUT}"],
     )
+
+
+def _angles(config: Any, room: int) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the rotary positions, [room, e]."""
+    e, settings = _head_size(config), config.rope_parameters
+    if settings["rope_type"] == "default":
+        frequencies, factor = settings["rope_theta"] ** -(torch.arange(0, e, 2).float() / e), 1.0
+    else:
+        known = config if isinstance(config, PreTrainedConfig) else AutoConfig.for_model(**vars(config))
+        frequencies, factor = ROPE_INIT_FUNCTIONS[settings["rope_type"]](known, "cpu", seq_len=room)
+    angles = torch.outer(torch.arange(room).float(), frequencies).repeat(1, 2)  # [room, e]
+    return angles.cos() * factor, angles.sin() * factor
 
 
 def narrowest(weight: Tensor) -> Tensor:
     """The same numbers in 16 bits, where that loses nothing: a model in float32 comes from a file in 16 bits."""
-    for dtype in (torch.float16, torch.bfloat16):
+    for dtype in (torch.float16, torch.bfloat16) if weight.itemsize > 2 else ():
         if torch.equal(weight.to(dtype).to(weight.dtype), weight):
             return weight.to(dtype)
     return weight

@@ -3,8 +3,10 @@
 In an AQLM checkpoint, ours or anyone's, each linear layer that has codes becomes an `AdditiveLinear`. Which these are
 is told by the tensors alone: the lists of exceptions in the config differ between versions of the format, and the
 tensors do not. Everything else is left to transformers, which knows how the names in the files of a family become
-those of its modules, and what is fused on the way. Its extension point for quantized models keeps it from filling the
-layers that have codes in place of weights.
+those of its modules, and what is fused on the way. Its extension point for quantized models (leave_out.py) keeps it
+from filling the layers that have codes in place of weights.
+
+transformers' networks take a second to import, and not every command needs one: they are named where they are used.
 """
 
 from __future__ import annotations
@@ -16,28 +18,16 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
-from transformers.quantizers.auto import register_quantization_config, register_quantizer
-from transformers.quantizers.base import HfQuantizer
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from aqlm_cli.blocks import find_blocks, replace_module
 from aqlm_cli.errors import ModelError
 from aqlm_cli.sources import ModelSource, StoredTensor, model_config, tensor_index
 from aqlm_kernels import AdditiveLinear, from_checkpoint
 
-CODED = "aqlm-cli-codes"
-"""The name under which transformers knows `LeaveOut`."""
 
-
-def load_network(source: ModelSource, dtype: torch.dtype, device: str | torch.device = "cpu") -> PreTrainedModel:
+def load_network(
+    source: ModelSource, dtype: torch.dtype, device: str | torch.device = "cpu"
+) -> transformers.PreTrainedModel:
     """The model in evaluation mode, without gradients; weights are in `dtype`, packed layers work in the type of x."""
     with _quiet():
         if is_coded(source):
@@ -52,39 +42,43 @@ def load_network(source: ModelSource, dtype: torch.dtype, device: str | torch.de
     return network
 
 
-def load_skeleton(source: ModelSource) -> PreTrainedModel:
+def load_skeleton(source: ModelSource) -> transformers.PreTrainedModel:
     """The model with modules, names and shapes, and no numbers: all that a plan needs. What is quantized has none."""
     _refuse_quantized(source)
     return without_weights(load_config(source), source.trust_remote_code)
 
 
-def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
+def load_tokenizer(source: ModelSource) -> transformers.PreTrainedTokenizerBase:
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source.directory, trust_remote_code=source.trust_remote_code)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            source.directory, trust_remote_code=source.trust_remote_code
+        )
     except (OSError, ValueError) as error:
         raise ModelError(f"{source.name} has no tokenizer that can be loaded: {first_line(error)}") from error
-    assert isinstance(tokenizer, PreTrainedTokenizerBase)
+    assert isinstance(tokenizer, transformers.PreTrainedTokenizerBase)
     return tokenizer
 
 
-def load_config(source: ModelSource) -> PreTrainedConfig:
+def load_config(source: ModelSource) -> transformers.PreTrainedConfig:
     try:
-        config = AutoConfig.from_pretrained(source.directory, trust_remote_code=source.trust_remote_code)
+        config = transformers.AutoConfig.from_pretrained(source.directory, trust_remote_code=source.trust_remote_code)
     except (OSError, ValueError) as error:
         if "auto_map" in model_config(source) and not source.trust_remote_code:
             reason = "needs Python code of its own; read it, and allow it with --trust-remote-code"
         else:
             reason = f"is of a kind that transformers {transformers.__version__} does not know: {first_line(error)}"
         raise ModelError(f"{source.name} {reason}") from error
-    assert isinstance(config, PreTrainedConfig)
+    assert isinstance(config, transformers.PreTrainedConfig)
     return config
 
 
-def without_weights(config: PreTrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:
+def without_weights(
+    config: transformers.PreTrainedConfig, trust_remote_code: bool = False
+) -> transformers.PreTrainedModel:
     """The network of a configuration with parameters that take no memory."""
     with torch.device("meta"):
-        network = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    assert isinstance(network, PreTrainedModel)
+        network = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    assert isinstance(network, transformers.PreTrainedModel)
     return network
 
 
@@ -113,13 +107,13 @@ def first_line(error: Exception) -> str:
 # -------------------------------------------------------------------------------------------------------------- loading
 
 
-def _load(source: ModelSource, dtype: torch.dtype, **options: Any) -> PreTrainedModel:
+def _load(source: ModelSource, dtype: torch.dtype, **options: Any) -> transformers.PreTrainedModel:
     tensor_index(source.directory)  # refuses what has no safetensors
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
         source.directory, dtype=dtype, trust_remote_code=source.trust_remote_code, output_loading_info=True, **options
     )
     network, report = loaded
-    assert isinstance(network, PreTrainedModel)
+    assert isinstance(network, transformers.PreTrainedModel)
     # transformers would fill a gap with random numbers and go on.
     missing = sorted([*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])])
     if missing:
@@ -128,45 +122,18 @@ def _load(source: ModelSource, dtype: torch.dtype, **options: Any) -> PreTrained
     return network
 
 
-def _load_coded(source: ModelSource, dtype: torch.dtype) -> PreTrainedModel:
+def _load_coded(source: ModelSource, dtype: torch.dtype) -> transformers.PreTrainedModel:
     config, stored = load_config(source), tensor_index(source.directory)
     plain = dict(without_weights(config, source.trust_remote_code).named_modules())
     paths = sorted(name.removesuffix(".codes") for name in stored if name.endswith(".codes"))
     layers = {path: _additive_linear(source, plain.get(path), path, stored) for path in paths}
-    config.quantization_config = {"quant_method": CODED, "paths": paths}
+    from aqlm_cli.model.leave_out import leaving_out
+
+    config.quantization_config = leaving_out(paths)
     network = _load(source, dtype, config=config)
     for path, layer in layers.items():
         replace_module(network, path, layer)
     return network
-
-
-@register_quantization_config(CODED)
-class CodedLayers(QuantizationConfigMixin):
-    """What `_load_coded` tells transformers in place of the checkpoint's own `quantization_config`."""
-
-    quant_method: Any
-
-    def __init__(self, paths: list[str], quant_method: str) -> None:
-        self.paths = paths
-        self.quant_method = quant_method
-
-
-@register_quantizer(CODED)
-class LeaveOut(HfQuantizer):
-    """transformers loads the model without the layers at `paths`."""
-
-    quantization_config: CodedLayers
-
-    def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> None:
-        for path in self.quantization_config.paths:
-            replace_module(model, path, nn.Identity())
-
-    def is_serializable(self) -> bool:
-        return False
-
-    @property
-    def is_trainable(self) -> bool:
-        return False
 
 
 def _additive_linear(

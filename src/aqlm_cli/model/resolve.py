@@ -13,9 +13,8 @@ import transformers
 
 from aqlm_cli.artifacts import RunDirectory, is_run, read_run
 from aqlm_cli.errors import ArtifactError, ModelError
-from aqlm_cli.model.convert import gguf_source
 from aqlm_cli.model.loading import load_config
-from aqlm_cli.sources import ALIASES, ModelSource, default_cache, directory_source, find_gguf, hub_source
+from aqlm_cli.sources import ALIASES, ModelSource, default_cache, directory_source, find_gguf, hub_source, model_config
 
 
 def resolve(
@@ -30,6 +29,8 @@ def resolve(
     if revision is not None and (name in ALIASES or path.exists()):
         raise ModelError(f"{name} lies on this disk and has no revisions; drop --revision")
     if found := find_gguf(name):
+        from aqlm_cli.model.convert import gguf_source  # imports transformers' networks, in a second
+
         source = gguf_source(found, cache)
     elif is_run(path):
         packed = read_run(path).current("packed").directory
@@ -77,6 +78,12 @@ def original_of(run: RunDirectory) -> ModelSource:
 
 def _check_language_model(source: ModelSource) -> None:
     """A decoder that predicts the next token, and not, say, BERT, for which transformers has such a class too."""
+    said = model_config(source)
+    named = said.get("architectures") or []
+    if said.get("model_type") in transformers.CONFIG_MAPPING and any(
+        str(name).endswith("ForCausalLM") for name in named
+    ):
+        return  # without transformers' own config, which imports its networks
     config = load_config(source)
     causal = getattr(transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None), "__name__", None)
     named = config.architectures or [causal or config.model_type]

@@ -6,8 +6,8 @@ import math
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from aqlm_cli.blocks import find_blocks, linears, replace_module
 from aqlm_cli.errors import UsageError
@@ -26,20 +26,20 @@ SHAPES: dict[str, tuple[int, int, int, int, int, int, bool]] = {
 }
 
 
-def empty_network(shape: str) -> PreTrainedModel:
+def empty_network(shape: str) -> transformers.PreTrainedModel:
     """A Llama of the shape without weights. Raises UsageError for a shape that is not known."""
     return without_weights(_config(shape))
 
 
-def random_network(shape: str, dtype: torch.dtype) -> PreTrainedModel:
+def random_network(shape: str, dtype: torch.dtype) -> transformers.PreTrainedModel:
     """The same with random weights."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        network = AutoModelForCausalLM.from_config(_config(shape), dtype=dtype)
+        network = transformers.AutoModelForCausalLM.from_config(_config(shape), dtype=dtype)
     return _ready(network)
 
 
-def random_packed_network(shape: str, scheme: AdditiveScheme) -> PreTrainedModel:
+def random_packed_network(shape: str, scheme: AdditiveScheme) -> transformers.PreTrainedModel:
     """The same with random codes in the linear layers of its blocks, which never exist in full; float32 elsewhere."""
     network = empty_network(shape)
     draw = torch.Generator().manual_seed(0)
@@ -67,7 +67,7 @@ def _random_layer(layer: nn.Linear, scheme: AdditiveScheme, draw: torch.Generato
     return AdditiveLinear(AdditiveMatrix(codes, codebooks, scales))
 
 
-def _ready(network: PreTrainedModel) -> PreTrainedModel:
+def _ready(network: transformers.PreTrainedModel) -> transformers.PreTrainedModel:
     network.eval()
     network.requires_grad_(False)
     return network
@@ -77,7 +77,7 @@ def _config(shape: str) -> Any:
     if shape not in SHAPES:
         raise UsageError(f"there is no shape {shape}; choose one of {', '.join(SHAPES)}")
     hidden, intermediate, blocks, heads, key_heads, vocabulary, tied = SHAPES[shape]
-    return AutoConfig.for_model(
+    return transformers.AutoConfig.for_model(
         "llama",
         hidden_size=hidden,
         intermediate_size=intermediate,

@@ -10,7 +10,7 @@ from torch import Tensor
 from aqlm_cli.config import Head
 from aqlm_cli.errors import DataError
 from aqlm_cli.events import Emit, Noted
-from aqlm_cli.model import Subject, decoding_of, load_network, load_tokenizer
+from aqlm_cli.model import Subject, end_tokens, open_decoding, open_tokenizer
 from aqlm_cli.report import GenerationReport
 
 
@@ -31,15 +31,13 @@ def generate(
     reading the prompt too; `bench` measures the two apart.
     """
     source = subject.source
-    tokenizer = load_tokenizer(source)
+    tokenizer = open_tokenizer(source)
     ids = torch.tensor(tokenizer.encode(prompt), dtype=torch.int64, device=device)  # [length]
     if ids.numel() == 0:
         raise DataError("the prompt has no token; give some text with --prompt")
     emit(Noted(f"generating with {source.directory}"))
-    network = load_network(source, torch.float32, device)
-    decoding = decoding_of(network, len(ids) + max_new_tokens, backend, head)
-    last = network.generation_config.eos_token_id if network.generation_config else tokenizer.eos_token_id
-    ends = set(last) if isinstance(last, list) else {last}
+    decoding = open_decoding(source, len(ids) + max_new_tokens, backend, head, device)
+    ends = end_tokens(source)
     draw = torch.Generator(device).manual_seed(seed)
     started = time.perf_counter()
     logits = decoding.read(ids)

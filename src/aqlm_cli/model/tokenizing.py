@@ -1,0 +1,65 @@
+"""Text to tokens and back, without transformers where the tokenizer's file says it all.
+
+transformers imports its networks with its tokenizers, a second before a short text begins.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import tokenizers
+
+from aqlm_cli.model.loading import load_tokenizer
+from aqlm_cli.sources import ModelSource
+
+PLAIN = ("TokenizersBackend", "PreTrainedTokenizerFast")
+"""Classes of transformers that do what tokenizer.json says."""
+
+CHANGES = (
+    "add_bos_token",
+    "add_eos_token",
+    "add_prefix_space",
+    "added_tokens_decoder",
+    "additional_special_tokens",
+    "clean_up_tokenization_spaces",
+    "extra_special_tokens",
+    "split_special_tokens",
+)
+"""Settings of tokenizer_config.json by which they would do something else."""
+
+
+class Tokenizer(Protocol):
+    """What a prompt and its continuation need."""
+
+    def encode(self, text: str) -> list[int]: ...
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str: ...
+
+
+def open_tokenizer(source: ModelSource) -> Tokenizer:
+    """The model's tokenizer; ModelError where there is none that can be loaded."""
+    settings_file, file = (source.directory / name for name in ("tokenizer_config.json", "tokenizer.json"))
+    if settings_file.is_file() and file.is_file():
+        settings = json.loads(settings_file.read_text(encoding="utf-8"))
+        if settings.get("tokenizer_class") in PLAIN and not any(settings.get(name) for name in CHANGES):
+            tokenizer = tokenizers.Tokenizer.from_file(str(file))
+            special = {token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special}
+            if special >= {token for key, token in settings.items() if key.endswith("_token")}:
+                return _FileTokenizer(tokenizer)
+    loaded: Any = load_tokenizer(source)
+    by_transformers: Tokenizer = loaded
+    return by_transformers
+
+
+class _FileTokenizer:
+    def __init__(self, tokenizer: tokenizers.Tokenizer) -> None:
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        self._tokenizer = tokenizer
+
+    def encode(self, text: str) -> list[int]:
+        return list(self._tokenizer.encode(text).ids)
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str:
+        return str(self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens))
