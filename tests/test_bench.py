@@ -16,6 +16,7 @@ from aqlm_cli.config import BenchConfig, build_config
 from aqlm_cli.errors import ModelError, UsageError
 from aqlm_cli.events import Advanced, Event, Noted
 from aqlm_cli.model import Decoding, decoding_of, find_subject, load_network, resolve, shapes
+from aqlm_cli.model.decoding import narrowest
 from aqlm_cli.scheme import AdditiveScheme, parse_scheme
 from aqlm_cli.speed_report import BenchReport
 from aqlm_cli.stages import bench as stage_module
@@ -206,6 +207,14 @@ def test_a_shape_is_measured_with_random_numbers(shape: str) -> None:
     others = 258 * 64 * (1 if shapes.SHAPES[shape][-1] else 2) + 5 * 64
     assert report.rows[-1].bytes == blocks // 4 + 2 * (codebooks + outputs) + 2 * others
     assert report.rows[0].bytes == 2 * (blocks + others)
+
+
+def test_a_random_model_holds_numbers_that_sixteen_bits_hold(shape: str) -> None:
+    """As a real one does: its head is read in the type that the bound counts."""
+    parsed = parse_scheme("2x8g8")
+    assert isinstance(parsed, AdditiveScheme)
+    network = shapes.random_packed_network(shape, parsed)
+    assert narrowest(network.lm_head.weight).dtype == torch.float16
 
 
 def test_the_bound_counts_what_one_token_reads(shape: str) -> None:

@@ -50,7 +50,7 @@ def random_packed_network(shape: str, scheme: AdditiveScheme) -> transformers.Pr
     for module in network.modules():
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.is_meta:
-                values = 0.02 * torch.randn(parameter.shape, generator=draw).half().float()
+                values = (0.02 * torch.randn(parameter.shape, generator=draw)).half().float()
                 setattr(module, name, nn.Parameter(values if parameter.ndim > 1 else torch.ones(parameter.shape)))
     network.tie_weights()
     rotary: Any = network.model.rotary_emb
