@@ -1,6 +1,6 @@
 """Additive quantization: the compressed matrix, products with it, and the layer that trains and serves it.
 
-    packed = pack(AdditiveMatrix(codes=..., codebooks=..., scales=...))
+    packed = PackedMatrix(AdditiveMatrix(codes=..., codebooks=..., scales=...))
     y = matmul(x, packed)
 
 Knows torch, numpy, numba and, where there is a GPU, triton only. What a caller can mend is raised as KernelError.
@@ -15,7 +15,7 @@ from aqlm_kernels.cpu.decoder import Decoder, DecoderBlock
 from aqlm_kernels.cpu.dense import ByteRows, matmul_dense
 from aqlm_kernels.errors import KernelError
 from aqlm_kernels.linear import AdditiveLinear
-from aqlm_kernels.packed import PackedMatrix, pack, unpack
+from aqlm_kernels.packed import PackedMatrix
 
 __all__ = [
     "BACKENDS",
@@ -32,9 +32,7 @@ __all__ = [
     "from_checkpoint",
     "matmul",
     "matmul_dense",
-    "pack",
     "read_bandwidth",
     "smallest",
     "to_checkpoint",
-    "unpack",
 ]

@@ -17,7 +17,7 @@ from aqlm_kernels import reference
 from aqlm_kernels.additive import AdditiveMatrix
 from aqlm_kernels.cpu import gather, lookup, registers
 from aqlm_kernels.errors import KernelError
-from aqlm_kernels.packed import PackedMatrix, pack
+from aqlm_kernels.packed import PackedMatrix
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def choose(packed: PackedMatrix, device: torch.device, name: str | None = None) 
 def smallest(num_codebooks: int, codebook_size: int, group_size: int) -> PackedMatrix:
     """A matrix of one group: backends judge by the scheme alone."""
     codes = torch.zeros(1, 1, num_codebooks, dtype=torch.int32)
-    return pack(AdditiveMatrix(codes, torch.zeros(num_codebooks, codebook_size, group_size), torch.ones(1)))
+    return PackedMatrix(AdditiveMatrix(codes, torch.zeros(num_codebooks, codebook_size, group_size), torch.ones(1)))
 
 
 def matmul(x: Tensor, packed: PackedMatrix, backend: str | None = None) -> Tensor:

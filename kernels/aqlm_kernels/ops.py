@@ -17,7 +17,7 @@ from torch import Tensor
 from aqlm_kernels.additive import AdditiveMatrix
 from aqlm_kernels.backends import matmul, why_not_triton
 from aqlm_kernels.cpu import tiles
-from aqlm_kernels.packed import PackedMatrix, pack
+from aqlm_kernels.packed import PackedMatrix
 
 
 @torch.library.custom_op("aqlm::decoding_product", mutates_args=(), device_types=("cpu", "cuda"))
@@ -147,7 +147,7 @@ def packed(key: int, codes: Tensor, codebooks: Tensor, scales: Tensor) -> Packed
     kept = _packed.get(key)
     if kept is None or not kept.is_of(sources):
         detached = tuple(tensor.detach() for tensor in sources)
-        kept = _packed[key] = _Packed(pack(AdditiveMatrix(*detached)), detached, _versions(sources))
+        kept = _packed[key] = _Packed(PackedMatrix(AdditiveMatrix(*detached)), detached, _versions(sources))
     return kept.matrix
 
 

@@ -1,6 +1,6 @@
-"""PackedMatrix: an AdditiveMatrix in the order in which the product kernels read it.
+"""PackedMatrix: an AdditiveMatrix with its codes in the orders in which the product kernels read them.
 
-A thread computes a tile of 64 outputs. It walks over the input groups, and for each group and codebook needs the codes
+A thread computes tiles of 64 outputs. It walks over the input groups, and for each group and codebook needs the codes
 of all its outputs: they lie side by side. The outputs of the last tile that the matrix does not have get code 0.
 """
 
@@ -13,43 +13,71 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from aqlm_kernels.additive import AdditiveMatrix, code_dtype
-from aqlm_kernels.errors import KernelError
+from aqlm_kernels.additive import AdditiveMatrix
 
 TILE = 64  # outputs
+BLOCK = 32  # look-up tables at most, those of one group and codebook each, that go through all tiles together
+BUNDLES = (4, 2, 1)  # tiles that are looked up together: as many as are left
 
 
 @dataclass(frozen=True, eq=False)
 class PackedMatrix:
-    """The code of output t * TILE + l, group j and codebook m is codes[t, j, m, l]; else as in AdditiveMatrix."""
+    """Codebooks and scales are shared with the matrix; an order of the codes is made when it is first asked for."""
 
-    codes: Tensor  # [ceil(out / TILE), in/g, M, TILE], uint8 if K <= 256, else uint16
-    codebooks: Tensor  # [M, K, g]
-    scales: Tensor  # [out]
+    matrix: AdditiveMatrix
 
-    def __post_init__(self) -> None:
-        tiles = -(-self.scales.shape[0] // TILE)
-        if self.codes.shape != (tiles, self.codes.shape[1], self.codebooks.shape[0], TILE):
-            raise KernelError(
-                f"packed codes {list(self.codes.shape)} do not fit codebooks {list(self.codebooks.shape)} and scales "
-                f"{list(self.scales.shape)}; make them with pack()"
-            )
+    @property
+    def codebooks(self) -> Tensor:  # [M, K, g]
+        return self.matrix.codebooks
+
+    @property
+    def scales(self) -> Tensor:  # [out]
+        return self.matrix.scales
 
     @property
     def out_features(self) -> int:
-        return self.scales.shape[0]
+        return self.matrix.out_features
 
     @property
     def in_features(self) -> int:
-        return self.codes.shape[1] * self.codebooks.shape[2]
+        return self.matrix.in_features
 
     @property
     def codebook_size(self) -> int:
-        return self.codebooks.shape[1]
+        return self.matrix.codebook_size
 
     @property
     def device(self) -> torch.device:
-        return self.codes.device
+        return self.matrix.codes.device
+
+    @cached_property
+    def tiled(self) -> Tensor:
+        """The code of output t * TILE + l, group j and codebook m at [t, j, m, l]; uint8 if K <= 256, else uint16."""
+        out_features, groups, num_codebooks = self.matrix.codes.shape
+        tiles = -(-out_features // TILE)
+        padded = self.matrix.codes.new_zeros(tiles * TILE, groups, num_codebooks)
+        padded[:out_features] = self.matrix.codes
+        codes = padded.view(tiles, TILE, groups, num_codebooks).permute(0, 2, 3, 1).contiguous()
+        return codes.to(torch.uint8 if self.codebook_size <= 256 else torch.uint16)
+
+    @cached_property
+    def streamed(self) -> Tensor:
+        """The same in the order in which look-ups go through it, `[blocks, tiles * size * TILE]`, for K <= 256.
+
+        A block holds `size` of the M * n tables, of all tiles, bundle after bundle; of a bundle table after table, and
+        of a table the codes of all tiles of the bundle. So memory is read from one end to the other.
+        """
+        tiles, groups, num_codebooks = self.tiled.shape[:3]
+        blocks, size = blocks_of(groups * num_codebooks)
+        tables = self.tiled.flatten(1, 2)  # [tiles, n * M, TILE]
+        tables = F.pad(tables, (0, 0, 0, blocks * size - groups * num_codebooks)).view(tiles, blocks, size, TILE)
+        bundles, start = [], 0
+        for width in BUNDLES:
+            count = (tiles - start) // width
+            some = tables[start : start + count * width].view(count, width, blocks, size, TILE)
+            bundles.append(some.permute(2, 0, 3, 1, 4).flatten(1))  # [blocks, count * size * width * TILE]
+            start += count * width
+        return torch.cat(bundles, dim=1)
 
     @cached_property
     def columns(self) -> Tensor:
@@ -63,18 +91,7 @@ class PackedMatrix:
         return F.pad(self.scales.float(), (0, -self.out_features % TILE))
 
 
-def pack(matrix: AdditiveMatrix) -> PackedMatrix:
-    """The same matrix for the product kernels; codebooks and scales are shared, not copied."""
-    out_features, groups, num_codebooks = matrix.codes.shape
-    tiles = -(-out_features // TILE)
-    padded = matrix.codes.new_zeros(tiles * TILE, groups, num_codebooks)
-    padded[:out_features] = matrix.codes
-    codes = padded.view(tiles, TILE, groups, num_codebooks).permute(0, 2, 3, 1).contiguous()  # [tiles, n, M, TILE]
-    dtype = torch.uint8 if matrix.codebook_size <= 256 else torch.uint16
-    return PackedMatrix(codes.to(dtype), matrix.codebooks, matrix.scales)
-
-
-def unpack(packed: PackedMatrix) -> AdditiveMatrix:
-    """The exact inverse of `pack`."""
-    codes = packed.codes.to(code_dtype(packed.codebook_size)).permute(0, 3, 1, 2).flatten(0, 1)  # [tiles * TILE, n, M]
-    return AdditiveMatrix(codes[: packed.out_features].contiguous(), packed.codebooks, packed.scales)
+def blocks_of(tables: int) -> tuple[int, int]:
+    """How many blocks look-ups are cut into, and the tables of each but the last, which may have fewer."""
+    blocks = -(-tables // BLOCK)
+    return blocks, -(-tables // blocks)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from aqlm_cli.speed_report import ProductRow
-from aqlm_kernels import AdditiveMatrix, choose, matmul, pack, reference
+from aqlm_kernels import AdditiveMatrix, PackedMatrix, choose, matmul, reference
 
 ROTATED = 2**28
 """Bytes of weights that a pass reads, more than any last-level cache holds."""
@@ -42,7 +42,7 @@ def measure_product(
     x = torch.randn(rows, in_features, generator=draw)
     code_bits = codebook_size.bit_length() - 1
     size = out_features * in_features // group_size * num_codebooks * code_bits / 8
-    packed = [pack(_matrix(shape, codebooks, draw)) for _ in range(_copies(size))]
+    packed = [PackedMatrix(_matrix(shape, codebooks, draw)) for _ in range(_copies(size))]
     exact = reference.matmul(x.double(), packed[0])
     error = float((matmul(x, packed[0], backend).double() - exact).norm() / exact.norm())
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from aqlm_kernels import additive, pack, reference
+from aqlm_kernels import PackedMatrix, additive, reference
 
 from .conftest import CASES
 
@@ -37,7 +37,7 @@ def problem(request):
 def test_products_of_integers_equal_the_reference(problem, dtype):
     case, products = problem
     x, matrix = case.integers()
-    packed = pack(matrix)
+    packed = PackedMatrix(matrix)
     # The interpreter multiplies matrices of bfloat16 as if they were integers; one row is summed otherwise.
     for rows in (x[:1],) if dtype == torch.bfloat16 else (x, x[:1]):
         expected = reference.matmul(rows.to(dtype), packed)
@@ -50,7 +50,7 @@ def test_products_of_reals_are_near_float64(problem):
     x, matrix = case.reals()
     if case.rows == 0:
         pytest.skip("no numbers to compare")
-    packed = pack(matrix)
+    packed = PackedMatrix(matrix)
     for rows in (x, x[:1]):
         exact = reference.matmul(rows.double(), packed)
         assert (products.multiply(rows, packed) - exact).norm() < 1e-6 * exact.norm()

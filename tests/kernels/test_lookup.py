@@ -10,8 +10,9 @@ import numba
 import pytest
 import torch
 
-from aqlm_kernels import pack, reference
+from aqlm_kernels import PackedMatrix, reference
 from aqlm_kernels.cpu import lookup, registers
+from aqlm_kernels.packed import blocks_of
 
 from .conftest import CASES
 
@@ -27,8 +28,9 @@ def by_rounded_tables(x, matrix, greatest):
     tables = torch.einsum("rji,mki->rjmk", groups, matrix.codebooks.double()).flatten(1, 2)  # [rows, n * M, K]
     codes = matrix.codes.flatten(1).long()  # [out, n * M]
     y = torch.zeros(len(x), matrix.out_features, dtype=torch.float64)
-    for start in range(0, codes.shape[1], lookup.BLOCK):
-        block = tables[:, start : start + lookup.BLOCK]
+    _, size = blocks_of(codes.shape[1])
+    for start in range(0, codes.shape[1], size):
+        block = tables[:, start : start + size]
         least = block.amin(2, keepdim=True)
         unit = (block - least).amax((1, 2), keepdim=True) / greatest
         if greatest == 65535:
@@ -49,38 +51,41 @@ def test_it_is_the_product_by_rounded_tables(small, product):
     if small.rows == 0:
         pytest.skip("no numbers to compare")
     x, matrix = small.reals()
-    expected, exact = by_rounded_tables(x, matrix, GREATEST[product]), reference.matmul(x.double(), pack(matrix))
+    expected, exact = (
+        by_rounded_tables(x, matrix, GREATEST[product]),
+        reference.matmul(x.double(), PackedMatrix(matrix)),
+    )
     # Where an entry lies near the middle of two levels, float32 may round it the other way.
-    assert (product(x, pack(matrix)) - expected).norm() < 0.5 * (expected - exact).norm()
+    assert (product(x, PackedMatrix(matrix)) - expected).norm() < 0.5 * (expected - exact).norm()
 
 
 @pytest.mark.parametrize("product", [lookup.by_lookup, lookup.by_float_lookup])
 def test_all_but_bytes_are_exact_where_all_is_integer(small, product):
     x, matrix = small.integers()
-    assert torch.equal(product(x, pack(matrix)), reference.matmul(x, pack(matrix)))
+    assert torch.equal(product(x, PackedMatrix(matrix)), reference.matmul(x, PackedMatrix(matrix)))
 
 
 def test_floats_are_not_rounded(small):
     if small.rows == 0:
         pytest.skip("no numbers to compare")
     x, matrix = small.reals()
-    exact = reference.matmul(x.double(), pack(matrix))
-    assert (lookup.by_float_lookup(x, pack(matrix)) - exact).norm() < 1e-6 * exact.norm()
+    exact = reference.matmul(x.double(), PackedMatrix(matrix))
+    assert (lookup.by_float_lookup(x, PackedMatrix(matrix)) - exact).norm() < 1e-6 * exact.norm()
 
 
 @pytest.mark.parametrize("product", GREATEST, ids=lambda product: product.__name__)
 def test_an_input_of_zeros_gives_zeros(small, product):
     x, matrix = small.reals()
-    assert not product(torch.zeros_like(x), pack(matrix)).any()
+    assert not product(torch.zeros_like(x), PackedMatrix(matrix)).any()
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("product", GREATEST, ids=lambda product: product.__name__)
 def test_what_is_not_finite_spoils_its_own_row_only(product, value):
     x, matrix = CASES[3].reals()
-    clean = product(x, pack(matrix))
+    clean = product(x, PackedMatrix(matrix))
     x[2, 7] = value
-    spoilt = product(x, pack(matrix))
+    spoilt = product(x, PackedMatrix(matrix))
     assert spoilt[2].isnan().all()
     assert torch.equal(spoilt[[0, 1, 3, 4]], clean[[0, 1, 3, 4]])
 

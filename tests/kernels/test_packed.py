@@ -1,40 +1,60 @@
-"""PackedMatrix: where each code lies, and that nothing is lost."""
+"""PackedMatrix: where each code lies."""
 
 from __future__ import annotations
 
-import pytest
 import torch
 
-from aqlm_kernels import AdditiveMatrix, KernelError, PackedMatrix, pack, unpack
-from aqlm_kernels.packed import TILE
-
-
-def test_unpack_is_the_exact_inverse_of_pack(case):
-    _, matrix = case.reals()
-    again = unpack(pack(matrix))
-    assert all(torch.equal(again.tensors()[name], tensor) for name, tensor in matrix.tensors().items())
-
-
-def test_pack_is_the_exact_inverse_of_unpack(case):
-    packed = pack(case.reals()[1])
-    again = pack(unpack(packed))
-    assert again.codes.dtype == packed.codes.dtype
-    assert torch.equal(again.codes.int(), packed.codes.int())
+from aqlm_kernels import AdditiveMatrix, PackedMatrix
+from aqlm_kernels.packed import BLOCK, TILE, blocks_of
 
 
 def test_every_code_lies_in_its_tile_with_its_group_and_codebook(case):
     _, matrix = case.reals()
-    codes = pack(matrix).codes.int()
-    for o in range(0, case.out_features, 7):
-        assert torch.equal(codes[o // TILE, :, :, o % TILE], matrix.codes[o].int())
+    tiled = PackedMatrix(matrix).tiled
+    assert tiled.dtype == (torch.uint8 if matrix.codebook_size <= 256 else torch.uint16)
+    for o in range(case.out_features):
+        assert torch.equal(tiled[o // TILE, :, :, o % TILE].int(), matrix.codes[o].int())
+    assert not tiled.int().permute(0, 3, 1, 2).flatten(0, 1)[case.out_features :].any()
+
+
+def test_the_stream_holds_every_code_where_look_ups_come_by(case):
+    _, matrix = case.reals()
+    if matrix.codebook_size > 256:
+        return
+    streamed, tables = PackedMatrix(matrix).streamed, case.groups * case.num_codebooks
+    blocks, size = blocks_of(tables)
+    tiles = -(-case.out_features // TILE)
+    assert streamed.shape == (blocks, tiles * size * TILE) and streamed.is_contiguous()
+    expected = torch.zeros_like(streamed)
+    for block in range(blocks):
+        place, tile = 0, 0
+        while tile < tiles:
+            width = 4 if tiles - tile >= 4 else 2 if tiles - tile >= 2 else 1
+            for i in range(size):
+                for o in range(tile * TILE, (tile + width) * TILE):
+                    table = block * size + i
+                    if table < tables and o < case.out_features:
+                        expected[block, place] = matrix.codes[o].flatten()[table]
+                    place += 1
+            tile += width
+    assert torch.equal(streamed, expected)
+
+
+def test_blocks_are_as_few_as_can_be_and_alike():
+    for tables in range(1, 300):
+        blocks, size = blocks_of(tables)
+        assert blocks == -(-tables // BLOCK)
+        assert (blocks - 1) * size < tables <= blocks * size <= tables + blocks - 1
 
 
 def test_half_precision_codebooks_keep_their_type():
     codes = torch.zeros(2, 3, 1, dtype=torch.long)
-    packed = pack(AdditiveMatrix(codes, torch.zeros(1, 256, 8).half(), torch.ones(2).half()))
+    packed = PackedMatrix(AdditiveMatrix(codes, torch.zeros(1, 256, 8).half(), torch.ones(2).half()))
     assert packed.codebooks.dtype == packed.scales.dtype == torch.float16
 
 
-def test_codes_that_fit_no_matrix_are_refused():
-    with pytest.raises(KernelError, match=r"make them with pack\(\)"):
-        PackedMatrix(torch.zeros(1, 3, 2, TILE, dtype=torch.uint8), torch.zeros(1, 256, 8), torch.ones(64))
+def test_an_order_is_made_once():
+    packed = PackedMatrix(
+        AdditiveMatrix(torch.zeros(2, 3, 1, dtype=torch.uint8), torch.zeros(1, 256, 8), torch.ones(2))
+    )
+    assert packed.tiled is packed.tiled and packed.streamed is packed.streamed

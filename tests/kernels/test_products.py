@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from aqlm_kernels import BACKENDS, AdditiveMatrix, KernelError, choose, matmul, pack, reference
+from aqlm_kernels import BACKENDS, AdditiveMatrix, KernelError, PackedMatrix, choose, matmul, reference
 from aqlm_kernels.cpu import registers
 
 CPU = torch.device("cpu")
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("nan_filled_outputs")
 def backend(request, case):
     _, matrix = case.integers()
     chosen = next(backend for backend in BACKENDS if backend.name == request.param)
-    if chosen.refuses(pack(matrix), CPU):
+    if chosen.refuses(PackedMatrix(matrix), CPU):
         pytest.skip("the backend refuses this scheme")
     return chosen.name
 
@@ -36,8 +36,8 @@ def exact_product(x, matrix):
 
 def test_products_of_integers_equal_the_reference_bit_for_bit(case, backend):
     x, matrix = case.integers()
-    y = matmul(x, pack(matrix), backend)
-    assert torch.equal(y, reference.matmul(x, pack(matrix)))
+    y = matmul(x, PackedMatrix(matrix), backend)
+    assert torch.equal(y, reference.matmul(x, PackedMatrix(matrix)))
     assert torch.equal(y.double(), exact_product(x, matrix))
 
 
@@ -46,24 +46,24 @@ def test_products_of_reals_are_near_float64_and_one_wrong_code_is_not(case, back
         pytest.skip("no numbers to compare")
     x, matrix = case.reals()
     exact, bound = exact_product(x, matrix), BOUNDS.get(backend, FLOAT32_BOUND)
-    assert relative_rms(matmul(x, pack(matrix), backend), exact) < bound
+    assert relative_rms(matmul(x, PackedMatrix(matrix), backend), exact) < bound
     wrong = matrix.codes.clone()
     wrong[0, -1, -1] = (wrong[0, -1, -1].int() + 1) % matrix.codebook_size
-    y = matmul(x, pack(dataclasses.replace(matrix, codes=wrong)), backend)
+    y = matmul(x, PackedMatrix(dataclasses.replace(matrix, codes=wrong)), backend)
     assert relative_rms(y, exact) > bound
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_the_float32_product_rounded_once(case, backend, dtype):
     x, matrix = case.reals()
-    x, packed = x.to(dtype), pack(matrix)
+    x, packed = x.to(dtype), PackedMatrix(matrix)
     y = matmul(x, packed, backend)
     assert torch.equal(y, matmul(x.float(), packed, backend).to(dtype))
 
 
 def test_any_leading_axes_are_rows(case, backend):
     x, matrix = case.integers()
-    packed = pack(matrix)
+    packed = PackedMatrix(matrix)
     rows = matmul(x, packed, backend)
     assert torch.equal(matmul(x[None, :, None], packed, backend), rows[None, :, None])
     for row, y in zip(x, rows, strict=True):
@@ -72,16 +72,16 @@ def test_any_leading_axes_are_rows(case, backend):
 
 def test_a_product_changes_nothing_it_reads(case, backend):
     x, matrix = case.reals()
-    packed = pack(matrix)
-    before = [tensor.clone() for tensor in (x, packed.codes, packed.codebooks, packed.scales)]
+    packed = PackedMatrix(matrix)
+    before = [tensor.clone() for tensor in (x, matrix.codes, matrix.codebooks, matrix.scales)]
     matmul(x, packed, backend)
-    after = [x, packed.codes, packed.codebooks, packed.scales]
+    after = [x, matrix.codes, matrix.codebooks, matrix.scales]
     assert all(torch.equal(a.float(), b.float()) for a, b in zip(before, after, strict=True))
 
 
 def test_autocast_does_not_coarsen_a_product(case, backend):
     x, matrix = case.reals()
-    packed = pack(matrix)
+    packed = PackedMatrix(matrix)
     with torch.autocast("cpu", torch.bfloat16):
         inside = matmul(x, packed, backend)
     assert torch.equal(inside, matmul(x, packed, backend))
@@ -89,7 +89,7 @@ def test_autocast_does_not_coarsen_a_product(case, backend):
 
 def packed_with(codebook_size):
     codes = torch.zeros(3, 4, 1, dtype=torch.long)
-    return pack(AdditiveMatrix(codes, torch.zeros(1, codebook_size, 8), torch.ones(3)))
+    return PackedMatrix(AdditiveMatrix(codes, torch.zeros(1, codebook_size, 8), torch.ones(3)))
 
 
 def test_the_first_backend_that_can_is_chosen():

@@ -14,14 +14,14 @@ import aqlm_kernels
 DIGESTS = """
 import hashlib, sys
 import numba, torch
-from aqlm_kernels import AdditiveMatrix, ByteRows, matmul_dense, pack
+from aqlm_kernels import AdditiveMatrix, ByteRows, matmul_dense, PackedMatrix
 from aqlm_kernels.cpu import gather, lookup
 from aqlm_kernels.cpu.dequantize import dequantize, gradients
 
 def product(multiply, codebook_size):
     matrix = random_matrix(codebook_size)
     x = torch.randn(3, matrix.in_features)
-    return lambda: [multiply(x, pack(matrix))]
+    return lambda: [multiply(x, PackedMatrix(matrix))]
 
 def weights(codebook_size):
     matrix = random_matrix(codebook_size)

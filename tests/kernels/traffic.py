@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from triton.runtime.interpreter import InterpreterBuilder, interpreter_builder
 
-from aqlm_kernels import AdditiveMatrix, pack
+from aqlm_kernels import AdditiveMatrix, PackedMatrix
 from aqlm_kernels.gpu import products
 
 SECTOR = 32  # bytes
@@ -81,11 +81,11 @@ def measured(product: str, scheme: str) -> list[str]:
     draw = torch.Generator().manual_seed(0)
     codes = torch.randint(0, codebook_size, (OUT, IN // group_size, num_codebooks), generator=draw)
     matrix = AdditiveMatrix(codes, torch.randn(codebooks, generator=draw), torch.ones(OUT))
-    packed, rows = pack(matrix), PRODUCTS[product]
+    packed, rows = PackedMatrix(matrix), PRODUCTS[product]
     parts = matrix.codes, matrix.codebooks, matrix.scales
     x, dy = torch.randn(rows, IN).half(), torch.randn(rows, OUT).half()
     used = sum(len(codes[..., m].unique()) for m in range(num_codebooks)) * group_size * 4  # bytes of codebooks
-    least = packed.codes.nbytes + used + matrix.scales.nbytes + x.nbytes + dy.nbytes  # y and dx are as large as these
+    least = packed.tiled.nbytes + used + matrix.scales.nbytes + x.nbytes + dy.nbytes  # y and dx are as large as these
     with counted() as traffic:
         if product.startswith("dC"):
             products.weight_gradients(dy, x, *parts)

@@ -26,7 +26,7 @@ from aqlm_kernels.cpu.lookup import Bytes, Stack, Tiles, multiply
 from aqlm_kernels.cpu.registers import LANES
 from aqlm_kernels.errors import KernelError
 from aqlm_kernels.linear import AdditiveLinear
-from aqlm_kernels.packed import pack
+from aqlm_kernels.packed import PackedMatrix
 
 SHORT = 16
 """Tokens of a prompt that are read one by one: faster than writing every weight out."""
@@ -139,12 +139,13 @@ class Decoder:
 
 
 class _Matrices(NamedTuple):
-    """A lookup.Stack as Numba takes it."""
+    """A lookup.Stack as Numba takes it, and the numbers of x."""
 
     codes: Bytes
     columns: Floats
     scales: Floats
     ends: Tiles
+    inputs: int
 
 
 class _Block(NamedTuple):
@@ -177,8 +178,8 @@ class _Block(NamedTuple):
 
 
 def _matrices(layers: Sequence[AdditiveLinear]) -> _Matrices:
-    stack = Stack.of([pack(layer.matrix) for layer in layers])
-    return _Matrices(stack.codes, stack.columns, stack.scales, stack.ends)
+    stack = Stack.of([PackedMatrix(layer.matrix) for layer in layers])
+    return _Matrices(stack.codes, stack.columns, stack.scales, stack.ends, layers[0].in_features)
 
 
 @compiled(fastmath=("contract",))
@@ -219,9 +220,7 @@ def _step(
         hidden[0, i] += change[i]
     inputs = _product(_normed(hidden, network_norm, epsilon), network_in, planes, threads)[0]
     first_up = network_in.ends[0] * LANES
-    gated = np.empty(
-        (1, network_out.codes.shape[1] // network_out.columns.shape[1] * network_out.columns.shape[2]), np.float32
-    )
+    gated = np.empty((1, network_out.inputs), np.float32)
     for i in range(gated.shape[1]):
         gated[0, i] = inputs[i] / (np.float32(1) + np.exp(-inputs[i])) * inputs[first_up + i]
     change = _product(gated, network_out, planes, threads)[0]

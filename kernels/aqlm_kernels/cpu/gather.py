@@ -32,7 +32,7 @@ _long = ir.IntType(64)
 def by_gather(x: Tensor, packed: PackedMatrix) -> Tensor:
     """y [rows, out] of x [rows, in], in float32, rounded once to x's type; any K."""
     y = torch.empty(x.shape[0], packed.out_features)
-    _by_gather(array(x), packed.codes.numpy(), array(packed.codebooks), array(packed.scales), y.numpy())
+    _by_gather(array(x), packed.tiled.numpy(), array(packed.codebooks), array(packed.scales), y.numpy())
     return y.to(x.dtype)
 
 

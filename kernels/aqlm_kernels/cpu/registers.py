@@ -16,8 +16,8 @@ from numba.core import cgutils
 
 from aqlm_kernels.cpu.compile import arrays, at, instruction, load, store
 
-AHEAD = 24
-"""Look-ups of one tile that codes are prefetched ahead."""
+AHEAD = 2**13
+"""Bytes that codes are prefetched ahead: the stream of all codes is longer than what a core fetches by itself."""
 
 LANES = 64  # outputs in a tile, bytes in a register
 ENTRIES = 256  # of a table; smaller codebooks are filled up
@@ -148,16 +148,16 @@ def _round(planes: int) -> Callable[..., Any]:
 
 
 def _look_up(tiles: int, planes: int) -> Callable[..., Any]:
-    """sums[row, tile * LANES + lane] += offset + unit * sum over i < count of tables[i, codes[tile, start + i, lane]]
+    """sums[row, (tile + t) * LANES + lane] += offset + unit * sum over i < count of tables[i, codes of table i]
 
-    for so many `tiles` at once: a table's registers are loaded once for all of them.
+    with codes[start + (i * tiles + t) * LANES + lane], for so many `tiles` t at once: a table's registers are loaded
+    once for all of them.
     """
 
     @instruction
     def look_up(
         typing_context: Any,
         codes: Any,
-        tile: Any,
         start: Any,
         tables: Any,
         count: Any,
@@ -165,8 +165,9 @@ def _look_up(tiles: int, planes: int) -> Callable[..., Any]:
         offset: Any,
         sums: Any,
         row: Any,
+        tile: Any,
     ) -> Any:
-        signature = types.void(codes, tile, start, tables, count, unit, offset, sums, row)
+        signature = types.void(codes, start, tables, count, unit, offset, sums, row, tile)
 
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             _generate(_Arguments(context, builder, signature, arguments), tiles, planes)
@@ -182,10 +183,9 @@ class _Arguments:
 
     def __init__(self, context: Any, builder: Any, signature: Any, arguments: Any) -> None:
         self.builder = builder
-        codes, tile, start, tables, self.count, self.unit, self.offset, sums, row = arguments
-        codes, tables, sums = arrays(context, builder, signature, arguments, 0, 3, 7)
-        self.codes = at(builder, codes, tile, start)
-        self.tile_stride = builder.extract_value(codes.strides, 0)
+        _, start, _, self.count, self.unit, self.offset, _, row, tile = arguments
+        codes, tables, sums = arrays(context, builder, signature, arguments, 0, 2, 6)
+        self.codes = at(builder, codes, start)
         self.tables = at(builder, tables)
         self.sums = at(builder, sums, row, builder.mul(tile, ir.Constant(_long, LANES)))
 
@@ -205,10 +205,10 @@ def _generate(a: _Arguments, tiles: int, planes: int) -> None:
         i = loop.index
         table = builder.gep(a.tables, [builder.mul(i, ir.Constant(_long, 256 * planes))])
         quarters = [load(builder, table, _bytes, LANES * q) for q in range(4 * planes)]
-        code = builder.gep(a.codes, [builder.mul(i, ir.Constant(_long, LANES))])
+        code = builder.gep(a.codes, [builder.mul(i, ir.Constant(_long, LANES * tiles))])
         for t in range(tiles):
-            here = builder.gep(code, [builder.mul(a.tile_stride, ir.Constant(_long, t))])
-            soon = builder.gep(here, [ir.Constant(_long, LANES * AHEAD)])
+            here = builder.gep(code, [ir.Constant(_long, LANES * t)])
+            soon = builder.gep(here, [ir.Constant(_long, AHEAD)])
             builder.call(prefetch, [soon, *(ir.Constant(_int, flag) for flag in (0, 3, 1))])
             index = load(builder, here, _bytes, 0)
             upper_half = builder.icmp_signed("<", index, ir.Constant(_bytes, None))

@@ -59,7 +59,7 @@ class _Steps(NamedTuple):
 
 def shares_of(packed: PackedMatrix) -> tuple[int, int]:
     """Into how many shares of the inputs a product of one row is cut, and the groups in each but the last."""
-    tiles, groups = packed.codes.shape[:2]
+    tiles, groups = packed.tiled.shape[:2]
     pieces = triton.cdiv(groups, _groups(packed.codebooks.shape[2], ONE_ROW))
     share = triton.cdiv(groups, max(1, min(PROGRAMS // tiles, pieces)))
     return triton.cdiv(groups, share), share
@@ -67,15 +67,15 @@ def shares_of(packed: PackedMatrix) -> tuple[int, int]:
 
 def multiply(x: Tensor, packed: PackedMatrix) -> Tensor:
     """y [rows, out] of x [rows, in], summed in float32; several rows multiply W rounded to the type of x."""
-    tiles, groups, num_codebooks = packed.codes.shape[:3]
+    tiles, groups, num_codebooks = packed.tiled.shape[:3]
     steps = _Steps(tile=groups * num_codebooks * TILE, lane=1, group=num_codebooks * TILE, codebook=TILE)
     if x.shape[0] != 1:
-        return _product(x, packed.codes, packed.codebooks, packed.scales, groups, steps)
+        return _product(x, packed.tiled, packed.codebooks, packed.scales, groups, steps)
     count, share = shares_of(packed)
     with _on(x):
         shares = torch.empty(count, packed.out_features, dtype=torch.float32, device=x.device)
         kernels.decode[(tiles, count)](
-            x.contiguous(), packed.codes, packed.codebooks, packed.scales, shares, packed.out_features, groups,
+            x.contiguous(), packed.tiled, packed.codebooks, packed.scales, shares, packed.out_features, groups,
             share, *steps, **options(packed.codebooks.shape, ONE_ROW),
         )  # fmt: skip
         return shares.sum(0)[None].to(x.dtype)
