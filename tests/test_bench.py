@@ -228,6 +228,12 @@ def test_the_bound_counts_what_one_token_reads(shape: str) -> None:
         }
 
 
+def test_an_int8_head_is_half_to_read(shape: str) -> None:
+    exact, rounded = (measured_shape(shape, "1x8g8", head=head) for head in ("exact", "int8"))
+    read = [report.read_bandwidth / report.rows[-1].decode_bound for report in (exact, rounded)]
+    assert read[0] - read[1] == pytest.approx(258 * 64)
+
+
 def test_types_that_do_not_fit_are_left_out_and_named(shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stage_module.os, "sysconf", lambda name: 600 if name == "SC_PAGE_SIZE" else 1000)
     events: list[Event] = []

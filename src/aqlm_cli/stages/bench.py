@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from aqlm_cli.blocks import count_parameters, replace_module
-from aqlm_cli.config import BenchConfig
+from aqlm_cli.config import BenchConfig, Head
 from aqlm_cli.errors import ModelError
 from aqlm_cli.events import Advanced, Emit, Noted, StageStarted
 from aqlm_cli.figures import draw_speed
@@ -130,7 +130,7 @@ def bench_shape(shape: str, scheme: AdditiveScheme, settings: BenchConfig, seed:
         if name not in left_out
     ]
     error = None if exact is None else relative_error(found, exact)
-    contenders.append(Contender("packed", decoding, size, size - 2 * _embedded_only(packed), error, layers))
+    contenders.append(Contender("packed", decoding, size, size - _unread(packed, settings.head), error, layers))
     return _compare(f"{shape}, {scheme}, random numbers", contenders, others, ids, settings, emit)
 
 
@@ -231,11 +231,16 @@ def _packed(source: ModelSource, ids: Tensor, settings: BenchConfig) -> Contende
     decoding = decoding_of(network, len(ids), settings.backend, settings.head)
     found = run_pass(decoding, ids, settings.prompt).logits
     error = relative_error(found, exact)
-    return Contender("packed", decoding, size, size - 2 * _embedded_only(network), error, _coded_layers(network))
+    return Contender("packed", decoding, size, size - _unread(network, settings.head), error, _coded_layers(network))
 
 
 def _coded_layers(network: nn.Module) -> tuple[AdditiveLinear, ...]:
     return tuple(module for module in network.modules() if isinstance(module, AdditiveLinear))
+
+
+def _unread(network: Any, head: Head) -> int:
+    """Bytes of a packed model that one token does not read."""
+    return 2 * _embedded_only(network) + (int(network.get_output_embeddings().weight.numel()) if head == "int8" else 0)
 
 
 def _embedded_only(network: Any) -> int:
