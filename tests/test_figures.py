@@ -31,7 +31,7 @@ def test_every_model_stands_in_the_picture_with_its_speed_and_share() -> None:
 def test_the_png_has_the_size_of_the_figure() -> None:
     picture = draw_speed(report(100))["png"]
     assert picture.startswith(b"\x89PNG\r\n")
-    assert struct.unpack(">II", picture[16:24]) == (1050, 675)
+    assert struct.unpack(">II", picture[16:24]) == (1050, 750)
 
 
 def test_the_same_numbers_give_the_same_bytes() -> None:

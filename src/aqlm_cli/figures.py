@@ -16,8 +16,9 @@ def draw_speed(report: BenchReport) -> dict[str, bytes]:
     The file's content by its format.
     """
     from matplotlib.figure import Figure  # takes a second to import
+    from matplotlib.ticker import LogLocator, NullLocator
 
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    figure = Figure(figsize=(7, 5), layout="constrained")
     axes = figure.subplots()
     read = [report.read_bandwidth / row.decode_bound for row in report.rows]  # bytes a token
     ends = [min(read) / 1.6, max(read) * 1.6]
@@ -26,12 +27,12 @@ def draw_speed(report: BenchReport) -> dict[str, bytes]:
         _point(axes, row, size / 1e6, f"C{number}")
     axes.set(xscale="log", yscale="log", xlabel="MB that one token reads", ylabel="tokens per second")
     for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_minor_locator(NullLocator())
         axis.set_major_formatter("{x:g}")
-        axis.set_minor_formatter("{x:g}")
-    axes.tick_params(which="both", labelsize=8)
-    axes.grid(which="both", color="0.9")
+    axes.grid(color="0.9")
     axes.set_title(_title(report), fontsize=9)
-    axes.legend(fontsize=8)
+    figure.legend(fontsize=8, loc="outside lower left")
     return {name: _rendered(figure, name) for name in FORMATS}
 
 
