@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from aqlm_cli.blocks import BlockCall
+from aqlm_cli.errors import ArtifactError
 from aqlm_cli.storage import storage_errors
 
 
@@ -18,9 +19,16 @@ def activation_file(path: Path, shape: tuple[int, ...]) -> Tensor:
 
     The space is reserved at once: a disk that fills up later would kill the process in the middle of a store.
     """
-    size = 4 * math.prod(shape)
     with storage_errors(path), open(path, "wb") as file:
-        os.posix_fallocate(file.fileno(), 0, size)
+        os.posix_fallocate(file.fileno(), 0, 4 * math.prod(shape))
+    return open_activations(path, shape)
+
+
+def open_activations(path: Path, shape: tuple[int, ...]) -> Tensor:
+    """The tensor that an earlier process left at `path`. Raises ArtifactError if it has another size."""
+    size = path.stat().st_size if path.is_file() else 0
+    if size != 4 * math.prod(shape):
+        raise ArtifactError(f"{path} has {size} bytes, not {4 * math.prod(shape)}; remove {path.parent} to begin anew")
     return torch.from_file(str(path), shared=True, size=math.prod(shape), dtype=torch.float32).view(shape)
 
 

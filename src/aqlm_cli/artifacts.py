@@ -4,7 +4,8 @@
         run.yaml                complete settings of the run
         calibration/            an artifact: safetensors files and a manifest.json
         quantized/              the next one; its manifest names the digest of the calibration it came from
-        packed.partial/         a stage that is running, or died: nobody reads it, its next start wipes it
+        packed.partial/         a stage that is running, or died: its next start wipes it, or goes on from its work/
+        lock                    held by the process at work (locking.py)
         reports/                what was measured, as plain JSON
 
 A stage is published whole or not at all: it works in `<name>.partial/`, its manifest is written last, after the
@@ -28,11 +29,14 @@ from pydantic import BaseModel, ConfigDict
 
 from aqlm_cli.config import RunConfig, build_config, differences, dump_yaml
 from aqlm_cli.errors import ArtifactError
+from aqlm_cli.locking import LOCK
 from aqlm_cli.storage import digest_file, storage_errors, sync_directory, write_file
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 RUN_FILE = "run.yaml"
+WORK, BEGUN = "work", "begun.json"
+"""What a stage needs to go on after an interruption lies in `work/`, beside what it was begun with; never published."""
 
 # Where each kind of artifact lies in a run directory; of several directories of one kind the first complete one counts.
 DIRECTORIES: Mapping[str, tuple[str, ...]] = {
@@ -151,15 +155,20 @@ class Stage:
     settings: Mapping[str, Any]
     parents: Mapping[str, str]
 
+    @property
+    def work(self) -> Path:
+        return self.directory / WORK
+
     def publish(self, results: Mapping[str, Any]) -> Artifact:
         """Write the manifest and rename the directory to its name, in place of the artifact that was there."""
         with storage_errors(self.directory):
+            (self.directory / MANIFEST).unlink(missing_ok=True)  # of a publication that was interrupted
             files = {
                 path.relative_to(self.directory).as_posix(): FileRecord(
                     sha256=digest_file(path), bytes=path.stat().st_size
                 )
                 for path in sorted(self.directory.rglob("*"))
-                if path.is_file()
+                if path.is_file() and not path.is_relative_to(self.work)
             }
         manifest = Manifest(
             kind=self.kind, settings=dict(self.settings), parents=dict(self.parents), files=files, results=dict(results)
@@ -176,6 +185,8 @@ class Stage:
             sync_directory(self.published.parent)
             if replaced.exists():
                 shutil.rmtree(replaced)
+            if (self.published / WORK).exists():
+                shutil.rmtree(self.published / WORK)
         return Artifact(self.published, manifest)
 
 
@@ -223,12 +234,13 @@ class RunDirectory:
         artifact = None if overwrite else self.artifact(kind)
         if artifact is None:
             return None
-        # Through JSON, as the manifest went: tuples become lists, integer keys become strings.
-        wanted = {"settings": json.loads(json.dumps(dict(settings))), "made from": dict(parents)}
+        wanted = _as_json({"settings": dict(settings), "made from": dict(parents)})
         there = {"settings": artifact.manifest.settings, "made from": artifact.manifest.parents}
         found = list(_differences(there, wanted))
         if found:
             raise ArtifactError(f"{artifact.directory} is there with {'; '.join(found)}; add --overwrite to redo it")
+        if (artifact.directory / WORK).exists():  # an interruption came just before it was cleared away
+            shutil.rmtree(artifact.directory / WORK)
         return artifact
 
     @property
@@ -252,6 +264,49 @@ class RunDirectory:
                 shutil.rmtree(partial)
             partial.mkdir(parents=True)
         yield Stage(partial, self.path / name, kind, settings, parents)
+
+    @contextlib.contextmanager
+    def resumed_stage(
+        self, name: str, kind: str, settings: Mapping[str, Any], parents: Mapping[str, str], overwrite: bool
+    ) -> Iterator[Stage]:
+        """The same, with what an interrupted one has left there; `work/` exists.
+
+        ArtifactError, with each difference named, if that was begun with other settings or from other parents, unless
+        `overwrite` gives it up. What was begun with the same goes on in either case.
+        """
+        partial = self.path / f"{name}.partial"
+        wanted = _as_json({"settings": dict(settings), "made from": dict(parents)})
+        begun = _begun(partial)
+        if begun is not None and begun != wanted:
+            if not overwrite:
+                found = "; ".join(_differences(begun, wanted))
+                raise ArtifactError(f"{partial} was begun with {found}; add --overwrite to begin anew")
+            begun = None
+        if begun is None:
+            with self.stage(name, kind, settings, parents) as stage:
+                with storage_errors(stage.work):
+                    stage.work.mkdir()
+                write_file(stage.work / BEGUN, json.dumps(wanted).encode())
+        else:
+            with storage_errors(partial):
+                for half_written in partial.rglob("*.tmp"):
+                    half_written.unlink()
+        yield Stage(partial, self.path / name, kind, settings, parents)
+
+
+def _begun(partial: Path) -> Any:
+    """With what the stage was begun that was interrupted there; None if it left nothing to go on from."""
+    try:
+        return json.loads((partial / WORK / BEGUN).read_bytes())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"{partial / WORK} cannot be read ({error}); remove it to begin anew") from error
+
+
+def _as_json(value: Any) -> Any:
+    """As it comes back from a file: tuples become lists, integer keys become strings."""
+    return json.loads(json.dumps(value))
 
 
 def _differences(there: Any, here: Any, name: str = "") -> Iterator[str]:
@@ -284,11 +339,12 @@ def open_run(path: Path, config: RunConfig, overwrite: bool = False) -> RunDirec
     """
     if is_run(path):
         earlier = read_run(path)
-        sections = {section for kind, names in _SHAPED_BY.items() if earlier.artifact(kind) for section in names}
+        there = [kind for kind in _SHAPED_BY if earlier.artifact(kind) or _begun(path / f"{kind}.partial") is not None]
+        sections = {section for kind in there for section in _SHAPED_BY[kind]}
         found = [line for section in sorted(sections) for line in differences(earlier.config, config, section)]
         if found and not overwrite:
             raise ArtifactError(f"{path} is another run: {'; '.join(found)}; choose another --out, or add --overwrite")
-    elif path.exists() and (not path.is_dir() or any(path.iterdir())):
+    elif path.exists() and (not path.is_dir() or any(entry.name != LOCK for entry in path.iterdir())):
         raise ArtifactError(f"{path} is there and is not a run directory; choose another --out")
     with storage_errors(path):
         path.mkdir(parents=True, exist_ok=True)

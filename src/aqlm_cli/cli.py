@@ -78,7 +78,7 @@ def calibrate(
     with Screen(json) as screen:
         pipeline.use_machine(settings)
         directory = out or pipeline.default_run_directory(settings)
-        report = pipeline.calibrate(settings, directory, overwrite, screen.emit)
+        report = pipeline.calibrate_run(settings, directory, overwrite, screen.emit)
         screen.finish(
             {"calibrate": report},
             following=_command("quantize", "--config", directory / "run.yaml", "--out", directory),

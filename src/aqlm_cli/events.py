@@ -13,16 +13,17 @@ from typing import TypeAlias
 
 @dataclass(frozen=True)
 class StageStarted:
-    """`total` steps of `unit` ("window", "block") lie ahead."""
+    """Of `total` steps of `unit` ("window", "block") `done` were finished before an interruption."""
 
     stage: str
     total: int
     unit: str
+    done: int = 0
 
 
 @dataclass(frozen=True)
 class Advanced:
-    """`done` of the stage's steps are finished, counted from its start."""
+    """`done` of the stage's steps are finished, with those before an interruption."""
 
     stage: str
     done: int

@@ -17,9 +17,10 @@ from aqlm_cli.artifacts import is_run, read_run
 from aqlm_cli.config import RunConfig, build_config
 from aqlm_cli.errors import UsageError
 from aqlm_cli.events import Emit, Noted
+from aqlm_cli.locking import exclusive
 from aqlm_cli.model import Subject, find_subject, resolve
 from aqlm_cli.openmp import forbid_nested_loops
-from aqlm_cli.report import GenerationReport, PackReport, Record
+from aqlm_cli.report import CalibrationReport, GenerationReport, PackReport, Record
 from aqlm_cli.scheme import SCHEMES_BY_BITS, AdditiveScheme, parse_scheme
 from aqlm_cli.speed_report import BenchReport
 from aqlm_cli.stages.bench import bench, bench_shape
@@ -31,7 +32,7 @@ from aqlm_cli.stages.pack import pack
 from aqlm_cli.stages.quantize import prepare, quantize
 
 __all__ = [
-    "calibrate",
+    "calibrate_run",
     "compare_speed",
     "compare_speed_of_shape",
     "continue_text",
@@ -88,22 +89,30 @@ def settings_for(target: str, flags: Mapping[str, Any]) -> RunConfig:
 
 def quantize_and_pack(config: RunConfig, run_directory: Path, overwrite: bool, emit: Emit) -> dict[str, Record]:
     """From the model to a checkpoint; what is complete and was made with the same settings is reused."""
-    if not is_run(run_directory) or read_run(run_directory).artifact("calibration") is None:
-        emit(Noted("there is no calibration yet, it runs first"))
-    calibrate(config, run_directory, overwrite, emit)
-    return {
-        "quantize": quantize(config, run_directory, overwrite, emit),
-        "pack": pack(run_directory, config.pack.format, overwrite, emit),
-    }
+    with exclusive(run_directory):
+        if not is_run(run_directory) or read_run(run_directory).artifact("calibration") is None:
+            emit(Noted("there is no calibration yet, it runs first"))
+        calibrate(config, run_directory, overwrite, emit)
+        return {
+            "quantize": quantize(config, run_directory, overwrite, emit),
+            "pack": pack(run_directory, config.pack.format, overwrite, emit),
+        }
+
+
+def calibrate_run(config: RunConfig, run_directory: Path, overwrite: bool, emit: Emit) -> CalibrationReport:
+    with exclusive(run_directory):
+        return calibrate(config, run_directory, overwrite, emit)
 
 
 def pack_run(config: RunConfig, run_directory: Path, overwrite: bool, emit: Emit) -> PackReport:
     """Pack a run, after quantizing it where that is missing."""
-    if read_run(run_directory).artifact("quantized") is None:
-        emit(Noted(f"{run_directory} is not quantized yet, that runs first"))
-        calibrate(config, run_directory, overwrite=False, emit=emit)
-        quantize(config, run_directory, overwrite=False, emit=emit)
-    return pack(run_directory, config.pack.format, overwrite, emit)
+    quantized = read_run(run_directory).artifact("quantized")
+    with exclusive(run_directory):
+        if quantized is None:
+            emit(Noted(f"{run_directory} is not quantized yet, that runs first"))
+            calibrate(config, run_directory, overwrite=False, emit=emit)
+            quantize(config, run_directory, overwrite=False, emit=emit)
+        return pack(run_directory, config.pack.format, overwrite, emit)
 
 
 def measure(target: str, config: RunConfig, windows: int | None, emit: Emit) -> dict[str, Record]:

@@ -3,30 +3,34 @@
 What the quantized blocks so far really put out enters the next block, so that it is measured on, and fitted to, the
 errors made before it. The target is what the original block makes of those same inputs; to aim at the original model's
 own hidden states instead, which would correct earlier errors too, was measured and is no better. The states lie in
-files and are touched a batch at a time.
+files and are touched a batch at a time. What enters a block stays until all of what enters the next one is on the disk,
+so that an interruption costs one block at most.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from aqlm_cli.activations import activation_file, compute_dtype, run_block
+from aqlm_cli.activations import activation_file, compute_dtype, open_activations, run_block
 from aqlm_cli.blocks import BlockCall, first_inputs, observe_inputs
 from aqlm_cli.methods.statistics import LayerStatistics, SecondMoment
+from aqlm_cli.storage import publish_file
+from aqlm_cli.unfinished import Unfinished
 
 
 @dataclass(frozen=True, eq=False)
 class Propagation:
-    """`hidden` is what enters the present block; the first `fitted` windows, and those after `measured`, have
+    """`hidden` is what enters the block `index`; the first `fitted` windows, and those after `measured`, have
     targets."""
 
+    work: Unfinished
+    index: int
     hidden: Tensor  # [windows, L, d]
-    targets: Tensor  # [windows, L, d], the original block's outputs; made by `measure`
+    targets: Tensor  # [windows, L, d], the original block's outputs; made by `measure`, and used up by `advance`
     measured: int  # windows whose inputs make the second moments; those after them are held out
     fitted: int  # windows that a block is fitted to, at most `measured`
     batch: int
@@ -46,33 +50,50 @@ class Propagation:
                 moments.setdefault(sharing, SecondMoment(x.shape[1], x.device)).add(x.to(self.dtype))
 
         with observe_inputs(block, collect):
-            self._run(block, call, torch.arange(self.measured), self.targets)
-        self._run(block, call, torch.arange(self.measured, len(self.hidden)), self.targets)
+            for chosen in self._batches(0, self.measured):
+                self.targets[chosen] = self._run(block, call, chosen)
+        for chosen in self._batches(self.measured, len(self.hidden)):
+            self.targets[chosen] = self._run(block, call, chosen)
         found = {sharing: moment.statistics() for sharing, moment in moments.items()}
         return {path: statistics for sharing, statistics in found.items() for path in sharing}
 
     def advance(self, block: nn.Module, call: BlockCall) -> float:
-        """Move `hidden` on to the quantized block's outputs; their squared error in the fitted windows, relative."""
-        self._run(block, call, torch.arange(len(self.hidden)), self.hidden)
+        """Run the quantized block; the squared error of what it puts out in the fitted windows, relative."""
         error = energy = 0.0
-        for chosen in torch.arange(self.fitted).split(self.batch):
-            target = self.targets[chosen]
-            error += float((self.hidden[chosen] - target).square().sum(dtype=torch.float64))
-            energy += float(target.square().sum(dtype=torch.float64))
+        for chosen in self._batches(0, len(self.hidden)):
+            output, target = self._run(block, call, chosen), self.targets[chosen]
+            fitted = chosen < self.fitted
+            error += float((output[fitted] - target[fitted]).square().sum(dtype=torch.float64))
+            energy += float(target[fitted].square().sum(dtype=torch.float64))
+            self.targets[chosen] = output
         return error / energy if energy > 0 else 0.0
 
-    def _run(self, block: nn.Module, call: BlockCall, windows: Tensor, outputs: Tensor) -> None:
-        for chosen in windows.split(self.batch) if len(windows) else ():  # split gives one part even of nothing
-            outputs[chosen] = run_block(block, call, self.hidden[chosen].to(self.device), self.dtype).cpu()
+    def next(self) -> Propagation:
+        """At the block after this one, which is finished from here on: what was put out is what enters."""
+        publish_file(self.work.targets, self.work.hidden(self.index + 1))
+        self.work.hidden(self.index).replace(self.work.targets)  # its space serves again
+        return replace(self, index=self.index + 1, hidden=self.targets, targets=self.hidden)
+
+    def _batches(self, first: int, last: int) -> Iterable[Tensor]:
+        return torch.arange(first, last).split(self.batch) if first < last else ()  # split gives a part even of nothing
+
+    def _run(self, block: nn.Module, call: BlockCall, windows: Tensor) -> Tensor:
+        return run_block(block, call, self.hidden[windows].to(self.device), self.dtype).cpu()
 
 
 def start_propagation(
-    network: nn.Module, ids: Tensor, measured: int, fitted: int, batch: int, device: torch.device, directory: Path
+    network: nn.Module, ids: Tensor, measured: int, fitted: int, batch: int, device: torch.device, work: Unfinished
 ) -> Propagation:
-    """The states that enter the first block for the token ids `[windows, L]`, in files `directory/*.activations`."""
-    shape = (*ids.shape, first_inputs(network, ids[:1, :1].to(device)).shape[2])
-    hidden = activation_file(directory / "hidden.activations", shape)
-    for chosen in torch.arange(len(ids)).split(batch):
-        hidden[chosen] = first_inputs(network, ids[chosen].to(device)).float().cpu()
-    targets = activation_file(directory / "targets.activations", shape)
-    return Propagation(hidden, targets, measured, fitted, batch, compute_dtype(device), device)
+    """The states of the token ids `[windows, L]` at the first block that is not finished."""
+    index, shape = work.blocks, (*ids.shape, first_inputs(network, ids[:1, :1].to(device)).shape[2])
+    if not work.hidden(index).exists():
+        beside = work.targets
+        entering = activation_file(beside, shape)
+        for chosen in torch.arange(len(ids)).split(batch):
+            entering[chosen] = first_inputs(network, ids[chosen].to(device)).float().cpu()
+        publish_file(beside, work.hidden(index))
+    hidden = open_activations(work.hidden(index), shape)
+    for old in set(work.directory.glob("hidden-*.activations")) - {work.hidden(index)}:
+        old.unlink()  # an interruption came between two renames
+    targets = activation_file(work.targets, shape)
+    return Propagation(work, index, hidden, targets, measured, fitted, batch, compute_dtype(device), device)

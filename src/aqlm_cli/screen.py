@@ -69,7 +69,7 @@ class Screen:
 
     def emit(self, event: Event) -> None:
         if isinstance(event, StageStarted):
-            bar = self._progress.add_task(event.stage, total=event.total, ahead="")
+            bar = self._progress.add_task(event.stage, total=event.total, completed=event.done, ahead="")
             self._stages[event.stage] = _Stage(event, bar, time.monotonic())
         elif isinstance(event, Advanced):
             self._advance(self._stages[event.stage], event)
@@ -96,7 +96,7 @@ class Screen:
     def _advance(self, stage: _Stage, event: Advanced) -> None:
         total, spent = stage.event.total, time.monotonic() - stage.start
         # By all steps so far. rich's own estimate looks at the last seconds only, and one step may take longer.
-        left = spent / event.done * (total - event.done)
+        left = spent / (event.done - stage.event.done) * (total - event.done)
         ahead = f"{_clock(left)} left" if event.done < total else f"done in {_clock(spent)}"
         ahead += f", {event.detail}" if event.detail else ""
         self._progress.update(stage.bar, completed=event.done, ahead=ahead, visible=event.done < total)
@@ -118,7 +118,7 @@ class OneLineErrors(TyperGroup):
         except _mendable() as error:
             _end(str(error), getattr(error, "exit_status", 1), error)
         except KeyboardInterrupt as interrupt:
-            _end("interrupted; finished stages are kept, the same command goes on after them", 130, interrupt)
+            _end("interrupted; what is finished is kept, the same command goes on after it", 130, interrupt)
 
 
 def _mendable() -> tuple[type[Exception], ...]:

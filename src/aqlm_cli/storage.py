@@ -1,7 +1,8 @@
 """The one way anything gets written, and how tensors lie in files.
 
 `write_file` is the only function of this package that writes: beside the place, synced, renamed, so that a file is
-there whole or not at all. safetensors files are streamed through it, one tensor in memory at a time.
+there whole or not at all. safetensors files are streamed through it, one tensor in memory at a time. (Hidden states are
+files that are memory; they come to their names in the same way, by `publish_file`.)
 """
 
 from __future__ import annotations
@@ -55,6 +56,15 @@ def write_file(path: Path, data: bytes | Iterable[bytes]) -> None:
             with contextlib.suppress(OSError):
                 beside.unlink(missing_ok=True)
             raise
+
+
+def publish_file(beside: Path, path: Path) -> None:
+    """What was written at `beside`, by whatever means, takes the place of `path` once it is on the disk."""
+    with storage_errors(path):
+        with open(beside, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+        sync_directory(path.parent)
 
 
 def digest_file(path: Path) -> str:

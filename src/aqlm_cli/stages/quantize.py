@@ -6,6 +6,9 @@ For one block, with its inputs for all windows in a file:
 2. its matrices are compressed, side by side;
 3. the compressed block is fitted to the targets, then rounded to the 16 bits in which it will be stored;
 4. its outputs take the place of the inputs: the next block will see, and correct, the error made here.
+
+Finished blocks, and finished matrices of the present one, are on the disk (unfinished.py): after an interruption the
+same command goes on from there, to the same bytes.
 """
 
 from __future__ import annotations
@@ -18,11 +21,12 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from aqlm_cli.artifacts import Artifact, open_run
+from aqlm_cli.artifacts import Artifact, Stage, open_run
 from aqlm_cli.blocks import (
     BlockCall,
     count_parameters,
@@ -45,6 +49,7 @@ from aqlm_cli.scheme import AdditiveScheme, Scheme, parse_scheme
 from aqlm_cli.seeds import generator
 from aqlm_cli.storage import load_tensors, save_tensors
 from aqlm_cli.tuning.block import BlockData, fit_block, round_to_16_bits, tuned_parameters
+from aqlm_cli.unfinished import Unfinished
 from aqlm_kernels import AdditiveLinear, AdditiveMatrix, choose, smallest
 
 STAGE = "quantize"
@@ -73,15 +78,15 @@ def quantize(config: RunConfig, run_directory: Path, overwrite: bool, emit: Emit
         return _report(quantized)
     network = load_network(source, torch.float32, config.device)
     plan = _plan(config, network)
-    started = time.monotonic()
-    with run.stage("quantized", "quantized", settings, parents) as stage:
-        layers = _quantize_blocks(config, network, plan, calibration, stage.directory, emit)
+    with run.resumed_stage("quantized", "quantized", settings, parents, overwrite) as stage:
+        found = _quantize_blocks(config, network, plan, calibration, stage, emit)
+        layers = {path: measured for block in found for path, measured in block["layers"].items()}
         report = _plan_report(config, plan).as_json()
         del report["skipped"], report["kernel"]
         errors = [layer["relative_error"] for layer in layers.values() if layer["relative_error"] > 0]
         report["mean_relative_error"] = math.exp(sum(map(math.log, errors)) / len(errors)) if errors else 0.0
-        report["seconds"] = time.monotonic() - started
-        report["peak_memory_bytes"] = peak_memory_bytes()
+        report["seconds"] = sum(block["seconds"] for block in found)
+        report["peak_memory_bytes"] = max(block["peak_memory_bytes"] for block in found)
         model = {"name": source.name, "identity": source.identity}
         quantized = stage.publish({"plan": plan.to_json(), "layers": layers, "model": model, "report": report})
     return _report(quantized)
@@ -137,34 +142,39 @@ class _Work:
 
     config: RunConfig
     schemes: Mapping[str, Scheme]  # of every layer to quantize, by path
-    states: Propagation
-    directory: Path
+    stage: Stage
+    unfinished: Unfinished
     emit: Emit
 
 
 def _quantize_blocks(
-    config: RunConfig, network: nn.Module, plan: Plan, calibration: Artifact, directory: Path, emit: Emit
-) -> dict[str, dict[str, float]]:
-    """Write `block-NNN.safetensors` of every block that has something to quantize; return the layers' measurements."""
+    config: RunConfig, network: nn.Module, plan: Plan, calibration: Artifact, stage: Stage, emit: Emit
+) -> list[dict[str, Any]]:
+    """Write `block-NNN.safetensors` of every block that has something to quantize; return what was measured of each."""
+    started = time.monotonic()
     ids, measured = _windows(config, calibration)
     if config.quantize.fit.epochs and measured == len(ids):
         emit(Warned("there is one window of text only, so none can be held out and blocks are not fitted; add text"))
     blocks = find_blocks(network)
     schemes = {target.path: target.scheme for target in plan.targets if target.scheme is not None}
     last = max(index for index, path in enumerate(blocks.paths) if any(name.startswith(path + ".") for name in schemes))
-    emit(StageStarted(STAGE, last + 1, "block"))
+    unfinished = Unfinished(stage.work)
+    if unfinished.blocks:
+        emit(Noted(f"{stage.directory} holds {unfinished.blocks} of {last + 1} blocks, going on after them"))
+    emit(StageStarted(STAGE, last + 1, "block", done=unfinished.blocks))
     device = torch.device(config.device)
     fitted = min(config.quantize.fit.sequences, measured)
     calls = record_calls(network, ids[:1].to(device))
-    states = start_propagation(network, ids, measured, fitted, config.quantize.batch, device, directory)
-    work = _Work(config, schemes, states, directory, emit)
-    layers: dict[str, dict[str, float]] = {}
-    for index in range(last + 1):
-        layers.update(_quantize_block(work, index, blocks.paths[index], blocks.modules[index], calls[index]))
+    states = start_propagation(network, ids, measured, fitted, config.quantize.batch, device, unfinished)
+    work = _Work(config, schemes, stage, unfinished, emit)
+    for index in range(states.index, last + 1):
+        layers = _quantize_block(work, states, blocks.paths[index], blocks.modules[index], calls[index])
+        seconds = time.monotonic() - started
+        unfinished.record(index, {"layers": layers, "seconds": seconds, "peak_memory_bytes": peak_memory_bytes()})
+        states, started = states.next(), started + seconds
+        unfinished.forget_matrices()
         emit(Advanced(STAGE, index + 1))
-    for path in directory.glob("*.activations"):
-        path.unlink()
-    return layers
+    return [unfinished.recorded(index) for index in range(last + 1)]
 
 
 def _windows(config: RunConfig, calibration: Artifact) -> tuple[Tensor, int]:
@@ -181,39 +191,42 @@ def _windows(config: RunConfig, calibration: Artifact) -> tuple[Tensor, int]:
 
 
 def _quantize_block(
-    work: _Work, index: int, prefix: str, block: nn.Module, call: BlockCall
+    work: _Work, states: Propagation, prefix: str, block: nn.Module, call: BlockCall
 ) -> dict[str, dict[str, float]]:
-    """One block, start to end; on return `work.states` is at the next one."""
+    """One block, start to end, and what was measured of its layers."""
     started = time.monotonic()
     section = work.config.quantize
     # Paths inside the block, as the block knows them.
     chosen = {path: layer for path, layer in linears(block, "").items() if f"{prefix}.{path}" in work.schemes}
-    statistics = work.states.measure(block, call, chosen)
+    statistics = states.measure(block, call, chosen)
     for path in chosen:
         if path not in statistics:
             raise QuantizationError(f"{prefix}.{path}: no text ever reaches it; add text, or leave it out with --skip")
+    kept = {path: work.unfinished.kept(f"{prefix}.{path}") for path in chosen}
     tasks = [
         Task(f"{prefix}.{path}", layer.weight.detach(), statistics[path], work.schemes[f"{prefix}.{path}"])
         for path, layer in chosen.items()
+        if kept[path] is None
     ]
     method, threads = METHODS[section.method], torch.get_num_threads()
-    compressed = compress_all(tasks, method, section.search, work.config.seed, threads, _reporter(work.emit))
+    made = compress_all(tasks, method, section.search, work.config.seed, threads, _keeper(work))
+    compressed = {**made, **{one.path: one for one in kept.values() if one is not None}}
     for path, layer in chosen.items():
         replace_module(block, path, _compressed_linear(compressed[f"{prefix}.{path}"].matrix, layer))
-    gain = _fit(work, prefix, block, call)
+    gain = _fit(work, states, prefix, block, call)
     round_to_16_bits(block)
-    error = work.states.advance(block, call)
+    error = states.advance(block, call)
     if chosen:
-        _save(work.directory / f"block-{index:03d}.safetensors", prefix, block, compressed)
-        work.emit(BlockQuantized(index, error, gain, time.monotonic() - started))
+        _save(work.stage.directory / f"block-{states.index:03d}.safetensors", prefix, block, compressed)
+        work.emit(BlockQuantized(states.index, error, gain, time.monotonic() - started))
     return {
         path: {"relative_error": one.relative_error, "seconds": one.seconds} for path, one in sorted(compressed.items())
     }
 
 
-def _fit(work: _Work, prefix: str, block: nn.Module, call: BlockCall) -> float:
+def _fit(work: _Work, states: Propagation, prefix: str, block: nn.Module, call: BlockCall) -> float:
     """Fit what is additive in the block; the share of its held-out error that this removed."""
-    settings, states = work.config.quantize.fit, work.states
+    settings = work.config.quantize.fit
     if (
         not settings.epochs
         or states.measured == len(states.hidden)
@@ -248,8 +261,9 @@ def _save(path: Path, prefix: str, block: nn.Module, compressed: Mapping[str, Co
     save_tensors(path, {**tensors, **vectors}, {"kinds": json.dumps(kinds)})
 
 
-def _reporter(emit: Emit) -> Callable[[Compressed], None]:
-    def report(one: Compressed) -> None:
-        emit(LayerQuantized(one.path, one.relative_error, one.matrix.bits() / one.weights, one.seconds))
+def _keeper(work: _Work) -> Callable[[Compressed], None]:
+    def keep(one: Compressed) -> None:
+        work.unfinished.keep(one)
+        work.emit(LayerQuantized(one.path, one.relative_error, one.matrix.bits() / one.weights, one.seconds))
 
-    return report
+    return keep
