@@ -79,9 +79,11 @@ def driver(run_file: Path) -> Any:
 
 
 def published(out: str) -> dict[str, Any]:
-    """All that a run has made: the bytes of files, manifests without what was measured."""
+    """All that a run has made: the bytes of files, manifests without what was measured; no logs, which hold times."""
     found: dict[str, Any] = {}
     for path in sorted(Path(out).rglob("*")):
+        if path.is_relative_to(Path(out) / "logs"):
+            continue
         if path.name == "manifest.json":
             found[str(path.relative_to(out))] = {**json.loads(path.read_bytes()), "results": None}
         elif path.is_file():

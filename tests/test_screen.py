@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
+from aqlm_cli import screen as screen_module
+from aqlm_cli.errors import UsageError
 from aqlm_cli.events import Advanced, BlockQuantized, LayerQuantized, Noted, StageStarted, Warned
 from aqlm_cli.report import PackReport
 from aqlm_cli.screen import PLAIN_STEPS, Screen
@@ -51,3 +54,42 @@ def test_with_json_the_events_go_to_stderr(capsys: pytest.CaptureFixture[str]) -
     with Screen(as_json=True) as screen:
         screen.emit(Noted("working"))
     assert capsys.readouterr() == ("", "working\n")
+
+
+def test_quiet_leaves_results_and_warnings(capsys: pytest.CaptureFixture[str]) -> None:
+    with Screen(as_json=False, quiet=True) as screen:
+        screen.emit(StageStarted("quantize", 1, "block"))
+        screen.emit(Advanced("quantize", 1))
+        screen.emit(Noted("working"))
+        screen.emit(Warned("mind the gap"))
+        screen.show(PackReport(Path("on the way"), "transformers", "2x8g8", 2.15, 2.15, 200, 14))
+        screen.finish({"pack": PackReport(Path("at the end"), "dense", "2x8g8", 2.15, 2.15, 200, 14)}, "next")
+    found = capsys.readouterr().out
+    assert found.startswith("warning: mind the gap\n") and "at the end" in found
+    assert not any(said in found for said in ("working", "quantize", "on the way", "next"))
+
+
+def test_verbose_tells_every_step_and_when(capsys: pytest.CaptureFixture[str]) -> None:
+    with Screen(as_json=False, verbose=True) as screen:
+        screen.emit(StageStarted("calibrate", 100, "window"))
+        for done in range(1, 101):
+            screen.emit(Advanced("calibrate", done))
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 100
+    assert all(re.match(r"\d\d:\d\d:\d\d calibrate: \d+ of 100 windows, ", line) for line in lines)
+
+
+def test_quiet_and_verbose_exclude_each_other() -> None:
+    with pytest.raises(UsageError, match="give one of them"):
+        Screen(as_json=False, quiet=True, verbose=True)
+
+
+def test_steps_before_an_interruption_took_no_time_of_this_one(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter([100.0, 160.0])
+    monkeypatch.setattr(screen_module.time, "monotonic", lambda: next(clock))
+    with Screen(as_json=False) as screen:
+        screen.emit(StageStarted("quantize", 10, "block", done=4))
+        screen.emit(Advanced("quantize", 6))  # two blocks in a minute, so the last four take two
+    assert "quantize: 6 of 10 blocks, 0:02:00 left" in capsys.readouterr().out

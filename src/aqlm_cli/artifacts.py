@@ -7,6 +7,7 @@
         packed.partial/         a stage that is running, or died: its next start wipes it, or goes on from its work/
         lock                    held by the process at work (locking.py)
         reports/                what was measured, as plain JSON
+        logs/                   what the screen showed of each stage (journal.py)
 
 A stage is published whole or not at all: it works in `<name>.partial/`, its manifest is written last, after the
 digests of all files are known, and one rename makes the directory visible. So a directory with a manifest is complete,
@@ -29,7 +30,7 @@ from pydantic import BaseModel, ConfigDict
 
 from aqlm_cli.config import RunConfig, build_config, differences, dump_yaml
 from aqlm_cli.errors import ArtifactError
-from aqlm_cli.locking import LOCK
+from aqlm_cli.locking import LOCK, LOGS
 from aqlm_cli.storage import digest_file, storage_errors, sync_directory, write_file
 
 FORMAT_VERSION = 1
@@ -344,7 +345,7 @@ def open_run(path: Path, config: RunConfig, overwrite: bool = False) -> RunDirec
         found = [line for section in sorted(sections) for line in differences(earlier.config, config, section)]
         if found and not overwrite:
             raise ArtifactError(f"{path} is another run: {'; '.join(found)}; choose another --out, or add --overwrite")
-    elif path.exists() and (not path.is_dir() or any(entry.name != LOCK for entry in path.iterdir())):
+    elif path.exists() and (not path.is_dir() or any(entry.name not in (LOCK, LOGS) for entry in path.iterdir())):
         raise ArtifactError(f"{path} is there and is not a run directory; choose another --out")
     with storage_errors(path):
         path.mkdir(parents=True, exist_ok=True)

@@ -58,6 +58,8 @@ def calibrate(
     out: options.Out = None,
     overwrite: options.Overwrite = False,
     json: options.Json = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
 ) -> None:
     """Cut a text into windows and measure the model on them.
 
@@ -75,7 +77,7 @@ def calibrate(
             "calibrate": {"data": data, "sequences": sequences, "sequence_length": sequence_length},
         },
     )
-    with Screen(json) as screen:
+    with Screen(json, quiet, verbose) as screen:
         pipeline.use_machine(settings)
         directory = out or pipeline.default_run_directory(settings)
         report = pipeline.calibrate_run(settings, directory, overwrite, screen.emit)
@@ -107,6 +109,8 @@ def quantize(
     overwrite: options.Overwrite = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
     json: options.Json = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
 ) -> None:
     """Compress a model's linear layers and pack the result.
 
@@ -128,7 +132,7 @@ def quantize(
             "quantize": {"method": method, "scheme": options.chosen_scheme(bits, scheme), "skip": skip, "only": only},
         },
     )
-    with Screen(json) as screen:
+    with Screen(json, quiet, verbose) as screen:
         pipeline.use_machine(settings)
         directory = out or pipeline.default_run_directory(settings)
         plan = pipeline.prepare(settings)
@@ -146,6 +150,8 @@ def pack(
     format: Annotated[str | None, typer.Option(help="transformers, or dense: an ordinary 16-bit checkpoint.")] = None,
     overwrite: options.Overwrite = False,
     json: options.Json = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
 ) -> None:
     """Write a quantized model as a checkpoint for others.
 
@@ -156,7 +162,7 @@ def pack(
     from aqlm_cli import pipeline
 
     settings = pipeline.settings_of_run(run, {"pack": {"format": format}})
-    with Screen(json) as screen:
+    with Screen(json, quiet, verbose) as screen:
         report = pipeline.pack_run(settings, run, overwrite, screen.emit)
         screen.finish({"pack": report}, following=_command("generate", run, "--prompt", PROMPT))
 
@@ -173,6 +179,8 @@ def eval_ppl(
     device: options.Device = None,
     threads: options.Threads = None,
     json: options.Json = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
 ) -> None:
     """Measure perplexity; of a run, beside the original's.
 
@@ -191,7 +199,7 @@ def eval_ppl(
             "eval_ppl": {"data": data and [data], "sequence_length": sequence_length, "dtype": dtype},
         },
     )
-    with Screen(json) as screen:
+    with Screen(json, quiet, verbose) as screen:
         pipeline.use_machine(settings)
         reports = pipeline.measure(target, settings, windows, screen.emit)
         screen.finish(reports, following=_command("bench", target))
@@ -217,6 +225,8 @@ def bench(
     trust_remote_code: options.RemoteCode = None,
     threads: options.Threads = None,
     json: options.Json = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
     md: Annotated[bool, typer.Option("--md", help="Markdown tables on stdout, everything else on stderr.")] = False,
     csv: Annotated[bool, typer.Option("--csv", help="Likewise comma-separated values.")] = False,
 ) -> None:
@@ -252,7 +262,7 @@ def bench(
             },
         },
     )
-    with Screen(json, for_machines=md or csv) as screen:
+    with Screen(json, quiet, verbose, for_machines=md or csv) as screen:
         pipeline.use_machine(settings)
         if target is None:
             report = pipeline.compare_speed_of_shape(str(shape), settings, screen.emit)
@@ -278,6 +288,8 @@ def generate(
     device: options.Device = None,
     threads: options.Threads = None,
     json: options.Json = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
 ) -> None:
     """Continue a text.
 
@@ -289,7 +301,7 @@ def generate(
 
     flags = options.machine_flags(None, revision, trust_remote_code, seed, device, threads)
     settings = pipeline.settings_for(target, {**flags, "bench": {"backend": backend, "head": head}})
-    with Screen(json) as screen:
+    with Screen(json, quiet, verbose) as screen:
         pipeline.use_machine(settings)
         report = pipeline.continue_text(target, settings, prompt, tokens, temperature, screen.emit)
         screen.finish({"generate": report}, following=_command("bench", target))
@@ -301,6 +313,8 @@ def run(
     out: options.Out = None,
     overwrite: options.Overwrite = False,
     json: options.Json = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
 ) -> None:
     """Run all stages of a run file, calibration to benchmark.
 
@@ -311,12 +325,33 @@ def run(
     from aqlm_cli import pipeline
 
     settings = build_config(None, file, {})
-    with Screen(json) as screen:
+    with Screen(json, quiet, verbose) as screen:
         pipeline.use_machine(settings)
         directory = out or pipeline.default_run_directory(settings)
         screen.show(pipeline.prepare(settings))
         reports = pipeline.run_all(settings, directory, overwrite, screen.emit)
         screen.finish(reports, following=_command("generate", directory, "--prompt", PROMPT))
+
+
+@app.command()
+def status(run: options.Run, json: options.Json = False) -> None:
+    """Show where a run stands and how long it will take.
+
+    Another process may be at work in it; nothing is waited for.
+
+    \b
+    Example:
+      aqlm status runs/SmolLM2-135M-Instruct-2bit
+    """
+    from aqlm_cli import pipeline
+
+    with Screen(json) as screen:
+        report = pipeline.status(run)
+        finished = all(stage.state == "finished" for stage in report.stages)
+        following = _command("eval-ppl", run) if finished else _command("status", run)
+        if not finished and report.process is None:
+            following = _command("quantize", "--config", run / "run.yaml", "--out", run)
+        screen.finish({"status": report}, following=following)
 
 
 @app.command()

@@ -14,7 +14,8 @@ from pathlib import Path
 from aqlm_cli.errors import ArtifactError
 from aqlm_cli.storage import storage_errors
 
-LOCK = "lock"
+LOCK, LOGS = "lock", "logs"
+"""What may lie in a directory before it is a run."""
 
 
 @contextlib.contextmanager
@@ -43,6 +44,19 @@ def exclusive(run_directory: Path) -> Iterator[None]:
             yield
         finally:
             file.truncate(0)
+
+
+def holder(run_directory: Path) -> str | None:
+    """The process that is at work in a run, in words; None if there is none."""
+    path = run_directory / LOCK
+    if not path.is_file():
+        return None
+    with open(path) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return _holder(file.read())
+    return None
 
 
 def _holder(text: str) -> str:

@@ -67,6 +67,8 @@ Backend = Annotated[str | None, typer.Option(help="Of packed products, as `aqlm 
 Head = Annotated[str | None, typer.Option(help="exact, or int8: the output head in bytes, which is less to read.")]
 Out = Annotated[Path | None, typer.Option(help="Run directory; runs/NAME-BITS if not given.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Redo what is there.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Results, warnings and errors alone.")]
+Verbose = Annotated[bool, typer.Option("--verbose", help="Every step, with the time of day.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, everything else on stderr.")]
 
 

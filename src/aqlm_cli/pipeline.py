@@ -7,6 +7,7 @@ one is run first.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,11 @@ from aqlm_cli.artifacts import is_run, read_run
 from aqlm_cli.config import RunConfig, build_config
 from aqlm_cli.errors import UsageError
 from aqlm_cli.events import Emit, Noted
+from aqlm_cli.journal import logged
 from aqlm_cli.locking import exclusive
 from aqlm_cli.model import Subject, find_subject, resolve
 from aqlm_cli.openmp import forbid_nested_loops
-from aqlm_cli.report import CalibrationReport, GenerationReport, PackReport, Record
+from aqlm_cli.report import CalibrationReport, GenerationReport, PackReport, QuantizeReport, Record
 from aqlm_cli.scheme import SCHEMES_BY_BITS, AdditiveScheme, parse_scheme
 from aqlm_cli.speed_report import BenchReport
 from aqlm_cli.stages.bench import bench, bench_shape
@@ -30,6 +32,7 @@ from aqlm_cli.stages.eval_ppl import eval_ppl
 from aqlm_cli.stages.generate import generate
 from aqlm_cli.stages.pack import pack
 from aqlm_cli.stages.quantize import prepare, quantize
+from aqlm_cli.stages.status import status
 
 __all__ = [
     "calibrate_run",
@@ -45,6 +48,7 @@ __all__ = [
     "run_all",
     "settings_for",
     "settings_of_run",
+    "status",
     "use_machine",
 ]
 
@@ -92,16 +96,16 @@ def quantize_and_pack(config: RunConfig, run_directory: Path, overwrite: bool, e
     with exclusive(run_directory):
         if not is_run(run_directory) or read_run(run_directory).artifact("calibration") is None:
             emit(Noted("there is no calibration yet, it runs first"))
-        calibrate(config, run_directory, overwrite, emit)
+        _calibrate(config, run_directory, overwrite, emit)
         return {
-            "quantize": quantize(config, run_directory, overwrite, emit),
-            "pack": pack(run_directory, config.pack.format, overwrite, emit),
+            "quantize": _quantize(config, run_directory, overwrite, emit),
+            "pack": _pack(config, run_directory, overwrite, emit),
         }
 
 
 def calibrate_run(config: RunConfig, run_directory: Path, overwrite: bool, emit: Emit) -> CalibrationReport:
     with exclusive(run_directory):
-        return calibrate(config, run_directory, overwrite, emit)
+        return _calibrate(config, run_directory, overwrite, emit)
 
 
 def pack_run(config: RunConfig, run_directory: Path, overwrite: bool, emit: Emit) -> PackReport:
@@ -110,22 +114,40 @@ def pack_run(config: RunConfig, run_directory: Path, overwrite: bool, emit: Emit
     with exclusive(run_directory):
         if quantized is None:
             emit(Noted(f"{run_directory} is not quantized yet, that runs first"))
-            calibrate(config, run_directory, overwrite=False, emit=emit)
-            quantize(config, run_directory, overwrite=False, emit=emit)
-        return pack(run_directory, config.pack.format, overwrite, emit)
+            _calibrate(config, run_directory, overwrite=False, emit=emit)
+            _quantize(config, run_directory, overwrite=False, emit=emit)
+        return _pack(config, run_directory, overwrite, emit)
+
+
+def _calibrate(config: RunConfig, run_directory: Path, overwrite: bool, emit: Emit) -> CalibrationReport:
+    with logged(run_directory, "calibrate", emit) as both:
+        return calibrate(config, run_directory, overwrite, both)
+
+
+def _quantize(config: RunConfig, run_directory: Path, overwrite: bool, emit: Emit) -> QuantizeReport:
+    with logged(run_directory, "quantize", emit) as both:
+        return quantize(config, run_directory, overwrite, both)
+
+
+def _pack(config: RunConfig, run_directory: Path, overwrite: bool, emit: Emit) -> PackReport:
+    with logged(run_directory, "pack", emit) as both:
+        return pack(run_directory, config.pack.format, overwrite, both)
 
 
 def measure(target: str, config: RunConfig, windows: int | None, emit: Emit) -> dict[str, Record]:
     """Perplexity on every text of the settings."""
     subject, section = _subject(target, config, emit), config.eval_ppl
-    return {
-        text: eval_ppl(subject, text, section.sequence_length, section.dtype, windows, config.device, emit)
-        for text in section.data
-    }
+    with _logged_of(subject, "eval-ppl", emit) as both:
+        return {
+            text: eval_ppl(subject, text, section.sequence_length, section.dtype, windows, config.device, both)
+            for text in section.data
+        }
 
 
 def compare_speed(target: str, config: RunConfig, emit: Emit) -> BenchReport:
-    return bench(_subject(target, config, emit), config.bench, config.seed, emit)
+    subject = _subject(target, config, emit)
+    with _logged_of(subject, "bench", emit) as both:
+        return bench(subject, config.bench, config.seed, both)
 
 
 def compare_speed_of_shape(shape: str, config: RunConfig, emit: Emit) -> BenchReport:
@@ -159,3 +181,8 @@ def _subject(target: str, config: RunConfig, emit: Emit) -> Subject:
             emit(Noted(f"{target} is not packed yet, that runs first"))
             pack_run(run.config, run.path, overwrite=False, emit=emit)
     return find_subject(target, config.revision, config.trust_remote_code)
+
+
+def _logged_of(subject: Subject, stage: str, emit: Emit) -> AbstractContextManager[Emit]:
+    """In the run's log, where the subject is a run."""
+    return nullcontext(emit) if subject.run is None else logged(subject.run.path, stage, emit)

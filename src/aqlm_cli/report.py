@@ -18,7 +18,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from aqlm_cli.wording import both_bits, counted, facts, plain, readable_bytes, shrinkage, some, text_name
+from aqlm_cli.wording import both_bits, clock, counted, facts, plain, readable_bytes, shrinkage, some, text_name
 
 
 @dataclass(frozen=True)
@@ -213,6 +213,37 @@ class GenerationReport(Record):
     def table(self) -> Table:
         speed = f"{self.tokens} tokens in {self.seconds:.1f} s: {self.tokens_per_second:.1f} tokens/s; {self.decoding}"
         return facts(self.model, [("prompt", self.prompt), ("text", self.text), ("speed", speed)])
+
+
+@dataclass(frozen=True)
+class StageStatus:
+    """`state` in words; of a stage that has begun, `done` of `total` steps, and the seconds left as far as known."""
+
+    stage: str
+    state: str
+    done: int | None = None
+    total: int | None = None
+    unit: str | None = None
+    seconds_left: float | None = None
+
+
+@dataclass(frozen=True)
+class StatusReport(Record):
+    """Where a run stands; `process` is at work in it, None if nobody is."""
+
+    directory: Path
+    model: str
+    scheme: str
+    process: str | None
+    stages: tuple[StageStatus, ...]
+
+    def table(self) -> Table:
+        rows = [("model", f"{self.model}, {self.scheme}"), ("at work", self.process or "nobody")]
+        for one in self.stages:
+            steps = "" if one.total is None else f", {one.done} of {counted(one.total, one.unit or 'step')}"
+            left = "" if one.seconds_left is None else f", {clock(one.seconds_left)} left"
+            rows.append((one.stage, f"{one.state}{steps}{left}"))
+        return facts(str(self.directory), rows)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import datetime
 from types import TracebackType
 from typing import Any, NoReturn
 
@@ -20,10 +20,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.text import Text
 from typer.core import TyperGroup
 
-from aqlm_cli.errors import AqlmError
+from aqlm_cli.errors import AqlmError, UsageError
 from aqlm_cli.events import Advanced, BlockQuantized, Event, LayerQuantized, Noted, StageStarted, Warned
 from aqlm_cli.report import Record
-from aqlm_cli.wording import counted
+from aqlm_cli.wording import clock, counted
 
 PLAIN_STEPS = 10
 """Lines of progress that a stage prints where there is no terminal."""
@@ -42,8 +42,12 @@ class _Stage:
 class Screen:
     """Open for the time of one command."""
 
-    def __init__(self, as_json: bool, for_machines: bool = False) -> None:
-        self._as_json = as_json
+    def __init__(
+        self, as_json: bool, quiet: bool = False, verbose: bool = False, *, for_machines: bool = False
+    ) -> None:
+        if quiet and verbose:
+            raise UsageError("--quiet and --verbose exclude each other; give one of them")
+        self._as_json, self._quiet, self._verbose = as_json, quiet, verbose
         self._console = Console(stderr=as_json or for_machines, highlight=False)
         if not self._console.is_terminal:
             self._console.width = FILE_WIDTH
@@ -54,7 +58,7 @@ class Screen:
             TextColumn("{task.fields[ahead]}", markup=False),
         )
         self._progress = Progress(
-            *columns, console=self._console, transient=True, disable=not self._console.is_terminal
+            *columns, console=self._console, transient=True, disable=quiet or not self._console.is_terminal
         )
         self._stages: dict[str, _Stage] = {}
 
@@ -73,11 +77,15 @@ class Screen:
             self._stages[event.stage] = _Stage(event, bar, time.monotonic())
         elif isinstance(event, Advanced):
             self._advance(self._stages[event.stage], event)
-        else:
+        elif not self._quiet or isinstance(event, Warned):
             self._line(_sentence(event))
 
     def show(self, record: Record) -> None:
-        """A table for the user; never part of the JSON."""
+        """A table on the way; never part of the JSON."""
+        if not self._quiet:
+            self._table(record)
+
+    def _table(self, record: Record) -> None:
         self._progress.console.print(record.table())
 
     def finish(self, results: Mapping[str, Record], following: str) -> None:
@@ -86,8 +94,9 @@ class Screen:
         A single result is that object; several are its values.
         """
         for record in results.values():
-            self.show(record)
-        self._line(f"next: {following}")
+            self._table(record)
+        if not self._quiet:
+            self._line(f"next: {following}")
         if self._as_json:
             parts = {name: record.as_json() for name, record in results.items()}
             whole: Mapping[str, Any] = next(iter(parts.values())) if len(parts) == 1 else parts
@@ -97,16 +106,17 @@ class Screen:
         total, spent = stage.event.total, time.monotonic() - stage.start
         # By all steps so far. rich's own estimate looks at the last seconds only, and one step may take longer.
         left = spent / (event.done - stage.event.done) * (total - event.done)
-        ahead = f"{_clock(left)} left" if event.done < total else f"done in {_clock(spent)}"
+        ahead = f"{clock(left)} left" if event.done < total else f"done in {clock(spent)}"
         ahead += f", {event.detail}" if event.detail else ""
         self._progress.update(stage.bar, completed=event.done, ahead=ahead, visible=event.done < total)
         new_part = event.done * PLAIN_STEPS // total > (event.done - 1) * PLAIN_STEPS // total
-        if new_part and not self._console.is_terminal:
+        if self._verbose or (new_part and not self._console.is_terminal and not self._quiet):
             self._line(f"{event.stage}: {event.done} of {counted(total, stage.event.unit)}, {ahead}")
 
     def _line(self, text: str) -> None:
+        moment = f"{datetime.now():%H:%M:%S} " if self._verbose else ""
         # Not wrapped: a line in a log, or a path in it, stays whole.
-        self._progress.console.print(Text(text), soft_wrap=True)
+        self._progress.console.print(Text(moment + text), soft_wrap=True)
 
 
 class OneLineErrors(TyperGroup):
@@ -130,10 +140,6 @@ def _mendable() -> tuple[type[Exception], ...]:
 def _end(reason: str, status: int, cause: BaseException) -> NoReturn:
     print(f"error: {' '.join(reason.split())}", file=sys.stderr)
     raise typer.Exit(status) from cause
-
-
-def _clock(seconds: float) -> str:
-    return str(timedelta(seconds=round(seconds)))
 
 
 def _sentence(event: LayerQuantized | BlockQuantized | Noted | Warned) -> str:

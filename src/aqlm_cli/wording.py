@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -23,6 +24,10 @@ def readable_bytes(count: int) -> str:
 
 def counted(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def clock(seconds: float) -> str:
+    return str(timedelta(seconds=round(seconds)))
 
 
 def both_bits(code_bits: float, stored_bits: float) -> str:

@@ -1,0 +1,62 @@
+"""`aqlm status`: where a run stands, told from its directory alone, while another process may be at work in it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from aqlm_cli.artifacts import RunDirectory, read_run
+from aqlm_cli.errors import ArtifactError
+from aqlm_cli.journal import last_attempt
+from aqlm_cli.locking import holder
+from aqlm_cli.report import StageStatus, StatusReport
+
+STAGES: Mapping[str, str] = {"calibrate": "calibration", "quantize": "quantized", "pack": "packed"}
+"""The stages of a run in order, and what each makes."""
+
+
+def status(run_directory: Path) -> StatusReport:
+    run = read_run(run_directory)
+    process = holder(run_directory)
+    return StatusReport(
+        directory=run_directory,
+        model=run.config.model,
+        scheme=run.config.quantize.scheme,
+        process=process,
+        stages=tuple(_stage(run, stage, kind, at_work=process is not None) for stage, kind in STAGES.items()),
+    )
+
+
+def _stage(run: RunDirectory, stage: str, kind: str, at_work: bool) -> StageStatus:
+    log = last_attempt(run.path, stage)
+    ended = next((line for line in log if line["event"] == "Ended"), None)
+    if at_work and log and ended is None:
+        return _progress(stage, log)
+    try:
+        if run.artifact(kind) is not None:
+            return StageStatus(stage, "finished")
+    except ArtifactError as error:
+        return StageStatus(stage, f"damaged: {error}")
+    if not (run.path / f"{kind}.partial").exists():
+        return StageStatus(stage, "not begun")
+    reason = f": {ended['error']}" if ended is not None and ended.get("error") else ""
+    progress = _progress(stage, log)
+    return StageStatus(stage, f"interrupted{reason}", progress.done, progress.total, progress.unit)
+
+
+def _progress(stage: str, log: Sequence[Mapping[str, Any]]) -> StageStatus:
+    """By what the log says of a stage at work."""
+    started = next((line for line in log if line["event"] == "StageStarted"), None)
+    if started is None:
+        return StageStatus(stage, "at work")
+    steps = [line for line in log if line["event"] == "Advanced"]
+    total, done = int(started["total"]), int(steps[-1]["done"]) if steps else int(started["done"])
+    left = None
+    if steps:
+        now = datetime.now().astimezone()
+        begun, last = (datetime.fromisoformat(line["time"]) for line in (started, steps[-1]))
+        a_step = (last - begun).total_seconds() / (done - started["done"])
+        left = max(0.0, a_step * (total - done) - (now - last).total_seconds())
+    return StageStatus(stage, "at work", done, total, str(started["unit"]), left)
