@@ -14,7 +14,7 @@ from aqlm_cli.errors import ModelError
 from aqlm_cli.model import decoding as decoding_module
 from aqlm_cli.model import decoding_of, load_network, open_decoding, resolve
 from aqlm_cli.model.decoding import narrowest
-from aqlm_kernels import KernelError
+from aqlm_kernels import AdditiveLinear, AdditiveMatrix, KernelError
 from aqlm_kernels.cpu import registers
 from aqlm_kernels.cpu.decoder import SHORT
 
@@ -131,3 +131,35 @@ def test_a_head_goes_back_to_the_sixteen_bits_it_came_from(dtype: torch.dtype, s
     assert narrowest(weight.float()).dtype == dtype
     assert torch.equal(narrowest(weight.float()), weight)
     assert narrowest(weight.float() * 1.0001).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rope_parameters": None},
+        {"rope_parameters": {"rope_type": "default"}},
+        {"num_hidden_layers": 10**9},
+        {"num_attention_heads": "4"},
+        {"rms_norm_eps": "1e-5"},
+        {"hidden_act": None},
+        {"head_dim": 3.5},
+    ],
+)
+def test_a_config_that_says_odd_things_never_reaches_compiled_code(change: dict[str, Any], tmp_path: Path) -> None:
+    packed_network("llama", tmp_path)
+    path = tmp_path / "packed" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    assert decoding_module._plain_config(resolve(str(tmp_path / "packed"))) is None
+
+
+def test_two_schemes_in_one_stack_are_run_by_transformers(tmp_path: Path) -> None:
+    network = packed_network("llama", tmp_path)
+    layer = network.model.layers[1].self_attn.k_proj
+    other = AdditiveMatrix(layer.codes[..., :1], layer.codebooks[:1].detach(), layer.scales.detach())
+    network.model.layers[1].self_attn.k_proj = AdditiveLinear(other)
+    found = decoding_of(network, LENGTH)
+    assert "needs one scheme for self_attn.q_proj, self_attn.k_proj" in found.name
+
+
+def test_a_head_of_64_bits_is_read_in_32() -> None:
+    assert narrowest(torch.full((2, 2), 1 / 3, dtype=torch.float64)).dtype == torch.float32

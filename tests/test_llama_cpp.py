@@ -68,3 +68,8 @@ def test_a_program_that_does_not_measure_is_shown_with_what_it_says(tmp_path: Pa
 def test_a_program_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="nothing cannot be run: No such file or directory"):
         find_llama_models(str(tmp_path / "nothing"), ["a.gguf"])
+
+
+def test_files_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    found = find_llama_models(str(answering(tmp_path)), ["x/a.gguf", "y/a.gguf", "x/a.gguf"])
+    assert [model.name for model in found] == ["x/a.gguf, llama 1B Q2_K", "y/a.gguf, llama 1B Q2_K"]

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import commands
@@ -69,3 +71,24 @@ def test_every_command_that_writes_keeps_others_out(
         result = commands.run(*command)
         assert result.exit_code == 1 and f"in use by process {holder.pid}" in result.output
     holder.communicate()
+
+
+def test_a_directory_of_somebody_else_is_left_as_it_is(run_file: Path) -> None:
+    other = Path("other")
+    other.mkdir()
+    (other / "lock").write_text("mine")
+    result = commands.run("calibrate", "--config", str(run_file), "--out", "other")
+    assert result.exit_code == 1 and "no lock of ours" in result.output
+    (other / "notes").write_text("mine, too")
+    result = commands.run("calibrate", "--config", str(run_file), "--out", "other")
+    assert result.exit_code == 1 and "is not a run directory" in result.output
+    assert (other / "lock").read_text() == "mine"
+    assert sorted(path.name for path in other.iterdir()) == ["lock", "notes"]
+
+
+def test_a_look_at_the_lock_does_not_stop_who_wants_it(tmp_path: Path) -> None:
+    with open(tmp_path / LOCK, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_SH)
+        threading.Timer(0.05, lambda: fcntl.flock(file, fcntl.LOCK_UN)).start()
+        with exclusive(tmp_path):
+            pass

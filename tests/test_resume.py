@@ -13,6 +13,9 @@ from typing import Any
 
 import commands
 import pytest
+import torch
+
+from aqlm_cli.stages import quantize as quantize_module
 
 STAGES = ("calibration", "quantized", "packed")
 
@@ -191,3 +194,26 @@ def test_hidden_states_of_another_size_are_refused(half_done: tuple[str, ...]) -
     assert "remove out/quantized.partial/work to begin anew" in result.output
     shutil.rmtree("out/quantized.partial/work")
     assert commands.run(*half_done).exit_code == 0
+
+
+def test_what_is_half_removed_is_not_gone_on_from(half_done: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed while the work of other settings is given up, and then those first settings are wanted again."""
+    remove = shutil.rmtree
+
+    def interrupted(path: Path) -> None:
+        if path.name == "quantized.partial":
+            raise KeyboardInterrupt
+        remove(path)
+
+    monkeypatch.setattr(shutil, "rmtree", interrupted)
+    assert commands.run(*half_done, "--scheme", "3x4g8", "--overwrite").exit_code == 130
+    monkeypatch.undo()
+    os.chdir(Path(half_done[2]).parent)
+    result = commands.run(*half_done, "--overwrite")
+    assert result.exit_code == 0 and "going on after them" not in result.output
+
+
+def test_another_machine_is_not_mixed_in(half_done: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quantize_module, "compute_dtype", lambda device: torch.float64)
+    result = commands.run(*half_done)
+    assert result.exit_code == 1 and "float64 asked; add --overwrite to begin anew" in result.output

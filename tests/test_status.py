@@ -11,9 +11,10 @@ from typing import Any
 import commands
 import pytest
 
+from aqlm_cli.errors import StorageError
 from aqlm_cli.events import Advanced, Event, Noted, StageStarted
 from aqlm_cli.journal import last_attempt, logged
-from aqlm_cli.locking import exclusive
+from aqlm_cli.locking import Holder, exclusive
 from aqlm_cli.stages import status as stage_module
 from aqlm_cli.stages.status import status
 
@@ -40,6 +41,23 @@ def test_a_log_holds_every_event_and_how_the_stage_ended(tmp_path: Path) -> None
         raise ValueError("broken")
     assert lines(str(tmp_path), "quantize")[-1]["error"] == "broken"
     assert [line["event"] for line in last_attempt(tmp_path, "quantize")] == ["Began", "Ended"]
+
+
+def test_a_torn_line_does_not_hide_the_next_beginning(tmp_path: Path) -> None:
+    with logged(tmp_path, "pack", lambda event: None):
+        pass
+    with open(tmp_path / "logs" / "pack.jsonl", "a") as file:
+        file.write('{"event": "Adva')
+    with logged(tmp_path, "pack", lambda event: None) as emit:
+        emit(Noted("again"))
+    assert [line["event"] for line in last_attempt(tmp_path, "pack")] == ["Began", "Noted", "Ended"]
+
+
+def test_a_full_disk_is_one_line_and_the_first_error_counts(tmp_path: Path) -> None:
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "pack.jsonl").symlink_to("/dev/full")
+    with pytest.raises(StorageError, match="no space left"), logged(tmp_path, "pack", lambda event: None):
+        pass
 
 
 @pytest.mark.parametrize("rest", ['{"event": "Adva', "7", ""])
@@ -91,7 +109,7 @@ def test_the_time_left_is_that_of_the_steps_so_far(run_file: Path, monkeypatch: 
     commands.run("calibrate", "--config", str(run_file), "--out", "out")
     now = datetime.now().astimezone()
     log = [
-        {"event": "Began", "time": (now - timedelta(seconds=80)).isoformat()},
+        {"event": "Began", "time": (now - timedelta(seconds=80)).isoformat(), "process": 7},
         {
             "event": "StageStarted",
             "time": (now - timedelta(seconds=70)).isoformat(),
@@ -102,7 +120,9 @@ def test_the_time_left_is_that_of_the_steps_so_far(run_file: Path, monkeypatch: 
         {"event": "Advanced", "time": (now - timedelta(seconds=10)).isoformat(), "done": 6},
     ]
     Path("out/logs/quantize.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
-    monkeypatch.setattr(stage_module, "holder", lambda run: "process 7")  # for this one holds no lock against itself
+    monkeypatch.setattr(
+        stage_module, "holder", lambda run: Holder(7, "process 7")
+    )  # for this one holds no lock against itself
     with exclusive(Path("out")):
         found = status(Path("out")).stages[1]
     assert (found.state, found.done, found.total) == ("at work", 6, 10)

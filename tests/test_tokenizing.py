@@ -9,7 +9,7 @@ import pytest
 import tiny_models
 
 from aqlm_cli.model import load_tokenizer, open_tokenizer, resolve
-from aqlm_cli.model.tokenizing import _FileTokenizer
+from aqlm_cli.model.tokenizing import _FileTokenizer, _from_file
 from aqlm_cli.sources import ModelSource
 
 TEXTS = [
@@ -65,3 +65,18 @@ def test_what_the_file_does_not_say_is_left_to_transformers(tiny: ModelSource, s
     tokenizer = open_tokenizer(tiny)
     assert not isinstance(tokenizer, _FileTokenizer)
     assert tokenizer.encode(TEXTS[0]) == load_tokenizer(tiny).encode(TEXTS[0])
+
+
+@pytest.mark.parametrize(
+    "content", ["[]", "{", '{"tokenizer_class": "TokenizersBackend", "bos_token": {"content": "<bos>"}}']
+)
+def test_an_odd_file_is_left_to_transformers(tiny: ModelSource, content: str) -> None:
+    (tiny.directory / "tokenizer_config.json").write_text(content)
+    assert _from_file(tiny.directory) is None
+    (tiny.directory / "tokenizer_config.json").unlink()
+    assert _from_file(tiny.directory) is None
+
+
+def test_a_setting_that_is_off_changes_nothing(tiny: ModelSource) -> None:
+    change(tiny, add_bos_token=False, pad_token=None)
+    assert isinstance(open_tokenizer(tiny), _FileTokenizer)

@@ -86,6 +86,8 @@ class AdditiveLinear(nn.Module):
         return ops.packed(self._key, self.codes, self.codebooks, self.scales)
 
     def forward(self, x: Tensor) -> Tensor:  # [..., in] -> [..., out]
+        if x.shape[-1] != self.in_features:
+            raise KernelError(f"x is {list(x.shape)}; its last axis must be the layer's {self.in_features} inputs")
         device = x.device.type
         autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
         if autocast and x.dtype != torch.float64:

@@ -53,12 +53,7 @@ class PackedMatrix:
     @cached_property
     def tiled(self) -> Tensor:
         """The code of output t * TILE + l, group j and codebook m at [t, j, m, l]; uint8 if K <= 256, else uint16."""
-        out_features, groups, num_codebooks = self.matrix.codes.shape
-        tiles = -(-out_features // TILE)
-        padded = self.matrix.codes.new_zeros(tiles * TILE, groups, num_codebooks)
-        padded[:out_features] = self.matrix.codes
-        codes = padded.view(tiles, TILE, groups, num_codebooks).permute(0, 2, 3, 1).contiguous()
-        return codes.to(torch.uint8 if self.codebook_size <= 256 else torch.uint16)
+        return _tiled(self.matrix.codes).to(torch.uint8 if self.codebook_size <= 256 else torch.uint16)
 
     @cached_property
     def streamed(self) -> Tensor:
@@ -67,16 +62,16 @@ class PackedMatrix:
         A block holds `size` of the M * n tables, of all tiles, bundle after bundle; of a bundle table after table, and
         of a table the codes of all tiles of the bundle. So memory is read from one end to the other.
         """
-        tiles, groups, num_codebooks = self.tiled.shape[:3]
-        blocks, size = blocks_of(groups * num_codebooks)
-        tables = self.tiled.flatten(1, 2)  # [tiles, n * M, TILE]
-        tables = F.pad(tables, (0, 0, 0, blocks * size - groups * num_codebooks)).view(tiles, blocks, size, TILE)
+        tables = _tiled(self.matrix.codes).flatten(1, 2)  # [tiles, n * M, TILE]
+        tiles, count = tables.shape[:2]
+        blocks, size = blocks_of(count)
+        tables = F.pad(tables, (0, 0, 0, blocks * size - count)).view(tiles, blocks, size, TILE)
         bundles, start = [], 0
         for width in BUNDLES:
-            count = (tiles - start) // width
-            some = tables[start : start + count * width].view(count, width, blocks, size, TILE)
-            bundles.append(some.permute(2, 0, 3, 1, 4).flatten(1))  # [blocks, count * size * width * TILE]
-            start += count * width
+            number = (tiles - start) // width
+            some = tables[start : start + number * width].view(number, width, blocks, size, TILE)
+            bundles.append(some.permute(2, 0, 3, 1, 4).flatten(1))  # [blocks, number * size * width * TILE]
+            start += number * width
         return torch.cat(bundles, dim=1)
 
     @cached_property
@@ -89,6 +84,14 @@ class PackedMatrix:
     def tile_scales(self) -> Tensor:
         """The scales of whole tiles, `[tiles * TILE]` float32, 0 where the last has no output."""
         return F.pad(self.scales.float(), (0, -self.out_features % TILE))
+
+
+def _tiled(codes: Tensor) -> Tensor:  # [out, n, M] -> [tiles, n, M, TILE]
+    out_features, groups, num_codebooks = codes.shape
+    tiles = -(-out_features // TILE)
+    padded = codes.new_zeros(tiles * TILE, groups, num_codebooks)
+    padded[:out_features] = codes
+    return padded.view(tiles, TILE, groups, num_codebooks).permute(0, 2, 3, 1).contiguous()
 
 
 def blocks_of(tables: int) -> tuple[int, int]:

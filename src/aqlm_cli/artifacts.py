@@ -261,6 +261,9 @@ class RunDirectory:
         """Start a stage in an empty `<name>.partial/`. Left without `publish`, the directory stays for inspection."""
         partial = self.path / f"{name}.partial"
         with storage_errors(partial):
+            if (partial / WORK / BEGUN).exists():  # first of all: nobody shall go on from what is half removed
+                (partial / WORK / BEGUN).unlink()
+                sync_directory(partial / WORK)
             if partial.exists():
                 shutil.rmtree(partial)
             partial.mkdir(parents=True)
@@ -268,15 +271,22 @@ class RunDirectory:
 
     @contextlib.contextmanager
     def resumed_stage(
-        self, name: str, kind: str, settings: Mapping[str, Any], parents: Mapping[str, str], overwrite: bool
+        self,
+        name: str,
+        kind: str,
+        settings: Mapping[str, Any],
+        parents: Mapping[str, str],
+        machine: Mapping[str, str],
+        overwrite: bool,
     ) -> Iterator[Stage]:
         """The same, with what an interrupted one has left there; `work/` exists.
 
-        ArtifactError, with each difference named, if that was begun with other settings or from other parents, unless
+        `machine` is what else decides the last bits. ArtifactError, with each difference named, if that was begun with
+        other settings, from other parents or on another machine, unless
         `overwrite` gives it up. What was begun with the same goes on in either case.
         """
         partial = self.path / f"{name}.partial"
-        wanted = _as_json({"settings": dict(settings), "made from": dict(parents)})
+        wanted = _as_json({"settings": dict(settings), "made from": dict(parents), "machine": dict(machine)})
         begun = _begun(partial)
         if begun is not None and begun != wanted:
             if not overwrite:
@@ -332,6 +342,14 @@ def is_run(path: Path) -> bool:
     return (path / RUN_FILE).is_file()
 
 
+def refuse_other_directory(path: Path) -> None:
+    """ArtifactError where `path` is there and neither a run nor the place of one that has just begun."""
+    if is_run(path) or not path.exists():
+        return
+    if not path.is_dir() or any(entry.name not in (LOCK, LOGS) for entry in path.iterdir()):
+        raise ArtifactError(f"{path} is there and is not a run directory; choose another --out")
+
+
 def open_run(path: Path, config: RunConfig, overwrite: bool = False) -> RunDirectory:
     """Create the run, or enter the one that is there.
 
@@ -345,8 +363,7 @@ def open_run(path: Path, config: RunConfig, overwrite: bool = False) -> RunDirec
         found = [line for section in sorted(sections) for line in differences(earlier.config, config, section)]
         if found and not overwrite:
             raise ArtifactError(f"{path} is another run: {'; '.join(found)}; choose another --out, or add --overwrite")
-    elif path.exists() and (not path.is_dir() or any(entry.name not in (LOCK, LOGS) for entry in path.iterdir())):
-        raise ArtifactError(f"{path} is there and is not a run directory; choose another --out")
+    refuse_other_directory(path)
     with storage_errors(path):
         path.mkdir(parents=True, exist_ok=True)
     write_file(path / RUN_FILE, dump_yaml(config).encode())

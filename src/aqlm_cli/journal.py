@@ -15,6 +15,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from aqlm_cli.errors import StorageError
 from aqlm_cli.events import Emit, Event
 from aqlm_cli.locking import LOGS
 from aqlm_cli.storage import storage_errors
@@ -29,13 +30,16 @@ def logged(run_directory: Path, stage: str, emit: Emit) -> Iterator[Emit]:
     path = run_directory / LOGS / f"{stage}.jsonl"
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path, "a", encoding="utf-8")  # noqa: SIM115  # open as long as the stage runs
+        torn = path.is_file() and not path.read_bytes().endswith(b"\n")
+        # Unbuffered: what a full disk refuses must not come up again when the file is closed.
+        file = open(path, "ab", buffering=0)  # noqa: SIM115  # open as long as the stage runs
+        if torn:
+            file.write(b"\n")
 
     def write(event: str, fields: Mapping[str, Any]) -> None:
         line = {"time": datetime.now().astimezone().isoformat(timespec="milliseconds"), "event": event, **fields}
         with storage_errors(path):
-            file.write(json.dumps(line) + "\n")
-            file.flush()
+            file.write(json.dumps(line).encode() + b"\n")
 
     def both(event: Event) -> None:
         write(type(event).__name__, plain(dataclasses.asdict(event)))
@@ -46,7 +50,8 @@ def logged(run_directory: Path, stage: str, emit: Emit) -> Iterator[Emit]:
         try:
             yield both
         except BaseException as error:
-            write(ENDED, {"error": str(error) or type(error).__name__})
+            with contextlib.suppress(StorageError):  # the first error counts
+                write(ENDED, {"error": str(error) or type(error).__name__})
             raise
         write(ENDED, {"error": None})
 

@@ -37,10 +37,11 @@ def find_llama_models(program: str | None, files: Sequence[str]) -> list[LlamaMo
         return []
     if program is None or not files:
         raise UsageError("--llama-bench PROGRAM and --llama-model FILE.gguf go together; give both")
-    found = []
-    for file in files:
+    found, short = [], len({Path(file).name for file in files}) == len(files)
+    for file in dict.fromkeys(files):
         said = _run(program, file, 1, "-p", 1, "-n", 0)
-        found.append(LlamaModel(program, file, f"{Path(file).name}, {said['model_type']}", int(said["model_size"])))
+        name = f"{Path(file).name if short else file}, {said['model_type']}"
+        found.append(LlamaModel(program, file, name, int(said["model_size"])))
     return found
 
 

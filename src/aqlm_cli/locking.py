@@ -7,15 +7,28 @@ import fcntl
 import json
 import os
 import sys
+import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import TextIO
 
 from aqlm_cli.errors import ArtifactError
 from aqlm_cli.storage import storage_errors
 
 LOCK, LOGS = "lock", "logs"
 """What may lie in a directory before it is a run."""
+
+PATIENCE = 10  # attempts
+
+
+@dataclass(frozen=True)
+class Holder:
+    """A process at work in a run; its number where it is known."""
+
+    process: int | None
+    words: str
 
 
 @contextlib.contextmanager
@@ -30,13 +43,14 @@ def exclusive(run_directory: Path) -> Iterator[None]:
         run_directory.mkdir(parents=True, exist_ok=True)
         file = open(path, "a+")  # noqa: SIM115  # open as long as the lock is held
     with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise ArtifactError(
-                f"{run_directory} is in use by {_holder(file.read())}; wait for it, or stop it"
-            ) from None
+        with storage_errors(path):
+            held = _lock(file)
+        file.seek(0)
+        found = _read(file.read())
+        if not held:
+            raise ArtifactError(f"{run_directory} is in use by {found.words}; wait for it, or stop it")
+        if path.stat().st_size and found.process is None:
+            raise ArtifactError(f"{path} is no lock of ours; remove it if nobody needs it, or choose another directory")
         file.truncate(0)
         started = datetime.now().isoformat(" ", "seconds")
         print(json.dumps({"process": os.getpid(), "command": sys.argv, "started": started}), file=file, flush=True)
@@ -46,22 +60,34 @@ def exclusive(run_directory: Path) -> Iterator[None]:
             file.truncate(0)
 
 
-def holder(run_directory: Path) -> str | None:
-    """The process that is at work in a run, in words; None if there is none."""
-    path = run_directory / LOCK
-    if not path.is_file():
-        return None
-    with open(path) as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return _holder(file.read())
+def holder(run_directory: Path) -> Holder | None:
+    """Who is at work in a run; None if nobody is, as far as this user may see."""
+    try:
+        with open(run_directory / LOCK) as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return _read(file.read())
+    except OSError:
+        pass
     return None
 
 
-def _holder(text: str) -> str:
+def _lock(file: TextIO) -> bool:
+    """Whether it could be had; `holder` of another process takes it for an instant, so this asks more than once."""
+    for _ in range(PATIENCE):
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            time.sleep(0.02)
+    return False
+
+
+def _read(text: str) -> Holder:
     try:
         said = json.loads(text)
-        return f"process {said['process']} (`{' '.join(said['command'])}`, since {said['started']})"
+        words = f"process {said['process']} (`{' '.join(said['command'])}`, since {said['started']})"
+        return Holder(int(said["process"]), words)
     except (ValueError, LookupError, TypeError):  # it has only just come, or is about to go
-        return "another process"
+        return Holder(None, "another process")

@@ -14,7 +14,7 @@ from typing import Any
 import numba
 import torch
 
-from aqlm_cli.artifacts import is_run, read_run
+from aqlm_cli.artifacts import is_run, read_run, refuse_other_directory
 from aqlm_cli.config import RunConfig, build_config
 from aqlm_cli.errors import UsageError
 from aqlm_cli.events import Emit, Noted
@@ -93,7 +93,7 @@ def settings_for(target: str, flags: Mapping[str, Any]) -> RunConfig:
 
 def quantize_and_pack(config: RunConfig, run_directory: Path, overwrite: bool, emit: Emit) -> dict[str, Record]:
     """From the model to a checkpoint; what is complete and was made with the same settings is reused."""
-    with exclusive(run_directory):
+    with _at_work(run_directory):
         if not is_run(run_directory) or read_run(run_directory).artifact("calibration") is None:
             emit(Noted("there is no calibration yet, it runs first"))
         _calibrate(config, run_directory, overwrite, emit)
@@ -104,14 +104,14 @@ def quantize_and_pack(config: RunConfig, run_directory: Path, overwrite: bool, e
 
 
 def calibrate_run(config: RunConfig, run_directory: Path, overwrite: bool, emit: Emit) -> CalibrationReport:
-    with exclusive(run_directory):
+    with _at_work(run_directory):
         return _calibrate(config, run_directory, overwrite, emit)
 
 
 def pack_run(config: RunConfig, run_directory: Path, overwrite: bool, emit: Emit) -> PackReport:
     """Pack a run, after quantizing it where that is missing."""
     quantized = read_run(run_directory).artifact("quantized")
-    with exclusive(run_directory):
+    with _at_work(run_directory):
         if quantized is None:
             emit(Noted(f"{run_directory} is not quantized yet, that runs first"))
             _calibrate(config, run_directory, overwrite=False, emit=emit)
@@ -186,3 +186,8 @@ def _subject(target: str, config: RunConfig, emit: Emit) -> Subject:
 def _logged_of(subject: Subject, stage: str, emit: Emit) -> AbstractContextManager[Emit]:
     """In the run's log, where the subject is a run."""
     return nullcontext(emit) if subject.run is None else logged(subject.run.path, stage, emit)
+
+
+def _at_work(run_directory: Path) -> AbstractContextManager[None]:
+    refuse_other_directory(run_directory)
+    return exclusive(run_directory)

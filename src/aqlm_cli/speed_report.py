@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
-from collections.abc import Mapping
+import io
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,13 +71,18 @@ class BenchReport(Record):
 
     def as_markdown(self) -> str:
         return "\n\n".join(
-            "\n".join(f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *rows])
+            "\n".join(_markdown_row(row) for row in [header, ["---"] * len(header), *rows])
             for header, *rows in self._plain_tables()
         )
 
     def as_csv(self) -> str:
         """The models, an empty line, the products."""
-        return "\n\n".join("\n".join(map(",".join, rows)) for rows in self._plain_tables())
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        for number, rows in enumerate(self._plain_tables()):
+            text.write("\n" * (number > 0))
+            writer.writerows(rows)
+        return text.getvalue().rstrip("\n")
 
     def _plain_tables(self) -> list[list[list[str]]]:
         """The same two tables with plain numbers; the first row holds the names of the columns."""
@@ -121,6 +128,10 @@ class BenchReport(Record):
                 "-" if row.relative_error is None else f"{row.relative_error:.1e}",
             )
         return table
+
+
+def _markdown_row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
 
 
 def _flat(record: Mapping[str, Any]) -> dict[str, str]:

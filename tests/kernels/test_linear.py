@@ -223,6 +223,12 @@ def test_a_layer_is_made_from_a_checkpoints_tensors():
     assert torch.equal(AdditiveLinear(from_checkpoint(stored)).codes, random_matrix().codes)
 
 
+@pytest.mark.parametrize("rows", [1, 20])
+def test_an_input_of_another_width_is_refused(rows):
+    with pytest.raises(KernelError, match="its last axis must be the layer's 48 inputs"):
+        AdditiveLinear(random_matrix())(torch.ones(rows, 40))
+
+
 def test_a_bias_of_another_length_is_refused():
     with pytest.raises(KernelError, match="bias is \\[3\\], the matrix has 70 outputs"):
         AdditiveLinear(random_matrix(), torch.zeros(3))

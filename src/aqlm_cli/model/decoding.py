@@ -27,21 +27,17 @@ ATTENTION_IN = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 ATTENTION_OUT = "self_attn.o_proj"
 NETWORK_IN = ("mlp.gate_proj", "mlp.up_proj")
 NETWORK_OUT = "mlp.down_proj"
+LINEARS = len((*ATTENTION_IN, ATTENTION_OUT, *NETWORK_IN, NETWORK_OUT))  # of a block
 NORMS = ("input", "post_attention")
-SETTINGS = (
-    "hidden_act",
+COUNTS = (
     "hidden_size",
     "intermediate_size",
-    "model_type",
     "num_attention_heads",
     "num_hidden_layers",
     "num_key_value_heads",
-    "rms_norm_eps",
-    "rope_parameters",
-    "tie_word_embeddings",
     "vocab_size",
 )
-"""Keys of config.json that the compiled decoder needs."""
+"""Keys of config.json that size the compiled decoder."""
 
 PLANES = {"cpu-avx512": 2, "cpu-avx512-8bit": 1, "cpu-lut": 0}
 
@@ -88,14 +84,37 @@ def open_decoding(
     transformers' own config would import all of it. What config.json does not say, as that of an older version, is not
     guessed: the network is loaded then.
     """
-    if device == "cpu" and is_coded(source) and not source.trust_remote_code:
-        config = SimpleNamespace(**model_config(source))
-        if all(hasattr(config, name) for name in SETTINGS) and config.model_type in FAMILIES:
-            parts = Parts.read(source, config)
-            names = _backends(parts, backend)
-            if _why_not(parts, room, names) is None:
-                return _Compiled(parts, room, names[0], head)
+    config = _plain_config(source) if device == "cpu" and not source.trust_remote_code else None
+    if config is not None:
+        parts = Parts.read(source, config)
+        names = _backends(parts, backend)
+        if _why_not(parts, room, names) is None:
+            return _Compiled(parts, room, names[0], head)
+        del parts  # before the same comes again
     return decoding_of(load_network(source, torch.float32, device), room, backend, head)
+
+
+def _plain_config(source: ModelSource) -> Any:
+    """config.json, where it and the headers of the tensors leave no doubt that the compiled decoder serves; or None."""
+    if not is_coded(source):
+        return None
+    said, index = model_config(source), tensor_index(source.directory)
+    rotary = said.get("rope_parameters")
+    plain = (
+        said.get("model_type") in FAMILIES
+        and all(type(said.get(name)) is int and said[name] > 0 for name in COUNTS)
+        and type(said.get("head_dim", 0)) in (int, type(None))
+        and type(said.get("rms_norm_eps")) is float
+        and type(said.get("tie_word_embeddings")) is bool
+        and isinstance(said.get("hidden_act"), str)
+        and isinstance(rotary, dict)
+        and isinstance(rotary.get("rope_type"), str)
+        and isinstance(rotary.get("rope_theta"), (int, float))
+    )
+    codebooks = [stored.shape for name, stored in index.items() if name.endswith(".codebooks")]
+    if not plain or len(codebooks) != LINEARS * said["num_hidden_layers"]:
+        return None
+    return SimpleNamespace(**said) if all(len(shape) == 4 and shape[1] <= 256 for shape in codebooks) else None
 
 
 class Parts(NamedTuple):
@@ -177,6 +196,8 @@ def _why_not(parts: Parts, room: int, backends: list[str]) -> str | None:
         return "the compiled decoder knows no heads with positions in a part of them"
     if (getattr(config, "sliding_window", None) or room) < room:
         return f"the compiled decoder sees all tokens, this model {config.sliding_window}"
+    if _head_size(config) % 2 or config.num_attention_heads % config.num_key_value_heads:
+        return "the compiled decoder knows heads of an even size alone, as many for each key"
     for path, shape in _linear_shapes(config).items():
         layer = parts.layers.get(path)
         if layer is None:
@@ -185,6 +206,10 @@ def _why_not(parts: Parts, room: int, backends: list[str]) -> str | None:
             return f"the compiled decoder needs {shape} weights in {path}"
         if layer.bias is not None and not path.endswith(ATTENTION_IN):
             return f"the compiled decoder knows no bias of {path}"
+    for block in _block_paths(config):
+        for stack in ATTENTION_IN, NETWORK_IN:
+            if len({parts.layers[f"{block}.{name}"].codebooks.shape for name in stack}) > 1:
+                return f"the compiled decoder needs one scheme for {', '.join(stack)} of {block}"
     for name, size in _other_shapes(config).items():
         if name not in parts.tensors or parts.tensors[name].shape != size:
             return f"the compiled decoder needs a tensor {name} of {size}"
@@ -261,6 +286,7 @@ def _angles(config: Any, room: int) -> tuple[Tensor, Tensor]:
 
 def narrowest(weight: Tensor) -> Tensor:
     """The same numbers in 16 bits, where that loses nothing: a model in float32 comes from a file in 16 bits."""
+    weight = weight.float() if weight.dtype == torch.float64 else weight
     for dtype in (torch.float16, torch.bfloat16) if weight.itemsize > 2 else ():
         if torch.equal(weight.to(dtype).to(weight.dtype), weight):
             return weight.to(dtype)

@@ -97,7 +97,7 @@ def _refuse_quantized(source: ModelSource) -> None:
 def _quantization(source: ModelSource) -> str | None:
     """What config.json says of how weights are stored; None for ordinary ones."""
     settings = model_config(source).get("quantization_config")
-    return str(settings.get("quant_method")) if settings else None
+    return str(settings.get("quant_method")) if isinstance(settings, dict) else None
 
 
 def first_line(error: Exception) -> str:

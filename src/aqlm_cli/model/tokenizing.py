@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import tokenizers
@@ -39,17 +40,26 @@ class Tokenizer(Protocol):
 
 def open_tokenizer(source: ModelSource) -> Tokenizer:
     """The model's tokenizer; ModelError where there is none that can be loaded."""
-    settings_file, file = (source.directory / name for name in ("tokenizer_config.json", "tokenizer.json"))
-    if settings_file.is_file() and file.is_file():
-        settings = json.loads(settings_file.read_text(encoding="utf-8"))
-        if settings.get("tokenizer_class") in PLAIN and not any(settings.get(name) for name in CHANGES):
-            tokenizer = tokenizers.Tokenizer.from_file(str(file))
-            special = {token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special}
-            if special >= {token for key, token in settings.items() if key.endswith("_token")}:
-                return _FileTokenizer(tokenizer)
+    tokenizer = _from_file(source.directory)
+    if tokenizer is not None:
+        return _FileTokenizer(tokenizer)
     loaded: Any = load_tokenizer(source)
     by_transformers: Tokenizer = loaded
     return by_transformers
+
+
+def _from_file(directory: Path) -> tokenizers.Tokenizer | None:
+    """What tokenizer.json says, where tokenizer_config.json adds nothing; whatever is odd is transformers' task."""
+    try:
+        settings = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8"))
+        if settings.get("tokenizer_class") not in PLAIN or any(settings.get(name) for name in CHANGES):
+            return None
+        tokenizer = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
+    except Exception:  # tokenizers raises no narrower one; a broken file is named when transformers reads it
+        return None
+    special = {token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special}
+    named = [value for key, value in settings.items() if key.endswith("_token") and value]
+    return tokenizer if all(isinstance(value, str) and value in special for value in named) else None
 
 
 class _FileTokenizer:

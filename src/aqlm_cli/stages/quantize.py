@@ -20,12 +20,14 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from aqlm_cli.activations import compute_dtype
 from aqlm_cli.artifacts import Artifact, Stage, open_run
 from aqlm_cli.blocks import (
     BlockCall,
@@ -78,7 +80,7 @@ def quantize(config: RunConfig, run_directory: Path, overwrite: bool, emit: Emit
         return _report(quantized)
     network = load_network(source, torch.float32, config.device)
     plan = _plan(config, network)
-    with run.resumed_stage("quantized", "quantized", settings, parents, overwrite) as stage:
+    with run.resumed_stage("quantized", "quantized", settings, parents, _machine(config), overwrite) as stage:
         found = _quantize_blocks(config, network, plan, calibration, stage, emit)
         layers = {path: measured for block in found for path, measured in block["layers"].items()}
         report = _plan_report(config, plan).as_json()
@@ -90,6 +92,16 @@ def quantize(config: RunConfig, run_directory: Path, overwrite: bool, emit: Emit
         model = {"name": source.name, "identity": source.identity}
         quantized = stage.publish({"plan": plan.to_json(), "layers": layers, "model": model, "report": report})
     return _report(quantized)
+
+
+def _machine(config: RunConfig) -> dict[str, str]:
+    """What decides the last bits beside settings: who computes, in which type, with which program."""
+    device = torch.device(config.device)
+    return {
+        "device": device.type,
+        "products": str(compute_dtype(device)).removeprefix("torch."),
+        "version": metadata.version("aqlm-cli"),
+    }
 
 
 def peak_memory_bytes() -> int:

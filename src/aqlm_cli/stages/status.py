@@ -10,7 +10,7 @@ from typing import Any
 from aqlm_cli.artifacts import RunDirectory, read_run
 from aqlm_cli.errors import ArtifactError
 from aqlm_cli.journal import last_attempt
-from aqlm_cli.locking import holder
+from aqlm_cli.locking import Holder, holder
 from aqlm_cli.report import StageStatus, StatusReport
 
 STAGES: Mapping[str, str] = {"calibrate": "calibration", "quantize": "quantized", "pack": "packed"}
@@ -19,28 +19,26 @@ STAGES: Mapping[str, str] = {"calibrate": "calibration", "quantize": "quantized"
 
 def status(run_directory: Path) -> StatusReport:
     run = read_run(run_directory)
-    process = holder(run_directory)
+    found = holder(run_directory)
     return StatusReport(
         directory=run_directory,
         model=run.config.model,
         scheme=run.config.quantize.scheme,
-        process=process,
-        stages=tuple(_stage(run, stage, kind, at_work=process is not None) for stage, kind in STAGES.items()),
+        process=None if found is None else found.words,
+        stages=tuple(_stage(run, stage, kind, found) for stage, kind in STAGES.items()),
     )
 
 
-def _stage(run: RunDirectory, stage: str, kind: str, at_work: bool) -> StageStatus:
+def _stage(run: RunDirectory, stage: str, kind: str, at_work: Holder | None) -> StageStatus:
     log = last_attempt(run.path, stage)
     ended = next((line for line in log if line["event"] == "Ended"), None)
-    if at_work and log and ended is None:
+    if at_work is not None and log and ended is None and log[0].get("process") == at_work.process:
         return _progress(stage, log)
-    try:
-        if run.artifact(kind) is not None:
-            return StageStatus(stage, "finished")
-    except ArtifactError as error:
-        return StageStatus(stage, f"damaged: {error}")
     if not (run.path / f"{kind}.partial").exists():
-        return StageStatus(stage, "not begun")
+        try:
+            return StageStatus(stage, "not begun" if run.artifact(kind) is None else "finished")
+        except ArtifactError as error:
+            return StageStatus(stage, f"damaged: {error}")
     reason = f": {ended['error']}" if ended is not None and ended.get("error") else ""
     progress = _progress(stage, log)
     return StageStatus(stage, f"interrupted{reason}", progress.done, progress.total, progress.unit)
