@@ -19,7 +19,8 @@ from huggingface_hub import errors as hub
 from safetensors.torch import load_file, save_file
 
 from aqlm_cli import sources
-from aqlm_cli.artifacts import DIRECTORIES, is_run, open_artifact
+from aqlm_cli.artifacts import open_artifact
+from aqlm_cli.runs import DIRECTORIES, is_run
 
 RUN = Path("runs/tiny-2x4g8")
 

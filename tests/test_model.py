@@ -19,7 +19,6 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from aqlm_cli import sources
-from aqlm_cli.artifacts import open_run
 from aqlm_cli.blocks import count_parameters, describe_layers
 from aqlm_cli.config import build_config
 from aqlm_cli.errors import ArtifactError, ModelError
@@ -33,6 +32,7 @@ from aqlm_cli.model import (
     save_support_files,
     tensor_index,
 )
+from aqlm_cli.runs import open_run
 from aqlm_kernels import AdditiveLinear
 
 TEXT = "Prices rose by 12 %; naïve?\n"

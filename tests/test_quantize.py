@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from aqlm_cli.activations import run_block
-from aqlm_cli.artifacts import Artifact, open_artifact, open_run
+from aqlm_cli.artifacts import Artifact, open_artifact
 from aqlm_cli.blocks import BlockCall, find_blocks, first_inputs, linears, record_calls
 from aqlm_cli.config import RunConfig, build_config
 from aqlm_cli.errors import ArtifactError, PlanError, QuantizationError, StorageError
@@ -25,6 +25,7 @@ from aqlm_cli.model import load_network, resolve
 from aqlm_cli.plan import Plan
 from aqlm_cli.propagation import Propagation
 from aqlm_cli.report import QuantizeReport
+from aqlm_cli.runs import open_run
 from aqlm_cli.seeds import generator
 from aqlm_cli.stages import quantize as stage
 from aqlm_cli.stages.calibrate import calibrate

@@ -14,7 +14,6 @@ from typing import Any
 import numba
 import torch
 
-from aqlm_cli.artifacts import is_run, read_run, refuse_other_directory
 from aqlm_cli.config import RunConfig, build_config
 from aqlm_cli.errors import UsageError
 from aqlm_cli.events import Emit, Noted
@@ -23,6 +22,7 @@ from aqlm_cli.locking import exclusive
 from aqlm_cli.model import Subject, find_subject, resolve
 from aqlm_cli.openmp import forbid_nested_loops
 from aqlm_cli.report import CalibrationReport, GenerationReport, PackReport, QuantizeReport, Record
+from aqlm_cli.runs import is_run, read_run, refuse_other_directory
 from aqlm_cli.scheme import SCHEMES_BY_BITS, AdditiveScheme, parse_scheme
 from aqlm_cli.speed_report import BenchReport
 from aqlm_cli.stages.bench import bench, bench_shape

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import transformers
 
-from aqlm_cli.artifacts import RunDirectory, is_run, read_run
 from aqlm_cli.errors import ArtifactError, ModelError
 from aqlm_cli.model.loading import load_config
+from aqlm_cli.runs import RunDirectory, is_run, read_run
 from aqlm_cli.sources import ALIASES, ModelSource, default_cache, directory_source, find_gguf, hub_source, model_config
 
 

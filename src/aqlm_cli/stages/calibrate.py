@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from aqlm_cli.activations import autocast, compute_dtype
-from aqlm_cli.artifacts import Artifact, RunDirectory, open_run
+from aqlm_cli.artifacts import Artifact
 from aqlm_cli.blocks import find_blocks, linears
 from aqlm_cli.config import RunConfig
 from aqlm_cli.data import calibration_windows
@@ -25,6 +25,7 @@ from aqlm_cli.errors import QuantizationError
 from aqlm_cli.events import Advanced, Emit, Noted, StageStarted
 from aqlm_cli.model import ModelSource, load_network, load_tokenizer, resolve
 from aqlm_cli.report import CalibrationReport
+from aqlm_cli.runs import RunDirectory, open_run
 from aqlm_cli.storage import save_tensors
 
 STAGE = "calibrate"

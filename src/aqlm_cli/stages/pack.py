@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from aqlm_cli.artifacts import Artifact, RunDirectory, read_run
+from aqlm_cli.artifacts import Artifact
 from aqlm_cli.checkpoint import Entry, total_bytes, write_checkpoint
 from aqlm_cli.errors import ArtifactError
 from aqlm_cli.events import Emit, Noted
@@ -21,6 +21,7 @@ from aqlm_cli.model import ModelSource, model_config, original_of, save_support_
 from aqlm_cli.model_card import CardFacts, model_card
 from aqlm_cli.plan import HEAD, Plan
 from aqlm_cli.report import PackReport
+from aqlm_cli.runs import RunDirectory, read_run
 from aqlm_cli.scheme import AdditiveScheme
 from aqlm_cli.storage import write_file
 from aqlm_cli.wording import text_name

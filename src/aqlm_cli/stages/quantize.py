@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from aqlm_cli.activations import compute_dtype
-from aqlm_cli.artifacts import Artifact, Stage, open_run
+from aqlm_cli.artifacts import Artifact, Stage
 from aqlm_cli.blocks import (
     BlockCall,
     count_parameters,
@@ -47,6 +47,7 @@ from aqlm_cli.model import load_network, load_skeleton, resolve
 from aqlm_cli.plan import Plan, make_plan
 from aqlm_cli.propagation import Propagation, start_propagation
 from aqlm_cli.report import PlanReport, QuantizeReport
+from aqlm_cli.runs import open_run
 from aqlm_cli.scheme import AdditiveScheme, Scheme, parse_scheme
 from aqlm_cli.seeds import generator
 from aqlm_cli.storage import load_tensors, save_tensors

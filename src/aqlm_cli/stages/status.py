@@ -7,11 +7,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from aqlm_cli.artifacts import RunDirectory, read_run
 from aqlm_cli.errors import ArtifactError
 from aqlm_cli.journal import last_attempt
 from aqlm_cli.locking import Holder, holder
 from aqlm_cli.report import StageStatus, StatusReport
+from aqlm_cli.runs import RunDirectory, read_run
 
 STAGES: Mapping[str, str] = {"calibrate": "calibration", "quantize": "quantized", "pack": "packed"}
 """The stages of a run in order, and what each makes."""
