@@ -6,6 +6,7 @@ import io
 from typing import Any
 
 from aqlm_cli.speed_report import BenchReport, BenchRow
+from aqlm_cli.wording import counted
 
 FORMATS = ("png", "svg")
 
@@ -38,13 +39,12 @@ def draw_speed(report: BenchReport) -> dict[str, bytes]:
 
 def _point(axes: Any, row: BenchRow, megabytes: float, color: str) -> None:
     spread = [[row.decode_median - row.decode_low], [row.decode_high - row.decode_median]]
-    share = row.decode_median / row.decode_bound
-    label = f"{row.name}: {row.decode_median:.1f} tokens/s, {share:.0%} of what memory allows"
+    label = f"{row.name}: {row.decode_median:.1f} tokens/s, {row.decode_share:.0%} of what memory allows"
     axes.errorbar([megabytes], [row.decode_median], yerr=spread, fmt="o", capsize=3, color=color, label=label)
 
 
 def _title(report: BenchReport) -> str:
-    threads = "1 thread" if report.threads == 1 else f"{report.threads} threads"
+    threads = counted(report.threads, "thread")
     return f"{report.model}: decoding with {threads}; the line is {report.read_bandwidth / 1e9:.1f} GB/s of memory"
 
 

@@ -1,6 +1,6 @@
 """The logs of a run: what the screen shows of a stage, a line of JSON an event, in `logs/<stage>.jsonl`.
 
-A log begins anew with none of its lines: a run that was interrupted and went on has all of it in one file.
+A log is only added to: a run that was interrupted and went on has all of it in one file.
 """
 
 from __future__ import annotations
@@ -30,11 +30,12 @@ def logged(run_directory: Path, stage: str, emit: Emit) -> Iterator[Emit]:
     path = run_directory / LOGS / f"{stage}.jsonl"
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        torn = path.is_file() and not path.read_bytes().endswith(b"\n")
         # Unbuffered: what a full disk refuses must not come up again when the file is closed.
-        file = open(path, "ab", buffering=0)  # noqa: SIM115  # open as long as the stage runs
-        if torn:
-            file.write(b"\n")
+        file = open(path, "a+b", buffering=0)  # noqa: SIM115  # open as long as the stage runs
+        if size := file.seek(0, os.SEEK_END):
+            file.seek(size - 1)
+            if file.read(1) != b"\n":  # the last line of a process that was killed
+                file.write(b"\n")
 
     def write(event: str, fields: Mapping[str, Any]) -> None:
         line = {"time": datetime.now().astimezone().isoformat(timespec="milliseconds"), "event": event, **fields}

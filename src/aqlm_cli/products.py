@@ -9,6 +9,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -21,6 +22,9 @@ ROTATED = 2**28
 """Bytes of weights that a pass reads, more than any last-level cache holds."""
 
 MOST_COPIES = 512
+
+Rotation: TypeAlias = tuple[int, Callable[[int], Tensor]]
+"""How many copies of a matrix there are, and the product with one of them."""
 
 
 def measure_product(
@@ -43,25 +47,17 @@ def measure_product(
     code_bits = codebook_size.bit_length() - 1
     size = out_features * in_features // group_size * num_codebooks * code_bits / 8
     packed = [PackedMatrix(_matrix(shape, codebooks, draw)) for _ in range(_copies(size))]
-    exact = reference.matmul(x.double(), packed[0])
-    error = float((matmul(x, packed[0], backend).double() - exact).norm() / exact.norm())
+    error = relative_error(matmul(x, packed[0], backend).double(), reference.matmul(x.double(), packed[0]))
 
     def ours(number: int) -> Tensor:
         return matmul(x, packed[number], backend)
 
     for number in range(len(packed)):  # brings each into the kernel's order
         ours(number)
-    passes: dict[str, tuple[int, Callable[[int], Tensor]]] = {"packed": (len(packed), ours)}
+    passes: dict[str, Rotation] = {"packed": (len(packed), ours)}
     for name, dtype in dtypes.items():
         passes[name] = _torch_product(x.to(dtype), shape, draw)
-    seconds: dict[str, list[float]] = {name: [] for name in passes}
-    for _ in range(repeats):
-        for name, (copies, product) in passes.items():
-            started = time.perf_counter()
-            for number in range(copies):
-                product(number)
-            seconds[name].append((time.perf_counter() - started) / copies)
-    medians = {name: statistics.median(found) for name, found in seconds.items()}
+    medians = _take_turns(passes, repeats)
     return ProductRow(
         out_features=out_features,
         in_features=in_features,
@@ -74,13 +70,30 @@ def measure_product(
     )
 
 
+def relative_error(found: Tensor, exact: Tensor) -> float:
+    """||found - exact|| / ||exact||"""
+    return float((found - exact).norm() / exact.norm())
+
+
+def _take_turns(passes: Mapping[str, Rotation], repeats: int) -> dict[str, float]:
+    """Seconds of one product, the median of the passes."""
+    seconds: dict[str, list[float]] = {name: [] for name in passes}
+    for _ in range(repeats):
+        for name, (copies, product) in passes.items():
+            started = time.perf_counter()
+            for number in range(copies):
+                product(number)
+            seconds[name].append((time.perf_counter() - started) / copies)
+    return {name: statistics.median(found) for name, found in seconds.items()}
+
+
 def _matrix(shape: Sequence[int], codebooks: Sequence[int], draw: torch.Generator) -> AdditiveMatrix:
     (out_features, in_features), (num_codebooks, size, group_size) = shape, codebooks
     codes = torch.randint(size, (out_features, in_features // group_size, num_codebooks), generator=draw)
     return AdditiveMatrix(codes, torch.randn(*codebooks, generator=draw), torch.ones(out_features))
 
 
-def _torch_product(x: Tensor, shape: Sequence[int], draw: torch.Generator) -> tuple[int, Callable[[int], Tensor]]:
+def _torch_product(x: Tensor, shape: Sequence[int], draw: torch.Generator) -> Rotation:
     copies = _copies(shape[0] * shape[1] * x.element_size())
     one = torch.randn(*shape, generator=draw).to(x.dtype)
     weights = [one.clone() for _ in range(copies)]

@@ -115,13 +115,7 @@ class RunDirectory:
     def stage(self, name: str, kind: str, settings: Mapping[str, Any], parents: Mapping[str, str]) -> Iterator[Stage]:
         """Start a stage in an empty `<name>.partial/`. Left without `publish`, the directory stays for inspection."""
         partial = self.path / f"{name}.partial"
-        with storage_errors(partial):
-            if (partial / WORK / BEGUN).exists():  # first of all: nobody shall go on from what is half removed
-                (partial / WORK / BEGUN).unlink()
-                sync_directory(partial / WORK)
-            if partial.exists():
-                shutil.rmtree(partial)
-            partial.mkdir(parents=True)
+        _make_empty(partial)
         yield Stage(partial, self.path / name, kind, settings, parents)
 
     @contextlib.contextmanager
@@ -137,27 +131,35 @@ class RunDirectory:
         """The same, with what an interrupted one has left there; `work/` exists.
 
         `machine` is what else decides the last bits. ArtifactError, with each difference named, if that was begun with
-        other settings, from other parents or on another machine, unless
-        `overwrite` gives it up. What was begun with the same goes on in either case.
+        other settings, from other parents or on another machine, unless `overwrite` gives it up. What was begun with
+        the same goes on in either case.
         """
         partial = self.path / f"{name}.partial"
+        stage = Stage(partial, self.path / name, kind, settings, parents)
         wanted = _as_json({"settings": dict(settings), "made from": dict(parents), "machine": dict(machine)})
         begun = _begun(partial)
-        if begun is not None and begun != wanted:
-            if not overwrite:
-                found = "; ".join(_differences(begun, wanted))
-                raise ArtifactError(f"{partial} was begun with {found}; add --overwrite to begin anew")
-            begun = None
-        if begun is None:
-            with self.stage(name, kind, settings, parents) as stage:
-                with storage_errors(stage.work):
-                    stage.work.mkdir()
-                write_file(stage.work / BEGUN, json.dumps(wanted).encode())
-        else:
-            with storage_errors(partial):
+        if begun not in (None, wanted) and not overwrite:
+            found = "; ".join(_differences(begun, wanted))
+            raise ArtifactError(f"{partial} was begun with {found}; add --overwrite to begin anew")
+        with storage_errors(partial):
+            if begun == wanted:
                 for half_written in partial.rglob("*.tmp"):
                     half_written.unlink()
-        yield Stage(partial, self.path / name, kind, settings, parents)
+            else:
+                _make_empty(partial)
+                stage.work.mkdir()
+                write_file(stage.work / BEGUN, json.dumps(wanted).encode())
+        yield stage
+
+
+def _make_empty(partial: Path) -> None:
+    with storage_errors(partial):
+        if (partial / WORK / BEGUN).exists():  # first of all: nobody shall go on from what is half removed
+            (partial / WORK / BEGUN).unlink()
+            sync_directory(partial / WORK)
+        if partial.exists():
+            shutil.rmtree(partial)
+        partial.mkdir(parents=True)
 
 
 def _begun(partial: Path) -> Any:

@@ -35,6 +35,11 @@ class BenchRow:
     bytes: int
     relative_error: float | None
 
+    @property
+    def decode_share(self) -> float:
+        """Of what reading the weights allows."""
+        return self.decode_median / self.decode_bound
+
 
 @dataclass(frozen=True)
 class ProductRow:
@@ -122,7 +127,7 @@ class BenchReport(Record):
                 Text(row.name),
                 f"{row.decode_median:.1f} ({row.decode_low:.1f}-{row.decode_high:.1f})",
                 *(f"{row.decode_times[name]:.2f}" for name in others),
-                f"{row.decode_median / row.decode_bound:.0%}",
+                f"{row.decode_share:.0%}",
                 f"{row.prefill_median:.0f} ({row.prefill_low:.0f}-{row.prefill_high:.0f})",
                 readable_bytes(row.bytes),
                 "-" if row.relative_error is None else f"{row.relative_error:.1e}",

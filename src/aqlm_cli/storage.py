@@ -48,10 +48,7 @@ def write_file(path: Path, data: bytes | Iterable[bytes]) -> None:
             with open(beside, "wb") as file:
                 for part in [data] if isinstance(data, bytes) else data:
                     file.write(part)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(beside, path)
-            sync_directory(path.parent)
+            publish_file(beside, path)
         except BaseException:
             with contextlib.suppress(OSError):
                 beside.unlink(missing_ok=True)

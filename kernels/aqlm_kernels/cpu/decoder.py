@@ -110,7 +110,8 @@ class Decoder:
             queries[None], keys[None], values[None], is_causal=True, enable_gqa=True
         )  # [1, heads, length, e]
         hidden = hidden + block.attention_out(context[0].transpose(0, 1).reshape(length, -1))
-        gate, up = (layer(self._normed(hidden, block.network_norm)) for layer in block.network_in)
+        x = self._normed(hidden, block.network_norm)
+        gate, up = (layer(x) for layer in block.network_in)
         change: Tensor = block.network_out(F.silu(gate) * up)
         return hidden + change
 

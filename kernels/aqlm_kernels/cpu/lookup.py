@@ -221,6 +221,15 @@ def _unit(widest: np.float32, planes: int) -> np.float32:
 
 
 @compiled()
+def _bundle(tiles: int) -> int:
+    """How many of the tiles that are left are looked up together."""
+    for width in BUNDLES:
+        if width <= tiles:
+            return width
+    return 0
+
+
+@compiled()
 def _look_up_tiles(
     codes: Bytes,  # of one block
     size: int,
@@ -236,7 +245,7 @@ def _look_up_tiles(
     """Add one block's look-ups to the sums of the tiles from `tile` to before `stop`, bundle after bundle."""
     while tile < stop:
         start = tile * size * LANES
-        width = 4 if stop - tile >= 4 else 2 if stop - tile >= 2 else 1
+        width = _bundle(stop - tile)
         if tables.shape[1] == 2:
             if width == 4:
                 look_up_4_2(codes, start, tables, count, unit, offset, sums, row, tile)
@@ -259,7 +268,7 @@ def _look_up_floats(codes: Bytes, size: int, exact: Floats, tile: int, stop: int
     fours = count // 4 * 4
     while tile < stop:
         start = tile * size * LANES
-        width = 4 if stop - tile >= 4 else 2 if stop - tile >= 2 else 1
+        width = _bundle(stop - tile)
         lanes = width * LANES
         total = sums[tile * LANES : tile * LANES + lanes]
         for t in range(0, fours, 4):

@@ -24,6 +24,9 @@ from aqlm_cli.errors import ModelError
 from aqlm_cli.sources import ModelSource, StoredTensor, model_config, tensor_index
 from aqlm_kernels import AdditiveLinear, from_checkpoint
 
+LAYER_TENSORS = ("codes", "codebooks", "scales", "bias")
+"""What an AQLM checkpoint may hold of one layer."""
+
 
 def load_network(
     source: ModelSource, dtype: torch.dtype, device: str | torch.device = "cpu"
@@ -140,7 +143,7 @@ def _additive_linear(
     source: ModelSource, plain: nn.Module | None, path: str, stored: Mapping[str, StoredTensor]
 ) -> AdditiveLinear:
     """The layer that takes the place of `plain` at `path`."""
-    names = [name for name in ("codes", "codebooks", "scales", "bias") if f"{path}.{name}" in stored]
+    names = [name for name in LAYER_TENSORS if f"{path}.{name}" in stored]
     tensors = {name: stored[f"{path}.{name}"].read(f"{path}.{name}") for name in names}
     if not isinstance(plain, nn.Linear) or not {"codebooks", "scales"} <= tensors.keys():
         raise ModelError(f"{source.name} has codes for {path}, which is no linear layer that they could restore")

@@ -43,7 +43,7 @@ from aqlm_cli.model import (
     tensor_index,
 )
 from aqlm_cli.model.shapes import empty_network, random_network, random_packed_network
-from aqlm_cli.products import measure_product
+from aqlm_cli.products import measure_product, relative_error
 from aqlm_cli.scheme import AdditiveScheme
 from aqlm_cli.speed_report import BenchReport, BenchRow, ProductRow
 from aqlm_kernels import AdditiveLinear, KernelError, read_bandwidth
@@ -259,11 +259,6 @@ def _written_out(network: nn.Module) -> nn.Module:
                 linear.bias = module.bias
             replace_module(network, path, linear)
     return network
-
-
-def relative_error(found: Tensor, exact: Tensor) -> float:
-    """||found - exact|| / ||exact||"""
-    return float((found - exact).norm() / exact.norm())
 
 
 # -------------------------------------------------------------------------------------------------------------- timing
