@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import commands
 import pytest
 import tiny_models
 import torch
@@ -22,7 +23,7 @@ from aqlm_cli.speed_report import BenchReport
 from aqlm_cli.stages import bench as stage_module
 from aqlm_cli.stages.bench import bench, bench_shape, relative_error, run_pass
 from aqlm_kernels import AdditiveLinear, KernelError, read_bandwidth
-from aqlm_kernels.cpu import registers
+from aqlm_kernels.cpu import bandwidth, registers
 
 PROMPT, TOKENS = 24, 6
 DECODING = f"compiled decoder, {'cpu-avx512' if registers.HAS_VBMI else 'cpu-lut'}"
@@ -251,5 +252,17 @@ def test_a_shape_that_is_not_known_names_those_that_are() -> None:
         measured_shape("huge", "2x8g8")
 
 
+def test_the_bandwidth_is_all_bytes_over_the_shortest_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    moments = iter([0.0, 3.0, 10.0, 10.5, 20.0, 22.0])
+    monkeypatch.setattr(bandwidth.time, "perf_counter", lambda: next(moments))
+    assert read_bandwidth(repeats=3) == bandwidth.SIZE / 0.5
+
+
 def test_bandwidth_is_read_by_all_threads() -> None:
     assert 1e8 < read_bandwidth(repeats=1) < 1e13
+
+
+@pytest.mark.parametrize("flag", [["--revision", "main"], ["--trust-remote-code"]])
+def test_a_shape_has_no_revision_and_no_code(flag: list[str]) -> None:
+    result = commands.run("bench", "--shape", "smollm2-135m", *flag)
+    assert result.exit_code == 2 and "belong to a model" in result.output

@@ -6,20 +6,16 @@ a misspelt flag answer at once.
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from aqlm_cli import options
+from aqlm_cli import measure, options
 from aqlm_cli.config import build_config
-from aqlm_cli.errors import UsageError
 from aqlm_cli.openmp import share_pool
 from aqlm_cli.screen import OneLineErrors, Screen
-
-PROMPT = "The capital of France is"
-"""To suggest; every language model has something to say to it."""
+from aqlm_cli.wording import PROMPT, command_line
 
 app = typer.Typer(
     cls=OneLineErrors, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None
@@ -83,7 +79,7 @@ def calibrate(
         report = pipeline.calibrate_run(settings, directory, overwrite, screen.emit)
         screen.finish(
             {"calibrate": report},
-            following=_command("quantize", "--config", directory / "run.yaml", "--out", directory),
+            following=command_line("quantize", "--config", directory / "run.yaml", "--out", directory),
         )
 
 
@@ -141,7 +137,7 @@ def quantize(
             return
         screen.show(plan)
         reports = pipeline.quantize_and_pack(settings, directory, overwrite, screen.emit)
-        screen.finish(reports, following=_command("eval-ppl", directory))
+        screen.finish(reports, following=command_line("eval-ppl", directory))
 
 
 @app.command()
@@ -164,147 +160,11 @@ def pack(
     settings = pipeline.settings_of_run(run, {"pack": {"format": format}})
     with Screen(json, quiet, verbose) as screen:
         report = pipeline.pack_run(settings, run, overwrite, screen.emit)
-        screen.finish({"pack": report}, following=_command("generate", run, "--prompt", PROMPT))
+        screen.finish({"pack": report}, following=command_line("generate", run, "--prompt", PROMPT))
 
 
-@app.command()
-def eval_ppl(
-    target: options.Target,
-    data: Annotated[str | None, typer.Option(help="wikitext2, c4, builtin or a file.")] = None,
-    sequence_length: options.SequenceLength = None,
-    windows: Annotated[int | None, typer.Option(min=2, help="Only the first so many; all, if not given.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
-    revision: options.Revision = None,
-    trust_remote_code: options.RemoteCode = None,
-    device: options.Device = None,
-    threads: options.Threads = None,
-    json: options.Json = False,
-    quiet: options.Quiet = False,
-    verbose: options.Verbose = False,
-) -> None:
-    """Measure perplexity; of a run, beside the original's.
-
-    The protocol is GPTQ's: windows without overlap, every token but a window's first scored.
-
-    \b
-    Example:
-      aqlm eval-ppl runs/SmolLM2-135M-Instruct-2bit --data wikitext2 --sequence-length 2048
-    """
-    from aqlm_cli import pipeline
-
-    settings = pipeline.settings_for(
-        target,
-        {
-            **options.machine_flags(None, revision, trust_remote_code, None, device, threads),
-            "eval_ppl": {"data": data and [data], "sequence_length": sequence_length, "dtype": dtype},
-        },
-    )
-    with Screen(json, quiet, verbose) as screen:
-        pipeline.use_machine(settings)
-        reports = pipeline.measure(target, settings, windows, screen.emit)
-        screen.finish(reports, following=_command("bench", target))
-
-
-@app.command()
-def bench(
-    target: options.OptionalTarget = None,
-    shape: Annotated[
-        str | None, typer.Option(help="In place of a model: llama-3.2-1b or the like, with random numbers.")
-    ] = None,
-    scheme: Annotated[str | None, typer.Option(help="With --shape: 2x8g8 or the like.")] = None,
-    tokens: Annotated[int | None, typer.Option(help="New tokens to decode.")] = None,
-    prompt: Annotated[int | None, typer.Option(help="Tokens of the prompt.")] = None,
-    repeats: Annotated[int | None, typer.Option(help="Times that each model runs.")] = None,
-    batch: Annotated[int | None, typer.Option(help="Rows of x in a single product.")] = None,
-    backend: options.Backend = None,
-    head: options.Head = None,
-    llama_bench: Annotated[str | None, typer.Option(help="llama.cpp's program, to measure beside.")] = None,
-    llama_model: Annotated[list[str] | None, typer.Option(help="A .gguf file that it runs; repeatable.")] = None,
-    seed: options.Seed = None,
-    revision: options.Revision = None,
-    trust_remote_code: options.RemoteCode = None,
-    threads: options.Threads = None,
-    json: options.Json = False,
-    quiet: options.Quiet = False,
-    verbose: options.Verbose = False,
-    md: Annotated[bool, typer.Option("--md", help="Markdown tables on stdout, everything else on stderr.")] = False,
-    csv: Annotated[bool, typer.Option("--csv", help="Likewise comma-separated values.")] = False,
-) -> None:
-    """Measure tokens per second; of a run, beside the original's.
-
-    Reading a prompt, decoding token by token, and single products are measured apart, on the CPU.
-
-    \b
-    Example:
-      aqlm bench runs/SmolLM2-135M-Instruct-2bit --threads 1
-      aqlm bench --shape llama-3.2-1b --scheme 2x8g8
-    """
-    from aqlm_cli import pipeline
-
-    if (target is None) == (shape is None):
-        raise UsageError("give a model, a run or --shape, one of them")
-    if json + md + csv > 1:
-        raise UsageError("--json, --md and --csv are three forms of the same; give one of them")
-    if scheme is not None and shape is None:
-        raise UsageError("--scheme goes with --shape; a run has a scheme of its own")
-    lengths = {"tokens": tokens, "prompt": prompt, "repeats": repeats, "batch": batch}
-    settings = pipeline.settings_for(
-        target or str(shape),
-        {
-            **options.machine_flags(None, revision, trust_remote_code, seed, None, threads),
-            "quantize": {"scheme": scheme},
-            "bench": {
-                **lengths,
-                "backend": backend,
-                "head": head,
-                "llama_bench": llama_bench,
-                "llama_models": llama_model,
-            },
-        },
-    )
-    with Screen(json, quiet, verbose, for_machines=md or csv) as screen:
-        pipeline.use_machine(settings)
-        if target is None:
-            report = pipeline.compare_speed_of_shape(str(shape), settings, screen.emit)
-            screen.finish({"bench": report}, following=_command("quantize", "--bits", 2, "MODEL"))
-        else:
-            report = pipeline.compare_speed(target, settings, screen.emit)
-            screen.finish({"bench": report}, following=_command("generate", target, "--prompt", PROMPT))
-    if md or csv:
-        print(report.as_markdown() if md else report.as_csv())
-
-
-@app.command()
-def generate(
-    target: options.Target,
-    prompt: Annotated[str, typer.Option(help="The text to continue.")],
-    tokens: Annotated[int, typer.Option(min=1, help="The most tokens to add.")] = 64,
-    temperature: Annotated[float, typer.Option(min=0, help="0: always the likeliest token.")] = 0.0,
-    backend: options.Backend = None,
-    head: options.Head = None,
-    seed: options.Seed = None,
-    revision: options.Revision = None,
-    trust_remote_code: options.RemoteCode = None,
-    device: options.Device = None,
-    threads: options.Threads = None,
-    json: options.Json = False,
-    quiet: options.Quiet = False,
-    verbose: options.Verbose = False,
-) -> None:
-    """Continue a text.
-
-    \b
-    Example:
-      aqlm generate runs/SmolLM2-135M-Instruct-2bit --prompt "The capital of France is"
-    """
-    from aqlm_cli import pipeline
-
-    flags = options.machine_flags(None, revision, trust_remote_code, seed, device, threads)
-    settings = pipeline.settings_for(target, {**flags, "bench": {"backend": backend, "head": head}})
-    with Screen(json, quiet, verbose) as screen:
-        pipeline.use_machine(settings)
-        report = pipeline.continue_text(target, settings, prompt, tokens, temperature, screen.emit)
-        screen.finish({"generate": report}, following=_command("bench", target))
+for measuring in (measure.eval_ppl, measure.bench, measure.generate):
+    app.command()(measuring)
 
 
 @app.command()
@@ -330,7 +190,7 @@ def run(
         directory = out or pipeline.default_run_directory(settings)
         screen.show(pipeline.prepare(settings))
         reports = pipeline.run_all(settings, directory, overwrite, screen.emit)
-        screen.finish(reports, following=_command("generate", directory, "--prompt", PROMPT))
+        screen.finish(reports, following=command_line("generate", directory, "--prompt", PROMPT))
 
 
 @app.command()
@@ -348,9 +208,9 @@ def status(run: options.Run, json: options.Json = False) -> None:
     with Screen(json) as screen:
         report = pipeline.status(run)
         finished = all(stage.state == "finished" for stage in report.stages)
-        following = _command("eval-ppl", run) if finished else _command("status", run)
+        following = command_line("eval-ppl", run) if finished else command_line("status", run)
         if not finished and report.process is None:
-            following = _command("quantize", "--config", run / "run.yaml", "--out", run)
+            following = command_line("quantize", "--config", run / "run.yaml", "--out", run)
         screen.finish({"status": report}, following=following)
 
 
@@ -365,9 +225,4 @@ def doctor(json: options.Json = False) -> None:
     from aqlm_cli import pipeline
 
     with Screen(json) as screen:
-        screen.finish({"doctor": pipeline.doctor()}, following=_command("quantize", "--bits", 2, "smollm2-135m"))
-
-
-def _command(name: str, *arguments: object) -> str:
-    """A command as one would type it."""
-    return shlex.join(["aqlm", name, *map(str, arguments)])
+        screen.finish({"doctor": pipeline.doctor()}, following=command_line("quantize", "--bits", 2, "smollm2-135m"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path, PurePath
@@ -10,6 +11,14 @@ from typing import Any
 
 from rich.table import Table
 from rich.text import Text
+
+PROMPT = "The capital of France is"
+"""To suggest; every language model has something to say to it."""
+
+
+def command_line(name: str, *arguments: object) -> str:
+    """A command as one would type it."""
+    return shlex.join(["aqlm", name, *map(str, arguments)])
 
 
 def readable_bytes(count: int) -> str:
