@@ -10,6 +10,7 @@ import commands
 import numba
 import pytest
 import torch
+from typer.testing import Result
 
 from aqlm_cli import products
 from aqlm_kernels.cpu import bandwidth
@@ -66,6 +67,26 @@ def fail_disk(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
         monkeypatch.setattr(os, "fsync", broken)
 
     return fail
+
+
+@pytest.fixture
+def interrupted_at() -> Callable[..., Result]:
+    """`interrupted_at(text, count, *arguments)`: a command, Ctrl-C at its `count`-th write to a path with `text`."""
+
+    def run(text: str, count: int, *arguments: str) -> Result:
+        sync, seen = os.fsync, []
+
+        def interrupted(descriptor: int) -> None:
+            seen.extend(path for path in [os.readlink(f"/proc/self/fd/{descriptor}")] if text in path)
+            if len(seen) == count:
+                raise KeyboardInterrupt
+            sync(descriptor)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(os, "fsync", interrupted)
+            return commands.run(*arguments)
+
+    return run
 
 
 @pytest.fixture(autouse=True)

@@ -8,6 +8,7 @@ import random
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -129,24 +130,14 @@ def test_25_kills_at_random_instants(stage: str, driver: Driver) -> None:
         assert published(out) == expected
 
 
-def test_finished_blocks_and_matrices_are_not_done_again(run_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_finished_blocks_and_matrices_are_not_done_again(run_file: Path, interrupted_at: Callable[..., Any]) -> None:
     arguments = "quantize", "--config", str(run_file), "--out"
     whole = commands.run(*arguments, "whole").output
     total = whole.count("model.layers.")
     assert total == 2 * 7
 
-    sync, calls = os.fsync, []
-
-    def interrupted(descriptor: int) -> None:
-        calls.append(os.readlink(f"/proc/self/fd/{descriptor}"))
-        if sum("model.layers.1" in path for path in calls) == 3:  # two matrices of the second block are whole
-            raise KeyboardInterrupt
-        sync(descriptor)
-
-    monkeypatch.setattr(os, "fsync", interrupted)
-    stopped = commands.run(*arguments, "stopped")
+    stopped = interrupted_at("model.layers.1", 3, *arguments, "stopped")  # two matrices of the second block are whole
     assert stopped.exit_code == 130 and "the same command goes on" in stopped.output
-    monkeypatch.setattr(os, "fsync", sync)
     resumed = commands.run(*arguments, "stopped").output
     assert "stopped/quantized.partial holds 1 of 2 blocks, going on after them" in resumed
     assert resumed.count("model.layers.") == total - 7 - 2
@@ -154,19 +145,10 @@ def test_finished_blocks_and_matrices_are_not_done_again(run_file: Path, monkeyp
 
 
 @pytest.fixture
-def half_done(run_file: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, ...]:
+def half_done(run_file: Path, interrupted_at: Callable[..., Any]) -> tuple[str, ...]:
     """A command that was interrupted after the first of two blocks, in `out`."""
     arguments = "quantize", "--config", str(run_file), "--out", "out"
-    sync = os.fsync
-
-    def interrupted(descriptor: int) -> None:
-        if "model.layers.1" in os.readlink(f"/proc/self/fd/{descriptor}"):
-            raise KeyboardInterrupt
-        sync(descriptor)
-
-    monkeypatch.setattr(os, "fsync", interrupted)
-    assert commands.run(*arguments).exit_code == 130
-    monkeypatch.setattr(os, "fsync", sync)
+    assert interrupted_at("model.layers.1", 1, *arguments).exit_code == 130
     return arguments
 
 

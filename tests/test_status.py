@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -81,21 +82,13 @@ def test_every_stage_of_a_command_has_a_log_with_what_the_screen_shows(run_file:
 
 
 def test_a_run_goes_from_not_begun_over_interrupted_to_finished(
-    run_file: Path, monkeypatch: pytest.MonkeyPatch
+    run_file: Path, interrupted_at: Callable[..., Any]
 ) -> None:
     commands.run("calibrate", "--config", str(run_file), "--out", "out")
     shown = commands.run("status", "out")
     assert "nobody" in shown.output and "not begun" in shown.output and "next: aqlm quantize --config" in shown.output
-    sync = os.fsync
-
-    def interrupted(descriptor: int) -> None:
-        if "model.layers.1" in os.readlink(f"/proc/self/fd/{descriptor}"):
-            raise KeyboardInterrupt
-        sync(descriptor)
-
-    monkeypatch.setattr(os, "fsync", interrupted)
-    assert commands.run("quantize", "--config", str(run_file), "--out", "out").exit_code == 130
-    monkeypatch.setattr(os, "fsync", sync)
+    stopped = interrupted_at("model.layers.1", 1, "quantize", "--config", str(run_file), "--out", "out")
+    assert stopped.exit_code == 130
     assert "interrupted: KeyboardInterrupt, 1 of 2 blocks" in commands.run("status", "out").output
     commands.run("quantize", "--config", str(run_file), "--out", "out")
     report = json.loads(commands.run("status", "out", "--json").stdout)
