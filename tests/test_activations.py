@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from aqlm_cli.activations import activation_file, autocast, compute_dtype, run_block
+from aqlm_cli.activations import Activations, autocast, compute_dtype, run_block
 from aqlm_cli.blocks import BlockCall
-from aqlm_cli.errors import StorageError
+from aqlm_cli.errors import ArtifactError, StorageError
 
 CPU = torch.device("cpu")
 
@@ -35,20 +35,45 @@ class Block(nn.Module):
 
 def test_what_is_stored_lies_in_the_file_and_all_its_space_is_taken_at_once(tmp_path: Path) -> None:
     path = tmp_path / "hidden.activations"
-    tensor = activation_file(path, (5, 3, 1000))
-    assert tensor.dtype == torch.float32 and tensor.shape == (5, 3, 1000)
-    assert path.stat().st_size == 4 * tensor.numel()
+    states = Activations.create(path, (5, 3, 1000))
+    assert len(states) == 5 and path.stat().st_size == 4 * 15000
     assert 512 * path.stat().st_blocks >= path.stat().st_size
-    tensor[torch.tensor([3, 1])] = torch.randn(2, 3, 1000)
-    assert np.array_equal(np.fromfile(path, np.float32).reshape(5, 3, 1000), tensor.numpy())
-    assert (tensor[0] == 0).all()
+    values, chosen = torch.randn(2, 3, 1000), torch.tensor([3, 1])
+    states[chosen] = values
+    there = np.fromfile(path, np.float32).reshape(5, 3, 1000)
+    assert np.array_equal(there[[3, 1]], values.numpy()) and not there[[0, 2, 4]].any()
+    assert torch.equal(states[chosen], values) and states[chosen].dtype == torch.float32
+    assert torch.equal(
+        Activations(path, (5, 3, 1000))[torch.tensor([0, 1])], torch.stack([torch.zeros(3, 1000), values[1]])
+    )
 
 
 def test_a_file_left_by_an_earlier_run_is_replaced(tmp_path: Path) -> None:
     path = tmp_path / "hidden.activations"
     path.write_bytes(b"\xff" * 1000)
-    assert torch.equal(activation_file(path, (2, 4)), torch.zeros(2, 4))
+    assert torch.equal(Activations.create(path, (2, 4))[torch.arange(2)], torch.zeros(2, 4))
     assert path.stat().st_size == 32
+
+
+def test_states_are_no_memory_of_the_process(tmp_path: Path) -> None:
+    states = Activations.create(tmp_path / "hidden.activations", (64, 1024, 1024))  # 256 MB
+    before = resident_bytes()
+    for window in torch.arange(64).split(1):
+        states[window] = torch.ones(1, 1024, 1024)
+        states[window]
+    assert resident_bytes() - before < 64 * 2**20
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_states_cut_short_behind_our_back_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "hidden.activations"
+    states = Activations.create(path, (2, 4))
+    os.truncate(path, 20)
+    with pytest.raises(ArtifactError, match="cut short"):
+        states[torch.arange(2)]
 
 
 @pytest.mark.parametrize(
@@ -65,13 +90,13 @@ def test_a_disk_that_cannot_hold_it_is_one_line_that_names_the_file(
     monkeypatch.setattr(os, "posix_fallocate", full)
     path = tmp_path / "hidden.activations"
     with pytest.raises(StorageError, match=reason) as error:
-        activation_file(path, (2, 3, 4))
+        Activations.create(path, (2, 3, 4))
     assert str(path) in str(error.value)
 
 
 def test_a_place_that_is_not_there_is_refused(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="cannot write"):
-        activation_file(tmp_path / "missing" / "hidden.activations", (1, 1))
+        Activations.create(tmp_path / "missing" / "hidden.activations", (1, 1))
 
 
 # ---------------------------------------------------------------------------------------------------- running a block

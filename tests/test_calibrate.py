@@ -120,11 +120,10 @@ def test_16_bit_products_change_little(model: Path, monkeypatch: pytest.MonkeyPa
         torch.testing.assert_close(rounded[path], entries, rtol=0.05, atol=0.01 * float(entries.mean()))
 
 
-def test_its_progress_counts_the_windows_measured(model: Path) -> None:
+def test_its_progress_counts_the_blocks(model: Path) -> None:
     events: list[Event] = []
-    run(settings(model, statistics_sequences=100), events=events)
-    assert events[0] == StageStarted("calibrate", WINDOWS, "window")
-    assert events[1:] == [Advanced("calibrate", number) for number in range(1, WINDOWS + 1)]
+    run(settings(model), events=events)
+    assert events == [StageStarted("calibrate", 2, "block"), Advanced("calibrate", 1), Advanced("calibrate", 2)]
 
 
 # ------------------------------------------------------------------------------------------------------ what is reused
@@ -187,12 +186,19 @@ def damage(model: Path, name: str, value: float) -> None:
     save_file(tensors, model / "model.safetensors", {"format": "pt"})
 
 
-@pytest.mark.parametrize("value", [torch.nan, 1e30])
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("model.layers.1.input_layernorm", torch.nan, r"^model\.layers\.1\.input_layernorm: the weight holds NaN"),
+        ("model.layers.1.input_layernorm", 1e30, r"^model\.layers\.1\.self_attn\.q_proj: its inputs hold NaN"),
+        ("model.norm", 1e38, "the loss of the original model is not finite"),
+    ],
+)
 def test_activations_that_are_no_numbers_are_refused_with_the_first_layer_that_meets_them(
-    model: Path, value: float
+    model: Path, name: str, value: float, message: str
 ) -> None:
-    damage(model, "model.layers.1.input_layernorm.weight", value)
-    with pytest.raises(QuantizationError, match=r"^model\.layers\.1\.self_attn\.q_proj: its inputs hold NaN"):
+    damage(model, f"{name}.weight", value)
+    with pytest.raises(QuantizationError, match=message):
         run(settings(model))
     assert not Path("run/calibration").exists()
 

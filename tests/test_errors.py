@@ -96,7 +96,7 @@ def test_a_model_of_which_nothing_can_be_quantized(tmp_path: Path, monkeypatch: 
         (
             "model.layers.0.post_attention_layernorm.weight",
             torch.nan,
-            "model.layers.0.mlp.gate_proj: its inputs hold NaN",
+            "model.layers.0.post_attention_layernorm: the weight holds NaN",
         ),
         (
             "model.layers.1.input_layernorm.weight",

@@ -19,12 +19,22 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from aqlm_cli import sources
-from aqlm_cli.blocks import count_parameters, describe_layers
+from aqlm_cli.blocks import (
+    count_parameters,
+    describe_layers,
+    find_blocks,
+    first_inputs,
+    last_logits,
+    record_calls,
+    replace_module,
+)
 from aqlm_cli.config import build_config
 from aqlm_cli.errors import ArtifactError, ModelError
 from aqlm_cli.model import (
     find_subject,
+    load_block,
     load_network,
+    load_outside,
     load_skeleton,
     load_tokenizer,
     model_config,
@@ -75,6 +85,38 @@ def test_a_skeleton_has_the_layers_and_the_parameters_of_the_network_and_no_numb
     assert describe_layers(skeleton) == describe_layers(network)
     assert count_parameters(skeleton) == count_parameters(network)
     assert all(parameter.is_meta for parameter in skeleton.parameters())
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("family", [*tiny_models.FAMILIES, *tiny_models.WITH_EXPERTS])
+def test_block_by_block_a_model_has_the_weights_and_the_logits_of_the_whole(
+    family: str, tied: bool, tmp_path: Path, find: Any
+) -> None:
+    source = find(tiny_models.save(family, tmp_path / "model", tie_word_embeddings=tied))
+    network, whole = load_outside(source, torch.float32), load_network(source, torch.float32)
+    ids = tiny_models.token_ids()
+    blocks = find_blocks(network)
+    absent = {name for name, parameter in network.named_parameters() if parameter.is_meta}
+    assert absent == {name for name, _ in whole.named_parameters() if name.startswith(blocks.path + ".")}
+    replace_module(network, blocks.paths[0], load_block(source, 0, torch.float32))
+    calls, hidden = record_calls(network, ids), first_inputs(network, ids)
+    for index, call in enumerate(calls):
+        block = load_block(source, index, torch.float32)
+        there = dict(find_blocks(whole).modules[index].named_parameters())
+        assert there.keys() == dict(block.named_parameters()).keys()
+        assert all(torch.equal(parameter, there[name]) for name, parameter in block.named_parameters())
+        hidden = call(block, hidden)
+    assert torch.equal(last_logits(network, calls, ids, hidden), whole(input_ids=ids, use_cache=False).logits)
+
+
+def test_a_block_is_found_in_the_shard_that_has_it(tmp_path: Path, find: Any) -> None:
+    whole = find(tiny_models.save("llama", tmp_path / "model"))
+    network = load_network(whole, torch.float32)
+    network.save_pretrained(tmp_path / "sharded", max_shard_size="100KB")
+    assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 2
+    block = load_block(find(tmp_path / "sharded"), 1, torch.float32)
+    there = dict(find_blocks(network).modules[1].named_parameters())
+    assert all(torch.equal(parameter, there[name]) for name, parameter in block.named_parameters())
 
 
 def test_nothing_is_planned_for_what_is_quantized_already(tmp_path: Path, find: Any) -> None:

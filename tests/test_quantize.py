@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from aqlm_cli.activations import run_block
+from aqlm_cli.activations import Activations, run_block
 from aqlm_cli.artifacts import Artifact, open_artifact
 from aqlm_cli.blocks import BlockCall, find_blocks, first_inputs, linears, record_calls
 from aqlm_cli.config import RunConfig, build_config
@@ -179,6 +179,10 @@ def llama(tmp_path: Path) -> Path:
     return tiny_models.save("llama", tmp_path / "model")
 
 
+def whole(states: Activations) -> Tensor:
+    return states[torch.arange(len(states))]
+
+
 class Spy:
     """Notes what the pass knows of every block: its statistics, and the states before and after."""
 
@@ -191,15 +195,15 @@ class Spy:
         measure, advance = Propagation.measure, Propagation.advance
 
         def measuring(work: Propagation, block: nn.Module, call: BlockCall, paths: Any) -> dict[str, LayerStatistics]:
-            self.entering.append(work.hidden.clone())
+            self.entering.append(whole(work.hidden))
             self.counts.append((len(work.hidden), work.measured, work.fitted))
             self.statistics.append(measure(work, block, call, paths))
-            self.targets.append(work.targets.clone())
+            self.targets.append(whole(work.targets))
             return self.statistics[-1]
 
         def advancing(work: Propagation, block: nn.Module, call: BlockCall) -> float:
             error = advance(work, block, call)
-            self.leaving.append(work.targets.clone())
+            self.leaving.append(whole(work.targets))
             return error
 
         monkeypatch.setattr(Propagation, "measure", measuring)
@@ -511,6 +515,7 @@ def test_a_disk_without_room_for_hidden_states_is_one_line(llama: Path, monkeypa
         asked.append(size)
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
+    calibrate(settings(llama), Path("run"), False, lambda event: None)
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(StorageError, match=r"no space left on device while writing .*\.activations; free space"):
         run(settings(llama))

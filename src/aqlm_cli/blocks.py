@@ -10,16 +10,19 @@ with a hook on every block, and each hook writes down exactly what the model pas
     hidden = first_inputs(network, ids)         # [b, L, d], what enters block 0
     for block, call in zip(find_blocks(network).modules, calls):
         hidden = call(block, hidden)            # what enters the next one
+    logits = last_logits(network, calls, ids, hidden)
 
-Nothing here knows a family, or transformers.
+Only the first block has to be there for this; the others may have names and shapes alone (model/loading.py), and be
+loaded as their turn comes.  Nothing here knows a family, or transformers.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import wraps
 from typing import Any
 
 import torch
@@ -128,6 +131,7 @@ class BlockCall:
     kwargs: Mapping[str, Any]
     hidden_name: str | None  # None where the hidden states are the first positional argument
     batch: int
+    rest: tuple[Any, ...] | None = None  # what a block returns after its hidden states; None where it returns no tuple
 
     def __call__(self, block: nn.Module, hidden: Tensor) -> Tensor:
         args, kwargs = _first_rows((self.args, dict(self.kwargs)), self.batch, hidden.shape[0])
@@ -138,6 +142,10 @@ class BlockCall:
         out = block(*args, **kwargs)
         out_hidden: Tensor = out[0] if isinstance(out, tuple) else out  # [b', L, d]
         return out_hidden
+
+    def answer(self, hidden: Tensor) -> Any:
+        """What the model expects of a block that puts out `hidden`."""
+        return hidden if self.rest is None else (hidden, *self.rest)
 
 
 def _first_rows(value: Any, batch: int, rows: int) -> Any:
@@ -172,24 +180,59 @@ def first_inputs(network: nn.Module, ids: Tensor) -> Tensor:
 
 
 def record_calls(network: nn.Module, ids: Tensor) -> list[BlockCall]:
-    """For each block the arguments that the model gives it for the token ids `[b, L]`; the head is not computed."""
+    """For each block the arguments that the model gives it for the token ids `[b, L]`; the head is not computed.
+
+    The first block is, to see what it returns; the others return the same, for none of their arguments depends on it.
+    """
     blocks = find_blocks(network).modules
-    calls: list[BlockCall] = []
+    given: list[tuple[nn.Module, tuple[Any, ...], dict[str, Any]]] = []
+    returned: list[Any] = []
 
     def record(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        calls.append(_split(block, args, kwargs)[1])
+        given.append((block, args, kwargs))
 
-    def stop(*_: object) -> None:
-        raise _Reached
+    def keep(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
+        returned.append(output)
+        if len(returned) == len(blocks):
+            raise _Reached
 
     hooks = [block.register_forward_pre_hook(record, with_kwargs=True) for block in blocks]
-    hooks.append(blocks[-1].register_forward_hook(stop))
+    hooks += [block.register_forward_hook(keep) for block in blocks]
     try:
-        _run_until_reached(network, ids)
+        with _standing_in(blocks[1:], lambda _: returned[0]):
+            _run_until_reached(network, ids)
     finally:
         for hook in hooks:
             hook.remove()
-    return calls
+    rest = returned[0][1:] if isinstance(returned[0], tuple) else None
+    return [replace(_split(*each)[1], rest=rest) for each in given]
+
+
+def last_logits(network: nn.Module, calls: Sequence[BlockCall], ids: Tensor, hidden: Tensor) -> Tensor:
+    """The logits `[b, L, vocabulary]` where the last block puts out `hidden` `[b, L, d]`; no block is computed."""
+    with _standing_in(find_blocks(network).modules, lambda index: calls[index].answer(hidden)):
+        logits: Tensor = network(input_ids=ids, use_cache=False).logits
+    return logits
+
+
+@contextmanager
+def _standing_in(blocks: Sequence[nn.Module], answer: Callable[[int], Any]) -> Iterator[None]:
+    """While open, none of the blocks computes: each returns what `answer` gives for its index."""
+
+    def stand_in(index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(forward)  # the signature tells where the hidden states are
+        def forward_in_its_place(*_: Any, **__: Any) -> Any:
+            return answer(index)
+
+        return forward_in_its_place
+
+    for index, block in enumerate(blocks):
+        block.forward = stand_in(index, block.forward)
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del block.forward  # that of the class shows again
 
 
 def _split(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, BlockCall]:

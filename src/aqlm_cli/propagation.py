@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from aqlm_cli.activations import activation_file, compute_dtype, open_activations, run_block
+from aqlm_cli.activations import Activations, compute_dtype, entering_states, run_block
 from aqlm_cli.blocks import BlockCall, first_inputs, observe_inputs
 from aqlm_cli.methods.statistics import LayerStatistics, SecondMoment
 from aqlm_cli.storage import publish_file
@@ -29,8 +29,8 @@ class Propagation:
 
     work: Unfinished
     index: int
-    hidden: Tensor  # [windows, L, d]
-    targets: Tensor  # [windows, L, d], the original block's outputs; made by `measure`, and used up by `advance`
+    hidden: Activations  # [windows, L, d]
+    targets: Activations  # [windows, L, d], the original block's outputs; made by `measure`, and used up by `advance`
     measured: int  # windows whose inputs make the second moments; those after them are held out
     fitted: int  # windows that a block is fitted to, at most `measured`
     batch: int
@@ -54,8 +54,11 @@ class Propagation:
                 self.targets[chosen] = self._run(block, call, chosen)
         for chosen in self._batches(self.measured, len(self.hidden)):
             self.targets[chosen] = self._run(block, call, chosen)
-        found = {sharing: moment.statistics() for sharing, moment in moments.items()}
-        return {path: statistics for sharing, statistics in found.items() for path in sharing}
+        found: dict[str, LayerStatistics] = {}
+        while moments:  # sums are large, and so are their means: not all of both at once
+            sharing, moment = moments.popitem()
+            found.update(dict.fromkeys(sharing, moment.statistics()))
+        return found
 
     def advance(self, block: nn.Module, call: BlockCall) -> float:
         """Run the quantized block; the squared error of what it puts out in the fitted windows, relative."""
@@ -85,15 +88,13 @@ def start_propagation(
     network: nn.Module, ids: Tensor, measured: int, fitted: int, batch: int, device: torch.device, work: Unfinished
 ) -> Propagation:
     """The states of the token ids `[windows, L]` at the first block that is not finished."""
-    index, shape = work.blocks, (*ids.shape, first_inputs(network, ids[:1, :1].to(device)).shape[2])
+    index = work.blocks
     if not work.hidden(index).exists():
-        beside = work.targets
-        entering = activation_file(beside, shape)
-        for chosen in torch.arange(len(ids)).split(batch):
-            entering[chosen] = first_inputs(network, ids[chosen].to(device)).float().cpu()
-        publish_file(beside, work.hidden(index))
-    hidden = open_activations(work.hidden(index), shape)
+        entering_states(network, ids, batch, device, work.targets)
+        publish_file(work.targets, work.hidden(index))
+    shape = (*ids.shape, first_inputs(network, ids[:1, :1].to(device)).shape[2])
+    hidden = Activations(work.hidden(index), shape)
     for old in set(work.directory.glob("hidden-*.activations")) - {work.hidden(index)}:
         old.unlink()  # an interruption came between two renames
-    targets = activation_file(work.targets, shape)
+    targets = Activations.create(work.targets, shape)
     return Propagation(work, index, hidden, targets, measured, fitted, batch, compute_dtype(device), device)

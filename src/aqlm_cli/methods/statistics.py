@@ -87,10 +87,17 @@ def damped(second_moment: Tensor, share: float) -> Tensor:
 
     This makes H positive definite, so inputs that were never seen have a small price instead of none.
     """
-    mean = second_moment.diagonal().mean()
+    result = second_moment.clone()
+    _add_damping(result, share)
+    return result
+
+
+def _add_damping(matrix: Tensor, share: float) -> None:
+    mean = matrix.diagonal().mean()
     if mean == 0:
-        return torch.eye(second_moment.shape[0], dtype=second_moment.dtype, device=second_moment.device)
-    return second_moment + share * mean * torch.eye(second_moment.shape[0], device=second_moment.device)
+        matrix.copy_(torch.eye(len(matrix)))
+    else:
+        matrix.diagonal().add_(share * mean)
 
 
 def diagonal_blocks(matrix: Tensor, group: int) -> Tensor:
@@ -104,23 +111,38 @@ def most_active_first(second_moment: Tensor, group: int) -> Tensor:
     return second_moment.diagonal().view(-1, group).sum(1).argsort(descending=True, stable=True)
 
 
+LDL_GROUPS = 64
+"""So many groups are brought into the form of a feedback at once."""
+
+
 def block_ldl(second_moment: Tensor, group: int, damping: float) -> Feedback:
     """The block LDL of H, its groups decided in the order in which they lie.
 
     Factorised in float64, with `damping` of the mean diagonal added, ten times more as often as H is not yet positive
-    definite. Raises QuantizationError where that never helps, which means H holds NaN.
+    definite. Raises QuantizationError where that never helps, which means H holds NaN. What is large exists once: two
+    matrices `[in, in]` of float64 at a time.
     """
-    matrix = second_moment.double()
-    n = matrix.shape[0] // group
+    features = len(second_moment)
     for attempt in range(8):
-        lower, failed = torch.linalg.cholesky_ex(damped(matrix, damping * 10.0**attempt).flip(0, 1))
+        reverse = second_moment.flip(0, 1).double()
+        _add_damping(reverse, damping * 10.0**attempt)
+        lower, failed = torch.linalg.cholesky_ex(reverse)  # reversed and transposed, it is L
+        del reverse
         if not failed:
             break
     else:
         raise QuantizationError("the second moment of the inputs cannot be factorised; the activations hold NaN")
-    factor = lower.flip(0, 1).T.contiguous()  # L [in, in], lower triangular, H = L^T L
-    corners = diagonal_blocks(factor, group)  # L_jj [n, g, g]
-    pulls = (corners.transpose(1, 2) @ factor.view(n, group, -1)).view_as(factor)  # row block j: L_jj^T L_jk for all k
-    metric = diagonal_blocks(pulls, group)  # D_j
-    strictly = pulls - torch.block_diag(*metric) if n > 1 else torch.zeros_like(pulls)
-    return Feedback(metric.float(), strictly.T.float().contiguous(), forward=True)
+    metric = torch.empty(features // group, group, group, device=lower.device)
+    coupling = torch.empty(features, features, device=lower.device)
+    for first in range(0, features, rows := LDL_GROUPS * group):
+        inside = slice(first, min(first + rows, features))
+        factor = lower[:, features - inside.stop : features - first].flip(0, 1).T.contiguous()  # these rows of L
+        factor = factor.view(-1, group, features)
+        corners = factor[:, :, inside].reshape(len(factor), group, len(factor), group)
+        corners = corners.diagonal(dim1=0, dim2=2).permute(2, 0, 1)  # L_jj [b, g, g]
+        pulls = corners.transpose(1, 2) @ factor  # L_jj^T L_jk for all k
+        own = pulls[:, :, inside].view(len(factor), group, len(factor), group).diagonal(dim1=0, dim2=2)  # [g, g, b]
+        metric[first // group : inside.stop // group] = own.permute(2, 0, 1)  # D_j
+        own.zero_()
+        coupling[:, inside] = pulls.flatten(0, 1).T
+    return Feedback(metric, coupling, forward=True)

@@ -5,7 +5,7 @@
 """
 
 from aqlm_cli.model.decoding import Decoding, decoding_of, open_decoding
-from aqlm_cli.model.loading import is_coded, load_network, load_skeleton, load_tokenizer
+from aqlm_cli.model.loading import is_coded, load_block, load_network, load_outside, load_skeleton, load_tokenizer
 from aqlm_cli.model.resolve import Subject, find_subject, original_of, resolve
 from aqlm_cli.model.tokenizing import open_tokenizer
 from aqlm_cli.sources import ModelSource, end_tokens, model_config, save_support_files, tensor_index
@@ -18,7 +18,9 @@ __all__ = [
     "end_tokens",
     "find_subject",
     "is_coded",
+    "load_block",
     "load_network",
+    "load_outside",
     "load_skeleton",
     "load_tokenizer",
     "model_config",

@@ -11,9 +11,9 @@ transformers' networks take a second to import, and not every command needs one:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import transformers
@@ -23,6 +23,8 @@ from aqlm_cli.blocks import find_blocks, replace_module
 from aqlm_cli.errors import ModelError
 from aqlm_cli.sources import ModelSource, StoredTensor, model_config, tensor_index
 from aqlm_kernels import AdditiveLinear, from_checkpoint
+
+Module = TypeVar("Module", bound=nn.Module)
 
 LAYER_TENSORS = ("codes", "codebooks", "scales", "bias")
 """What an AQLM checkpoint may hold of one layer."""
@@ -39,10 +41,40 @@ def load_network(
             _refuse_quantized(source)
             network = _load(source, dtype)
     find_blocks(network)  # or it is refused here
-    network.eval()
-    network.requires_grad_(False)
-    network.to(device)  # type: ignore[arg-type]  # transformers' wrapper hides the signature
+    return _prepared(network, device)
+
+
+def load_outside(
+    source: ModelSource, dtype: torch.dtype, device: str | torch.device = "cpu"
+) -> transformers.PreTrainedModel:
+    """The model without the weights of its blocks, which have names and shapes alone; `load_block` has the weights.
+
+    This is how a model is gone through that is larger than memory.
+    """
+    skeleton = load_skeleton(source)
+    paths = find_blocks(skeleton).paths
+    with _quiet():
+        network = _prepared(_load_without(source, load_config(source), paths, dtype), device)
+    for path in paths:
+        replace_module(network, path, skeleton.get_submodule(path).eval())
     return network
+
+
+def load_block(source: ModelSource, index: int, dtype: torch.dtype, device: str | torch.device = "cpu") -> nn.Module:
+    """One block of the model, as `load_network` would give it; nothing else is read."""
+    skeleton, config = load_skeleton(source), load_config(source)
+    kept = find_blocks(skeleton).paths[index]
+    config.tie_word_embeddings = False  # they are left out, too
+    with _quiet():
+        network = _load_without(source, config, _outside(skeleton, kept), dtype)
+    return _prepared(network.get_submodule(kept), device)
+
+
+def _outside(network: nn.Module, kept: str) -> list[str]:
+    """Paths of the largest modules with weights that neither hold nor belong to the one at `kept`."""
+    paths = [path for path, module in network.named_modules() if any(True for _ in module.parameters())]
+    ancestors = {kept.rsplit(".", count)[0] for count in range(kept.count(".") + 1)} | {""}
+    return [path for path in paths if path not in ancestors and path.rpartition(".")[0] in ancestors - {kept}]
 
 
 def load_skeleton(source: ModelSource) -> transformers.PreTrainedModel:
@@ -110,6 +142,11 @@ def first_line(error: Exception) -> str:
 # -------------------------------------------------------------------------------------------------------------- loading
 
 
+def _prepared(module: Module, device: str | torch.device) -> Module:
+    """In evaluation mode, without gradients, on the device."""
+    return module.eval().requires_grad_(False).to(device)
+
+
 def _load(source: ModelSource, dtype: torch.dtype, **options: Any) -> transformers.PreTrainedModel:
     tensor_index(source.directory)  # refuses what has no safetensors
     loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
@@ -125,15 +162,22 @@ def _load(source: ModelSource, dtype: torch.dtype, **options: Any) -> transforme
     return network
 
 
+def _load_without(
+    source: ModelSource, config: transformers.PreTrainedConfig, paths: Sequence[str], dtype: torch.dtype
+) -> transformers.PreTrainedModel:
+    """The model with an identity in the place of each module at `paths`, whose weights are not read."""
+    from aqlm_cli.model.leave_out import leaving_out
+
+    config.quantization_config = leaving_out(paths)
+    return _load(source, dtype, config=config)
+
+
 def _load_coded(source: ModelSource, dtype: torch.dtype) -> transformers.PreTrainedModel:
     config, stored = load_config(source), tensor_index(source.directory)
     plain = dict(without_weights(config, source.trust_remote_code).named_modules())
     paths = sorted(name.removesuffix(".codes") for name in stored if name.endswith(".codes"))
     layers = {path: _additive_linear(source, plain.get(path), path, stored) for path in paths}
-    from aqlm_cli.model.leave_out import leaving_out
-
-    config.quantization_config = leaving_out(paths)
-    network = _load(source, dtype, config=config)
+    network = _load_without(source, config, paths, dtype)
     for path, layer in layers.items():
         replace_module(network, path, layer)
     return network

@@ -10,20 +10,22 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from aqlm_cli.activations import autocast, compute_dtype
-from aqlm_cli.artifacts import Artifact
-from aqlm_cli.blocks import find_blocks, linears
+from aqlm_cli.activations import autocast, compute_dtype, entering_states, run_block
+from aqlm_cli.artifacts import Artifact, Stage
+from aqlm_cli.blocks import find_blocks, last_logits, linears, record_calls, replace_module
 from aqlm_cli.config import RunConfig
 from aqlm_cli.data import calibration_windows
 from aqlm_cli.errors import QuantizationError
 from aqlm_cli.events import Advanced, Emit, Noted, StageStarted
-from aqlm_cli.model import ModelSource, load_network, load_tokenizer, resolve
+from aqlm_cli.model import ModelSource, load_block, load_outside, load_tokenizer, resolve
 from aqlm_cli.report import CalibrationReport
 from aqlm_cli.runs import RunDirectory, open_run
 from aqlm_cli.storage import save_tensors
@@ -40,7 +42,8 @@ def calibrate(config: RunConfig, run_directory: Path, overwrite: bool, emit: Emi
     calibration = run.reusable("calibration", settings, parents, overwrite)
     if calibration is None:
         with run.stage("calibration", "calibration", settings, parents) as stage:
-            results = _measure(config, source, stage.directory, emit)
+            stage.work.mkdir()
+            results = _measure(config, source, stage, emit)
             calibration = stage.publish(results)
     else:
         emit(Noted(f"{calibration.directory} is there already, made from the same model and text"))
@@ -51,20 +54,18 @@ def _report(run: RunDirectory, calibration: Artifact) -> CalibrationReport:
     return CalibrationReport(directory=calibration.directory, **calibration.manifest.results)
 
 
-def _measure(config: RunConfig, source: ModelSource, directory: Path, emit: Emit) -> dict[str, object]:
+def _measure(config: RunConfig, source: ModelSource, stage: Stage, emit: Emit) -> dict[str, object]:
     """Write the windows and the moments; return the fields of the report."""
     started = time.monotonic()
     section = config.calibrate
     windows = calibration_windows(
         section.data, section.sequences, section.sequence_length, config.seed, load_tokenizer(source)
     )
-    save_tensors(directory / "windows.safetensors", {"ids": windows.ids.to(torch.int32)})
-    device = torch.device(config.device)
-    network = load_network(source, torch.float32, device)
+    save_tensors(stage.directory / "windows.safetensors", {"ids": windows.ids.to(torch.int32)})
     # Evenly spread, so that every source takes part.
     chosen = torch.linspace(0, len(windows.ids) - 1, min(section.statistics_sequences, len(windows.ids))).long()
-    moments, loss = _teacher_statistics(network, windows.ids[chosen].to(device), emit)
-    save_tensors(directory / "second_moments.safetensors", moments)
+    moments, loss = _teacher_statistics(source, windows.ids[chosen], stage.work, torch.device(config.device), emit)
+    save_tensors(stage.directory / "second_moments.safetensors", moments)
     return {
         "windows": len(windows.ids),
         "sequence_length": section.sequence_length,
@@ -76,48 +77,67 @@ def _measure(config: RunConfig, source: ModelSource, directory: Path, emit: Emit
 
 
 @torch.no_grad()
-def _teacher_statistics(network: nn.Module, ids: Tensor, emit: Emit) -> tuple[dict[str, Tensor], float]:
-    """The mean square of every input feature of every linear layer in the blocks `[in]`, and the mean loss in nats."""
+def _teacher_statistics(
+    source: ModelSource, ids: Tensor, work: Path, device: torch.device, emit: Emit
+) -> tuple[dict[str, Tensor], float]:
+    """The mean square of every input feature of every linear layer in the blocks `[in]`, and the mean loss in nats.
+
+    With one block's weights in memory at a time, and hidden states in a file in `work`.
+    """
+    network, dtype = load_outside(source, torch.float32, device), compute_dtype(device)
+    _refuse_damaged(network, "")
     blocks = find_blocks(network)
-    sums: dict[str, Tensor] = {}
-
-    def watch(path: str, layer: nn.Linear) -> torch.utils.hooks.RemovableHandle:
-        sums[path] = torch.zeros(layer.in_features, dtype=torch.float64, device=ids.device)
-
-        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            sums[path] += inputs[0].float().square().flatten(0, -2).sum(0)
-
-        return layer.register_forward_pre_hook(hook)
-
-    layers = {
-        path: layer
-        for prefix, block in zip(blocks.paths, blocks.modules, strict=True)
-        for path, layer in linears(block, prefix).items()
-    }
-    hooks = [watch(path, layer) for path, layer in layers.items()]
-    emit(StageStarted(STAGE, len(ids), "window"))
+    replace_module(network, blocks.paths[0], load_block(source, 0, torch.float32, device))
+    calls = record_calls(network, ids[:1].to(device))
+    windows = torch.arange(len(ids)).split(1)
+    hidden = entering_states(network, ids, 1, device, work / "hidden.activations")
+    emit(StageStarted(STAGE, len(blocks.paths), "block"))
+    moments: dict[str, Tensor] = {}
+    for index, prefix in enumerate(blocks.paths):
+        block = load_block(source, index, torch.float32, device)
+        _refuse_damaged(block, prefix)
+        with _mean_squares(block, prefix, ids.numel()) as sums:
+            for window in windows:
+                hidden[window] = run_block(block, calls[index], hidden[window].to(device), dtype).cpu()
+        for path, entries in sums.items():
+            if not bool(entries.isfinite().all()):
+                raise QuantizationError(f"{path}: its inputs hold NaN or infinite values; the model overflows")
+            moments[path] = entries.float().cpu()
+        emit(Advanced(STAGE, index + 1))
     total = 0.0
-    for number, window in enumerate(ids, start=1):
-        with autocast(ids.device, compute_dtype(ids.device)):
-            logits = network(input_ids=window[None], use_cache=False).logits[0]
-        total += float(F.cross_entropy(logits[:-1].float(), window[1:]))
-        emit(Advanced(STAGE, number))
-    for hook in hooks:
-        hook.remove()
-    moments = {path: (entries / ids.numel()).float().cpu() for path, entries in sums.items()}
-    for path, entries in moments.items():
-        if not bool(entries.isfinite().all()):
-            raise QuantizationError(
-                f"{path}: its inputs hold NaN or infinite values; the model is damaged or overflows"
-            )
+    for window in windows:
+        with autocast(device, dtype):
+            logits = last_logits(network, calls, ids[window].to(device), hidden[window].to(device))[0]
+        total += float(F.cross_entropy(logits[:-1].float(), ids[window][0, 1:].to(device)))
     if not math.isfinite(total):
-        raise QuantizationError(_why_not_finite(network))
+        raise QuantizationError("the loss of the original model is not finite; its activations overflow")
     return moments, total / len(ids)
 
 
-def _why_not_finite(network: nn.Module) -> str:
-    """Of a loss that is not: the first weight that is at fault, if one is."""
-    for name, parameter in network.named_parameters():
-        if not bool(parameter.isfinite().all()):
-            return f"{name.removesuffix('.weight')}: the weight holds NaN or infinite values; the model is damaged"
-    return "the loss of the original model is not finite; its activations overflow"
+@contextmanager
+def _mean_squares(block: nn.Module, prefix: str, tokens: int) -> Iterator[dict[str, Tensor]]:
+    """While open, every forward of `block` adds its linear layers' inputs to their mean squares `[in]`, by path."""
+    sums: dict[str, Tensor] = {}
+
+    def watch(path: str, layer: nn.Linear) -> torch.utils.hooks.RemovableHandle:
+        sums[path] = torch.zeros(layer.in_features, dtype=torch.float64, device=layer.weight.device)
+
+        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            sums[path] += inputs[0].float().square().flatten(0, -2).sum(0) / tokens
+
+        return layer.register_forward_pre_hook(hook)
+
+    hooks = [watch(path, layer) for path, layer in linears(block, prefix).items()]
+    try:
+        yield sums
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _refuse_damaged(module: nn.Module, path: str) -> None:
+    """Weights that are not there, but in names and shapes, are not looked at."""
+    for owner, part in module.named_modules(prefix=path):
+        for parameter in part.parameters(recurse=False):
+            if not parameter.is_meta and not bool(parameter.isfinite().all()):
+                raise QuantizationError(f"{owner}: the weight holds NaN or infinite values; the model is damaged")

@@ -15,8 +15,6 @@ from __future__ import annotations
 
 import json
 import math
-import resource
-import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -41,9 +39,10 @@ from aqlm_cli.blocks import (
 from aqlm_cli.config import RunConfig
 from aqlm_cli.errors import ArtifactError, QuantizationError
 from aqlm_cli.events import Advanced, BlockQuantized, Emit, LayerQuantized, Noted, StageStarted, Warned
+from aqlm_cli.memory import give_back_memory, peak_memory_bytes
 from aqlm_cli.methods import METHODS, CompressedMatrix
 from aqlm_cli.methods.layers import Compressed, Task, compress_all
-from aqlm_cli.model import load_network, load_skeleton, resolve
+from aqlm_cli.model import ModelSource, load_block, load_outside, load_skeleton, resolve
 from aqlm_cli.plan import Plan, make_plan
 from aqlm_cli.propagation import Propagation, start_propagation
 from aqlm_cli.report import PlanReport, QuantizeReport
@@ -79,10 +78,9 @@ def quantize(config: RunConfig, run_directory: Path, overwrite: bool, emit: Emit
     if quantized is not None:
         emit(Noted(f"{quantized.directory} is there already, made with the same settings"))
         return _report(quantized)
-    network = load_network(source, torch.float32, config.device)
-    plan = _plan(config, network)
+    plan = _plan(config, load_skeleton(source))
     with run.resumed_stage("quantized", "quantized", settings, parents, _machine(config), overwrite) as stage:
-        found = _quantize_blocks(config, network, plan, calibration, stage, emit)
+        found = _quantize_blocks(config, source, plan, calibration, stage, emit)
         layers = {path: measured for block in found for path, measured in block["layers"].items()}
         report = _plan_report(config, plan).as_json()
         del report["skipped"], report["kernel"]
@@ -103,12 +101,6 @@ def _machine(config: RunConfig) -> dict[str, str]:
         "products": str(compute_dtype(device)).removeprefix("torch."),
         "version": metadata.version("aqlm-cli"),
     }
-
-
-def peak_memory_bytes() -> int:
-    """The most memory this process has ever had resident."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _plan(config: RunConfig, network: nn.Module) -> Plan:
@@ -161,27 +153,31 @@ class _Work:
 
 
 def _quantize_blocks(
-    config: RunConfig, network: nn.Module, plan: Plan, calibration: Artifact, stage: Stage, emit: Emit
+    config: RunConfig, source: ModelSource, plan: Plan, calibration: Artifact, stage: Stage, emit: Emit
 ) -> list[dict[str, Any]]:
     """Write `block-NNN.safetensors` of every block that has something to quantize; return what was measured of each."""
     started = time.monotonic()
     ids, measured = _windows(config, calibration)
     if config.quantize.fit.epochs and measured == len(ids):
         emit(Warned("there is one window of text only, so none can be held out and blocks are not fitted; add text"))
-    blocks = find_blocks(network)
+    device = torch.device(config.device)
+    network = load_outside(source, torch.float32, device)
+    paths = find_blocks(network).paths
     schemes = {target.path: target.scheme for target in plan.targets if target.scheme is not None}
-    last = max(index for index, path in enumerate(blocks.paths) if any(name.startswith(path + ".") for name in schemes))
+    last = max(index for index, path in enumerate(paths) if any(name.startswith(path + ".") for name in schemes))
     unfinished = Unfinished(stage.work)
     if unfinished.blocks:
         emit(Noted(f"{stage.directory} holds {unfinished.blocks} of {last + 1} blocks, going on after them"))
     emit(StageStarted(STAGE, last + 1, "block", done=unfinished.blocks))
-    device = torch.device(config.device)
     fitted = min(config.quantize.fit.sequences, measured)
+    replace_module(network, paths[0], load_block(source, 0, torch.float32, device))
     calls = record_calls(network, ids[:1].to(device))
     states = start_propagation(network, ids, measured, fitted, config.quantize.batch, device, unfinished)
+    del network  # its embeddings and head may be large
     work = _Work(config, schemes, stage, unfinished, emit)
     for index in range(states.index, last + 1):
-        layers = _quantize_block(work, states, blocks.paths[index], blocks.modules[index], calls[index])
+        block = load_block(source, index, torch.float32, device)
+        layers = _quantize_block(work, states, paths[index], block, calls[index])
         seconds = time.monotonic() - started
         unfinished.record(index, {"layers": layers, "seconds": seconds, "peak_memory_bytes": peak_memory_bytes()})
         states, started = states.next(), started + seconds
@@ -208,10 +204,30 @@ def _quantize_block(
 ) -> dict[str, dict[str, float]]:
     """One block, start to end, and what was measured of its layers."""
     started = time.monotonic()
+    compressed = _compress(work, states, prefix, block, call)
+    give_back_memory()
+    gain = _fit(work, states, prefix, block, call)
+    give_back_memory()
+    round_to_16_bits(block)
+    error = states.advance(block, call)
+    if compressed:
+        _save(work.stage.directory / f"block-{states.index:03d}.safetensors", prefix, block, compressed)
+        work.emit(BlockQuantized(states.index, error, gain, time.monotonic() - started))
+    give_back_memory()
+    return {
+        path: {"relative_error": one.relative_error, "seconds": one.seconds} for path, one in sorted(compressed.items())
+    }
+
+
+def _compress(
+    work: _Work, states: Propagation, prefix: str, block: nn.Module, call: BlockCall
+) -> dict[str, Compressed]:
+    """Put the compressed layers into the block; each of them by its path in the model."""
     section = work.config.quantize
     # Paths inside the block, as the block knows them.
     chosen = {path: layer for path, layer in linears(block, "").items() if f"{prefix}.{path}" in work.schemes}
     statistics = states.measure(block, call, chosen)
+    give_back_memory()
     for path in chosen:
         if path not in statistics:
             raise QuantizationError(f"{prefix}.{path}: no text ever reaches it; add text, or leave it out with --skip")
@@ -226,15 +242,7 @@ def _quantize_block(
     compressed = {**made, **{one.path: one for one in kept.values() if one is not None}}
     for path, layer in chosen.items():
         replace_module(block, path, _compressed_linear(compressed[f"{prefix}.{path}"].matrix, layer))
-    gain = _fit(work, states, prefix, block, call)
-    round_to_16_bits(block)
-    error = states.advance(block, call)
-    if chosen:
-        _save(work.stage.directory / f"block-{states.index:03d}.safetensors", prefix, block, compressed)
-        work.emit(BlockQuantized(states.index, error, gain, time.monotonic() - started))
-    return {
-        path: {"relative_error": one.relative_error, "seconds": one.seconds} for path, one in sorted(compressed.items())
-    }
+    return compressed
 
 
 def _fit(work: _Work, states: Propagation, prefix: str, block: nn.Module, call: BlockCall) -> float:

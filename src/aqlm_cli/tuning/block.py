@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from aqlm_cli.activations import autocast, run_block
+from aqlm_cli.activations import Activations, autocast, run_block
 from aqlm_cli.blocks import BlockCall
 from aqlm_cli.config import FitConfig
 from aqlm_cli.errors import QuantizationError
@@ -30,8 +30,8 @@ from aqlm_kernels import AdditiveLinear
 class BlockData:
     """A block's inputs and the outputs wanted for them, `[windows, L, d]` each; `call` gives it its other arguments."""
 
-    inputs: Tensor
-    targets: Tensor
+    inputs: Tensor | Activations
+    targets: Tensor | Activations
     call: BlockCall
     dtype: torch.dtype  # of the products
     device: torch.device
