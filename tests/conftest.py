@@ -17,7 +17,7 @@ from typer.testing import Result
 from aqlm_cli import products
 from aqlm_kernels.cpu import bandwidth
 
-# The same examples on every machine, and nothing left behind. A fixture is made once for all examples of a test: they
+# The same examples on every machine, and none kept. A fixture is made once for all examples of a test: they
 # write to the same place, which is what a user does.
 settings.register_profile(
     "repeatable",
