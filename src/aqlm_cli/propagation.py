@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from aqlm_cli.activations import activation_file, compute_dtype, open_activations, run_block
 from aqlm_cli.blocks import BlockCall, first_inputs, observe_inputs
 from aqlm_cli.methods.statistics import LayerStatistics, SecondMoment
-from aqlm_cli.storage import publish_file
+from aqlm_cli.storage import publish_file, storage_errors
 from aqlm_cli.unfinished import Unfinished
 
 
@@ -71,7 +71,8 @@ class Propagation:
     def next(self) -> Propagation:
         """At the block after this one, which is finished from here on: what was put out is what enters."""
         publish_file(self.work.targets, self.work.hidden(self.index + 1))
-        self.work.hidden(self.index).replace(self.work.targets)  # its space serves again
+        with storage_errors(self.work.targets):
+            self.work.hidden(self.index).replace(self.work.targets)  # its space serves again
         return replace(self, index=self.index + 1, hidden=self.targets, targets=self.hidden)
 
     def _batches(self, first: int, last: int) -> Iterable[Tensor]:
@@ -93,7 +94,8 @@ def start_propagation(
             entering[chosen] = first_inputs(network, ids[chosen].to(device)).float().cpu()
         publish_file(beside, work.hidden(index))
     hidden = open_activations(work.hidden(index), shape)
-    for old in set(work.directory.glob("hidden-*.activations")) - {work.hidden(index)}:
-        old.unlink()  # an interruption came between two renames
+    with storage_errors(work.directory):
+        for old in set(work.directory.glob("hidden-*.activations")) - {work.hidden(index)}:
+            old.unlink()  # an interruption came between two renames
     targets = activation_file(work.targets, shape)
     return Propagation(work, index, hidden, targets, measured, fitted, batch, compute_dtype(device), device)
