@@ -291,6 +291,16 @@ def test_a_damaged_tokenizer_is_one_line(whole: dict[str, Any]) -> None:
         flip(Path("whole/packed/tokenizer.json"), place)
 
 
+def test_a_damaged_report_is_named(whole: dict[str, Any]) -> None:
+    assert run("eval-ppl", "whole").exit_code == 0
+    for pattern, command in ("eval-ppl-*", ("pack", "whole", "--overwrite")), ("original-*", ("eval-ppl", "whole")):
+        (path,) = Path("whole/reports").glob(pattern)
+        flip(path, 0, bit=7)
+        assert f"{path} cannot be read" in refused(*command)
+        path.unlink()
+        assert run(*command).exit_code == 0
+
+
 @pytest.mark.parametrize(
     "name", ["begun.json", "block-000.json", "model.layers.1.mlp.down_proj.safetensors", "hidden-001.activations"]
 )

@@ -111,6 +111,14 @@ class RunDirectory:
         write_file(self.reports / name, data)
         return self.reports / name
 
+    def read_report(self, name: str) -> dict[str, Any]:
+        path = self.reports / name
+        try:
+            report: dict[str, Any] = json.loads(path.read_bytes())
+        except (OSError, ValueError) as error:
+            raise ArtifactError(f"{path} cannot be read ({error}); remove it and measure again") from error
+        return report
+
     @contextlib.contextmanager
     def stage(self, name: str, kind: str, settings: Mapping[str, Any], parents: Mapping[str, str]) -> Iterator[Stage]:
         """Start a stage in an empty `<name>.partial/`. Left without `publish`, the directory stays for inspection."""

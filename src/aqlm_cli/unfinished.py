@@ -34,9 +34,9 @@ class Unfinished:
     @property
     def blocks(self) -> int:
         """How many are finished."""
-        return max(
-            (int(path.stem.removeprefix("hidden-")) for path in self.directory.glob("hidden-*.activations")), default=0
-        )
+        with storage_errors(self.directory):
+            states = list(self.directory.glob("hidden-*.activations"))
+        return max((int(path.stem.removeprefix("hidden-")) for path in states), default=0)
 
     def hidden(self, block: int) -> Path:
         """The states that enter a block."""

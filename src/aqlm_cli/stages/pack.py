@@ -167,5 +167,5 @@ def _card_facts(run: RunDirectory, quantized: Artifact, contents: Contents) -> C
 
 def _perplexities(run: RunDirectory, quantized: Artifact) -> list[dict[str, Any]]:
     """Reports of `eval-ppl` on this quantized model; those on an earlier one of the run are left out."""
-    reports = [json.loads(path.read_bytes()) for path in sorted(run.reports.glob("eval-ppl-*.json"))]
+    reports = [run.read_report(path.name) for path in sorted(run.reports.glob("eval-ppl-*.json"))]
     return [report for report in reports if report["quantized"] == quantized.digest]
