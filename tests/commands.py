@@ -27,6 +27,14 @@ def run(*arguments: str) -> Result:
     return CliRunner().invoke(app, list(arguments))
 
 
+def refused(*arguments: str, status: int = 1) -> str:
+    """The line on stderr with which this command ends."""
+    result = run(*arguments)
+    assert result.exit_code == status, result.output
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1, result.stderr
+    return result.stderr
+
+
 def save_run_file(directory: Path) -> Path:
     """`run.yaml`, with the model `tiny` and the text `notes.txt` that it names beside it."""
     tiny_models.save("llama", directory / "tiny")

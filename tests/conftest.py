@@ -1,4 +1,5 @@
-"""What all tests share: a home of their own, a run to try commands on, and a disk that can be made to fail."""
+"""What all tests share: a home of their own, a run to try commands on, a disk that can be made to fail, and how many
+examples a property is tried on."""
 
 from __future__ import annotations
 
@@ -10,10 +11,23 @@ import commands
 import numba
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from typer.testing import Result
 
 from aqlm_cli import products
 from aqlm_kernels.cpu import bandwidth
+
+# The same examples on every machine, and none kept. A fixture is made once for all examples of a test: they
+# write to the same place, which is what a user does.
+settings.register_profile(
+    "repeatable",
+    max_examples=150,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+settings.load_profile("repeatable")
 
 
 @pytest.fixture(autouse=True)

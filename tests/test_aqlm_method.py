@@ -6,11 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from aqlm_cli.config import SearchConfig
 from aqlm_cli.errors import QuantizationError
 from aqlm_cli.methods import aqlm, rtn
+from aqlm_cli.methods.codebooks import Approximation
 from aqlm_cli.methods.codesearch import code_search
 from aqlm_cli.methods.feedback import sweep
 from aqlm_cli.methods.kmeans import residual_kmeans
@@ -282,6 +285,35 @@ def test_a_sweep_around_never_raises_the_damped_objective(beam: int) -> None:
     for before, after in pairwise(losses):
         assert (after <= before * (1 + 1e-4)).all()
     assert losses[1].sum() < 0.5 * losses[0].sum()
+
+
+@given(
+    rows=st.integers(1, 40),
+    groups=st.integers(1, 40),
+    scheme=st.builds(AdditiveScheme, st.integers(1, 4), st.integers(1, 6), st.integers(1, 16)),
+    tokens=st.integers(0, 200),
+    beam=st.sampled_from([2, 8, 64]),
+    seed=st.integers(0, 2**32),
+)
+def test_from_any_codes_a_sweep_around_lowers_the_objective_of_every_row_or_keeps_it(
+    rows: int, groups: int, scheme: AdditiveScheme, tokens: int, beam: int, seed: int
+) -> None:
+    draw = torch.Generator().manual_seed(seed)
+    x = torch.randn(tokens, groups * scheme.group_size, generator=draw)
+    moment = damped(x.T @ x / max(1, tokens), DEFAULTS.damping)
+    codes = torch.randint(0, scheme.codebook_size, (rows, groups, scheme.num_codebooks), generator=draw)
+    codebooks = torch.randn(scheme.num_codebooks, scheme.codebook_size, scheme.group_size, generator=draw)
+    present = Approximation(codes, codebooks, torch.randn(rows, generator=draw).exp())
+    weight = torch.randn(rows, groups * scheme.group_size, generator=draw)
+    around = Feedback(diagonal_blocks(moment, scheme.group_size), moment, forward=False)
+
+    def objective(found: Approximation) -> Tensor:  # [rows]
+        difference = (weight - found.scales[:, None] * search.expand(found.codebooks, found.codes)).double()
+        return (difference @ moment.double() * difference).sum(1)
+
+    search = code_search(weight.device)
+    found = aqlm._search_around(weight, present, around, beam, search)
+    assert (objective(found) <= objective(present) * (1 + 1e-5)).all()
 
 
 def test_the_rounder_returns_what_its_codes_stand_for() -> None:

@@ -5,12 +5,15 @@ from itertools import pairwise
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from aqlm_cli.methods import codebooks as solver
 from aqlm_cli.methods.codebooks import Approximation, improve_codebooks, improve_scales
 from aqlm_cli.methods.codesearch import CodeSearch, code_search
 from aqlm_cli.methods.statistics import damped
+from aqlm_cli.scheme import AdditiveScheme
 from aqlm_kernels import AdditiveMatrix
 
 COMPILED = code_search(torch.device("cpu"))
@@ -193,3 +196,47 @@ def test_every_scale_is_the_least_squares_optimum(present: Approximation) -> Non
 def test_where_the_entries_add_up_to_zero_the_scale_is_kept(present: Approximation) -> None:
     nothing = dataclasses.replace(present, codebooks=torch.zeros_like(present.codebooks))
     assert torch.equal(improve_scales(WEIGHT, moment(), nothing, COMPILED).scales, present.scales)
+
+
+# ----------------------------------------------------------------------------------------------------- any shape of it
+
+
+@given(
+    rows=st.integers(1, 40),
+    groups=st.integers(1, 20),
+    scheme=st.builds(AdditiveScheme, st.integers(1, 4), st.integers(1, 8), st.integers(1, 16)),
+    tokens=st.integers(0, 200),
+    steps=st.integers(1, 8),
+    spread=st.floats(0, 3),
+    seed=st.integers(0, 2**32),
+)
+def test_no_update_of_codebooks_or_scales_raises_the_objective(
+    rows: int, groups: int, scheme: AdditiveScheme, tokens: int, steps: int, spread: float, seed: int
+) -> None:
+    """From any start, with fewer groups than entries or more, inputs of any rank, and rows and inputs of any sizes."""
+    draw = torch.Generator().manual_seed(seed)
+    features = groups * scheme.group_size
+    x = torch.randn(tokens, features, generator=draw) * (spread * torch.randn(features, generator=draw)).exp()
+    metric = damped(x.T @ x / max(1, tokens), 0.01)
+    codes = torch.randint(0, scheme.codebook_size, (rows, groups, scheme.num_codebooks), generator=draw)
+    codebooks = torch.randn(scheme.num_codebooks, scheme.codebook_size, scheme.group_size, generator=draw)
+    start = Approximation(codes, codebooks, (spread * torch.randn(rows, generator=draw)).exp())
+    weight = torch.randn(rows, features, generator=draw)
+
+    def norm(matrix: Tensor, metric: Tensor = metric) -> float:
+        return float((matrix.double() @ metric.double() * matrix.double()).sum()) ** 0.5
+
+    def loss(found: Approximation) -> float:
+        return norm(weight - approximation(found))
+
+    def rounding(found: Approximation) -> float:
+        """What float32 makes of the entries, which may be large and cancel each other, at most."""
+        sizes = approximation(dataclasses.replace(found, codebooks=found.codebooks.abs()))
+        return 2**-22 * norm(weight.abs() + sizes, metric.abs())
+
+    present = start
+    for _ in range(3):
+        solved = improve_codebooks(weight / present.scales[:, None], metric, present, steps, COMPILED)
+        assert loss(solved) <= loss(present) + rounding(solved)
+        present = improve_scales(weight, metric, solved, COMPILED)
+        assert loss(present) <= loss(solved) + rounding(present)

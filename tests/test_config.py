@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 
 from aqlm_cli.config import (
     PRESETS,
@@ -18,6 +20,7 @@ from aqlm_cli.config import (
     preset_path,
 )
 from aqlm_cli.errors import AqlmError, ConfigError, UsageError
+from aqlm_cli.scheme import AdditiveScheme, UniformScheme
 
 SHIPPED = sorted(preset_path("default").parent.glob("*.yaml"))
 
@@ -64,6 +67,51 @@ def test_a_written_run_file_reads_back_the_same(tmp_path: Path) -> None:
     flags = {"model": "any", "quantize": {"only": [r"model\.layers\.[0-6]\..*"], "fit": {"learning_rate": 1e-5}}}
     config = build_config("paper", None, flags)
     assert build_config(None, run_file(tmp_path, dump_yaml(config)), {}) == config
+
+
+def values(schema: Mapping[str, Any], sections: Mapping[str, Any]) -> st.SearchStrategy[Any]:
+    """What a JSON schema allows, with any of the keys left out that have a default."""
+    if "$ref" in schema:
+        return values(sections[schema["$ref"].rpartition("/")[2]], sections)
+    if "anyOf" in schema:
+        return st.one_of(values(one, sections) for one in schema["anyOf"])
+    if "enum" in schema:
+        return st.sampled_from(schema["enum"])
+    if schema["type"] == "object":
+        keys = {name: values(one, sections) for name, one in schema["properties"].items()}
+        needed = {name: keys.pop(name) for name in schema.get("required", ())}
+        return st.fixed_dictionaries(needed, optional=keys)
+    if schema["type"] == "array":
+        return st.lists(values(schema["items"], sections), max_size=3)
+    if schema["type"] == "number":
+        return st.floats(schema["exclusiveMinimum"], schema.get("maximum"), exclude_min=True, allow_infinity=False)
+    return {
+        "null": st.none(),
+        "boolean": st.booleans(),
+        "integer": st.integers(schema.get("minimum")),
+        "string": st.text(),
+    }[schema["type"]]
+
+
+@st.composite
+def settings(draw: st.DrawFn) -> dict[str, Any]:
+    """What a valid run file may say. Beyond its types: a scheme is one of its method's, and a device has a name."""
+    schema = RunConfig.model_json_schema()
+    drawn: dict[str, Any] = draw(values(schema, schema["$defs"]))
+    drawn["device"] = draw(st.from_regex(r"cpu|cuda(:(0|[1-9][0-9]?))?", fullmatch=True))
+    additive = st.builds(AdditiveScheme, st.integers(1, 8), st.integers(1, 16), st.integers(1, 64))
+    uniform = st.builds(UniformScheme, st.integers(2, 8), st.integers(1, 1024))
+    method = draw(st.sampled_from(["aqlm", "rtn"]))
+    scheme = str(draw(additive if method == "aqlm" else uniform))
+    return merge(drawn, {"quantize": {"method": method, "scheme": scheme}})
+
+
+@given(settings())
+def test_any_run_comes_back_from_its_file(tmp_path: Path, drawn: dict[str, Any]) -> None:
+    config = RunConfig.model_validate(drawn)
+    path = tmp_path / "run.yaml"
+    path.write_bytes(dump_yaml(config).encode())
+    assert build_config(None, path, {}) == config
 
 
 def test_flags_beat_the_run_file_which_beats_the_preset(tmp_path: Path) -> None:
@@ -122,6 +170,8 @@ def test_an_unknown_key_is_named_with_its_file_and_the_nearest_valid_one(
         ("model: 3", ["model", "found 3"]),
         ("quantize: [", ["is not YAML"]),
         ("- quantize", ["keys and values"]),
+        ("device: cuda:999", ["there is no device 'cuda:999'"]),
+        ("device: cuda:٣", ["there is no device 'cuda:٣'"]),
     ],
 )
 def test_a_wrong_run_file_is_one_line_that_names_it(tmp_path: Path, text: str, fragments: list[str]) -> None:

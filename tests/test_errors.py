@@ -14,7 +14,7 @@ from unittest.mock import MagicMock
 import pytest
 import tiny_models
 import torch
-from commands import run
+from commands import refused, run
 from huggingface_hub import errors as hub
 from safetensors.torch import load_file, save_file
 
@@ -23,14 +23,6 @@ from aqlm_cli.artifacts import open_artifact
 from aqlm_cli.runs import DIRECTORIES, is_run
 
 RUN = Path("runs/tiny-2x4g8")
-
-
-def refused(*arguments: str, status: int = 1) -> str:
-    """The line on stderr with which this command ends."""
-    result = run(*arguments)
-    assert result.exit_code == status, result.output
-    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1, result.stderr
-    return result.stderr
 
 
 def published() -> dict[str, bytes]:

@@ -2,13 +2,16 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from aqlm_cli.errors import ArtifactError, StorageError
 from aqlm_cli.storage import (
@@ -55,6 +58,48 @@ def test_the_same_tensors_give_the_same_bytes_in_any_order(tmp_path: Path) -> No
     save_tensors(tmp_path / "a", tensors)
     save_tensors(tmp_path / "b", dict(reversed(tensors.items())))
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+@st.composite
+def any_tensors(draw: st.DrawFn) -> dict[str, torch.Tensor]:
+    """Of any type and shape, no elements and no axes among them, any bytes in them, and under any name."""
+
+    def tensor(dtype: torch.dtype, shape: list[int], seed: int) -> torch.Tensor:
+        generator, size = torch.Generator().manual_seed(seed), math.prod(shape) * dtype.itemsize
+        top = 2 if dtype == torch.bool else 256
+        return torch.randint(top, (size,), generator=generator).to(torch.uint8).view(dtype).reshape(shape)
+
+    shapes = st.lists(st.integers(0, 5), max_size=4)
+    tensors = st.builds(tensor, st.sampled_from(list(DTYPES.values())), shapes, st.integers(0, 2**32))
+    return draw(st.dictionaries(st.text().filter(lambda name: name != "__metadata__"), tensors, max_size=8))
+
+
+def bytes_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[torch.dtype, list[int], bytes]]:
+    return {
+        name: (tensor.dtype, list(tensor.shape), tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+        for name, tensor in tensors.items()
+    }
+
+
+@given(tensors=any_tensors(), metadata=st.dictionaries(st.text(), st.text(), max_size=3))
+def test_whatever_is_written_the_safetensors_package_and_we_read_the_same(
+    tmp_path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]
+) -> None:
+    path = tmp_path / "t.safetensors"
+    save_tensors(path, tensors, metadata)
+    assert bytes_of(load_file(path)) == bytes_of(load_tensors(path)) == bytes_of(tensors)
+    assert read_metadata(path) == metadata
+    assert tensor_names(path) == sorted(tensors)
+    assert bytes_of({name: read_tensor(path, name) for name in tensors}) == bytes_of(tensors)
+    written = path.read_bytes()
+    save_tensors(path, dict(reversed(load_tensors(path).items())), metadata)
+    assert path.read_bytes() == written
+
+
+@given(tensors=any_tensors())
+def test_whatever_the_safetensors_package_writes_we_read(tmp_path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    save_file(tensors, tmp_path / "t.safetensors")
+    assert bytes_of(load_tensors(tmp_path / "t.safetensors")) == bytes_of(tensors)
 
 
 def test_every_tensor_lies_aligned_to_its_type(tmp_path: Path) -> None:

@@ -7,11 +7,12 @@ complete, and a crash leaves the previous one in place.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -20,11 +21,25 @@ from pydantic import BaseModel, ConfigDict
 
 from aqlm_cli.errors import ArtifactError
 from aqlm_cli.storage import digest_file, storage_errors, sync_directory, write_file
+from aqlm_kernels import KernelError
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 WORK = "work"
 """Where a stage keeps what it needs to go on after an interruption; never published."""
+
+MADE_BY: Mapping[str, str] = {
+    "calibration": "aqlm calibrate --config {run}/run.yaml --out {run}",
+    "quantized": "aqlm quantize --config {run}/run.yaml --out {run}",
+    "packed": "aqlm pack {run}",
+}
+"""The command that makes an artifact of each kind in a run."""
+
+
+def remedy(directory: Path, kind: str) -> str:
+    """What to do about an artifact of a run that is damaged or out of date."""
+    return f"redo it with `{MADE_BY[kind].format(run=directory.parent)} --overwrite`"
+
 
 # ------------------------------------------------------------------------------------------------------ manifests
 
@@ -76,8 +91,18 @@ class Artifact:
     def path(self, name: str) -> Path:
         """A file that the manifest lists."""
         if name not in self.manifest.files:
-            raise ArtifactError(f"{self.directory} holds no {name}; rerun the stage that wrote it with --overwrite")
+            raise ArtifactError(f"{self.directory} holds no {name}; {remedy(self.directory, self.manifest.kind)}")
         return self.directory / name
+
+    @contextlib.contextmanager
+    def reading(self, name: str) -> Iterator[Path]:
+        """A file that the manifest lists; what its content is not is one line that says how to have it made anew."""
+        path = self.path(name)
+        try:
+            yield path
+        except (ArtifactError, KernelError, LookupError, ValueError) as error:
+            way_out = remedy(self.directory, self.manifest.kind)
+            raise ArtifactError(f"{path} is damaged ({error.__cause__ or error}); {way_out}") from error
 
 
 def open_artifact(directory: Path, kind: str) -> Artifact:
@@ -96,15 +121,15 @@ def open_artifact(directory: Path, kind: str) -> Artifact:
         raise ArtifactError(f"{directory} is not a complete artifact, {MANIFEST} is missing") from None
     except (OSError, ValueError, AttributeError) as error:  # pydantic's ValidationError is a ValueError
         reason = str(error).splitlines()[0]
-        raise ArtifactError(f"{path} is not a manifest ({reason}); redo its stage with --overwrite") from error
+        raise ArtifactError(f"{path} is not a manifest ({reason}); {remedy(directory, kind)}") from error
     if manifest.kind != kind:
         raise ArtifactError(f"{directory} holds a {manifest.kind} artifact, not a {kind} one")
     for name, record in manifest.files.items():
-        _check_file(directory, name, record)
+        _check_file(directory, kind, name, record)
     return Artifact(directory, manifest)
 
 
-def _check_file(directory: Path, name: str, record: FileRecord) -> None:
+def _check_file(directory: Path, kind: str, name: str, record: FileRecord) -> None:
     """A manifest comes from disk and may come from a stranger: its names must not lead out of its directory."""
     relative = PurePosixPath(name)
     inside = not relative.is_absolute() and ".." not in relative.parts and "\\" not in name
@@ -113,7 +138,7 @@ def _check_file(directory: Path, name: str, record: FileRecord) -> None:
     size = (directory / name).stat().st_size if (directory / name).is_file() else None
     if size != record.bytes:
         found = "is missing" if size is None else f"has {size} bytes, not {record.bytes}"
-        raise ArtifactError(f"{directory / name} {found}; redo its stage with --overwrite")
+        raise ArtifactError(f"{directory / name} {found}; {remedy(directory, kind)}")
 
 
 # ---------------------------------------------------------------------------------------------------------- stages

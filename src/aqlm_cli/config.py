@@ -167,7 +167,7 @@ class RunConfig(Section):
     @field_validator("device")
     @classmethod
     def _is_device(cls, name: str) -> str:
-        if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        if not re.fullmatch(r"cpu|cuda(:(0|[1-9][0-9]?))?", name):  # torch takes cuda:128 for cuda:-128
             raise ValueError(f"there is no device {name!r}; choose cpu, cuda or cuda:NUMBER")
         return name
 

@@ -11,7 +11,6 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import TypeAlias
 
 import torch
@@ -51,12 +50,14 @@ class QuantizedLayer:
     """One matrix of a quantized model and how it will be exported."""
 
     path: str
-    file: Path
+    quantized: Artifact
+    file: str
     kind: str
     export: Exporter
 
     def matrix(self) -> CompressedMatrix:
-        return MATRIX_KINDS[self.kind].from_tensors(load_tensors(self.file, prefix=f"{self.path}."))
+        with self.quantized.reading(self.file) as file:
+            return MATRIX_KINDS[self.kind].from_tensors(load_tensors(file, prefix=f"{self.path}."))
 
     def exported(self, dtype: torch.dtype) -> dict[str, Tensor]:
         return {f"{self.path}.{name}": tensor for name, tensor in self.export(self.matrix(), dtype).items()}
@@ -64,15 +65,18 @@ class QuantizedLayer:
 
 def quantized_layers(quantized: Artifact, format: str) -> list[QuantizedLayer]:
     """Every quantized matrix, in the order of the blocks."""
-    return [
-        QuantizedLayer(path, file, kind, EXPORTERS[format][kind])
-        for file in block_files(quantized)
-        for path, kind in json.loads(read_metadata(file)["kinds"]).items()
-    ]
+    layers = []
+    for name in block_files(quantized):
+        with quantized.reading(name) as file:
+            kinds = json.loads(read_metadata(file)["kinds"])
+            layers += [
+                QuantizedLayer(path, quantized, name, kind, EXPORTERS[format][kind]) for path, kind in kinds.items()
+            ]
+    return layers
 
 
-def block_files(quantized: Artifact) -> list[Path]:
-    return [quantized.path(name) for name in sorted(quantized.manifest.files) if name.startswith("block-")]
+def block_files(quantized: Artifact) -> list[str]:
+    return [name for name in sorted(quantized.manifest.files) if name.startswith("block-")]
 
 
 def plan_entries(
@@ -105,7 +109,7 @@ def _tuned_parameters(
     than its modules do would lose it.
     """
     tuned: dict[str, Callable[[], Tensor]] = {}
-    for file in block_files(quantized):
+    for file in map(quantized.path, block_files(quantized)):
         for name in tensor_names(file):
             path = name.rpartition(".")[0]
             if name in original:

@@ -29,7 +29,7 @@ def logged(run_directory: Path, stage: str, emit: Emit) -> Iterator[Emit]:
     """An `emit` that also writes the log of the stage, until the stage ends, however it does."""
     path = run_directory / LOGS / f"{stage}.jsonl"
     with storage_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(exist_ok=True)  # without parents: a run that is gone is not made again by its log
         # Unbuffered: what a full disk refuses must not come up again when the file is closed.
         file = open(path, "a+b", buffering=0)  # noqa: SIM115  # open as long as the stage runs
         if size := file.seek(0, os.SEEK_END):

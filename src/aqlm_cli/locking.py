@@ -11,8 +11,8 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
+from io import FileIO
 from pathlib import Path
-from typing import TextIO
 
 from aqlm_cli.errors import ArtifactError
 from aqlm_cli.storage import storage_errors
@@ -41,7 +41,8 @@ def exclusive(run_directory: Path) -> Iterator[None]:
     path = run_directory / LOCK
     with storage_errors(run_directory):
         run_directory.mkdir(parents=True, exist_ok=True)
-        file = open(path, "a+")  # noqa: SIM115  # open as long as the lock is held
+        # Unbuffered: what a full disk refuses must not come up again when the file is closed.
+        file = open(path, "a+b", buffering=0)  # noqa: SIM115  # open as long as the lock is held
     with file:
         with storage_errors(path):
             held = _lock(file)
@@ -51,19 +52,21 @@ def exclusive(run_directory: Path) -> Iterator[None]:
             raise ArtifactError(f"{run_directory} is in use by {found.words}; wait for it, or stop it")
         if path.stat().st_size and found.process is None:
             raise ArtifactError(f"{path} is no lock of ours; remove it if nobody needs it, or choose another directory")
-        file.truncate(0)
         started = datetime.now().isoformat(" ", "seconds")
-        print(json.dumps({"process": os.getpid(), "command": sys.argv, "started": started}), file=file, flush=True)
         try:
+            with storage_errors(path):
+                file.truncate(0)
+                file.write(json.dumps({"process": os.getpid(), "command": sys.argv, "started": started}).encode())
             yield
         finally:
-            file.truncate(0)
+            with contextlib.suppress(OSError):  # the first error counts, and what is left there means nothing
+                file.truncate(0)
 
 
 def holder(run_directory: Path) -> Holder | None:
     """Who is at work in a run; None if nobody is, as far as this user may see."""
     try:
-        with open(run_directory / LOCK) as file:
+        with open(run_directory / LOCK, "rb") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -73,7 +76,7 @@ def holder(run_directory: Path) -> Holder | None:
     return None
 
 
-def _lock(file: TextIO) -> bool:
+def _lock(file: FileIO) -> bool:
     """Whether it could be had; `holder` of another process takes it for an instant, so this asks more than once."""
     for _ in range(PATIENCE):
         try:
@@ -84,7 +87,7 @@ def _lock(file: TextIO) -> bool:
     return False
 
 
-def _read(text: str) -> Holder:
+def _read(text: bytes) -> Holder:
     try:
         said = json.loads(text)
         words = f"process {said['process']} (`{' '.join(said['command'])}`, since {said['started']})"

@@ -22,7 +22,7 @@ from aqlm_cli.locking import exclusive
 from aqlm_cli.model import Subject, find_subject, resolve
 from aqlm_cli.openmp import forbid_nested_loops
 from aqlm_cli.report import CalibrationReport, GenerationReport, PackReport, QuantizeReport, Record
-from aqlm_cli.runs import is_run, read_run, refuse_other_directory
+from aqlm_cli.runs import find_artifact, is_run, read_run, refuse_other_directory
 from aqlm_cli.scheme import SCHEMES_BY_BITS, AdditiveScheme, parse_scheme
 from aqlm_cli.speed_report import BenchReport
 from aqlm_cli.stages.bench import bench, bench_shape
@@ -94,7 +94,7 @@ def settings_for(target: str, flags: Mapping[str, Any]) -> RunConfig:
 def quantize_and_pack(config: RunConfig, run_directory: Path, overwrite: bool, emit: Emit) -> dict[str, Record]:
     """From the model to a checkpoint; what is complete and was made with the same settings is reused."""
     with _at_work(run_directory):
-        if not is_run(run_directory) or read_run(run_directory).artifact("calibration") is None:
+        if find_artifact(run_directory, "calibration") is None:
             emit(Noted("there is no calibration yet, it runs first"))
         _calibrate(config, run_directory, overwrite, emit)
         return {

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from aqlm_cli.activations import Activations, compute_dtype, entering_states, run_block
 from aqlm_cli.blocks import BlockCall, first_inputs, observe_inputs
 from aqlm_cli.methods.statistics import LayerStatistics, SecondMoment
-from aqlm_cli.storage import publish_file
+from aqlm_cli.storage import publish_file, storage_errors
 from aqlm_cli.unfinished import Unfinished
 
 
@@ -74,7 +74,8 @@ class Propagation:
     def next(self) -> Propagation:
         """At the block after this one, which is finished from here on: what was put out is what enters."""
         publish_file(self.work.targets, self.work.hidden(self.index + 1))
-        self.work.hidden(self.index).replace(self.work.targets)  # its space serves again
+        with storage_errors(self.work.targets):
+            self.work.hidden(self.index).replace(self.work.targets)  # its space serves again
         return replace(self, index=self.index + 1, hidden=self.targets, targets=self.hidden)
 
     def _batches(self, first: int, last: int) -> Iterable[Tensor]:
@@ -94,7 +95,8 @@ def start_propagation(
         publish_file(work.targets, work.hidden(index))
     shape = (*ids.shape, first_inputs(network, ids[:1, :1].to(device)).shape[2])
     hidden = Activations(work.hidden(index), shape)
-    for old in set(work.directory.glob("hidden-*.activations")) - {work.hidden(index)}:
-        old.unlink()  # an interruption came between two renames
+    with storage_errors(work.directory):
+        for old in set(work.directory.glob("hidden-*.activations")) - {work.hidden(index)}:
+            old.unlink()  # an interruption came between two renames
     targets = Activations.create(work.targets, shape)
     return Propagation(work, index, hidden, targets, measured, fitted, batch, compute_dtype(device), device)

@@ -14,13 +14,14 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from aqlm_cli.artifacts import MANIFEST, WORK, Artifact, Stage, open_artifact
+from aqlm_cli.artifacts import MADE_BY, MANIFEST, WORK, Artifact, Stage, open_artifact, remedy
 from aqlm_cli.config import RunConfig, build_config, differences, dump_yaml
 from aqlm_cli.errors import ArtifactError
 from aqlm_cli.locking import LOCK, LOGS
@@ -38,12 +39,11 @@ DIRECTORIES: Mapping[str, tuple[str, ...]] = {
     "packed": ("packed",),
 }
 
-MADE_BY: Mapping[str, str] = {
-    "calibration": "aqlm calibrate --config {run}/run.yaml --out {run}",
-    "quantized": "aqlm quantize --config {run}/run.yaml --out {run}",
-    "packed": "aqlm pack {run}",
-}
-"""The command that makes an artifact of each kind in a run."""
+
+def find_artifact(run_directory: Path, kind: str) -> Path | None:
+    """Where the newest complete artifact of this kind lies, be it damaged or not."""
+    places = (run_directory / name for name in DIRECTORIES[kind])
+    return next((place for place in places if (place / MANIFEST).exists()), None)
 
 
 @dataclass(frozen=True)
@@ -59,24 +59,23 @@ class RunDirectory:
 
     def artifact(self, kind: str) -> Artifact | None:
         """The newest complete artifact of this kind, or None."""
-        for name in DIRECTORIES[kind]:
-            if (self.path / name / MANIFEST).exists():
-                return open_artifact(self.path / name, kind)
-        return None
+        found = find_artifact(self.path, kind)
+        return None if found is None else open_artifact(found, kind)
 
     def current(self, kind: str) -> Artifact:
         """The newest complete artifact, to build on.
 
         ArtifactError if there is none, or if something it was made from, directly or not, has been made anew since.
         """
-        artifact, command = self.artifact(kind), MADE_BY[kind].format(run=self.path)
+        artifact = self.artifact(kind)
         if artifact is None:
+            command = MADE_BY[kind].format(run=self.path)
             raise ArtifactError(f"{self.path} has no complete {DIRECTORIES[kind][0]}/; make it with `{command}`")
         for parent, digest in artifact.manifest.parents.items():
             if parent in DIRECTORIES and self.artifact(parent) and self.current(parent).digest != digest:
                 raise ArtifactError(
                     f"{artifact.directory} was made from {parent} {digest[:12]}, which is now "
-                    f"{self.current(parent).digest[:12]}; redo it with `{command} --overwrite`"
+                    f"{self.current(parent).digest[:12]}; {remedy(artifact.directory, kind)}"
                 )
         return artifact
 
@@ -96,7 +95,8 @@ class RunDirectory:
         if found:
             raise ArtifactError(f"{artifact.directory} is there with {'; '.join(found)}; add --overwrite to redo it")
         if (artifact.directory / WORK).exists():  # an interruption came just before it was cleared away
-            shutil.rmtree(artifact.directory / WORK)
+            with storage_errors(artifact.directory):
+                shutil.rmtree(artifact.directory / WORK)
         return artifact
 
     @property
@@ -110,6 +110,14 @@ class RunDirectory:
         data = content if isinstance(content, bytes) else json.dumps(content, indent=1).encode()
         write_file(self.reports / name, data)
         return self.reports / name
+
+    def read_report(self, name: str) -> dict[str, Any]:
+        path = self.reports / name
+        try:
+            report: dict[str, Any] = json.loads(path.read_bytes())
+        except (OSError, ValueError) as error:
+            raise ArtifactError(f"{path} cannot be read ({error}); remove it and measure again") from error
+        return report
 
     @contextlib.contextmanager
     def stage(self, name: str, kind: str, settings: Mapping[str, Any], parents: Mapping[str, str]) -> Iterator[Stage]:
@@ -159,7 +167,7 @@ def _make_empty(partial: Path) -> None:
             sync_directory(partial / WORK)
         if partial.exists():
             shutil.rmtree(partial)
-        partial.mkdir(parents=True)
+        partial.mkdir()  # without parents: a run that is gone is not made again without its settings
 
 
 def _begun(partial: Path) -> Any:
@@ -196,29 +204,31 @@ _SHAPED_BY: Mapping[str, tuple[str, ...]] = {
 
 
 def is_run(path: Path) -> bool:
-    return (path / RUN_FILE).is_file()
+    return os.path.isfile(path / RUN_FILE)  # pathlib's raises where a directory on the way cannot be entered
 
 
 def refuse_other_directory(path: Path) -> None:
     """ArtifactError where `path` is there and neither a run nor the place of one that has just begun."""
-    if is_run(path) or not path.exists():
-        return
-    if not path.is_dir() or any(entry.name not in (LOCK, LOGS) for entry in path.iterdir()):
-        raise ArtifactError(f"{path} is there and is not a run directory; choose another --out")
+    with storage_errors(path):
+        if is_run(path) or not path.exists():
+            return
+        if not path.is_dir() or any(entry.name not in (LOCK, LOGS) for entry in path.iterdir()):
+            raise ArtifactError(f"{path} is there and is not a run directory; choose another --out")
 
 
 def open_run(path: Path, config: RunConfig, overwrite: bool = False) -> RunDirectory:
     """Create the run, or enter the one that is there.
 
     Settings that shaped an artifact which is there must be the same; otherwise the run is refused, with each
-    difference named, unless `overwrite` lets the new settings take the place of the old.
+    difference named, unless `overwrite` lets the new settings take the place of the old. What is there is not looked at
+    then: it may be damaged.
     """
-    if is_run(path):
+    if is_run(path) and not overwrite:
         earlier = read_run(path)
         there = [kind for kind in _SHAPED_BY if earlier.artifact(kind) or _begun(path / f"{kind}.partial") is not None]
         sections = {section for kind in there for section in _SHAPED_BY[kind]}
         found = [line for section in sorted(sections) for line in differences(earlier.config, config, section)]
-        if found and not overwrite:
+        if found:
             raise ArtifactError(f"{path} is another run: {'; '.join(found)}; choose another --out, or add --overwrite")
     refuse_other_directory(path)
     with storage_errors(path):

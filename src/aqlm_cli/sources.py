@@ -233,7 +233,7 @@ def tensor_index(directory: Path) -> dict[str, StoredTensor]:
                     part = opened.get_slice(tensor)
                     found[tensor] = StoredTensor(path, tuple(part.get_shape()), part.get_dtype())
         except SafetensorError as error:
-            raise ModelError(f"{path} is damaged ({error}); fetch the model again") from error
+            raise ModelError(f"{path} is damaged ({error}); fetch the model, or pack the run, again") from error
     return found
 
 
@@ -253,7 +253,7 @@ def _settings(path: Path) -> dict[str, Any]:
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ModelError(f"{path} cannot be read ({error}); fetch the model again") from error
+        raise ModelError(f"{path} cannot be read ({error}); fetch the model, or pack the run, again") from error
     if not isinstance(settings, dict):
         raise ModelError(f"{path} holds no settings of a model; fetch the model again")
     return settings

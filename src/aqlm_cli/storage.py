@@ -35,6 +35,8 @@ def storage_errors(path: Path) -> Iterator[None]:
             reason = f"no space left on device while writing {path}; free space and rerun"
         elif error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
             reason = f"{path} is read-only for this user; choose another place or change its permissions"
+        elif error.errno == errno.ENOENT:
+            reason = f"cannot write {path}: its directory is gone; put it back and rerun, or rerun to begin anew"
         else:
             reason = f"cannot write {path}: {error.strerror or error}"
         raise StorageError(reason) from error

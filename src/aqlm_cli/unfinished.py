@@ -18,9 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from aqlm_cli.errors import ArtifactError
 from aqlm_cli.methods import MATRIX_KINDS
 from aqlm_cli.methods.layers import Compressed
 from aqlm_cli.storage import load_tensors, read_metadata, save_tensors, storage_errors, write_file
+from aqlm_kernels import KernelError
 
 
 @dataclass(frozen=True)
@@ -32,9 +34,9 @@ class Unfinished:
     @property
     def blocks(self) -> int:
         """How many are finished."""
-        return max(
-            (int(path.stem.removeprefix("hidden-")) for path in self.directory.glob("hidden-*.activations")), default=0
-        )
+        with storage_errors(self.directory):
+            states = list(self.directory.glob("hidden-*.activations"))
+        return max((int(path.stem.removeprefix("hidden-")) for path in states), default=0)
 
     def hidden(self, block: int) -> Path:
         """The states that enter a block."""
@@ -49,7 +51,11 @@ class Unfinished:
         write_file(self.directory / f"block-{block:03d}.json", json.dumps(measured).encode())
 
     def recorded(self, block: int) -> dict[str, Any]:
-        found: dict[str, Any] = json.loads((self.directory / f"block-{block:03d}.json").read_bytes())
+        path = self.directory / f"block-{block:03d}.json"
+        try:
+            found: dict[str, Any] = json.loads(path.read_bytes())
+        except (OSError, ValueError) as error:
+            raise ArtifactError(f"{path} cannot be read ({error}); remove {self.directory} to begin anew") from error
         return found
 
     def keep(self, one: Compressed) -> None:
@@ -67,14 +73,17 @@ class Unfinished:
         file = self.directory / f"{path}.safetensors"
         if not file.exists():
             return None
-        about = read_metadata(file)
-        return Compressed(
-            path,
-            int(about["weights"]),
-            MATRIX_KINDS[about["kind"]].from_tensors(load_tensors(file)),
-            float(about["relative_error"]),
-            float(about["seconds"]),
-        )
+        try:
+            about = read_metadata(file)
+            return Compressed(
+                path,
+                int(about["weights"]),
+                MATRIX_KINDS[about["kind"]].from_tensors(load_tensors(file)),
+                float(about["relative_error"]),
+                float(about["seconds"]),
+            )
+        except (ArtifactError, KernelError, LookupError, ValueError) as error:
+            raise ArtifactError(f"{file} is damaged ({error.__cause__ or error}); remove it and rerun") from error
 
     def forget_matrices(self) -> None:
         """Those of a block that is finished."""

@@ -1,83 +1,12 @@
-"""The awkward cases that every product is held to, and the exact answers.
-
-With small integers and power-of-two scales each float32 sum is exact in any order, so such a case tests the layout: a
-kernel must equal the reference bit for bit. Normally distributed numbers test the arithmetic, within a bound.
-"""
+"""The awkward cases of kernel_cases.py, one test each."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import pytest
 import torch
-from torch import Tensor
-
-from aqlm_kernels import AdditiveMatrix
-
-
-@dataclass(frozen=True)
-class Case:
-    """A product x W^T; the last row of W is zero, and every third column of x where `strided` makes it a slice."""
-
-    num_codebooks: int
-    codebook_bits: int
-    group_size: int
-    out_features: int
-    groups: int
-    rows: int
-    strided: bool = False
-
-    def __str__(self) -> str:
-        scheme = f"{self.num_codebooks}x{self.codebook_bits}g{self.group_size}"
-        return f"{scheme}-{self.rows}x{self.in_features}x{self.out_features}" + "-strided" * self.strided
-
-    @property
-    def in_features(self) -> int:
-        return self.groups * self.group_size
-
-    def integers(self) -> tuple[Tensor, AdditiveMatrix]:
-        """x [rows, in] and W, small enough for exact sums in float32."""
-        draw = torch.Generator().manual_seed(0)
-        x = self._input(torch.randint(-3, 4, (self.rows, 2 * self.in_features), generator=draw).float())
-        entries = torch.randint(-4, 5, self._codebooks(), generator=draw).float()
-        scales = 2.0 ** torch.randint(-2, 3, (self.out_features,), generator=draw)
-        return x, self._matrix(entries, scales, draw)
-
-    def reals(self) -> tuple[Tensor, AdditiveMatrix]:
-        """x [rows, in] and W, normally distributed."""
-        draw = torch.Generator().manual_seed(1)
-        x = self._input(torch.randn(self.rows, 2 * self.in_features, generator=draw))
-        scales = 0.5 + torch.rand(self.out_features, generator=draw)
-        return x, self._matrix(torch.randn(self._codebooks(), generator=draw), scales, draw)
-
-    def _codebooks(self) -> tuple[int, int, int]:
-        return self.num_codebooks, 2**self.codebook_bits, self.group_size
-
-    def _input(self, wide: Tensor) -> Tensor:
-        return wide[:, ::2] if self.strided else wide[:, : self.in_features].contiguous()
-
-    def _matrix(self, entries: Tensor, scales: Tensor, draw: torch.Generator) -> AdditiveMatrix:
-        codes = torch.randint(0, entries.shape[1], (self.out_features, self.groups, self.num_codebooks), generator=draw)
-        if self.out_features > 1:
-            scales[-1] = 0
-        return AdditiveMatrix(codes, entries, scales)
-
-
-CASES = (
-    Case(1, 8, 8, out_features=1, groups=1, rows=1),
-    Case(1, 8, 8, out_features=65, groups=3, rows=3),
-    Case(2, 8, 8, out_features=64, groups=72, rows=1),
-    Case(2, 8, 8, out_features=130, groups=9, rows=5, strided=True),
-    Case(2, 8, 8, out_features=63, groups=2, rows=0),
-    Case(3, 8, 16, out_features=100, groups=5, rows=7),
-    Case(4, 8, 4, out_features=192, groups=17, rows=2),
-    Case(5, 4, 8, out_features=31, groups=11, rows=8, strided=True),
-    Case(1, 12, 8, out_features=70, groups=10, rows=3),
-    Case(2, 12, 4, out_features=129, groups=7, rows=1, strided=True),
-    Case(1, 16, 8, out_features=66, groups=13, rows=2),
-    Case(1, 16, 16, out_features=20, groups=6, rows=1),
-)
+from kernel_cases import CASES, Case
 
 
 @pytest.fixture(params=CASES, ids=str)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import aqlm.utils
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from aqlm_kernels import AdditiveMatrix, KernelError, from_checkpoint, to_checkpoint
 
@@ -53,6 +55,22 @@ def test_a_stored_matrix_comes_back_exactly(case):
     again = from_checkpoint(to_checkpoint(matrix))
     assert torch.equal(again.codes, matrix.codes)
     assert torch.equal(again.dequantize(), matrix.dequantize())
+
+
+@pytest.mark.parametrize("bits", range(1, 17))
+@given(data=st.data(), num_codebooks=st.integers(1, 8), group_size=st.integers(1, 64))
+@settings(max_examples=25)
+def test_codes_of_every_width_come_back_and_fit_their_signed_width(bits, data, num_codebooks, group_size):
+    code = st.integers(0, 2**bits - 1)
+    one_group = st.lists(code, min_size=num_codebooks, max_size=num_codebooks)
+    codes = torch.tensor([data.draw(st.lists(one_group, min_size=1, max_size=9))])  # [1, n, M]
+    codebooks = torch.zeros(1, 1, 1).expand(num_codebooks, 2**bits, group_size)  # takes no memory
+    matrix = AdditiveMatrix(codes, codebooks, torch.ones(1))
+    stored = to_checkpoint(matrix)
+    assert stored["codes"].dtype == (torch.int8 if bits <= 8 else torch.int16)
+    assert all(-(2 ** (bits - 1)) <= code < 2 ** (bits - 1) for code in stored["codes"].flatten().tolist())
+    assert torch.equal(from_checkpoint(stored).codes.long(), codes)
+    assert torch.equal(aqlm.utils.unpack_int_data(stored["codes"], bits).long(), codes)
 
 
 @pytest.mark.parametrize("value", [1e5, float("nan"), float("-inf")])

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from kernel_cases import cases
 
 from aqlm_kernels import additive
 from aqlm_kernels.cpu.dequantize import dequantize, gradients
@@ -49,3 +52,13 @@ def test_gradients_of_reals_are_float64_sums(case):
     expected_codebooks, expected_scales = expected_gradients(dw, matrix)
     torch.testing.assert_close(of_codebooks, expected_codebooks, rtol=2**-23, atol=1e-12)
     torch.testing.assert_close(of_scales, expected_scales, rtol=2**-23, atol=1e-12)
+
+
+@given(drawn=cases(), dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
+def test_weights_and_gradients_of_any_scheme_and_shape_are_those_of_plain_torch(drawn, dtype):
+    _, matrix = drawn.integers()
+    parts = matrix.codes, matrix.codebooks, matrix.scales
+    assert torch.equal(dequantize(*parts, dtype), matrix.dequantize(dtype))
+    dw = torch.randint(-5, 6, (drawn.out_features, drawn.in_features)).float()
+    for found, expected in zip(gradients(dw, *parts), expected_gradients(dw, matrix), strict=True):
+        assert torch.equal(found.double(), expected)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from aqlm_kernels import AdditiveMatrix, PackedMatrix
 from aqlm_kernels.packed import BLOCK, TILE, blocks_of
@@ -38,6 +41,41 @@ def test_the_stream_holds_every_code_where_look_ups_come_by(case):
                     place += 1
             tile += width
     assert torch.equal(streamed, expected)
+
+
+def matrix_of(codes, bits, group_size):
+    """Of these codes `[out, n, M]`, and of codebooks that take no memory."""
+    codebooks = torch.zeros(1, 1, 1).expand(codes.shape[2], 2**bits, group_size)
+    return AdditiveMatrix(codes, codebooks, torch.ones(len(codes)))
+
+
+def unpacked(packed, tables):
+    """The codes `[out, n * M]` out of the stream: by the place of each, told from its output and its table alone."""
+    size = blocks_of(tables)[1]
+    tiles = -(-packed.out_features // TILE)
+    output, table = torch.arange(packed.out_features)[:, None], torch.arange(tables)
+    tile, lane = output // TILE, output % TILE
+    fours, twos = tiles // 4 * 4, tiles // 2 * 2
+    bundle = torch.where(tile < fours, tile // 4 * 4, torch.where(tile < twos, tile // 2 * 2, tile))  # its first tile
+    width = torch.where(tile < fours, 4, torch.where(tile < twos, 2, 1))
+    place = TILE * (bundle * size + table % size * width + tile - bundle) + lane
+    return packed.streamed[table // size, place]
+
+
+@pytest.mark.parametrize("bits", range(1, 17))
+@given(
+    shape=st.tuples(st.integers(1, 600), st.integers(1, 70), st.integers(1, 8)),
+    group_size=st.integers(1, 64),
+    seed=st.integers(0, 2**32),
+)
+@settings(max_examples=25)
+def test_packed_codes_of_every_width_come_back(bits, shape, group_size, seed):
+    codes = torch.randint(0, 2**bits, shape, generator=torch.Generator().manual_seed(seed))  # [out, n, M]
+    packed = PackedMatrix(matrix_of(codes, bits, group_size))
+    tiled = packed.tiled.permute(0, 3, 1, 2).flatten(0, 1)  # [tiles * TILE, n, M]
+    assert torch.equal(tiled[: len(codes)].long(), codes)
+    if bits <= 8:
+        assert torch.equal(unpacked(packed, codes[0].numel()).long(), codes.flatten(1))
 
 
 def test_blocks_are_as_few_as_can_be_and_alike():

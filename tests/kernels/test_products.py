@@ -6,6 +6,9 @@ import dataclasses
 
 import pytest
 import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from kernel_cases import cases
 
 from aqlm_kernels import BACKENDS, AdditiveMatrix, KernelError, PackedMatrix, choose, matmul, reference
 from aqlm_kernels.cpu import registers
@@ -59,6 +62,18 @@ def test_half_precision_is_the_float32_product_rounded_once(case, backend, dtype
     x, packed = x.to(dtype), PackedMatrix(matrix)
     y = matmul(x, packed, backend)
     assert torch.equal(y, matmul(x.float(), packed, backend).to(dtype))
+
+
+@pytest.mark.parametrize("name", [backend.name for backend in BACKENDS if not backend.on_request])
+@given(drawn=cases(), dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
+def test_a_product_of_any_scheme_and_shape_is_that_of_the_reference(name, drawn, dtype):
+    chosen = next(backend for backend in BACKENDS if backend.name == name)
+    if chosen.refuses(packed_with(256), CPU):
+        pytest.skip("the backend refuses this machine")
+    x, matrix = drawn.integers()
+    x, packed = x.to(dtype), PackedMatrix(matrix)
+    assume(chosen.refuses(packed, CPU) is None)
+    assert torch.equal(matmul(x, packed, name), reference.matmul(x, packed))
 
 
 def test_any_leading_axes_are_rows(case, backend):

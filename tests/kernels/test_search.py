@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import numba
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from aqlm_kernels import KernelError, search
@@ -185,6 +187,37 @@ def test_a_choice_is_never_worse_than_the_present_codes(case: Search, beam: int,
         chosen = FORMS[form](metric, targets, codebooks, codes, beam)
         assert (squared_errors(problem, chosen) <= squared_errors(problem, codes) * (1 + SLACK)).all()
         codes = chosen
+
+
+@st.composite
+def searches(draw: st.DrawFn) -> Search:
+    bits = draw(st.integers(1, 12))
+    num_codebooks = draw(st.integers(1, 4 if bits <= 8 else 2))
+    return Search(num_codebooks, bits, draw(st.integers(1, 16)), draw(st.integers(1, 40)))
+
+
+@given(
+    drawn=searches(),
+    beams=st.lists(st.sampled_from([2, 4, 8, 16]), min_size=3, max_size=3),
+    rank=st.integers(0, 16),
+    seed=st.integers(0, 2**32),
+)
+def test_no_choice_raises_the_objective_under_any_metric(
+    drawn: Search, beams: list[int], rank: int, seed: int, form: str
+) -> None:
+    """Of any rank, with targets that its inverse could not explain, and from codes that are good already; in integers,
+    where sums are exact."""
+    generator = torch.Generator().manual_seed(seed)
+    root = torch.randint(-1, 2, (rank, drawn.group), generator=generator).float()
+    metric, (_, targets, codebooks, codes) = root.T @ root, drawn.integers()
+
+    def objective(codes: Tensor) -> Tensor:  # [rows], v^T H v - 2 t.v
+        v = approximation(codebooks, codes)
+        return ((v @ metric - 2 * targets) * v).sum(1)
+
+    for beam in beams:
+        before, codes = objective(codes), FORMS[form](metric, targets, codebooks, codes, beam)
+        assert (objective(codes) <= before).all()
 
 
 def test_of_three_codebooks_every_pair_is_chosen_jointly(form: str) -> None:

@@ -88,7 +88,7 @@ def load_tokenizer(source: ModelSource) -> transformers.PreTrainedTokenizerBase:
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             source.directory, trust_remote_code=source.trust_remote_code
         )
-    except (OSError, ValueError) as error:
+    except Exception as error:  # the tokenizers package raises nothing more special where its file is damaged
         raise ModelError(f"{source.name} has no tokenizer that can be loaded: {first_line(error)}") from error
     assert isinstance(tokenizer, transformers.PreTrainedTokenizerBase)
     return tokenizer

@@ -120,7 +120,7 @@ def _original(subject: Subject, ids: Tensor, dtype: str, device: str, emit: Emit
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode() + ids.numpy().tobytes()).hexdigest()
     kept = subject.run.reports / f"original-{digest[:16]}.json"
     if kept.exists():
-        found = json.loads(kept.read_bytes())
+        found = subject.run.read_report(kept.name)
         return Perplexity(found["perplexity"], found["stderr"])
     measured = _measure(source, ids, dtype, device, emit)
     subject.run.write_report(kept.name, {**facts, "perplexity": measured.perplexity, "stderr": measured.stderr})

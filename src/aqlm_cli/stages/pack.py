@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from aqlm_cli.artifacts import Artifact
+from aqlm_cli.artifacts import Artifact, remedy
 from aqlm_cli.checkpoint import Entry, total_bytes, write_checkpoint
 from aqlm_cli.errors import ArtifactError
 from aqlm_cli.events import Emit, Noted
@@ -141,7 +141,9 @@ def _collect(run: RunDirectory, quantized: Artifact, format: str) -> Contents:
     source = original_of(run)
     layers = quantized_layers(quantized, format)
     plan = Plan.from_json(quantized.manifest.results["plan"])
-    assert {layer.path for layer in layers} == {target.path for target in plan.quantized}
+    if {layer.path for layer in layers} != {target.path for target in plan.quantized}:
+        way_out = remedy(quantized.directory, "quantized")
+        raise ArtifactError(f"{quantized.directory} is damaged (its files hold other layers than its plan); {way_out}")
     return Contents(source, plan, layers, plan_entries(tensor_index(source.directory), quantized, layers))
 
 
@@ -165,5 +167,5 @@ def _card_facts(run: RunDirectory, quantized: Artifact, contents: Contents) -> C
 
 def _perplexities(run: RunDirectory, quantized: Artifact) -> list[dict[str, Any]]:
     """Reports of `eval-ppl` on this quantized model; those on an earlier one of the run are left out."""
-    reports = [json.loads(path.read_bytes()) for path in sorted(run.reports.glob("eval-ppl-*.json"))]
+    reports = [run.read_report(path.name) for path in sorted(run.reports.glob("eval-ppl-*.json"))]
     return [report for report in reports if report["quantized"] == quantized.digest]

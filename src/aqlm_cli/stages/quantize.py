@@ -191,7 +191,8 @@ def _windows(config: RunConfig, calibration: Artifact) -> tuple[Tensor, int]:
 
     Mixed once, so that any part of them holds text of all sources.
     """
-    ids = load_tensors(calibration.path("windows.safetensors"))["ids"].long()
+    with calibration.reading("windows.safetensors") as file:
+        ids = load_tensors(file)["ids"].long()
     ids = ids[torch.randperm(len(ids), generator=generator(config.seed, "windows"))]
     section = config.quantize
     held_out = min(section.fit.held_out, max(1, len(ids) // 4), len(ids) - 1) if section.fit.epochs else 0
