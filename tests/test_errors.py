@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from aqlm_cli import sources
 from aqlm_cli.artifacts import open_artifact
+from aqlm_cli.errors import ArtifactError
 from aqlm_cli.runs import DIRECTORIES, is_run
 
 RUN = Path("runs/tiny-2x4g8")
@@ -31,6 +32,11 @@ def refused(*arguments: str, status: int = 1) -> str:
     assert result.exit_code == status, result.output
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1, result.stderr
     return result.stderr
+
+
+def test_a_message_is_one_printable_line_whatever_it_quotes() -> None:
+    assert str(ArtifactError("a\nb\u2028c\x1b[31m\ud800")) == "a b c\\x1b[31m\\ud800"
+    assert len(str(ArtifactError("x" * 10**6))) < 5000
 
 
 def published() -> dict[str, bytes]:
