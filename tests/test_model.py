@@ -414,6 +414,16 @@ def test_a_gguf_of_other_shapes_than_its_settings_say_is_refused(tmp_path: Path,
         find(tmp_path / "a.gguf")
 
 
+def test_a_gguf_cut_before_a_tensor_is_refused(tmp_path: Path, find: Any) -> None:
+    original = tiny_models.save("llama", tmp_path / "original", vocab_size=259)
+    write_gguf(original, tmp_path / "a.gguf", gguf.GGMLQuantizationType.F16)
+    data = (tmp_path / "a.gguf").read_bytes()
+    for share, words in [(0.3, "a tensor beyond its end"), (0.999, "cannot be converted")]:
+        (tmp_path / "a.gguf").write_bytes(data[: int(share * len(data))])
+        with pytest.raises(ModelError, match=words):
+            find(tmp_path / "a.gguf")
+
+
 @pytest.mark.parametrize("blocks", [22, 2**32 - 1])
 def test_a_gguf_of_more_blocks_than_tensors_is_refused(tmp_path: Path, find: Any, blocks: int) -> None:
     original = tiny_models.save("llama", tmp_path / "original", vocab_size=259)
@@ -558,16 +568,19 @@ def test_a_kind_of_model_that_needs_its_own_code_is_refused_without_the_flag(tmp
         ({"num_attention_heads": 0}, "integer modulo by zero"),
         ({"hidden_act": "strange"}, "makes no network"),
         ({"id2label": 5}, "does not know"),
+        ({"rope_parameters": {"rope_type": "\x1b[31m"}}, "cannot be loaded|makes no network|does not know"),
         ({"intermediate_size": 64}, "cannot be loaded"),
     ],
 )
 def test_settings_that_make_no_model_of_these_files_are_refused(
-    tmp_path: Path, find: Any, settings: dict[str, Any], words: str
+    tmp_path: Path, find: Any, settings: dict[str, Any], words: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     directory = tiny_models.save("llama", tmp_path / "model")
     change_config(directory, **settings)
+    capfd.readouterr()
     with pytest.raises(ModelError, match=words):
         load_network(find(directory), torch.float32)
+    assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorPr
 
 from aqlm_cli.errors import AqlmError, ModelError
 from aqlm_cli.model.gguf_header import check_header
-from aqlm_cli.model.loading import at_most, first_line, without_weights
+from aqlm_cli.model.loading import at_most, first_line, quiet, without_weights
 from aqlm_cli.sources import WEIGHTS, GgufFile, ModelSource, cached_digest, directory_source
 from aqlm_cli.storage import TensorLayout, storage_errors, stream_tensors, write_file
 
@@ -33,7 +33,7 @@ def gguf_source(found: GgufFile, cache: Path) -> ModelSource:
             directory.parent.mkdir(parents=True, exist_ok=True)
             beside = Path(tempfile.mkdtemp(prefix=f"{digest}.", dir=directory.parent))
             try:
-                with _foreign_errors(found.path):
+                with quiet(), _foreign_errors(found.path):
                     _convert(found.path, beside)
                 if not directory.is_dir():  # or another process was faster
                     beside.rename(directory)
@@ -111,12 +111,12 @@ def _tensors(
         raise ModelError(f"{path} holds {strange[0]}, for which {architecture} of transformers has no place")
     tensors = {names[tensor.name]: (tensor, processor) for tensor in reader.tensors}
     missing = network.state_dict().keys() - tensors.keys() - network.all_tied_weights_keys.keys()
+    if missing:
+        raise ModelError(f"{path} lacks {sorted(missing)[0]}; it may hold experts in a form that cannot be converted")
     shapes = {name: parameter.shape for name, parameter in network.state_dict().items()}
     for name, (tensor, _) in tensors.items():
         if math.prod(tensor.shape.tolist()) != shapes[name].numel():
             raise ModelError(f"{path}: {tensor.name} has the shape {tensor.shape.tolist()}, not {list(shapes[name])}")
-    if missing:
-        raise ModelError(f"{path} lacks {sorted(missing)[0]}; it may hold experts in a form that cannot be converted")
     return tensors
 
 

@@ -47,7 +47,9 @@ class _Header:
             self._setting(tensors)
         for _ in range(tensors):
             self._bytes(self._count(least=1))
-            self._bytes(8 * self._number("I") + 12)
+            self._bytes(8 * self._number("I") + struct.calcsize("I"))
+            if self._number("Q") > len(self._data):
+                raise ValueError("a tensor beyond its end")
         return tensors
 
     def _setting(self, tensors: int) -> None:

@@ -43,7 +43,7 @@ def load_network(
     source: ModelSource, dtype: torch.dtype, device: str | torch.device = "cpu"
 ) -> transformers.PreTrainedModel:
     """The model in evaluation mode, without gradients; weights are in `dtype`, packed layers work in the type of x."""
-    with _quiet():
+    with quiet():
         if is_coded(source):
             network = _load_coded(source, dtype)
         else:
@@ -76,7 +76,10 @@ def load_tokenizer(source: ModelSource) -> transformers.PreTrainedTokenizerBase:
 def load_config(source: ModelSource) -> transformers.PreTrainedConfig:
     _refuse_hostile(source)
     try:
-        config = transformers.AutoConfig.from_pretrained(source.directory, trust_remote_code=source.trust_remote_code)
+        with quiet():
+            config = transformers.AutoConfig.from_pretrained(
+                source.directory, trust_remote_code=source.trust_remote_code
+            )
     except Exception as error:  # transformers computes with what it is given: TypeError, ZeroDivisionError, anything
         if "auto_map" in model_config(source) and not source.trust_remote_code:
             reason = "needs Python code of its own; read it, and allow it with --trust-remote-code"
@@ -101,7 +104,7 @@ def _skeleton(source: ModelSource, config: transformers.PreTrainedConfig) -> tra
     """`without_weights` of what a stranger's config.json says; ModelError where its files cannot hold it all."""
     try:
         stored = tensor_index(source.directory)
-        with at_most(PARAMETERS_PER_TENSOR * len(stored), source.name):
+        with quiet(), at_most(PARAMETERS_PER_TENSOR * len(stored), source.name):
             network = without_weights(config, source.trust_remote_code)
     except AqlmError:
         raise
@@ -229,7 +232,7 @@ def _additive_linear(
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without transformers' progress bars and reports: what is printed is not for the library to say."""
     logging = transformers.utils.logging
     bar, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
