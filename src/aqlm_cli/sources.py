@@ -27,7 +27,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from aqlm_cli.config import parse_yaml
@@ -235,7 +235,7 @@ def tensor_index(directory: Path) -> dict[str, StoredTensor]:
                 for tensor in opened.keys():  # noqa: SIM118 - not a dict
                     part = opened.get_slice(tensor)
                     found[tensor] = StoredTensor(path, tuple(part.get_shape()), part.get_dtype())
-        except Exception as error:  # safetensors' own error, but also what Python says to a file that is empty
+        except (OSError, SafetensorError) as error:
             raise ModelError(f"{path} is damaged ({error}); fetch the model again") from error
     return found
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from aqlm_cli.errors import ArtifactError, StorageError
@@ -176,5 +176,5 @@ def read_metadata(path: Path) -> dict[str, str]:
 def _reading(path: Path) -> Iterator[None]:
     try:
         yield
-    except Exception as error:  # safetensors gives to torch what the header says, and either may find anything wrong
+    except (OSError, SafetensorError) as error:
         raise ArtifactError(f"{path} cannot be read as safetensors ({error}); rerun the stage that wrote it") from error
