@@ -119,6 +119,14 @@ def test_a_name_that_leads_out_of_the_directory_is_refused(run: RunDirectory, na
         open_artifact(artifact.directory, "quantized")
 
 
+@pytest.mark.parametrize("name", ["a\0b", "x" * 300, "\ud800"], ids=["NUL", "long", "no text"])
+def test_a_name_that_no_file_can_have_is_refused(run: RunDirectory, name: str) -> None:
+    artifact = publish(run)
+    rewrite(artifact, files={name: {"sha256": "0", "bytes": 5}})
+    with pytest.raises(ArtifactError, match="which no file is called"):
+        open_artifact(artifact.directory, "quantized")
+
+
 @pytest.mark.parametrize("damage", ["missing", "short"])
 def test_a_file_that_is_missing_or_cut_is_named(run: RunDirectory, damage: str) -> None:
     artifact = publish(run)
@@ -151,6 +159,20 @@ def test_a_manifest_that_is_no_json_object_is_one_line(run: RunDirectory, text: 
     (publish(run).directory / "manifest.json").write_text(text)
     with pytest.raises(ArtifactError, match="not a manifest"):
         run.artifact("quantized")
+
+
+def test_a_manifest_of_lists_in_lists_is_one_line(run: RunDirectory) -> None:
+    path = publish(run).directory / "manifest.json"
+    path.write_text(path.read_text().replace('"2x8g8"', "[" * 100_000 + "]" * 100_000))
+    with pytest.raises(ArtifactError, match="not a manifest"):
+        run.artifact("quantized")
+
+
+def test_artifacts_that_name_each_other_as_parents_are_not_followed_in_a_circle(run: RunDirectory) -> None:
+    rewrite(publish(run, kind="calibration"), parents={"quantized": "0", "calibration": "0"})
+    rewrite(publish(run, kind="quantized"), parents={"quantized": "0", "packed": "0"})
+    assert run.current("calibration").manifest.kind == "calibration"
+    assert run.current("quantized").manifest.kind == "quantized"
 
 
 def test_a_file_that_no_manifest_lists_cannot_be_asked_for(run: RunDirectory) -> None:

@@ -183,6 +183,32 @@ def test_a_wrong_run_file_is_one_line_that_names_it(tmp_path: Path, text: str, f
 
 
 @pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("model: &a [x, y]\nquantize: {skip: [*a, *a]}", "aliases are not read"),
+        ("model: &a [*a]", "aliases are not read"),
+        ("model: !!python/object/apply:os.system ['false']", "could not determine a constructor"),
+        ("model: 2001-99-99", "a value cannot be read"),
+        ("model: !!bool maybe", "a value cannot be read"),
+        ("seed: 0x" + "f" * 5000, "a value cannot be read"),
+        ("[" * 5000, "a value cannot be read"),
+        ("model: " + "x" * 200_000, "so it is no run file"),
+    ],
+    ids=["alias", "inside itself", "object", "date", "tag", "integer", "depth", "size"],
+)
+def test_yaml_that_no_run_file_needs_is_refused(tmp_path: Path, text: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        build_config(None, run_file(tmp_path, text), {})
+
+
+def test_what_is_quoted_from_a_run_file_is_short(tmp_path: Path) -> None:
+    for text in [f"{'k' * 50_000}: 1", f"model: m\nseed: {'v' * 50_000}"]:
+        with pytest.raises(ConfigError) as caught:
+            build_config(None, run_file(tmp_path, text), {})
+        assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize(
     "flags", [{"eval_ppl": {"dtype": "int8"}}, {"quantize": {"scheme": "x"}}, {"quantize": {"method": "rtn"}}]
 )
 def test_a_wrong_flag_is_a_usage_error_even_beside_a_right_run_file(tmp_path: Path, flags: dict[str, Any]) -> None:

@@ -20,9 +20,15 @@ from safetensors.torch import load_file, save_file
 
 from aqlm_cli import sources
 from aqlm_cli.artifacts import open_artifact
+from aqlm_cli.errors import ArtifactError
 from aqlm_cli.runs import DIRECTORIES, is_run
 
 RUN = Path("runs/tiny-2x4g8")
+
+
+def test_a_message_is_one_printable_line_whatever_it_quotes() -> None:
+    assert str(ArtifactError("a\nb\u2028c\x1b[31m\ud800")) == "a b c\\x1b[31m\\ud800"
+    assert len(str(ArtifactError("x" * 10**6))) < 5000
 
 
 def published() -> dict[str, bytes]:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import struct
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -434,6 +435,48 @@ def test_a_gguf_that_cannot_be_converted_leaves_nothing_behind(tmp_path: Path, f
     assert not list((tmp_path / "cache" / "gguf").iterdir())
 
 
+def test_a_gguf_whose_counts_lead_out_of_the_file_is_refused(tmp_path: Path, find: Any) -> None:
+    """gguf's own reader goes on for ever past the end, in the array of numbers that follows the four counts."""
+    key = struct.pack("<Q1sI", 1, b"a", 9)
+    whole = b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + key + struct.pack("<IQ", 0, 2**60)
+    for place in (8, 16, 24, None):
+        damaged = bytearray(whole)
+        if place is not None:
+            damaged[place : place + 8] = struct.pack("<Q", 2**60)
+        (tmp_path / "a.gguf").write_bytes(damaged)
+        with pytest.raises(ModelError, match=f"{2**60} where .* bytes are left"):
+            find(tmp_path / "a.gguf")
+
+
+def test_a_gguf_of_other_shapes_than_its_settings_say_is_refused(tmp_path: Path, find: Any) -> None:
+    original = tiny_models.save("llama", tmp_path / "original", vocab_size=259)
+    change_config(original, intermediate_size=10**6)
+    write_gguf(original, tmp_path / "a.gguf", gguf.GGMLQuantizationType.F16)
+    with pytest.raises(ModelError, match=r"blk\.0\.ffn_\w+\.weight has the shape"):
+        find(tmp_path / "a.gguf")
+
+
+def test_a_gguf_cut_before_a_tensor_is_refused(tmp_path: Path, find: Any) -> None:
+    original = tiny_models.save("llama", tmp_path / "original", vocab_size=259)
+    write_gguf(original, tmp_path / "a.gguf", gguf.GGMLQuantizationType.F16)
+    data = (tmp_path / "a.gguf").read_bytes()
+    for share, words in [(0.3, "a tensor beyond its end"), (0.999, "cannot be converted")]:
+        (tmp_path / "a.gguf").write_bytes(data[: int(share * len(data))])
+        with pytest.raises(ModelError, match=words):
+            find(tmp_path / "a.gguf")
+
+
+@pytest.mark.parametrize("blocks", [22, 2**32 - 1])
+def test_a_gguf_of_more_blocks_than_tensors_is_refused(tmp_path: Path, find: Any, blocks: int) -> None:
+    original = tiny_models.save("llama", tmp_path / "original", vocab_size=259)
+    write_gguf(original, tmp_path / "a.gguf", gguf.GGMLQuantizationType.F16)
+    data, key = (tmp_path / "a.gguf").read_bytes(), b"llama.block_count" + struct.pack("<I", 4)
+    before, _, after = data.partition(key)
+    (tmp_path / "a.gguf").write_bytes(before + key + struct.pack("<I", blocks) + after[4:])
+    with pytest.raises(ModelError, match=f"{blocks} blocks"):
+        find(tmp_path / "a.gguf")
+
+
 def test_an_alias_finds_the_file_of_a_package_without_importing_it(
     tmp_path: Path, find: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -552,6 +595,64 @@ def test_a_kind_of_model_that_needs_its_own_code_is_refused_without_the_flag(tmp
     (tmp_path / "code.py").write_text("raise AssertionError('ran')")
     with pytest.raises(ModelError, match="--trust-remote-code"):
         find(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"hidden_size": 10**6}, "asks for .* weights, and its files have"),
+        ({"num_hidden_layers": 10**4}, "ask for more than .* tensors"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers 1000000000, more than any model has"),
+        ({"num_labels": 10**9}, "num_labels 1000000000, more than any model has"),
+        ({"text_config": {"n_layers": 10**9}}, "n_layers 1000000000, more than any model has"),
+        ({"attn_implementation": "someone/kernel"}, "code from the hub"),
+        ({"attn_implementation": {"text": "someone/kernel"}}, "code from the hub"),
+        ({"num_attention_heads": 0}, "integer modulo by zero"),
+        ({"hidden_act": "strange"}, "makes no network"),
+        ({"id2label": 5}, "does not know"),
+        ({"rope_parameters": {"rope_type": "\x1b[31m"}}, "cannot be loaded|makes no network|does not know"),
+        ({"intermediate_size": 64}, "cannot be loaded"),
+    ],
+)
+def test_settings_that_make_no_model_of_these_files_are_refused(
+    tmp_path: Path, find: Any, settings: dict[str, Any], words: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    directory = tiny_models.save("llama", tmp_path / "model")
+    change_config(directory, **settings)
+    capfd.readouterr()
+    with pytest.raises(ModelError, match=words):
+        load_network(find(directory), torch.float32)
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    "settings", [{"architectures": 5}, {"architectures": [5]}, {"architectures": 0.5}, {"model_type": []}]
+)
+def test_a_config_of_wrong_types_is_refused(tmp_path: Path, find: Any, settings: dict[str, Any]) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "t5", **settings}))
+    with pytest.raises(ModelError):
+        find(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content", ["[" * 100_000, "{}", '{"weight_map": {"a": 5}}', '{"weight_map": {"a": "\\u0000"}}']
+)
+def test_an_index_of_weights_that_says_nothing_is_refused(tmp_path: Path, content: str) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(ModelError):
+        tensor_index(tmp_path)
+
+
+def test_a_tensor_of_a_type_that_is_not_read_has_no_size(tmp_path: Path) -> None:
+    save_file({"a": torch.zeros(2).to(torch.float8_e4m3fn)}, tmp_path / "model.safetensors")
+    with pytest.raises(ModelError, match="type F8_E4M3"):
+        _ = tensor_index(tmp_path)["a"].bytes
+
+
+def test_what_is_no_token_ends_no_text(tmp_path: Path, find: Any) -> None:
+    directory = tiny_models.save("llama", tmp_path / "model")
+    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": [257, [1], {}, "x", None]}))
+    assert sources.end_tokens(find(directory)) == {257}
 
 
 def test_a_model_quantized_otherwise_is_refused(tmp_path: Path, find: Any) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from aqlm_cli.errors import ArtifactError
+from aqlm_cli.errors import ArtifactError, shortened
 from aqlm_cli.storage import digest_file, storage_errors, sync_directory, write_file
 from aqlm_kernels import KernelError
 
@@ -115,15 +115,16 @@ def open_artifact(directory: Path, kind: str) -> Artifact:
         found = json.loads(path.read_bytes())
         version = found.get("format_version")
         if version != FORMAT_VERSION:
-            raise ArtifactError(f"{path} has format version {version}, this aqlm reads {FORMAT_VERSION}; update aqlm")
+            shown = shortened(str(version))
+            raise ArtifactError(f"{path} has format version {shown}, this aqlm reads {FORMAT_VERSION}; update aqlm")
         manifest = Manifest.model_validate(found)
     except FileNotFoundError:
         raise ArtifactError(f"{directory} is not a complete artifact, {MANIFEST} is missing") from None
-    except (OSError, ValueError, AttributeError) as error:  # pydantic's ValidationError is a ValueError
+    except (OSError, ValueError, AttributeError, RecursionError) as error:  # pydantic's ValidationError is a ValueError
         reason = str(error).splitlines()[0]
         raise ArtifactError(f"{path} is not a manifest ({reason}); {remedy(directory, kind)}") from error
     if manifest.kind != kind:
-        raise ArtifactError(f"{directory} holds a {manifest.kind} artifact, not a {kind} one")
+        raise ArtifactError(f"{directory} holds a {shortened(manifest.kind)} artifact, not a {kind} one")
     for name, record in manifest.files.items():
         _check_file(directory, kind, name, record)
     return Artifact(directory, manifest)
@@ -133,9 +134,14 @@ def _check_file(directory: Path, kind: str, name: str, record: FileRecord) -> No
     """A manifest comes from disk and may come from a stranger: its names must not lead out of its directory."""
     relative = PurePosixPath(name)
     inside = not relative.is_absolute() and ".." not in relative.parts and "\\" not in name
-    if not inside or not (directory / name).resolve().is_relative_to(directory.resolve()):
+    try:
+        inside = inside and (directory / name).resolve().is_relative_to(directory.resolve())
+        size = (directory / name).stat().st_size if inside and (directory / name).is_file() else None
+    except (OSError, ValueError, RuntimeError) as error:  # too long, no text, or a link to itself
+        shown = shortened(repr(name))
+        raise ArtifactError(f"{directory / MANIFEST} names {shown}, which no file is called; do not use it") from error
+    if not inside:
         raise ArtifactError(f"{directory / MANIFEST} names {name}, which lies outside {directory}; do not use it")
-    size = (directory / name).stat().st_size if (directory / name).is_file() else None
     if size != record.bytes:
         found = "is missing" if size is None else f"has {size} bytes, not {record.bytes}"
         raise ArtifactError(f"{directory / name} {found}; {remedy(directory, kind)}")

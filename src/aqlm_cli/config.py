@@ -16,13 +16,16 @@ from typing import Annotated, Any, Literal, TypeAlias
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from aqlm_cli.errors import ConfigError, UsageError
+from aqlm_cli.errors import ConfigError, UsageError, shortened
 from aqlm_cli.scheme import AdditiveScheme, parse_scheme
 
 PRESETS = ("default", "fast", "paper")
 
 DEFAULT_SEQUENCES = 192
 """Calibration windows where neither `calibrate.sequences` nor any source of `calibrate.data` has a count."""
+
+LARGEST_RUN_FILE = 100_000
+"""Bytes, fifty times what a complete one has: YAML is read in Python, at a second for so many."""
 
 Positive: TypeAlias = Annotated[int, Field(ge=1)]
 Count: TypeAlias = Annotated[int, Field(ge=0)]
@@ -191,10 +194,36 @@ def preset_path(name: str) -> Path:
     return installed if installed.exists() else package.parents[1] / "configs" / f"{name}.yaml"
 
 
+class _LoaderWithoutAliases(yaml.SafeLoader):
+    """A few aliases of aliases stand for more values than any memory holds, or for a value inside itself."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
+            raise yaml.composer.ComposerError(None, None, "aliases are not read; write the value out", mark)
+        return super().compose_node(parent, index)
+
+
+def parse_yaml(text: str) -> Any:
+    """Plain values only, no tag that names a Python object; yaml.YAMLError for all that cannot be read."""
+    try:
+        value = yaml.load(text, _LoaderWithoutAliases)
+        repr(value)  # an integer in base 16 may have more digits than Python writes, and no message could name it
+        return value
+    except yaml.YAMLError:
+        raise
+    except Exception as error:  # PyYAML lets through what Python says to an impossible date, or to nesting too deep
+        raise yaml.YAMLError(f"a value cannot be read ({error})") from error
+
+
 def load_run_file(path: Path) -> dict[str, Any]:
     """What one file says, checked for unknown keys only: its values are checked when all layers are known."""
     try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+        with open(path, "rb") as file:
+            content = file.read(LARGEST_RUN_FILE + 1)
+        if len(content) > LARGEST_RUN_FILE:
+            raise ConfigError(f"{path} has more than {LARGEST_RUN_FILE} bytes, so it is no run file")
+        settings = parse_yaml(content.decode("utf-8"))
     except OSError as error:
         raise ConfigError(f"cannot read the run file {path}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -205,7 +234,7 @@ def load_run_file(path: Path) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise ConfigError(f"{path} must hold keys and values, such as `model: smollm2-135m`")
     valid = tuple(_valid_keys(RunConfig))
-    for key, _ in _leaves(settings):
+    for key in (shortened(key) for key, _ in _leaves(settings)):
         if key not in valid:
             raise ConfigError(f"{path}: unknown key `{key}`; nearest valid key is `{_nearest(key, valid)}`")
     return settings
@@ -296,7 +325,7 @@ def _one_line(error: ValidationError, layers: dict[str, dict[str, Any]]) -> Conf
     names = [str(name) for name in first["loc"]]
     blamed = next((origin for origin in reversed(layers) if _says(layers[origin], names)), "settings")
     reason = _IN_YAML.get(first["type"], first["msg"].removeprefix("Value error, "))
-    value = "" if first["type"] == "value_error" else f", found {first['input']!r}"
+    value = "" if first["type"] == "value_error" else f", found {shortened(repr(first['input']))}"
     line = f"{blamed}: `{'.'.join(names)}`: {reason}{value}"
     return UsageError(line) if blamed == "flags" else ConfigError(line)
 

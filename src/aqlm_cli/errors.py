@@ -6,11 +6,26 @@ Every class here is shown as one line that says what is wrong, where, and what t
 
 from __future__ import annotations
 
+LONGEST = 4000
+"""Characters of a message; of a longer one the middle is left out."""
+
 
 class AqlmError(Exception):
     """Something outside this program is not as it needs to be."""
 
     exit_status = 1
+
+    def __str__(self) -> str:
+        """One line of printable characters, whatever names and values of a stranger's file it quotes."""
+        text = super().__str__()
+        if len(text) > LONGEST:
+            text = f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"
+        return "".join(char if char.isprintable() else " " if char.isspace() else ascii(char)[1:-1] for char in text)
+
+
+def shortened(text: str, longest: int = 80) -> str:
+    """The beginning of what a message quotes from a file."""
+    return text if len(text) <= longest else f"{text[:longest]}..."
 
 
 class UsageError(AqlmError):

@@ -13,6 +13,7 @@ runs/SmolLM2-135M-Instruct-2bit/
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import shutil
@@ -33,6 +34,7 @@ BEGUN = "begun.json"
 """In the `work/` of a stage that can go on after an interruption: what it was begun with."""
 
 # Where each kind of artifact lies in a run directory; of several directories of one kind the first complete one counts.
+# In the order in which they are made: each is made from earlier ones only.
 DIRECTORIES: Mapping[str, tuple[str, ...]] = {
     "calibration": ("calibration",),
     "quantized": ("quantized",),
@@ -71,8 +73,9 @@ class RunDirectory:
         if artifact is None:
             command = MADE_BY[kind].format(run=self.path)
             raise ArtifactError(f"{self.path} has no complete {DIRECTORIES[kind][0]}/; make it with `{command}`")
-        for parent, digest in artifact.manifest.parents.items():
-            if parent in DIRECTORIES and self.artifact(parent) and self.current(parent).digest != digest:
+        for parent in itertools.takewhile(lambda earlier: earlier != kind, DIRECTORIES):
+            digest = artifact.manifest.parents.get(parent)
+            if digest is not None and self.artifact(parent) and self.current(parent).digest != digest:
                 raise ArtifactError(
                     f"{artifact.directory} was made from {parent} {digest[:12]}, which is now "
                     f"{self.current(parent).digest[:12]}; {remedy(artifact.directory, kind)}"
@@ -176,7 +179,7 @@ def _begun(partial: Path) -> Any:
         return json.loads((partial / WORK / BEGUN).read_bytes())
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ArtifactError(f"{partial / WORK} cannot be read ({error}); remove it to begin anew") from error
 
 

@@ -30,7 +30,8 @@ from huggingface_hub.errors import (
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from aqlm_cli.errors import ModelError, StorageError
+from aqlm_cli.config import parse_yaml
+from aqlm_cli.errors import ModelError, StorageError, shortened
 from aqlm_cli.storage import DTYPES, digest_file, read_tensor, write_file
 
 
@@ -175,7 +176,7 @@ def _read_card(path: Path) -> Mapping[str, Any]:
     if not text.startswith("---\n"):
         return {}
     with suppress(yaml.YAMLError):
-        card = yaml.safe_load(text.split("---", 2)[1])
+        card = parse_yaml(text.split("---", 2)[1])
         return card if isinstance(card, dict) else {}
     return {}
 
@@ -212,6 +213,8 @@ class StoredTensor:
 
     @property
     def bytes(self) -> int:
+        if self.dtype not in DTYPES:
+            raise ModelError(f"{self.file} holds numbers of the type {self.dtype}; use a model in 16 or 32 bits")
         return DTYPES[self.dtype].itemsize * math.prod(self.shape)
 
     def read(self, name: str) -> Tensor:
@@ -220,21 +223,28 @@ class StoredTensor:
 
 def tensor_index(directory: Path) -> dict[str, StoredTensor]:
     """Every tensor of a model directory by name; no weight is read."""
-    index = directory / WEIGHTS_INDEX
-    files = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else [WEIGHTS]
+    index, there = directory / WEIGHTS_INDEX, {path.name for path in directory.iterdir() if path.is_file()}
+    files = _files_of_index(index) if index.is_file() else [WEIGHTS]
     found: dict[str, StoredTensor] = {}
     for name in files:
         path = directory / Path(name).name  # never outside of the directory, whatever the index says
-        if not path.is_file():
-            raise ModelError(f"{directory} has no {name}; only weights in safetensors are read")
+        if path.name not in there:
+            raise ModelError(f"{directory} has no {shortened(name)}; only weights in safetensors are read")
         try:
             with safe_open(path, framework="pt") as opened:
                 for tensor in opened.keys():  # noqa: SIM118 - not a dict
                     part = opened.get_slice(tensor)
                     found[tensor] = StoredTensor(path, tuple(part.get_shape()), part.get_dtype())
-        except SafetensorError as error:
+        except (OSError, SafetensorError) as error:
             raise ModelError(f"{path} is damaged ({error}); fetch the model, or pack the run, again") from error
     return found
+
+
+def _files_of_index(index: Path) -> list[str]:
+    files = _settings(index).get("weight_map")
+    if not (isinstance(files, dict) and all(isinstance(name, str) for name in files.values())):
+        raise ModelError(f"{index} does not say in which file each tensor lies; fetch the model again")
+    return sorted(set(files.values()))
 
 
 def model_config(source: ModelSource) -> dict[str, Any]:
@@ -246,13 +256,13 @@ def end_tokens(source: ModelSource) -> set[int]:
     """Those that end a text, as generation_config.json says, or else config.json."""
     path = source.directory / "generation_config.json"
     ends = (_settings(path) if path.is_file() else model_config(source)).get("eos_token_id")
-    return set() if ends is None else set(ends) if isinstance(ends, list) else {ends}
+    return {end for end in (ends if isinstance(ends, list) else [ends]) if isinstance(end, int)}
 
 
 def _settings(path: Path) -> dict[str, Any]:
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{path} cannot be read ({error}); fetch the model, or pack the run, again") from error
     if not isinstance(settings, dict):
         raise ModelError(f"{path} holds no settings of a model; fetch the model again")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import math
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import gguf
@@ -14,8 +17,9 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedModel
 from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 
-from aqlm_cli.errors import ModelError
-from aqlm_cli.model.loading import first_line, without_weights
+from aqlm_cli.errors import AqlmError, ModelError
+from aqlm_cli.model.gguf_header import check_header
+from aqlm_cli.model.loading import at_most, first_line, quiet, without_weights
 from aqlm_cli.sources import WEIGHTS, GgufFile, ModelSource, cached_digest, directory_source
 from aqlm_cli.storage import TensorLayout, storage_errors, stream_tensors, write_file
 
@@ -29,7 +33,8 @@ def gguf_source(found: GgufFile, cache: Path) -> ModelSource:
             directory.parent.mkdir(parents=True, exist_ok=True)
             beside = Path(tempfile.mkdtemp(prefix=f"{digest}.", dir=directory.parent))
             try:
-                _convert(found.path, beside)
+                with quiet(), _foreign_errors(found.path):
+                    _convert(found.path, beside)
                 if not directory.is_dir():  # or another process was faster
                     beside.rename(directory)
             finally:
@@ -43,19 +48,32 @@ def gguf_source(found: GgufFile, cache: Path) -> ModelSource:
     )
 
 
+@contextlib.contextmanager
+def _foreign_errors(path: Path) -> Iterator[None]:
+    """Whatever gguf, transformers and tokenizers say to a damaged file, in one line: they raise errors of any kind."""
+    try:
+        yield
+    except (AqlmError, OSError):  # the latter is from writing, which the caller names
+        raise
+    except Exception as error:
+        raise ModelError(f"{path} cannot be converted: {first_line(error)}") from error
+
+
 def _convert(path: Path, directory: Path) -> None:
     """Write the model of a GGUF as a Hugging Face directory in 16 bits, with one tensor in memory at a time.
 
     bfloat16 weights stay what they are.  Everything else becomes float16, which holds the block formats of GGUF (an
     integer times a float16 scale, in the main) ten times more exactly than bfloat16: to 2e-4 in relative RMS for Q4_1.
     """
+    stored = check_header(path)
     try:
         config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-        network = without_weights(config)
+        with at_most(2 * stored, str(path)):  # one for each, and what is tied to another
+            network = without_weights(config)
         reader = gguf.GGUFReader(path)
         tensors = _tensors(path, reader, network)
-    except (OSError, ValueError, KeyError, NotImplementedError) as error:
+    except OSError as error:
         raise ModelError(f"{path} cannot be converted: {first_line(error)}") from error
     kinds = {tensor.tensor_type for tensor, _ in tensors.values()}
     dtype = torch.bfloat16 if gguf.GGMLQuantizationType.BF16 in kinds else torch.float16
@@ -95,6 +113,10 @@ def _tensors(
     missing = network.state_dict().keys() - tensors.keys() - network.all_tied_weights_keys.keys()
     if missing:
         raise ModelError(f"{path} lacks {sorted(missing)[0]}; it may hold experts in a form that cannot be converted")
+    shapes = {name: parameter.shape for name, parameter in network.state_dict().items()}
+    for name, (tensor, _) in tensors.items():
+        if math.prod(tensor.shape.tolist()) != shapes[name].numel():
+            raise ModelError(f"{path}: {tensor.name} has the shape {tensor.shape.tolist()}, not {list(shapes[name])}")
     return tensors
 
 

@@ -11,6 +11,7 @@ transformers' networks take a second to import, and not every command needs one:
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -18,9 +19,10 @@ from typing import Any, TypeVar
 import torch
 import transformers
 from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from aqlm_cli.blocks import find_blocks, replace_module
-from aqlm_cli.errors import ModelError
+from aqlm_cli.blocks import count_parameters, find_blocks, replace_module
+from aqlm_cli.errors import AqlmError, ModelError, shortened
 from aqlm_cli.sources import ModelSource, StoredTensor, model_config, tensor_index
 from aqlm_kernels import AdditiveLinear, from_checkpoint
 
@@ -29,16 +31,25 @@ Module = TypeVar("Module", bound=nn.Module)
 LAYER_TENSORS = ("codes", "codebooks", "scales", "bias")
 """What an AQLM checkpoint may hold of one layer."""
 
+MOST_PARTS = 100_000
+"""Layers, heads, experts or labels that a config.json may ask for: a hundred times as many as any does."""
+
+PARAMETERS_PER_TENSOR = 300
+"""Parameters that a network may have for each tensor in its files: experts may be one there, and three each here."""
+
+NUMBERS_PER_BYTE = 64
+"""Numbers that a network may have for each byte of its files, which are coded at an eighth of a bit then."""
+
 
 def load_network(
     source: ModelSource, dtype: torch.dtype, device: str | torch.device = "cpu"
 ) -> transformers.PreTrainedModel:
     """The model in evaluation mode, without gradients; weights are in `dtype`, packed layers work in the type of x."""
-    with _quiet():
+    with quiet():
         if is_coded(source):
             network = _load_coded(source, dtype)
         else:
-            _refuse_quantized(source)
+            load_skeleton(source)  # refuses what is quantized otherwise, or larger than its files
             network = _load(source, dtype)
     find_blocks(network)  # or it is refused here
     return _prepared(network, device)
@@ -53,7 +64,7 @@ def load_outside(
     """
     skeleton = load_skeleton(source)
     paths = find_blocks(skeleton).paths
-    with _quiet():
+    with quiet():
         network = _prepared(_load_without(source, load_config(source), paths, dtype), device)
     for path in paths:
         replace_module(network, path, skeleton.get_submodule(path).eval())
@@ -65,7 +76,7 @@ def load_block(source: ModelSource, index: int, dtype: torch.dtype, device: str 
     skeleton, config = load_skeleton(source), load_config(source)
     kept = find_blocks(skeleton).paths[index]
     config.tie_word_embeddings = False  # they are left out, too
-    with _quiet():
+    with quiet():
         network = _load_without(source, config, _outside(skeleton, kept), dtype)
     return _prepared(network.get_submodule(kept), device)
 
@@ -80,7 +91,7 @@ def _outside(network: nn.Module, kept: str) -> list[str]:
 def load_skeleton(source: ModelSource) -> transformers.PreTrainedModel:
     """The model with modules, names and shapes, and no numbers: all that a plan needs. What is quantized has none."""
     _refuse_quantized(source)
-    return without_weights(load_config(source), source.trust_remote_code)
+    return _skeleton(source, load_config(source))
 
 
 def load_tokenizer(source: ModelSource) -> transformers.PreTrainedTokenizerBase:
@@ -88,16 +99,20 @@ def load_tokenizer(source: ModelSource) -> transformers.PreTrainedTokenizerBase:
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             source.directory, trust_remote_code=source.trust_remote_code
         )
-    except Exception as error:  # the tokenizers package raises nothing more special where its file is damaged
+    except Exception as error:  # what is wrong in a tokenizer's file comes out as an error of any kind
         raise ModelError(f"{source.name} has no tokenizer that can be loaded: {first_line(error)}") from error
     assert isinstance(tokenizer, transformers.PreTrainedTokenizerBase)
     return tokenizer
 
 
 def load_config(source: ModelSource) -> transformers.PreTrainedConfig:
+    _refuse_hostile(source)
     try:
-        config = transformers.AutoConfig.from_pretrained(source.directory, trust_remote_code=source.trust_remote_code)
-    except (OSError, ValueError) as error:
+        with quiet():
+            config = transformers.AutoConfig.from_pretrained(
+                source.directory, trust_remote_code=source.trust_remote_code
+            )
+    except Exception as error:  # transformers computes with what it is given: TypeError, ZeroDivisionError, anything
         if "auto_map" in model_config(source) and not source.trust_remote_code:
             reason = "needs Python code of its own; read it, and allow it with --trust-remote-code"
         else:
@@ -115,6 +130,65 @@ def without_weights(
         network = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     assert isinstance(network, transformers.PreTrainedModel)
     return network
+
+
+def _skeleton(source: ModelSource, config: transformers.PreTrainedConfig) -> transformers.PreTrainedModel:
+    """`without_weights` of what a stranger's config.json says; ModelError where its files cannot hold it all."""
+    try:
+        stored = tensor_index(source.directory)
+        with quiet(), at_most(PARAMETERS_PER_TENSOR * len(stored), source.name):
+            network = without_weights(config, source.trust_remote_code)
+    except AqlmError:
+        raise
+    except Exception as error:  # widths that are negative, heads that do not divide them, names of no function
+        raise ModelError(f"{source.name}: its config.json makes no network ({first_line(error)})") from error
+    numbers, files = count_parameters(network), {tensor.file for tensor in stored.values()}
+    size = sum(path.stat().st_size for path in files)
+    if numbers > NUMBERS_PER_BYTE * size:
+        raise ModelError(f"{source.name}: its config.json asks for {numbers} weights, and its files have {size} bytes")
+    return network
+
+
+@contextmanager
+def at_most(parameters: int, name: str) -> Iterator[None]:
+    """ModelError once a network under construction has more: in a few bytes a file can ask for a billion layers."""
+    seen = 0
+
+    def count(module: nn.Module, own_name: str, parameter: nn.Parameter | None) -> None:
+        nonlocal seen
+        seen += 1
+        if seen > parameters:
+            raise ModelError(f"{name}: its settings ask for more than {parameters} tensors, which it does not hold")
+
+    hook = register_module_parameter_registration_hook(count)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _refuse_hostile(source: ModelSource) -> None:
+    """ModelError for what must not reach transformers: counts that it would loop over, and code that it would fetch."""
+    for path, value in _leaves(model_config(source)):
+        said = f"{shortened(path)} {shortened(str(value))}"
+        counts = re.search(r"(^|\.)(num_|n_(layer|head|expert))[^.]*$|layers?$", path)
+        if counts and isinstance(value, int) and abs(value) > MOST_PARTS:
+            raise ModelError(f"{source.name} asks in its config.json for {said}, more than any model has")
+        if "_implementation" in path and "/" in str(value):
+            raise ModelError(f"{source.name} asks in its config.json for {said}, code from the hub; remove that line")
+
+
+def _leaves(settings: Any) -> Iterator[tuple[str, Any]]:
+    """Whatever is neither object nor list in a JSON value, with the keys that lead there: "text_config.dtype"."""
+    waiting = [("", settings)]
+    while waiting:
+        path, value = waiting.pop()
+        if isinstance(value, dict):
+            waiting += [(f"{path}.{key}" if path else key, inner) for key, inner in value.items()]
+        elif isinstance(value, list):
+            waiting += [(path, inner) for inner in value]
+        else:
+            yield path, value
 
 
 def is_coded(source: ModelSource) -> bool:
@@ -136,7 +210,7 @@ def _quantization(source: ModelSource) -> str | None:
 
 
 def first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
+    return shortened(str(error).strip().partition("\n")[0] or type(error).__name__, 300)
 
 
 # -------------------------------------------------------------------------------------------------------------- loading
@@ -148,10 +222,13 @@ def _prepared(module: Module, device: str | torch.device) -> Module:
 
 
 def _load(source: ModelSource, dtype: torch.dtype, **options: Any) -> transformers.PreTrainedModel:
-    tensor_index(source.directory)  # refuses what has no safetensors
-    loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
-        source.directory, dtype=dtype, trust_remote_code=source.trust_remote_code, output_loading_info=True, **options
-    )
+    settings = {"dtype": dtype, "trust_remote_code": source.trust_remote_code, "use_safetensors": True, **options}
+    try:
+        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            source.directory, output_loading_info=True, **settings
+        )
+    except Exception as error:  # tensors of other shapes are a RuntimeError, and config.json may hold anything
+        raise ModelError(f"{source.name} cannot be loaded: {first_line(error)}") from error
     network, report = loaded
     assert isinstance(network, transformers.PreTrainedModel)
     # transformers would fill a gap with random numbers and go on.
@@ -174,7 +251,7 @@ def _load_without(
 
 def _load_coded(source: ModelSource, dtype: torch.dtype) -> transformers.PreTrainedModel:
     config, stored = load_config(source), tensor_index(source.directory)
-    plain = dict(without_weights(config, source.trust_remote_code).named_modules())
+    plain = dict(_skeleton(source, config).named_modules())
     paths = sorted(name.removesuffix(".codes") for name in stored if name.endswith(".codes"))
     layers = {path: _additive_linear(source, plain.get(path), path, stored) for path in paths}
     network = _load_without(source, config, paths, dtype)
@@ -199,7 +276,7 @@ def _additive_linear(
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without transformers' progress bars and reports: what is printed is not for the library to say."""
     logging = transformers.utils.logging
     bar, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()

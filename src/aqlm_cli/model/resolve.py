@@ -68,9 +68,9 @@ def original_of(run: RunDirectory) -> ModelSource:
     """The model that a run was made from; ArtifactError if its name now means another one."""
     config, quantized = run.config, run.artifact("quantized")
     source = resolve(config.model, config.revision, config.trust_remote_code)
-    if quantized is not None and quantized.manifest.parents["model"] != source.identity:
+    if quantized is not None and quantized.manifest.parents.get("model") != source.identity:
         raise ArtifactError(
-            f"{quantized.directory} was made from {quantized.manifest.parents['model']}, and {config.model} is now "
+            f"{quantized.directory} was made from {quantized.manifest.parents.get('model')}, and {config.model} is now "
             f"{source.identity}; bring the old model back, or redo the run with --overwrite"
         )
     return source
@@ -79,15 +79,15 @@ def original_of(run: RunDirectory) -> ModelSource:
 def _check_language_model(source: ModelSource) -> None:
     """A decoder that predicts the next token, and not, say, BERT, for which transformers has such a class too."""
     said = model_config(source)
-    named = said.get("architectures") or []
-    if said.get("model_type") in transformers.CONFIG_MAPPING and any(
-        str(name).endswith("ForCausalLM") for name in named
-    ):
+    kind, named = said.get("model_type"), said.get("architectures")
+    known = isinstance(kind, str) and kind in transformers.CONFIG_MAPPING
+    if known and isinstance(named, list) and any(str(name).endswith("ForCausalLM") for name in named):
         return  # without transformers' own config, which imports its networks
     config = load_config(source)
     causal = getattr(transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None), "__name__", None)
-    named = config.architectures or [causal or config.model_type]
-    if not any(name == causal or name.endswith("ForCausalLM") for name in named):
+    named = config.architectures
+    names = [str(name) for name in named] if isinstance(named, list) and named else [str(causal or config.model_type)]
+    if not any(name == causal or name.endswith("ForCausalLM") for name in names):
         raise ModelError(
-            f"{source.name} is not a decoder-only language model but {', '.join(named)}; choose one that generates text"
+            f"{source.name} is not a decoder-only language model but {', '.join(names)}; choose one that generates text"
         )
