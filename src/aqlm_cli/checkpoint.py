@@ -16,10 +16,14 @@ import torch
 from torch import Tensor
 
 from aqlm_cli.errors import ArtifactError
-from aqlm_cli.storage import TensorLayout, read_tensor, stream_tensors, write_file
+from aqlm_cli.storage import TensorLayout, file_bytes, read_tensor, stream_tensors, write_file
 
 SHARD_BYTES = 5_000_000_000
 """What hubs and tools that read one file at a time are comfortable with."""
+
+
+METADATA = {"format": "pt"}
+"""transformers refuses a file that does not say which framework's layout it has."""
 
 
 @dataclass(frozen=True)
@@ -34,16 +38,21 @@ def total_bytes(entries: Mapping[str, Entry]) -> int:
     return sum(entry.layout.bytes for entry in entries.values())
 
 
+def checkpoint_bytes(layouts: Mapping[str, TensorLayout], shard_bytes: int = SHARD_BYTES) -> int:
+    """The size of all safetensors files that `write_checkpoint` makes of such tensors."""
+    shards = _shards(layouts, shard_bytes).values()
+    return sum(file_bytes({name: layouts[name] for name in names}, METADATA) for names in shards)
+
+
 def write_checkpoint(directory: Path, entries: Mapping[str, Entry], shard_bytes: int = SHARD_BYTES) -> None:
     """`model.safetensors`, or numbered shards with an index where one file would be larger than `shard_bytes`.
 
     Every tensor is read back from the disk and compared with its entry; ArtifactError names the first that differs.
     """
-    files = _shards(entries, shard_bytes)
+    files = _shards({name: entry.layout for name, entry in entries.items()}, shard_bytes)
     for file, names in files.items():
         layouts = {name: entries[name].layout for name in names}
-        # transformers refuses a file that does not say which framework's layout it has.
-        stream_tensors(directory / file, layouts, lambda name: entries[name].read(), {"format": "pt"})
+        stream_tensors(directory / file, layouts, lambda name: entries[name].read(), METADATA)
     if len(files) > 1:
         weight_map = {name: file for file, names in files.items() for name in names}
         index = {"metadata": {"total_size": total_bytes(entries)}, "weight_map": weight_map}
@@ -54,12 +63,12 @@ def write_checkpoint(directory: Path, entries: Mapping[str, Entry], shard_bytes:
                 raise ArtifactError(f"{directory / file}: {name} reads back different; check the disk and rerun")
 
 
-def _shards(entries: Mapping[str, Entry], shard_bytes: int) -> dict[str, list[str]]:
+def _shards(layouts: Mapping[str, TensorLayout], shard_bytes: int) -> dict[str, list[str]]:
     """File name -> tensor names, filled in sorted order; a tensor larger than a shard gets one of its own."""
     groups: list[list[str]] = [[]]
     filled = 0
-    for name in sorted(entries):
-        size = entries[name].layout.bytes
+    for name in sorted(layouts):
+        size = layouts[name].bytes
         if groups[-1] and filled + size > shard_bytes:
             groups.append([])
             filled = 0

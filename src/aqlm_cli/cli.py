@@ -99,6 +99,8 @@ def quantize(
     trust_remote_code: options.RemoteCode = None,
     device: options.Device = None,
     threads: options.Threads = None,
+    max_memory: options.MaxMemory = None,
+    max_disk: options.MaxDisk = None,
     preset: options.Preset = None,
     config: options.RunFile = None,
     out: options.Out = None,
@@ -124,6 +126,7 @@ def quantize(
         config,
         {
             **options.machine_flags(model, revision, trust_remote_code, seed, device, threads),
+            **options.limits(max_memory, max_disk),
             "calibrate": {"data": data, "sequences": sequences, "sequence_length": sequence_length},
             "quantize": {"method": method, "scheme": options.chosen_scheme(bits, scheme), "skip": skip, "only": only},
         },
@@ -131,13 +134,62 @@ def quantize(
     with Screen(json, quiet, verbose) as screen:
         pipeline.use_machine(settings)
         directory = out or pipeline.default_run_directory(settings)
-        plan = pipeline.prepare(settings)
+        settings, plan = pipeline.prepare(settings)
         if dry_run:
             screen.finish({"plan": plan}, following="the same command without --dry-run")
             return
         screen.show(plan)
         reports = pipeline.quantize_and_pack(settings, directory, overwrite, screen.emit)
         screen.finish(reports, following=command_line("eval-ppl", directory))
+
+
+@app.command()
+def plan(
+    model: options.Model = None,
+    bits: options.Bits = None,
+    scheme: options.Scheme = None,
+    method: options.Method = None,
+    skip: options.Skip = None,
+    only: options.Only = None,
+    data: options.CalibrationData = None,
+    sequences: options.Sequences = None,
+    sequence_length: options.SequenceLength = None,
+    revision: options.Revision = None,
+    trust_remote_code: options.RemoteCode = None,
+    device: options.Device = None,
+    threads: options.Threads = None,
+    max_memory: options.MaxMemory = None,
+    max_disk: options.MaxDisk = None,
+    preset: options.Preset = None,
+    config: options.RunFile = None,
+    out: options.Out = None,
+    json: options.Json = False,
+) -> None:
+    """Show what quantizing a model will take on this machine.
+
+    Reads config.json and the headers of the model's files, never a weight, and measures this machine for some seconds.
+
+    \b
+    Example:
+      aqlm plan --bits 2 smollm2-135m
+      aqlm plan --bits 2 --max-memory 8GiB path/to/Llama-3-70B
+    """
+    from aqlm_cli import pipeline
+
+    settings = build_config(
+        preset,
+        config,
+        {
+            **options.machine_flags(model, revision, trust_remote_code, None, device, threads),
+            **options.limits(max_memory, max_disk),
+            "calibrate": {"data": data, "sequences": sequences, "sequence_length": sequence_length},
+            "quantize": {"method": method, "scheme": options.chosen_scheme(bits, scheme), "skip": skip, "only": only},
+        },
+    )
+    with Screen(json) as screen:
+        pipeline.use_machine(settings)
+        reports = pipeline.forecast_run(settings, out or Path.cwd(), screen.emit)
+        screen.finish(reports, following="the same command with quantize in the place of plan")
 
 
 @app.command()
@@ -188,7 +240,8 @@ def run(
     with Screen(json, quiet, verbose) as screen:
         pipeline.use_machine(settings)
         directory = out or pipeline.default_run_directory(settings)
-        screen.show(pipeline.prepare(settings))
+        settings, plan = pipeline.prepare(settings)
+        screen.show(plan)
         reports = pipeline.run_all(settings, directory, overwrite, screen.emit)
         screen.finish(reports, following=command_line("generate", directory, "--prompt", PROMPT))
 
@@ -212,6 +265,26 @@ def status(run: options.Run, json: options.Json = False) -> None:
         if not finished and report.process is None:
             following = command_line("quantize", "--config", run / "run.yaml", "--out", run)
         screen.finish({"status": report}, following=following)
+
+
+@app.command()
+def verify(
+    run: options.Run, json: options.Json = False, quiet: options.Quiet = False, verbose: options.Verbose = False
+) -> None:
+    """Compare a run's files with their digests and one layer anew.
+
+    The layer is chosen by the seed, and quantized again from the model and the text.
+
+    \b
+    Example:
+      aqlm verify runs/SmolLM2-135M-Instruct-2bit
+    """
+    from aqlm_cli import pipeline
+
+    with Screen(json, quiet, verbose) as screen:
+        pipeline.use_machine(pipeline.settings_of_run(run, {}))
+        report = pipeline.verify_run(run, screen.emit)
+        screen.finish({"verify": report}, following=command_line("eval-ppl", run))
 
 
 @app.command()

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from aqlm_cli.errors import ConfigError, UsageError, shortened
 from aqlm_cli.scheme import AdditiveScheme, parse_scheme
+from aqlm_cli.units import parse_bytes
 
 PRESETS = ("default", "fast", "paper")
 
@@ -153,7 +154,8 @@ class BenchConfig(Section):
 
 
 class RunConfig(Section):
-    """A complete run file. `threads` None: as many as the machine has."""
+    """A complete run file. `threads` None: as many as the machine has. `max_memory` and `max_disk`, such as 8GiB, bound
+    what a quantization takes; None: nothing does."""
 
     model: str
     revision: str | None = None
@@ -161,11 +163,23 @@ class RunConfig(Section):
     seed: Count = 0
     threads: Positive | None = None
     device: str = "cpu"
+    max_memory: str | None = None
+    max_disk: str | None = None
     calibrate: CalibrateConfig = CalibrateConfig()
     quantize: QuantizeConfig = QuantizeConfig()
     pack: PackConfig = PackConfig()
     eval_ppl: EvalConfig = EvalConfig()
     bench: BenchConfig = BenchConfig()
+
+    @field_validator("max_memory", "max_disk")
+    @classmethod
+    def _is_size(cls, text: str | None) -> str | None:
+        try:
+            if text is not None:
+                parse_bytes(text)
+        except UsageError as error:
+            raise ValueError(str(error)) from error
+        return text
 
     @field_validator("device")
     @classmethod
@@ -176,7 +190,7 @@ class RunConfig(Section):
 
 
 # Where a run is computed, not what comes out: these may change within one run directory.
-_NOT_COMPARED = ("threads", "device")
+_NOT_COMPARED = ("threads", "device", "max_memory", "max_disk")
 
 # What pydantic says in Python's words, in those of YAML.
 _IN_YAML = {

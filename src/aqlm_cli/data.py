@@ -77,7 +77,7 @@ def _parse_source(part: str) -> Source:
     return Source(name, int(count) if count else None)
 
 
-def _share_windows(spec: str, sequences: int | None) -> list[tuple[str, int]]:
+def share_windows(spec: str, sequences: int | None) -> list[tuple[str, int]]:
     """Every source with its number of windows: its own, or an equal share of what the counted ones leave."""
     sources = parse_sources(spec)
     counted = sum(source.windows or 0 for source in sources)
@@ -105,7 +105,7 @@ def calibration_windows(
     `sequences` is the total: not needed where every source has a count, shared equally by those that have none.
     """
     rows, names = [], []
-    for name, windows in _share_windows(spec, sequences):
+    for name, windows in share_windows(spec, sequences):
         texts = documents(name, "calibration", characters=windows * sequence_length * CHARACTERS_PER_TOKEN)
         rows.append(_cut(name, texts, windows, sequence_length, seed, tokenizer))
         names += [name] * windows

@@ -7,10 +7,10 @@ must be for a kind of matrix that package has no form for.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TypeAlias
 
 import torch
@@ -19,9 +19,11 @@ from torch import Tensor
 from aqlm_cli.artifacts import Artifact
 from aqlm_cli.checkpoint import Entry
 from aqlm_cli.errors import ModelError, QuantizationError
-from aqlm_cli.methods import MATRIX_KINDS, CompressedMatrix
-from aqlm_cli.sources import StoredTensor
-from aqlm_cli.storage import DTYPES, TensorLayout, load_tensors, read_metadata, read_tensor, tensor_names
+from aqlm_cli.methods import CompressedMatrix
+from aqlm_cli.quantized import block_files, matrix_kinds, read_matrix
+from aqlm_cli.scheme import AdditiveScheme, Scheme
+from aqlm_cli.sources import StoredTensor, tensor_index, tensor_layouts
+from aqlm_cli.storage import TensorLayout, read_tensor, tensor_names
 from aqlm_kernels import AdditiveMatrix, to_checkpoint
 
 # A matrix, and the 16-bit type of the weight it replaces -> tensors by the last part of their name.
@@ -56,8 +58,7 @@ class QuantizedLayer:
     export: Exporter
 
     def matrix(self) -> CompressedMatrix:
-        with self.quantized.reading(self.file) as file:
-            return MATRIX_KINDS[self.kind].from_tensors(load_tensors(file, prefix=f"{self.path}."))
+        return read_matrix(self.quantized, self.file, self.path, self.kind)
 
     def exported(self, dtype: torch.dtype) -> dict[str, Tensor]:
         return {f"{self.path}.{name}": tensor for name, tensor in self.export(self.matrix(), dtype).items()}
@@ -65,38 +66,60 @@ class QuantizedLayer:
 
 def quantized_layers(quantized: Artifact, format: str) -> list[QuantizedLayer]:
     """Every quantized matrix, in the order of the blocks."""
-    layers = []
-    for name in block_files(quantized):
-        with quantized.reading(name) as file:
-            kinds = json.loads(read_metadata(file)["kinds"])
-            layers += [
-                QuantizedLayer(path, quantized, name, kind, EXPORTERS[format][kind]) for path, kind in kinds.items()
-            ]
-    return layers
+    return [
+        QuantizedLayer(path, quantized, name, kind, EXPORTERS[format][kind])
+        for name in block_files(quantized)
+        for path, kind in matrix_kinds(quantized, name).items()
+    ]
 
 
-def block_files(quantized: Artifact) -> list[str]:
-    return [name for name in sorted(quantized.manifest.files) if name.startswith("block-")]
+def checkpoint_layouts(
+    original: Mapping[str, TensorLayout], schemes: Mapping[str, Scheme], format: str, tuned: Collection[str]
+) -> dict[str, TensorLayout]:
+    """The tensors of the checkpoint by name, from those of the model's files and what happens to the layers by path.
 
-
-def plan_entries(
-    original: Mapping[str, StoredTensor], quantized: Artifact, layers: Sequence[QuantizedLayer]
-) -> dict[str, Entry]:
-    """The whole checkpoint by name. Matrices are exported once to learn their shapes, one at a time in memory."""
-    by_path = {layer.path: layer for layer in layers}
-    tuned = _tuned_parameters(original, quantized, by_path)
-    entries = {}
+    `tuned` names the norms and biases that are fitted. Nothing is read: this is also how a plan knows the size.
+    """
+    layouts: dict[str, TensorLayout] = {}
     for name, stored in original.items():
         path, _, last = name.rpartition(".")
-        layer = by_path.get(path)
-        if layer is not None and last == "weight":
-            entries.update(_layer_entries(layer, _narrow_type(name, stored)))
+        scheme = schemes.get(path)
+        coded = isinstance(scheme, AdditiveScheme) and EXPORTERS[format]["additive"] is as_codes
+        if isinstance(scheme, AdditiveScheme) and coded and last == "weight":
+            layouts.update({f"{path}.{key}": layout for key, layout in _coded(stored.shape, scheme).items()})
         else:
             # `quantize` rounds what it fits to float16, and the format wants the bias beside codes in float16.
-            in_half = name in tuned or (layer is not None and layer.export is as_codes)
-            dtype = torch.float16 if in_half else _narrow_type(name, stored)
-            read = tuned.get(name, partial(stored.read, name))
-            entries[name] = Entry(TensorLayout(dtype, stored.shape), partial(_narrowed, read, dtype, name))
+            wide = stored.dtype in (torch.float32, torch.float64)  # 16 bits for these; bfloat16 and integers stay
+            dtype = torch.float16 if wide or coded or name in tuned else stored.dtype
+            layouts[name] = TensorLayout(dtype, stored.shape)
+    return layouts
+
+
+def _coded(shape: tuple[int, ...], scheme: AdditiveScheme) -> dict[str, TensorLayout]:
+    rows, columns = shape
+    codes = torch.int8 if scheme.codebook_bits <= 8 else torch.int16
+    entries = (scheme.num_codebooks, scheme.codebook_size, 1, scheme.group_size)
+    return {
+        "codes": TensorLayout(codes, (rows, columns // scheme.group_size, scheme.num_codebooks)),
+        "codebooks": TensorLayout(torch.float16, entries),
+        "scales": TensorLayout(torch.float16, (rows, 1, 1, 1)),
+    }
+
+
+def checkpoint_entries(
+    directory: Path, quantized: Artifact, layers: Sequence[QuantizedLayer], schemes: Mapping[str, Scheme], format: str
+) -> dict[str, Entry]:
+    """The whole checkpoint by name: from the model in `directory`, and from what was quantized."""
+    original, by_path = tensor_index(directory), {layer.path: layer for layer in layers}
+    tuned = _tuned_parameters(original, quantized, by_path)
+    entries = {}
+    for name, layout in checkpoint_layouts(tensor_layouts(directory), schemes, format, tuned).items():
+        path, _, last = name.rpartition(".")
+        if path in by_path and last != "bias":
+            read = partial(_exported, by_path[path], layout.dtype, name)
+        else:
+            read = partial(_narrowed, tuned.get(name, partial(original[name].read, name)), layout.dtype, name)
+        entries[name] = Entry(layout, read)
     return entries
 
 
@@ -119,23 +142,8 @@ def _tuned_parameters(
     return tuned
 
 
-def _layer_entries(layer: QuantizedLayer, dtype: torch.dtype) -> dict[str, Entry]:
-    return {
-        name: Entry(TensorLayout(tensor.dtype, tuple(tensor.shape)), partial(_exported, layer, dtype, name))
-        for name, tensor in layer.exported(dtype).items()
-    }
-
-
 def _exported(layer: QuantizedLayer, dtype: torch.dtype, name: str) -> Tensor:
     return layer.exported(dtype)[name]
-
-
-def _narrow_type(name: str, stored: StoredTensor) -> torch.dtype:
-    """16 bits for every floating type, so bfloat16 stays; integers stay what they are."""
-    dtype = DTYPES.get(stored.dtype)
-    if dtype is None:
-        raise ModelError(f"{name} is stored as {stored.dtype}; use a model in 16 or 32 bits")
-    return torch.float16 if dtype in (torch.float32, torch.float64) else dtype
 
 
 def _narrowed(read: Callable[[], Tensor], dtype: torch.dtype, name: str) -> Tensor:

@@ -65,6 +65,8 @@ Device = Annotated[str | None, typer.Option(help="cpu, or cuda where there is on
 Threads = Annotated[int | None, typer.Option(help="Of the processor; all, if not given.")]
 Backend = Annotated[str | None, typer.Option(help="Of packed products, as `aqlm doctor` names them.")]
 Head = Annotated[str | None, typer.Option(help="exact, or int8: the output head in bytes, which is less to read.")]
+MaxMemory = Annotated[str | None, typer.Option(help="Take no more, such as 8GiB: less is then done at a time.")]
+MaxDisk = Annotated[str | None, typer.Option(help="Refuse to begin what would take more, such as 20GB.")]
 Out = Annotated[Path | None, typer.Option(help="Run directory; runs/NAME-BITS if not given.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Redo what is there.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Results, warnings and errors alone.")]
@@ -89,6 +91,10 @@ def machine_flags(
         "device": device,
         "threads": threads,
     }
+
+
+def limits(max_memory: str | None, max_disk: str | None) -> dict[str, Any]:
+    return {"max_memory": max_memory, "max_disk": max_disk}
 
 
 def chosen_scheme(bits: float | None, scheme: str | None) -> str | None:

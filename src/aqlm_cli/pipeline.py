@@ -6,6 +6,8 @@ one is run first.
 
 from __future__ import annotations
 
+import contextlib
+import json
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -16,13 +18,22 @@ import torch
 
 from aqlm_cli.config import RunConfig, build_config
 from aqlm_cli.errors import UsageError
-from aqlm_cli.events import Emit, Noted
+from aqlm_cli.events import Emit, Noted, Warned
+from aqlm_cli.forecast import Cost
 from aqlm_cli.journal import logged
 from aqlm_cli.locking import exclusive
 from aqlm_cli.model import Subject, find_subject, resolve
 from aqlm_cli.openmp import forbid_nested_loops
-from aqlm_cli.report import CalibrationReport, GenerationReport, PackReport, QuantizeReport, Record
-from aqlm_cli.runs import find_artifact, is_run, read_run, refuse_other_directory
+from aqlm_cli.report import (
+    CalibrationReport,
+    GenerationReport,
+    PackReport,
+    PlanReport,
+    QuantizeReport,
+    Record,
+    VerifyReport,
+)
+from aqlm_cli.runs import is_run, read_run, refuse_other_directory
 from aqlm_cli.scheme import SCHEMES_BY_BITS, AdditiveScheme, parse_scheme
 from aqlm_cli.speed_report import BenchReport
 from aqlm_cli.stages.bench import bench, bench_shape
@@ -31,8 +42,12 @@ from aqlm_cli.stages.doctor import doctor
 from aqlm_cli.stages.eval_ppl import eval_ppl
 from aqlm_cli.stages.generate import generate
 from aqlm_cli.stages.pack import pack
-from aqlm_cli.stages.quantize import prepare, quantize
+from aqlm_cli.stages.plan import forecast
+from aqlm_cli.stages.quantize import quantize
 from aqlm_cli.stages.status import status
+from aqlm_cli.stages.verify import verify
+from aqlm_cli.survey import plan_report, survey, within_limits
+from aqlm_cli.wording import clock, plain, readable_bytes
 
 __all__ = [
     "calibrate_run",
@@ -41,6 +56,7 @@ __all__ = [
     "continue_text",
     "default_run_directory",
     "doctor",
+    "forecast_run",
     "measure",
     "pack_run",
     "prepare",
@@ -50,7 +66,12 @@ __all__ = [
     "settings_of_run",
     "status",
     "use_machine",
+    "verify_run",
 ]
+
+
+FORECAST = "forecast.json"
+"""The report of a run that keeps what its stages were thought to take."""
 
 
 def use_machine(config: RunConfig) -> None:
@@ -91,21 +112,55 @@ def settings_for(target: str, flags: Mapping[str, Any]) -> RunConfig:
     return build_config(None, None, {**flags, "model": target})
 
 
+def prepare(config: RunConfig) -> tuple[RunConfig, PlanReport]:
+    """The settings within the limits that they name, and what `quantize` would do with them."""
+    known = survey(config)
+    return within_limits(config, known.shape), plan_report(config, known.plan)
+
+
+def forecast_run(config: RunConfig, run_directory: Path, emit: Emit) -> dict[str, Record]:
+    """The plan, and what it will take; no weight is read."""
+    known = survey(config, with_weights=False)
+    config = within_limits(config, known.shape)
+    return {"plan": plan_report(config, known.plan), "forecast": forecast(config, known, run_directory, emit)}
+
+
 def quantize_and_pack(config: RunConfig, run_directory: Path, overwrite: bool, emit: Emit) -> dict[str, Record]:
     """From the model to a checkpoint; what is complete and was made with the same settings is reused."""
     with _at_work(run_directory):
-        if find_artifact(run_directory, "calibration") is None:
+        if not is_run(run_directory) or read_run(run_directory).artifact("calibration") is None:
             emit(Noted("there is no calibration yet, it runs first"))
-        _calibrate(config, run_directory, overwrite, emit)
+        costs = _costs(config, run_directory, overwrite, emit)
+        _calibrate(config, run_directory, overwrite, emit, costs)
+        read_run(run_directory).write_report(FORECAST, {"settings": plain(config.model_dump()), "costs": plain(costs)})
         return {
-            "quantize": _quantize(config, run_directory, overwrite, emit),
-            "pack": _pack(config, run_directory, overwrite, emit),
+            "quantize": _quantize(config, run_directory, overwrite, emit, costs),
+            "pack": _pack(config, run_directory, overwrite, emit, costs),
         }
+
+
+def _costs(config: RunConfig, run_directory: Path, overwrite: bool, emit: Emit) -> Mapping[str, Cost]:
+    """What each stage is thought to take: as an interrupted run of the same settings was told, or measured now."""
+    path = run_directory / "reports" / FORECAST
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError):  # then it is made anew
+        kept = json.loads(path.read_bytes())
+        if kept["settings"] == plain(config.model_dump()) and not overwrite:
+            return {stage: Cost(**cost) for stage, cost in kept["costs"].items()}
+    report = forecast(config, survey(config), run_directory, emit)
+    emit(
+        Noted(
+            f"about {clock(report.seconds)} ahead, with {readable_bytes(report.memory_bytes)} of memory at most and "
+            f"{readable_bytes(report.disk_bytes)} on the disk"
+        )
+    )
+    for line in report.advice:
+        emit(Warned(f"this machine may have too little {line}"))
+    return report.stages
 
 
 def calibrate_run(config: RunConfig, run_directory: Path, overwrite: bool, emit: Emit) -> CalibrationReport:
     with _at_work(run_directory):
-        return _calibrate(config, run_directory, overwrite, emit)
+        return _calibrate(config, run_directory, overwrite, emit, {})
 
 
 def pack_run(config: RunConfig, run_directory: Path, overwrite: bool, emit: Emit) -> PackReport:
@@ -114,24 +169,28 @@ def pack_run(config: RunConfig, run_directory: Path, overwrite: bool, emit: Emit
     with _at_work(run_directory):
         if quantized is None:
             emit(Noted(f"{run_directory} is not quantized yet, that runs first"))
-            _calibrate(config, run_directory, overwrite=False, emit=emit)
-            _quantize(config, run_directory, overwrite=False, emit=emit)
-        return _pack(config, run_directory, overwrite, emit)
+            _calibrate(config, run_directory, False, emit, {})
+            _quantize(config, run_directory, False, emit, {})
+        return _pack(config, run_directory, overwrite, emit, {})
 
 
-def _calibrate(config: RunConfig, run_directory: Path, overwrite: bool, emit: Emit) -> CalibrationReport:
+def _calibrate(
+    config: RunConfig, run_directory: Path, overwrite: bool, emit: Emit, costs: Mapping[str, Cost]
+) -> CalibrationReport:
     with logged(run_directory, "calibrate", emit) as both:
-        return calibrate(config, run_directory, overwrite, both)
+        return calibrate(config, run_directory, overwrite, both, costs.get("calibrate"))
 
 
-def _quantize(config: RunConfig, run_directory: Path, overwrite: bool, emit: Emit) -> QuantizeReport:
+def _quantize(
+    config: RunConfig, run_directory: Path, overwrite: bool, emit: Emit, costs: Mapping[str, Cost]
+) -> QuantizeReport:
     with logged(run_directory, "quantize", emit) as both:
-        return quantize(config, run_directory, overwrite, both)
+        return quantize(config, run_directory, overwrite, both, costs.get("quantize"))
 
 
-def _pack(config: RunConfig, run_directory: Path, overwrite: bool, emit: Emit) -> PackReport:
+def _pack(config: RunConfig, run_directory: Path, overwrite: bool, emit: Emit, costs: Mapping[str, Cost]) -> PackReport:
     with logged(run_directory, "pack", emit) as both:
-        return pack(run_directory, config.pack.format, overwrite, both)
+        return pack(run_directory, config.pack.format, overwrite, both, costs.get("pack"))
 
 
 def measure(target: str, config: RunConfig, windows: int | None, emit: Emit) -> dict[str, Record]:
@@ -164,6 +223,12 @@ def continue_text(
     return generate(
         subject, prompt, tokens, temperature, config.seed, config.device, section.backend, section.head, emit
     )
+
+
+def verify_run(run_directory: Path, emit: Emit) -> VerifyReport:
+    read_run(run_directory)  # or it is refused before a lock is made
+    with _at_work(run_directory), logged(run_directory, "verify", emit) as both:
+        return verify(run_directory, both)
 
 
 def run_all(config: RunConfig, run_directory: Path, overwrite: bool, emit: Emit) -> dict[str, Record]:

@@ -87,6 +87,11 @@ class Plan:
         return tuple(target for target in self.targets if target.scheme is None)
 
     @property
+    def schemes(self) -> dict[str, Scheme]:
+        """Of what is quantized, by path."""
+        return {target.path: target.scheme for target in self.targets if target.scheme is not None}
+
+    @property
     def code_bits(self) -> float:
         """Bits of the codes alone per quantized weight."""
         schemes = [(target.scheme, target.weights) for target in self.targets if target.scheme is not None]

@@ -9,16 +9,22 @@ so that an interruption costs one block at most.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from importlib import metadata
 
 import torch
 from torch import Tensor, nn
 
 from aqlm_cli.activations import Activations, compute_dtype, entering_states, run_block
-from aqlm_cli.blocks import BlockCall, first_inputs, observe_inputs
+from aqlm_cli.artifacts import Artifact
+from aqlm_cli.blocks import BlockCall, find_blocks, first_inputs, observe_inputs, record_calls, replace_module
+from aqlm_cli.config import RunConfig
+from aqlm_cli.forecast import measured_windows
 from aqlm_cli.methods.statistics import LayerStatistics, SecondMoment
-from aqlm_cli.storage import publish_file, storage_errors
+from aqlm_cli.model import ModelSource, load_block, load_outside
+from aqlm_cli.seeds import generator
+from aqlm_cli.storage import load_tensors, publish_file, storage_errors
 from aqlm_cli.unfinished import Unfinished
 
 
@@ -85,18 +91,58 @@ class Propagation:
         return run_block(block, call, self.hidden[windows].to(self.device), self.dtype).cpu()
 
 
+@dataclass(frozen=True, eq=False)
+class Route:
+    """The blocks of a model by path, and what the model gives each besides its hidden states."""
+
+    paths: tuple[str, ...]
+    calls: Sequence[BlockCall]
+
+    def last(self, layers: Iterable[str]) -> int:
+        """The last block that holds one of the layers with these paths."""
+        names = list(layers)
+        return max(i for i, path in enumerate(self.paths) if any(name.startswith(path + ".") for name in names))
+
+
 def start_propagation(
-    network: nn.Module, ids: Tensor, measured: int, fitted: int, batch: int, device: torch.device, work: Unfinished
-) -> Propagation:
+    source: ModelSource, ids: Tensor, measured: int, config: RunConfig, work: Unfinished
+) -> tuple[Route, Propagation]:
     """The states of the token ids `[windows, L]` at the first block that is not finished."""
-    index = work.blocks
+    section, device = config.quantize, torch.device(config.device)
+    network = load_outside(source, torch.float32, device)
+    paths = find_blocks(network).paths
+    replace_module(network, paths[0], load_block(source, 0, torch.float32, device))
+    route, index = Route(paths, record_calls(network, ids[:1].to(device))), work.blocks
     if not work.hidden(index).exists():
-        entering_states(network, ids, batch, device, work.targets)
+        entering_states(network, ids, section.batch, device, work.targets)
         publish_file(work.targets, work.hidden(index))
     shape = (*ids.shape, first_inputs(network, ids[:1, :1].to(device)).shape[2])
     hidden = Activations(work.hidden(index), shape)
     with storage_errors(work.directory):
         for old in set(work.directory.glob("hidden-*.activations")) - {work.hidden(index)}:
             old.unlink()  # an interruption came between two renames
-    targets = Activations.create(work.targets, shape)
-    return Propagation(work, index, hidden, targets, measured, fitted, batch, compute_dtype(device), device)
+    targets, fitted = Activations.create(work.targets, shape), min(section.fit.sequences, measured)
+    dtype = compute_dtype(device)
+    return route, Propagation(work, index, hidden, targets, measured, fitted, section.batch, dtype, device)
+
+
+def mixed_windows(config: RunConfig, calibration: Artifact) -> tuple[Tensor, int]:
+    """Token ids `[windows, L]`, and how many of the windows are measured; the others, at the end, are held out.
+
+    Mixed once, so that any part of them holds text of all sources.
+    """
+    with calibration.reading("windows.safetensors") as file:
+        ids = load_tensors(file)["ids"].long()
+    ids = ids[torch.randperm(len(ids), generator=generator(config.seed, "windows"))]
+    measured, held_out = measured_windows(config, len(ids))
+    return ids[: measured + held_out], measured
+
+
+def machine_of(config: RunConfig) -> dict[str, str]:
+    """What decides the last bits beside settings: who computes, in which type, with which program."""
+    device = torch.device(config.device)
+    return {
+        "device": device.type,
+        "products": str(compute_dtype(device)).removeprefix("torch."),
+        "version": metadata.version("aqlm-cli"),
+    }

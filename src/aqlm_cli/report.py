@@ -9,15 +9,17 @@ from __future__ import annotations
 import abc
 import dataclasses
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from aqlm_cli.artifacts import MANIFEST
+from aqlm_cli.errors import ArtifactError
 from aqlm_cli.wording import both_bits, clock, counted, facts, plain, readable_bytes, shrinkage, some, text_name
 
 
@@ -34,12 +36,54 @@ class Record(abc.ABC):
         """The same for a person to read."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class StageReport(Record):
+    """Of a stage that made the artifact in `directory`: what it took, and what it was `planned` to take, if it was.
+
+    `memory_bytes` is what the process had resident at most, `disk_bytes` what the run had on the disk; None where the
+    artifact was there already and does not tell.
+    """
+
+    directory: Path
+    seconds: float | None = None
+    memory_bytes: int | None = None
+    disk_bytes: int | None = None
+    planned: Mapping[str, float] | None = None
+
+    def costs(self) -> list[tuple[str, str]]:
+        """Rows of a table."""
+        rows: dict[str, tuple[str, Callable[[Any], str]]] = {
+            "seconds": ("time", clock),
+            "memory_bytes": ("peak memory", readable_bytes),
+            "disk_bytes": ("peak disk", readable_bytes),
+        }
+        planned = self.planned or {}
+        return [
+            (name, words(getattr(self, key)) + (f" (planned {words(planned[key])})" if key in planned else ""))
+            for key, (name, words) in rows.items()
+            if getattr(self, key) is not None
+        ]
+
+
+Report = TypeVar("Report", bound=StageReport)
+
+
+def restored(kind: type[Report], directory: Path, results: Mapping[str, Any]) -> Report:
+    """The report of a stage from its manifest. Raises ArtifactError where that was written in another form."""
+    try:
+        return kind(directory=directory, **results)
+    except TypeError as error:
+        raise ArtifactError(
+            f"{directory / MANIFEST} holds other results than this aqlm writes; redo its stage with --overwrite"
+        ) from error
+
+
 @dataclass(frozen=True)
 class PlanReport(Record):
     """What `quantize` is about to do. Bits are per quantized weight, bytes those of the whole model.
 
-    `kernel` is what will multiply by the compressed layers on this machine, None where it is torch; `skipped` pairs a
-    module path with the reason why it keeps its 16 bits.
+    `kernel` is what will multiply by the compressed layers on this machine, None where it is torch; `schemes` are those
+    of the quantized layers by path, `skipped` pairs a path with the reason why it keeps its 16 bits.
     """
 
     model: str
@@ -51,6 +95,7 @@ class PlanReport(Record):
     bytes_before: int
     bytes_after: int
     kernel: str | None
+    schemes: Mapping[str, str]
     skipped: tuple[tuple[str, str], ...]
 
     def table(self) -> Table:
@@ -70,8 +115,8 @@ class PlanReport(Record):
         )
 
 
-@dataclass(frozen=True)
-class CalibrationReport(Record):
+@dataclass(frozen=True, kw_only=True)
+class CalibrationReport(StageReport):
     """`loss` is the model's mean negative log likelihood on the windows, in nats a token; `sources` counts windows."""
 
     windows: int
@@ -79,8 +124,6 @@ class CalibrationReport(Record):
     tokens: int
     loss: float
     sources: Mapping[str, int]
-    directory: Path
-    seconds: float
 
     def table(self) -> Table:
         return facts(
@@ -89,14 +132,14 @@ class CalibrationReport(Record):
                 ("windows", f"{self.windows} of {self.sequence_length} tokens ({self.tokens} tokens)"),
                 ("from", ", ".join(f"{text_name(source)} ({windows})" for source, windows in self.sources.items())),
                 ("loss of the model", f"{self.loss:.4f} nats a token"),
-                ("time", f"{self.seconds:.0f} s"),
+                *self.costs(),
                 ("wrote", str(self.directory)),
             ],
         )
 
 
-@dataclass(frozen=True)
-class QuantizeReport(Record):
+@dataclass(frozen=True, kw_only=True)
+class QuantizeReport(StageReport):
     """`mean_relative_error` is the geometric mean over the layers of tr(dW H dW^T) / tr(W H W^T)."""
 
     model: str
@@ -108,9 +151,6 @@ class QuantizeReport(Record):
     bytes_before: int
     bytes_after: int
     mean_relative_error: float
-    seconds: float
-    peak_memory_bytes: int
-    directory: Path
 
     def table(self) -> Table:
         return facts(
@@ -121,22 +161,20 @@ class QuantizeReport(Record):
                 ("bits per weight", both_bits(self.code_bits, self.stored_bits)),
                 ("model size", shrinkage(self.bytes_before, self.bytes_after)),
                 ("relative error", f"{self.mean_relative_error:.3g} (geometric mean over the layers)"),
-                ("time", f"{self.seconds:.0f} s"),
-                ("peak memory", readable_bytes(self.peak_memory_bytes)),
+                *self.costs(),
                 ("wrote", str(self.directory)),
             ],
         )
 
 
-@dataclass(frozen=True)
-class PackReport(Record):
+@dataclass(frozen=True, kw_only=True)
+class PackReport(StageReport):
     """`nominal_bits` is what the scheme stands for, `stored_bits` what a quantized weight takes in these files.
 
     They differ where the format cannot hold the scheme: a uniform grid written as a 16-bit checkpoint stores 16 bits.
     `bytes` counts every tensor of the checkpoint, embeddings and head included.
     """
 
-    directory: Path
     format: str
     scheme: str
     nominal_bits: float
@@ -152,9 +190,33 @@ class PackReport(Record):
                 ("layers", f"{self.layers}, {self.scheme}"),
                 ("bits per weight", f"{self.nominal_bits:.3f} nominal, {self.stored_bits:.3f} in these files"),
                 ("size", readable_bytes(self.bytes)),
+                *self.costs(),
                 ("wrote", str(self.directory)),
             ],
         )
+
+
+@dataclass(frozen=True)
+class VerifyReport(Record):
+    """All `files` of the run's artifacts are what their manifests say; `layer` was quantized again to the same codes.
+
+    `layer` is None where nothing is quantized yet, or was so on another kind of machine.
+    """
+
+    directory: Path
+    files: int
+    bytes: int
+    layer: str | None
+    seconds: float
+
+    def table(self) -> Table:
+        again = "nothing here to quantize again" if self.layer is None else f"{self.layer}: the same codes"
+        rows = [
+            ("files", f"{self.files} are what their manifests say, {readable_bytes(self.bytes)}"),
+            ("quantized again", again),
+            ("time", clock(self.seconds)),
+        ]
+        return facts(f"{self.directory} is sound", rows)
 
 
 @dataclass(frozen=True)

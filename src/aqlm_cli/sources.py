@@ -32,7 +32,7 @@ from torch import Tensor
 
 from aqlm_cli.config import parse_yaml
 from aqlm_cli.errors import ModelError, StorageError, shortened
-from aqlm_cli.storage import DTYPES, digest_file, read_tensor, write_file
+from aqlm_cli.storage import DTYPES, TensorLayout, digest_file, read_tensor, write_file
 
 
 @dataclass(frozen=True)
@@ -41,11 +41,22 @@ class ModelSource:
 
     name: str  # as the user typed it
     directory: Path
-    identity: str  # "hub:ID@COMMIT" or "sha256:..."
+    cache: Path  # where digests of files are remembered
+    known_identity: str | None  # None where only the files tell
     short_name: str  # for a directory or a title, such as "SmolLM2-135M-Instruct"
     licence: str | None
     base_model: str | None  # what the card of a model made from this one names as its origin
     trust_remote_code: bool = False
+
+    @property
+    def identity(self) -> str:
+        """ "hub:ID@COMMIT", or "sha256:..." of everything in the directory that a model is loaded from."""
+        if self.known_identity is not None:
+            return self.known_identity
+        suffixes = {".safetensors", ".json", ".jinja", ".model", ".txt", ".py"}
+        files = sorted(path for path in self.directory.iterdir() if path.suffix in suffixes)
+        parts = [f"{path.name} {cached_digest(path, self.cache)}\n" for path in files]
+        return f"sha256:{hashlib.sha256(''.join(parts).encode()).hexdigest()}"
 
 
 @dataclass(frozen=True)
@@ -117,19 +128,18 @@ def find_gguf(name: str) -> GgufFile | None:
 
 
 def directory_source(directory: Path, cache: Path) -> ModelSource:
-    """A model that lies on this disk; its identity is the sha256 of everything in it that a model is loaded from."""
+    """A model that lies on this disk."""
     if not (directory / "config.json").is_file():
         raise ModelError(f"{directory} has no config.json, so it is not a Hugging Face model")
-    suffixes = {".safetensors", ".json", ".jinja", ".model", ".txt", ".py"}
-    files = sorted(path for path in directory.iterdir() if path.suffix in suffixes)
-    parts = [f"{path.name} {cached_digest(path, cache)}\n" for path in files]
-    identity = hashlib.sha256("".join(parts).encode()).hexdigest()
-    return _with_card(str(directory), directory, f"sha256:{identity}", directory.resolve().name, base_model=None)
+    return _with_card(str(directory), directory, cache, None, directory.resolve().name, base_model=None)
 
 
-def hub_source(name: str, revision: str | None, with_code: bool) -> ModelSource:
+def hub_source(
+    name: str, revision: str | None, cache: Path, with_code: bool = False, with_weights: bool = True
+) -> ModelSource:
     """A repository of the hub, fetched or taken from the hub's own cache; only safetensors, never pickles."""
-    wanted = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "README.md", *(["*.py"] if with_code else [])]
+    wanted = ["*.json", "*.jinja", "*.model", "*.txt", "README.md"]
+    wanted += [*(["*.py"] if with_code else []), *(["*.safetensors"] if with_weights else [])]
     try:
         # Folders of a repository hold the same weights for other programs, and so does Mistral's consolidated file.
         fetched = snapshot_download(
@@ -152,10 +162,12 @@ def hub_source(name: str, revision: str | None, with_code: bool) -> ModelSource:
         ) from error
     directory = Path(fetched)  # .../snapshots/COMMIT
     identity = f"hub:{name}@{directory.name}"
-    return _with_card(name, directory, identity, short_name=name.rpartition("/")[2], base_model=name)
+    return _with_card(name, directory, cache, identity, short_name=name.rpartition("/")[2], base_model=name)
 
 
-def _with_card(name: str, directory: Path, identity: str, short_name: str, base_model: str | None) -> ModelSource:
+def _with_card(
+    name: str, directory: Path, cache: Path, identity: str | None, short_name: str, base_model: str | None
+) -> ModelSource:
     """Complete a source with what its model card says."""
     card = _read_card(directory / "README.md")
     licence, bases = card.get("license"), card.get("base_model")
@@ -163,6 +175,7 @@ def _with_card(name: str, directory: Path, identity: str, short_name: str, base_
     return ModelSource(
         name,
         directory,
+        cache,
         identity,
         short_name,
         licence=licence if isinstance(licence, str) else None,
@@ -221,6 +234,10 @@ class StoredTensor:
         return read_tensor(self.file, name)
 
 
+def has_weights(directory: Path) -> bool:
+    return (directory / WEIGHTS_INDEX).is_file() or (directory / WEIGHTS).is_file()
+
+
 def tensor_index(directory: Path) -> dict[str, StoredTensor]:
     """Every tensor of a model directory by name; no weight is read."""
     index, there = directory / WEIGHTS_INDEX, {path.name for path in directory.iterdir() if path.is_file()}
@@ -238,6 +255,15 @@ def tensor_index(directory: Path) -> dict[str, StoredTensor]:
         except (OSError, SafetensorError) as error:
             raise ModelError(f"{path} is damaged ({error}); fetch the model, or pack the run, again") from error
     return found
+
+
+def tensor_layouts(directory: Path) -> dict[str, TensorLayout]:
+    """The same, each by its type and shape alone."""
+    found = tensor_index(directory)
+    for name, tensor in found.items():
+        if tensor.dtype not in DTYPES:
+            raise ModelError(f"{shortened(name)} is stored as {tensor.dtype}; use a model in 16 or 32 bits")
+    return {name: TensorLayout(DTYPES[tensor.dtype], tensor.shape) for name, tensor in found.items()}
 
 
 def _files_of_index(index: Path) -> list[str]:

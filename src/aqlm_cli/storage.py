@@ -75,6 +75,15 @@ def digest_file(path: Path) -> str:
     return digest.hexdigest()
 
 
+def disk_bytes(directory: Path) -> int:
+    """What everything below `directory` takes on the disk."""
+    taken = 0
+    for path in directory.rglob("*"):
+        with contextlib.suppress(OSError):  # removed meanwhile
+            taken += 512 * path.lstat().st_blocks
+    return taken
+
+
 def sync_directory(directory: Path) -> None:
     """Make renames inside `directory` survive a power cut."""
     descriptor = os.open(directory, os.O_RDONLY)
@@ -122,26 +131,40 @@ def stream_tensors(
     Wide types come first, so that every tensor lies aligned, then names in order: the same tensors always give the
     same bytes. (safetensors' own writer wants all tensors at once, and would open the file itself.)
     """
-    order = sorted(layouts, key=lambda name: (-layouts[name].dtype.itemsize, name))
-    type_names = {dtype: name for name, dtype in DTYPES.items()}
-    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
-    start = 0
-    for name in order:
-        layout = layouts[name]
-        end = start + layout.bytes
-        header[name] = {"dtype": type_names[layout.dtype], "shape": list(layout.shape), "data_offsets": [start, end]}
-        start = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    order, text = _in_order(layouts), _header(layouts, metadata)
 
     def parts() -> Iterator[bytes]:
-        yield len(text).to_bytes(8, "little") + text
+        yield text
         for name in order:
             tensor = read(name)
             assert (tensor.dtype, tuple(tensor.shape)) == (layouts[name].dtype, layouts[name].shape), name
             yield tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
     write_file(path, parts())
+
+
+def file_bytes(layouts: Mapping[str, TensorLayout], metadata: Mapping[str, str] | None = None) -> int:
+    """The size of the file that `stream_tensors` writes."""
+    return len(_header(layouts, metadata)) + sum(layout.bytes for layout in layouts.values())
+
+
+def _in_order(layouts: Mapping[str, TensorLayout]) -> list[str]:
+    return sorted(layouts, key=lambda name: (-layouts[name].dtype.itemsize, name))
+
+
+def _header(layouts: Mapping[str, TensorLayout], metadata: Mapping[str, str] | None) -> bytes:
+    """With its length before it, and spaces after it that make the tensors begin at a multiple of 8."""
+    type_names = {dtype: name for name, dtype in DTYPES.items()}
+    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    start = 0
+    for name in _in_order(layouts):
+        layout = layouts[name]
+        end = start + layout.bytes
+        header[name] = {"dtype": type_names[layout.dtype], "shape": list(layout.shape), "data_offsets": [start, end]}
+        start = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:

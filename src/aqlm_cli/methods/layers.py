@@ -45,10 +45,10 @@ def compress_all(
     method: Method,
     settings: SearchConfig,
     seed: int,
-    threads: int,
+    workers: int,
     done: Callable[[Compressed], None],
 ) -> Mapping[str, Compressed]:
-    """Every task's result by path; `done` is called in this thread as each one finishes, in any order.
+    """Every task's result by path, `workers` of them at a time; `done` is called in this thread as each one finishes.
 
     Raises QuantizationError with the path of the layer that cannot be compressed.
     """
@@ -70,7 +70,8 @@ def compress_all(
     # The most expensive first: the last ones to finish are then short.
     order = sorted(tasks, key=lambda task: -task.weight.numel() * task.weight.shape[1])
     results: dict[str, Compressed] = {}
-    with ThreadPoolExecutor(_safely_parallel(threads), initializer=_single_threaded) as pool:
+    threads = torch.get_num_threads()
+    with ThreadPoolExecutor(_safely_parallel(workers), initializer=_single_threaded) as pool:
         waiting = [pool.submit(compress, task) for task in order]
         try:
             for finished in as_completed(waiting):
@@ -82,10 +83,10 @@ def compress_all(
     return results
 
 
-def _safely_parallel(threads: int) -> int:
+def _safely_parallel(workers: int) -> int:
     """One thread where Numba has neither OpenMP nor TBB: its own `workqueue` must not be entered by two at once."""
     numba.set_num_threads(numba.get_num_threads())  # the layer is chosen at the first use
-    return 1 if threading_layer() == "workqueue" else threads
+    return 1 if threading_layer() == "workqueue" else workers
 
 
 def _single_threaded() -> None:

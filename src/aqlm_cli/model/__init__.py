@@ -5,10 +5,18 @@
 """
 
 from aqlm_cli.model.decoding import Decoding, decoding_of, open_decoding
-from aqlm_cli.model.loading import is_coded, load_block, load_network, load_outside, load_skeleton, load_tokenizer
+from aqlm_cli.model.loading import (
+    is_coded,
+    load_block,
+    load_network,
+    load_outside,
+    load_skeleton,
+    load_tokenizer,
+    saved_layouts,
+)
 from aqlm_cli.model.resolve import Subject, find_subject, original_of, resolve
 from aqlm_cli.model.tokenizing import open_tokenizer
-from aqlm_cli.sources import ModelSource, end_tokens, model_config, save_support_files, tensor_index
+from aqlm_cli.sources import ModelSource, end_tokens, model_config, save_support_files, tensor_index, tensor_layouts
 
 __all__ = [
     "Decoding",
@@ -29,5 +37,7 @@ __all__ = [
     "original_of",
     "resolve",
     "save_support_files",
+    "saved_layouts",
     "tensor_index",
+    "tensor_layouts",
 ]

@@ -42,7 +42,7 @@ def gguf_source(found: GgufFile, cache: Path) -> ModelSource:
     source = directory_source(directory, cache)
     return dataclasses.replace(
         source,
-        identity=f"sha256:{digest}",
+        known_identity=f"sha256:{digest}",
         short_name=found.short_name,
         base_model=found.base_model or source.base_model,
     )

@@ -23,7 +23,8 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from aqlm_cli.blocks import count_parameters, find_blocks, replace_module
 from aqlm_cli.errors import AqlmError, ModelError, shortened
-from aqlm_cli.sources import ModelSource, StoredTensor, model_config, tensor_index
+from aqlm_cli.sources import ModelSource, StoredTensor, has_weights, model_config, tensor_index
+from aqlm_cli.storage import TensorLayout
 from aqlm_kernels import AdditiveLinear, from_checkpoint
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -94,6 +95,18 @@ def load_skeleton(source: ModelSource) -> transformers.PreTrainedModel:
     return _skeleton(source, load_config(source))
 
 
+def saved_layouts(network: transformers.PreTrainedModel) -> dict[str, TensorLayout]:
+    """The tensors that files of this network would hold, in 16 bits; a head tied to the embeddings is not one."""
+    said = network.config.dtype
+    dtype = said if isinstance(said, torch.dtype) and said.itemsize == 2 else torch.float16
+    tied = network.all_tied_weights_keys.keys()
+    return {
+        name: TensorLayout(dtype, tuple(tensor.shape))
+        for name, tensor in network.state_dict().items()
+        if name not in tied
+    }
+
+
 def load_tokenizer(source: ModelSource) -> transformers.PreTrainedTokenizerBase:
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(
@@ -133,10 +146,10 @@ def without_weights(
 
 
 def _skeleton(source: ModelSource, config: transformers.PreTrainedConfig) -> transformers.PreTrainedModel:
-    """`without_weights` of what a stranger's config.json says; ModelError where its files cannot hold it all."""
+    """`without_weights` of what a stranger's config.json says; ModelError where its files, if any, cannot hold it."""
+    stored = tensor_index(source.directory) if has_weights(source.directory) else {}
     try:
-        stored = tensor_index(source.directory)
-        with quiet(), at_most(PARAMETERS_PER_TENSOR * len(stored), source.name):
+        with quiet(), at_most(PARAMETERS_PER_TENSOR * len(stored) or MOST_PARTS, source.name):
             network = without_weights(config, source.trust_remote_code)
     except AqlmError:
         raise
@@ -144,7 +157,7 @@ def _skeleton(source: ModelSource, config: transformers.PreTrainedConfig) -> tra
         raise ModelError(f"{source.name}: its config.json makes no network ({first_line(error)})") from error
     numbers, files = count_parameters(network), {tensor.file for tensor in stored.values()}
     size = sum(path.stat().st_size for path in files)
-    if numbers > NUMBERS_PER_BYTE * size:
+    if files and numbers > NUMBERS_PER_BYTE * size:
         raise ModelError(f"{source.name}: its config.json asks for {numbers} weights, and its files have {size} bytes")
     return network
 
@@ -222,6 +235,7 @@ def _prepared(module: Module, device: str | torch.device) -> Module:
 
 
 def _load(source: ModelSource, dtype: torch.dtype, **options: Any) -> transformers.PreTrainedModel:
+    tensor_index(source.directory)  # refuses what has no safetensors
     settings = {"dtype": dtype, "trust_remote_code": source.trust_remote_code, "use_safetensors": True, **options}
     try:
         loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(

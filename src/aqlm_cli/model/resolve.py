@@ -18,9 +18,13 @@ from aqlm_cli.sources import ALIASES, ModelSource, default_cache, directory_sour
 
 
 def resolve(
-    name: str, revision: str | None = None, trust_remote_code: bool = False, cache_dir: Path | None = None
+    name: str,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    cache_dir: Path | None = None,
+    with_weights: bool = True,
 ) -> ModelSource:
-    """Find the language model that `name` means.
+    """Find the language model that `name` means; without weights, nothing large is fetched from the hub.
 
     Raises ModelError if there is none, if it cannot be fetched, or if it is not a decoder-only language model, and
     ArtifactError for a run that has packed nothing yet.
@@ -38,7 +42,7 @@ def resolve(
     elif path.is_dir():
         source = directory_source(path, cache)
     else:
-        source = hub_source(name, revision, with_code=trust_remote_code)
+        source = hub_source(name, revision, cache, trust_remote_code, with_weights)
     source = dataclasses.replace(source, name=name, trust_remote_code=trust_remote_code)
     _check_language_model(source)
     return source

@@ -19,22 +19,30 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from aqlm_cli.activations import autocast, compute_dtype, entering_states, run_block
-from aqlm_cli.artifacts import Artifact, Stage
+from aqlm_cli.artifacts import Stage
 from aqlm_cli.blocks import find_blocks, last_logits, linears, record_calls, replace_module
 from aqlm_cli.config import RunConfig
 from aqlm_cli.data import calibration_windows
 from aqlm_cli.errors import QuantizationError
 from aqlm_cli.events import Advanced, Emit, Noted, StageStarted
+from aqlm_cli.forecast import Cost
+from aqlm_cli.memory import peak_memory_bytes, reset_peak_memory
 from aqlm_cli.model import ModelSource, load_block, load_outside, load_tokenizer, resolve
-from aqlm_cli.report import CalibrationReport
-from aqlm_cli.runs import RunDirectory, open_run
-from aqlm_cli.storage import save_tensors
+from aqlm_cli.report import CalibrationReport, restored
+from aqlm_cli.runs import open_run
+from aqlm_cli.storage import disk_bytes, save_tensors
+from aqlm_cli.wording import plain
 
 STAGE = "calibrate"
 
 
-def calibrate(config: RunConfig, run_directory: Path, overwrite: bool, emit: Emit) -> CalibrationReport:
-    """Write `calibration/`, or reuse one that was made from the same model, text and seed."""
+def calibrate(
+    config: RunConfig, run_directory: Path, overwrite: bool, emit: Emit, planned: Cost | None = None
+) -> CalibrationReport:
+    """Write `calibration/`, or reuse one that was made from the same model, text and seed.
+
+    `planned` is what it was thought to take, to stand beside what it took.
+    """
     source = resolve(config.model, config.revision, config.trust_remote_code)
     run = open_run(run_directory, config, overwrite)
     settings = {**config.calibrate.model_dump(mode="json"), "seed": config.seed}
@@ -44,19 +52,16 @@ def calibrate(config: RunConfig, run_directory: Path, overwrite: bool, emit: Emi
         with run.stage("calibration", "calibration", settings, parents) as stage:
             stage.work.mkdir()
             results = _measure(config, source, stage, emit)
-            calibration = stage.publish(results)
+            calibration = stage.publish({**results, "planned": plain(planned)})
     else:
         emit(Noted(f"{calibration.directory} is there already, made from the same model and text"))
-    return _report(run, calibration)
-
-
-def _report(run: RunDirectory, calibration: Artifact) -> CalibrationReport:
-    return CalibrationReport(directory=calibration.directory, **calibration.manifest.results)
+    return restored(CalibrationReport, calibration.directory, calibration.manifest.results)
 
 
 def _measure(config: RunConfig, source: ModelSource, stage: Stage, emit: Emit) -> dict[str, object]:
     """Write the windows and the moments; return the fields of the report."""
     started = time.monotonic()
+    reset_peak_memory()
     section = config.calibrate
     windows = calibration_windows(
         section.data, section.sequences, section.sequence_length, config.seed, load_tokenizer(source)
@@ -73,6 +78,8 @@ def _measure(config: RunConfig, source: ModelSource, stage: Stage, emit: Emit) -
         "loss": loss,
         "sources": dict(Counter(windows.sources)),
         "seconds": time.monotonic() - started,
+        "memory_bytes": peak_memory_bytes(),
+        "disk_bytes": disk_bytes(stage.directory.parent),
     }
 
 

@@ -7,6 +7,7 @@ it tells a time, a host or a path of this machine; the same quantized model alwa
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,23 +17,28 @@ from aqlm_cli.artifacts import Artifact, remedy
 from aqlm_cli.checkpoint import Entry, total_bytes, write_checkpoint
 from aqlm_cli.errors import ArtifactError
 from aqlm_cli.events import Emit, Noted
-from aqlm_cli.export import QuantizedLayer, as_codes, plan_entries, quantized_layers
-from aqlm_cli.model import ModelSource, model_config, original_of, save_support_files, tensor_index
+from aqlm_cli.export import QuantizedLayer, as_codes, checkpoint_entries, quantized_layers
+from aqlm_cli.forecast import Cost
+from aqlm_cli.memory import peak_memory_bytes, reset_peak_memory
+from aqlm_cli.model import ModelSource, model_config, original_of, save_support_files
 from aqlm_cli.model_card import CardFacts, model_card
 from aqlm_cli.plan import HEAD, Plan
-from aqlm_cli.report import PackReport
+from aqlm_cli.report import PackReport, restored
 from aqlm_cli.runs import RunDirectory, read_run
 from aqlm_cli.scheme import AdditiveScheme
-from aqlm_cli.storage import write_file
-from aqlm_cli.wording import text_name
+from aqlm_cli.storage import disk_bytes, write_file
+from aqlm_cli.wording import plain, text_name
 
 
-def pack(run_directory: Path, format: str | None, overwrite: bool, emit: Emit) -> PackReport:
+def pack(
+    run_directory: Path, format: str | None, overwrite: bool, emit: Emit, planned: Cost | None = None
+) -> PackReport:
     """Write `packed/` of a run, in the given format or else in that of its run file; read it back and compare.
 
     Raises ArtifactError where there is nothing to pack, where the model is no longer the one that was quantized, or
     where the layers have more schemes than the format can name.
     """
+    started = time.monotonic()
     run = read_run(run_directory)
     quantized = run.current("quantized")
     settings = {"format": format or run.config.pack.format}
@@ -40,16 +46,21 @@ def pack(run_directory: Path, format: str | None, overwrite: bool, emit: Emit) -
     packed = run.reusable("packed", settings, parents, overwrite)
     if packed is not None:
         emit(Noted(f"{packed.directory} is there already, made from the same quantized model"))
-    else:
-        contents = _collect(run, quantized, settings["format"])
-        config = contents.config(quantized)
-        with run.stage("packed", "packed", settings, parents) as stage:
-            write_checkpoint(stage.directory, contents.entries)
-            save_support_files(contents.source, stage.directory)
-            write_file(stage.directory / "config.json", json.dumps(config, indent=2, sort_keys=True).encode())
-            write_file(stage.directory / "README.md", model_card(_card_facts(run, quantized, contents)).encode())
-            packed = stage.publish(contents.results())
-    return PackReport(directory=packed.directory, **packed.manifest.results)
+        return restored(PackReport, packed.directory, packed.manifest.results)
+    reset_peak_memory()
+    contents = _collect(run, quantized, settings["format"])
+    config = contents.config(quantized)
+    with run.stage("packed", "packed", settings, parents) as stage:
+        write_checkpoint(stage.directory, contents.entries)
+        save_support_files(contents.source, stage.directory)
+        write_file(stage.directory / "config.json", json.dumps(config, indent=2, sort_keys=True).encode())
+        write_file(stage.directory / "README.md", model_card(_card_facts(run, quantized, contents)).encode())
+        packed = stage.publish(contents.results())
+    # Told, and not kept: the same quantized model gives the same manifest, too.
+    taken = Cost(time.monotonic() - started, peak_memory_bytes(), disk_bytes(run.path))
+    return restored(
+        PackReport, packed.directory, {**packed.manifest.results, **plain(taken), "planned": plain(planned)}
+    )
 
 
 @dataclass(frozen=True)
@@ -144,7 +155,8 @@ def _collect(run: RunDirectory, quantized: Artifact, format: str) -> Contents:
     if {layer.path for layer in layers} != {target.path for target in plan.quantized}:
         way_out = remedy(quantized.directory, "quantized")
         raise ArtifactError(f"{quantized.directory} is damaged (its files hold other layers than its plan); {way_out}")
-    return Contents(source, plan, layers, plan_entries(tensor_index(source.directory), quantized, layers))
+    entries = checkpoint_entries(source.directory, quantized, layers, plan.schemes, format)
+    return Contents(source, plan, layers, entries)
 
 
 def _card_facts(run: RunDirectory, quantized: Artifact, contents: Contents) -> CardFacts:

@@ -1,0 +1,103 @@
+"""`aqlm plan`: what a run will make of a model and what it will take, before any weight is read."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from aqlm_cli.config import RunConfig
+from aqlm_cli.data import documents
+from aqlm_cli.errors import ModelError, PlanError
+from aqlm_cli.events import Emit, Noted
+from aqlm_cli.forecast import (
+    Cost,
+    calibration_disk,
+    calibration_memory,
+    calibration_seconds,
+    least_memory,
+    packing_disk,
+    packing_memory,
+    packing_seconds,
+    quantization_disk,
+    quantization_memory,
+    quantization_seconds,
+    what_needs_less,
+)
+from aqlm_cli.forecast_report import ForecastReport
+from aqlm_cli.memory import available_memory_bytes
+from aqlm_cli.model import ModelSource, load_tokenizer
+from aqlm_cli.rates import measure_rates
+from aqlm_cli.survey import Survey, planned_work
+from aqlm_cli.units import parse_bytes
+from aqlm_cli.wording import readable_bytes
+
+TEXT_SAMPLE = 100_000  # characters
+
+
+def forecast(config: RunConfig, known: Survey, directory: Path, emit: Emit) -> ForecastReport:
+    """What the stages will take if they write to `directory`. Raises PlanError where a limit cannot be kept."""
+    model, work = known.shape, planned_work(config, known.shape)
+    disks = {
+        "calibrate": calibration_disk(model, work),
+        "quantize": quantization_disk(model, work),
+        "pack": packing_disk(model, work, known.packed_bytes),
+    }
+    _refuse_too_much(config, max(disks.values()))
+    emit(Noted("measuring how fast this machine is"))
+    started = time.monotonic()
+    rates = measure_rates(model, work, config, _seconds_a_character(known.source))
+    costs = {
+        "calibrate": (calibration_seconds(model, work, rates), calibration_memory(model, work)),
+        "quantize": (quantization_seconds(model, work, rates), quantization_memory(model, work)),
+        "pack": (packing_seconds(model, known.packed_bytes, rates), packing_memory(model)),
+    }
+    report = ForecastReport(
+        stages={stage: Cost(*cost, disks[stage]) for stage, cost in costs.items()},
+        batch=work.batch,
+        safetensors_bytes=known.packed_bytes,
+        memory_available=available_memory_bytes(),
+        disk_available=shutil.disk_usage(_there(directory)).free,
+        measured_seconds=time.monotonic() - started,
+        advice=(),
+    )
+    return dataclasses.replace(report, advice=tuple(_advice(report, known, config)))
+
+
+def _refuse_too_much(config: RunConfig, disk_bytes: int) -> None:
+    if config.max_disk is not None and disk_bytes > parse_bytes(config.max_disk):
+        raise PlanError(
+            f"--max-disk {config.max_disk}: this run needs {readable_bytes(disk_bytes)}; fewer windows need less "
+            "(--data or --sequences), or give it more"
+        )
+
+
+def _advice(report: ForecastReport, known: Survey, config: RunConfig) -> Iterator[str]:
+    if report.memory_bytes > report.memory_available:
+        least = least_memory(known.shape, planned_work(config, known.shape))
+        if least <= report.memory_available:
+            yield f"memory: add --max-memory {report.memory_available // 10**6}MB, with which less is done at a time"
+        else:
+            yield f"memory: at least {readable_bytes(least)} are needed; {what_needs_less(known.shape)}"
+    if report.disk_bytes > report.disk_available:
+        missing = readable_bytes(report.disk_bytes - report.disk_available)
+        yield f"disk: free {missing}, choose another --out, or use fewer windows (--data or --sequences)"
+
+
+def _there(directory: Path) -> Path:
+    """The nearest directory above that exists."""
+    return next(path for path in (directory.absolute(), *directory.absolute().parents) if path.exists())
+
+
+def _seconds_a_character(source: ModelSource) -> float:
+    """Of text, to become tokens; nothing where the model has no tokenizer yet."""
+    try:
+        tokenizer = load_tokenizer(source)
+    except ModelError:
+        return 0.0
+    text = "\n".join(documents("builtin", "calibration"))[:TEXT_SAMPLE]
+    started = time.perf_counter()
+    tokenizer.encode(text, add_special_tokens=False)
+    return (time.perf_counter() - started) / len(text)

@@ -1,0 +1,110 @@
+"""`aqlm verify`: are the files of a run what was once written, and would the same be written again?
+
+Every file is read and compared with its digest. Then one layer is quantized again, from the model and the text: which
+one, the seed says. Its codes must be the same to the bit. (Codebooks and scales are fitted together with those of the
+whole block afterwards; their digests were compared before.)
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from torch import nn
+
+from aqlm_cli.artifacts import Artifact, remedy
+from aqlm_cli.errors import ArtifactError
+from aqlm_cli.events import Advanced, Emit, Noted, StageStarted
+from aqlm_cli.methods import METHODS, CompressedMatrix
+from aqlm_cli.methods.layers import Task, compress_all
+from aqlm_cli.model import load_block, original_of
+from aqlm_cli.plan import Plan
+from aqlm_cli.propagation import machine_of, mixed_windows, start_propagation
+from aqlm_cli.quantized import block_file, matrix_kinds, read_matrix, restore_block
+from aqlm_cli.report import VerifyReport
+from aqlm_cli.runs import DIRECTORIES, RunDirectory, read_run
+from aqlm_cli.scheme import Scheme
+from aqlm_cli.seeds import generator
+from aqlm_cli.storage import digest_file
+from aqlm_cli.unfinished import Unfinished
+
+STAGE = "verify"
+
+
+def verify(run_directory: Path, emit: Emit) -> VerifyReport:
+    """Raises ArtifactError for the first file, or the layer, that is not what it was, and says how to mend it."""
+    started = time.monotonic()
+    run = read_run(run_directory)
+    there = [run.current(kind) for kind in DIRECTORIES if run.artifact(kind) is not None]
+    if not there:
+        raise ArtifactError(f"{run_directory} holds nothing to verify yet; begin with `aqlm quantize`")
+    files = [(artifact, name) for artifact in there for name in artifact.manifest.files]
+    emit(StageStarted(STAGE, len(files), "file"))
+    for number, (artifact, name) in enumerate(files, start=1):
+        _compare_digest(artifact, name)
+        emit(Advanced(STAGE, number))
+    quantized = run.artifact("quantized")
+    layer = None if quantized is None else _requantize(run, quantized, emit)
+    return VerifyReport(
+        directory=run_directory,
+        files=len(files),
+        bytes=sum(artifact.manifest.files[name].bytes for artifact, name in files),
+        layer=layer,
+        seconds=time.monotonic() - started,
+    )
+
+
+def _compare_digest(artifact: Artifact, name: str) -> None:
+    path = artifact.path(name)
+    if digest_file(path) != artifact.manifest.files[name].sha256:
+        way_out = remedy(artifact.directory, artifact.manifest.kind)
+        raise ArtifactError(f"{path} is damaged (other bytes than its manifest says); {way_out}")
+
+
+def _requantize(run: RunDirectory, quantized: Artifact, emit: Emit) -> str | None:
+    """The path of the layer; None where this machine would not compute the same bits."""
+    config, schemes = run.config, Plan.from_json(quantized.manifest.results["plan"]).schemes
+    if quantized.manifest.results.get("machine") != machine_of(config):
+        emit(Noted("quantized by another version or on another kind of machine, so no layer is quantized again"))
+        return None
+    chosen = sorted(schemes)[int(torch.randint(len(schemes), (), generator=generator(config.seed, STAGE)))]
+    with TemporaryDirectory(prefix="verify.", dir=run.path) as work:
+        again, there = _both(run, quantized, chosen, schemes[chosen], Path(work), emit)
+    for name, numbers in again.tensors().items():
+        other = there.tensors()[name]
+        if not numbers.is_floating_point() and not torch.equal(numbers.long(), other.long()):
+            share = float((numbers.long() != other.long()).float().mean())
+            raise ArtifactError(
+                f"{chosen}: quantized again, {share:.1%} of its {name} are others than in {quantized.directory}; "
+                f"{remedy(quantized.directory, quantized.manifest.kind)}"
+            )
+    return chosen
+
+
+def _both(
+    run: RunDirectory, quantized: Artifact, chosen: str, scheme: Scheme, work: Path, emit: Emit
+) -> tuple[CompressedMatrix, CompressedMatrix]:
+    """The matrix of the chosen layer made again, on what the quantized blocks before it put out, and the stored one."""
+    config, source = run.config, original_of(run)
+    ids, measured = mixed_windows(config, run.current("calibration"))
+    route, states = start_propagation(source, ids, measured, config, Unfinished(work))
+    index = route.last([chosen])
+    emit(StageStarted(chosen, index + 1, "block"))
+    for number in range(index):
+        block = load_block(source, number, torch.float32, states.device)
+        restore_block(quantized, number, route.paths[number], block)
+        states.advance(block, route.calls[number])
+        states = states.next()
+        emit(Advanced(chosen, number + 1))
+    block = load_block(source, index, torch.float32, states.device)
+    inside = chosen.removeprefix(route.paths[index] + ".")
+    layer = block.get_submodule(inside)
+    assert isinstance(layer, nn.Linear)
+    task = Task(chosen, layer.weight, states.measure(block, route.calls[index], [inside])[inside], scheme)
+    section = config.quantize
+    made = compress_all([task], METHODS[section.method], section.search, config.seed, 1, lambda _: None)
+    emit(Advanced(chosen, index + 1))
+    file = block_file(index)
+    return made[chosen].matrix, read_matrix(quantized, file, chosen, matrix_kinds(quantized, file)[chosen])

@@ -1,0 +1,97 @@
+"""A model before any of its weights is read: what happens to each layer, how large everything is, what a limit allows.
+
+Known from config.json and the headers of the files; from config.json alone where there are no files.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from aqlm_cli.activations import compute_dtype
+from aqlm_cli.blocks import count_parameters, describe_layers, find_blocks, model_shape
+from aqlm_cli.checkpoint import checkpoint_bytes
+from aqlm_cli.config import RunConfig
+from aqlm_cli.data import share_windows
+from aqlm_cli.export import checkpoint_layouts
+from aqlm_cli.forecast import ModelShape, Work, within_memory, work_of
+from aqlm_cli.model import ModelSource, load_skeleton, resolve, saved_layouts, tensor_layouts
+from aqlm_cli.plan import Plan, make_plan
+from aqlm_cli.report import PlanReport
+from aqlm_cli.scheme import AdditiveScheme, Scheme, parse_scheme
+from aqlm_cli.sources import has_weights
+from aqlm_cli.units import parse_bytes
+from aqlm_kernels import choose, smallest
+
+
+@dataclass(frozen=True, eq=False)
+class Survey:
+    source: ModelSource
+    plan: Plan
+    shape: ModelShape
+    packed_bytes: int  # of the safetensors of the packed checkpoint, to the byte
+
+
+def survey(config: RunConfig, with_weights: bool = True) -> Survey:
+    """Of the model that the settings name; `with_weights` False fetches none from the hub."""
+    source = resolve(config.model, config.revision, config.trust_remote_code, with_weights=with_weights)
+    network, section = load_skeleton(source), config.quantize
+    scheme, count = parse_scheme(section.scheme), count_parameters(network)
+    plan = make_plan(describe_layers(network), count, scheme, section.skip, section.only)
+    stored = tensor_layouts(source.directory) if has_weights(source.directory) else saved_layouts(network)
+    layouts = checkpoint_layouts(stored, plan.schemes, config.pack.format, _fitted(network, plan))
+    return Survey(source, plan, model_shape(network, plan), checkpoint_bytes(layouts))
+
+
+def _fitted(network: nn.Module, plan: Plan) -> set[str]:
+    """Norms and biases of the blocks in which anything is quantized."""
+    blocks = find_blocks(network)
+    return {
+        f"{prefix}.{name}"
+        for prefix, block in zip(blocks.paths, blocks.modules, strict=True)
+        if any(path.startswith(prefix + ".") for path in plan.schemes)
+        for name, parameter in block.named_parameters()
+        if parameter.ndim == 1
+    }
+
+
+def planned_work(config: RunConfig, shape: ModelShape) -> Work:
+    """What the settings ask for, cut down to `max_memory`; PlanError where that cannot be."""
+    windows = sum(count for _, count in share_windows(config.calibrate.data, config.calibrate.sequences))
+    product_bytes = compute_dtype(torch.device(config.device)).itemsize
+    work = work_of(config, windows, torch.get_num_threads(), product_bytes)
+    return within_memory(shape, work, parse_bytes(config.max_memory) if config.max_memory else None)
+
+
+def within_limits(config: RunConfig, shape: ModelShape) -> RunConfig:
+    """The settings with the batch that `max_memory` allows: it decides the last bits, and so stands in the run file."""
+    batch = planned_work(config, shape).batch
+    return config.model_copy(update={"quantize": config.quantize.model_copy(update={"batch": batch})})
+
+
+def plan_report(config: RunConfig, plan: Plan) -> PlanReport:
+    return PlanReport(
+        model=config.model,
+        method=config.quantize.method,
+        scheme=config.quantize.scheme,
+        layers=len(plan.quantized),
+        code_bits=plan.code_bits,
+        stored_bits=plan.stored_bits,
+        bytes_before=plan.bytes_before,
+        bytes_after=plan.bytes_after,
+        kernel=_kernel(parse_scheme(config.quantize.scheme), torch.device(config.device)),
+        schemes={path: str(scheme) for path, scheme in plan.schemes.items()},
+        skipped=tuple((target.path, target.reason) for target in plan.targets if target.reason is not None),
+    )
+
+
+def _kernel(scheme: Scheme, device: torch.device) -> str | None:
+    """What will multiply by the compressed layers on this machine, and whether that is slow; None: torch."""
+    if not isinstance(scheme, AdditiveScheme):
+        return None
+    backend = choose(smallest(scheme.num_codebooks, scheme.codebook_size, scheme.group_size), device)
+    if backend.fast:
+        return backend.name
+    return f"{backend.name}: no fast kernel for {scheme} on this machine; schemes of 8 bits a code have one"
