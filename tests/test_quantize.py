@@ -22,6 +22,7 @@ from aqlm_cli.events import Advanced, BlockQuantized, Event, LayerQuantized, Not
 from aqlm_cli.methods import MATRIX_KINDS, CompressedMatrix, layers
 from aqlm_cli.methods.statistics import LayerStatistics
 from aqlm_cli.model import load_network, resolve
+from aqlm_cli.pipeline import prepare
 from aqlm_cli.plan import Plan
 from aqlm_cli.propagation import Propagation
 from aqlm_cli.report import QuantizeReport
@@ -30,7 +31,7 @@ from aqlm_cli.seeds import generator
 from aqlm_cli.stages import quantize as stage
 from aqlm_cli.stages.calibrate import calibrate
 from aqlm_cli.stages.pack import pack
-from aqlm_cli.stages.quantize import prepare, quantize
+from aqlm_cli.stages.quantize import quantize
 from aqlm_cli.storage import load_tensors, read_metadata, save_tensors
 from aqlm_cli.tuning.block import fit_block, tuned_parameters
 from aqlm_kernels import AdditiveLinear, choose, smallest
@@ -333,15 +334,15 @@ def test_blocks_behind_the_last_chosen_layer_are_not_run(llama: Path, monkeypatc
     ],
 )
 def test_a_plan_says_what_will_multiply_and_whether_that_is_slow(llama: Path, scheme: str, kernel: str | None) -> None:
-    assert prepare(settings(llama, scheme=scheme)).kernel == (
+    assert prepare(settings(llama, scheme=scheme))[1].kernel == (
         kernel or choose(smallest(2, 256, 8), torch.device("cpu")).name
     )
-    assert prepare(settings(llama, method="rtn", scheme="int4g16")).kernel is None
+    assert prepare(settings(llama, method="rtn", scheme="int4g16"))[1].kernel is None
 
 
 def test_a_plan_tells_what_will_be_done_without_doing_it(llama: Path) -> None:
     config = settings(llama, only=[r".*mlp.*"])
-    plan = prepare(config)
+    plan = prepare(config)[1]
     report = run(config)
     assert (plan.layers, plan.stored_bits, plan.bytes_after) == (report.layers, report.stored_bits, report.bytes_after)
     assert len(plan.skipped) == 8 and plan.layers == 6

@@ -31,14 +31,16 @@ WORK = "work"
 MADE_BY: Mapping[str, str] = {
     "calibration": "aqlm calibrate --config {run}/run.yaml --out {run}",
     "quantized": "aqlm quantize --config {run}/run.yaml --out {run}",
+    "finetuned": "aqlm finetune {run}",
     "packed": "aqlm pack {run}",
 }
-"""The command that makes an artifact of each kind in a run."""
+"""The command that makes each artifact of a run, by the name of its directory."""
 
 
 def remedy(directory: Path, kind: str) -> str:
     """What to do about an artifact of a run that is damaged or out of date."""
-    return f"redo it with `{MADE_BY[kind].format(run=directory.parent)} --overwrite`"
+    command = MADE_BY[directory.name if directory.name in MADE_BY else kind]
+    return f"redo it with `{command.format(run=directory.parent)} --overwrite`"
 
 
 # ------------------------------------------------------------------------------------------------------ manifests

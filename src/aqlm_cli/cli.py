@@ -7,12 +7,13 @@ a misspelt flag answer at once.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from aqlm_cli import measure, options
 from aqlm_cli.config import build_config
+from aqlm_cli.errors import UsageError
 from aqlm_cli.openmp import share_pool
 from aqlm_cli.screen import OneLineErrors, Screen
 from aqlm_cli.wording import PROMPT, command_line
@@ -213,6 +214,43 @@ def pack(
     with Screen(json, quiet, verbose) as screen:
         report = pipeline.pack_run(settings, run, overwrite, screen.emit)
         screen.finish({"pack": report}, following=command_line("generate", run, "--prompt", PROMPT))
+
+
+@app.command()
+def finetune(
+    run: options.Run,
+    data: Annotated[str | None, typer.Option(help="Text to learn from; that of calibration if not given.")] = None,
+    sequences: options.Sequences = None,
+    sequence_length: options.SequenceLength = None,
+    steps: Annotated[int | None, typer.Option(help="How many.")] = None,
+    time_budget: Annotated[str | None, typer.Option(help="Such as 2h or 90m: as many steps as fit.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Windows of a step.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Relative to each tensor's root mean square.")] = None,
+    device: options.Device = None,
+    threads: options.Threads = None,
+    overwrite: options.Overwrite = False,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
+) -> None:
+    """Teach a quantized model by its original, at the same size.
+
+    Codebooks, scales, norms and biases move, the codes stay. Packs the result.
+
+    \b
+    Example:
+      aqlm finetune runs/SmolLM2-135M-Instruct-2bit --time-budget 30m
+    """
+    from aqlm_cli import pipeline
+
+    if steps is not None and time_budget is not None:
+        raise UsageError("--steps and --time-budget exclude each other; give one of them")
+    section: dict[str, Any] = {"data": data, "sequences": sequences, "sequence_length": sequence_length}
+    section |= {"steps": steps, "batch": batch, "learning_rate": learning_rate}
+    settings = pipeline.settings_to_finetune(run, {"device": device, "threads": threads}, section, time_budget)
+    with Screen(json, quiet, verbose) as screen:
+        pipeline.use_machine(settings)
+        screen.finish(pipeline.finetune_run(settings, run, overwrite, screen.emit), command_line("eval-ppl", run))
 
 
 for measuring in (measure.eval_ppl, measure.bench, measure.generate):

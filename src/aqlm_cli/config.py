@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from aqlm_cli.errors import ConfigError, UsageError, shortened
 from aqlm_cli.scheme import AdditiveScheme, parse_scheme
-from aqlm_cli.units import parse_bytes
+from aqlm_cli.units import parse_bytes, parse_duration
 
 PRESETS = ("default", "fast", "paper")
 
@@ -35,6 +35,15 @@ Beam: TypeAlias = Literal[2, 4, 8, 16, 32, 64, 128, 256]
 Rate: TypeAlias = Annotated[float, Field(strict=False, gt=0, allow_inf_nan=False)]
 # Not strict, as YAML has lists and a frozen record has tuples.
 Names: TypeAlias = Annotated[tuple[str, ...], Field(strict=False)]
+
+
+def _understood(parse: Callable[[str], object], text: str) -> str:
+    """`text` as it is, if it can be parsed; pydantic wants a ValueError where not."""
+    try:
+        parse(text)
+    except UsageError as error:
+        raise ValueError(str(error)) from error
+    return text
 
 
 class Section(BaseModel):
@@ -126,6 +135,37 @@ class QuantizeConfig(Section):
         return self
 
 
+class FinetuneConfig(Section):
+    """Teaching the quantized model by the original: `steps` of `batch` windows of `sequence_length` tokens.
+
+    `data` and `sequences` are as in `calibrate`; None: its text. A `time_budget`, such as 2h, is turned into `steps`
+    when a run is begun. `windows_at_once` go through the model together: fewer need less memory. `learning_rate` is
+    in units of each tensor's root mean square; it falls as half a cosine to `final_rate` of itself. `held_out` windows
+    judge, every `evaluate_every` steps; `patience` such judgements without gain end it. What was trained is kept on
+    the disk every `keep_every` steps.
+    """
+
+    data: str | None = None
+    sequences: Positive | None = None
+    sequence_length: Annotated[int, Field(ge=2)] = 512
+    steps: Positive = 400
+    time_budget: str | None = None
+    batch: Positive = 4
+    windows_at_once: Positive = 4
+    learning_rate: Rate = 2e-3
+    warmup_steps: Count = 5
+    final_rate: Annotated[float, Field(strict=False, gt=0, le=1)] = 0.05
+    held_out: Positive = 16
+    evaluate_every: Positive = 50
+    patience: Positive | None = None
+    keep_every: Positive = 25
+
+    @field_validator("time_budget")
+    @classmethod
+    def _is_duration(cls, text: str | None) -> str | None:
+        return text if text is None else _understood(parse_duration, text)
+
+
 class PackConfig(Section):
     format: Literal["transformers", "dense"] = "transformers"
 
@@ -167,6 +207,7 @@ class RunConfig(Section):
     max_disk: str | None = None
     calibrate: CalibrateConfig = CalibrateConfig()
     quantize: QuantizeConfig = QuantizeConfig()
+    finetune: FinetuneConfig = FinetuneConfig()
     pack: PackConfig = PackConfig()
     eval_ppl: EvalConfig = EvalConfig()
     bench: BenchConfig = BenchConfig()
@@ -174,12 +215,7 @@ class RunConfig(Section):
     @field_validator("max_memory", "max_disk")
     @classmethod
     def _is_size(cls, text: str | None) -> str | None:
-        try:
-            if text is not None:
-                parse_bytes(text)
-        except UsageError as error:
-            raise ValueError(str(error)) from error
-        return text
+        return text if text is None else _understood(parse_bytes, text)
 
     @field_validator("device")
     @classmethod

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from aqlm_cli.speed_report import BenchReport, BenchRow
@@ -34,6 +35,18 @@ def draw_speed(report: BenchReport) -> dict[str, bytes]:
     axes.grid(color="0.9")
     axes.set_title(_title(report), fontsize=9)
     figure.legend(fontsize=8, loc="outside lower left")
+    return {name: _rendered(figure, name) for name in FORMATS}
+
+
+def draw_curve(curve: Sequence[Mapping[str, float]]) -> dict[str, bytes]:
+    """The held-out KL of a finetuning over its minutes."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.plot([point["seconds"] / 60 for point in curve], [point["held_out"] for point in curve], marker="o")
+    axes.set(xlabel="minutes", ylabel="held-out KL, nats a token", yscale="log")
+    axes.grid(color="0.9", which="both")
     return {name: _rendered(figure, name) for name in FORMATS}
 
 

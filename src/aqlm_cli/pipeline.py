@@ -40,6 +40,7 @@ from aqlm_cli.stages.bench import bench, bench_shape
 from aqlm_cli.stages.calibrate import calibrate
 from aqlm_cli.stages.doctor import doctor
 from aqlm_cli.stages.eval_ppl import eval_ppl
+from aqlm_cli.stages.finetune import finetune
 from aqlm_cli.stages.generate import generate
 from aqlm_cli.stages.pack import pack
 from aqlm_cli.stages.plan import forecast
@@ -47,6 +48,7 @@ from aqlm_cli.stages.quantize import quantize
 from aqlm_cli.stages.status import status
 from aqlm_cli.stages.verify import verify
 from aqlm_cli.survey import plan_report, survey, within_limits
+from aqlm_cli.units import parse_duration
 from aqlm_cli.wording import clock, plain, readable_bytes
 
 __all__ = [
@@ -56,6 +58,7 @@ __all__ = [
     "continue_text",
     "default_run_directory",
     "doctor",
+    "finetune_run",
     "forecast_run",
     "measure",
     "pack_run",
@@ -64,6 +67,7 @@ __all__ = [
     "run_all",
     "settings_for",
     "settings_of_run",
+    "settings_to_finetune",
     "status",
     "use_machine",
     "verify_run",
@@ -223,6 +227,36 @@ def continue_text(
     return generate(
         subject, prompt, tokens, temperature, config.seed, config.device, section.backend, section.head, emit
     )
+
+
+def finetune_run(config: RunConfig, run_directory: Path, overwrite: bool, emit: Emit) -> dict[str, Record]:
+    """Teach a quantized run by its original, and pack it anew; what is missing before it runs first."""
+    run = read_run(run_directory)
+    with _at_work(run_directory):
+        if run.own("quantized", "quantized") is None:
+            emit(Noted(f"{run_directory} is not quantized yet, that runs first"))
+            _calibrate(run.config, run_directory, False, emit, {})
+            _quantize(run.config, run_directory, False, emit, {})
+        with logged(run_directory, "finetune", emit) as both:
+            tuned = finetune(config, run_directory, overwrite, both)
+        run = read_run(run_directory)
+        packed = run.own("packed", "packed")
+        outdated = packed is not None and packed.manifest.parents.get("quantized") != run.current("quantized").digest
+        return {"finetune": tuned, "pack": _pack(run.config, run_directory, outdated, emit, {})}
+
+
+def settings_to_finetune(
+    run_directory: Path, flags: Mapping[str, Any], section: Mapping[str, Any], time_budget: str | None
+) -> RunConfig:
+    """The flags over the run's own file; a time budget takes the place of its steps, and steps that of its budget."""
+    config = settings_of_run(run_directory, {**flags, "finetune": section})
+    changes: dict[str, Any] = {}
+    if time_budget is not None:
+        parse_duration(time_budget)
+        changes = {"time_budget": time_budget}
+    elif section.get("steps") is not None:
+        changes = {"time_budget": None}
+    return config.model_copy(update={"finetune": config.finetune.model_copy(update=changes)})
 
 
 def verify_run(run_directory: Path, emit: Emit) -> VerifyReport:

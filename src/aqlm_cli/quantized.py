@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from aqlm_cli.artifacts import Artifact
 from aqlm_cli.blocks import replace_module
 from aqlm_cli.methods import MATRIX_KINDS, CompressedMatrix
-from aqlm_cli.methods.layers import Compressed
 from aqlm_cli.storage import load_tensors, read_metadata, save_tensors
 from aqlm_cli.tuning.block import tuned_parameters
 from aqlm_kernels import AdditiveLinear, AdditiveMatrix
@@ -42,15 +41,15 @@ def read_matrix(quantized: Artifact, name: str, path: str, kind: str) -> Compres
         return MATRIX_KINDS[kind].from_tensors(load_tensors(file, prefix=f"{path}."))
 
 
-def save_block(file: Path, prefix: str, block: nn.Module, compressed: Mapping[str, Compressed]) -> None:
-    """Of the block at `prefix`, in which the compressed matrices by path may have been fitted since."""
+def save_block(file: Path, prefix: str, block: nn.Module, matrices: Mapping[str, CompressedMatrix]) -> None:
+    """Of the block at `prefix`, in which the matrices by path may have been fitted since."""
     tensors: dict[str, Tensor] = {}
-    for name, one in compressed.items():
+    for name, stored in matrices.items():
         module = block.get_submodule(name.removeprefix(prefix + "."))
-        matrix = module.matrix if isinstance(module, AdditiveLinear) else one.matrix
+        matrix = module.matrix if isinstance(module, AdditiveLinear) else stored
         tensors.update({f"{name}.{key}": tensor.contiguous() for key, tensor in matrix.tensors().items()})
     vectors = {name: values.detach() for name, values in tuned_parameters(block, prefix).items() if name not in tensors}
-    kinds = {name: one.matrix.kind for name, one in sorted(compressed.items())}
+    kinds = {name: matrix.kind for name, matrix in sorted(matrices.items())}
     save_tensors(file, {**tensors, **vectors}, {"kinds": json.dumps(kinds)})
 
 

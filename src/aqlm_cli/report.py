@@ -168,6 +168,31 @@ class QuantizeReport(StageReport):
 
 
 @dataclass(frozen=True, kw_only=True)
+class FinetuneReport(StageReport):
+    """`before` and `after` are KL(original || quantized) in nats a token on windows that were not trained on; `tokens`
+    counts those of all steps, `text_tokens` those of the text, which may have been gone through several times."""
+
+    steps: int
+    tokens: int
+    text_tokens: int
+    parameters: int
+    before: float
+    after: float
+
+    def table(self) -> Table:
+        return facts(
+            "finetuned",
+            [
+                ("steps", f"{self.steps}, {self.tokens} tokens of a text of {self.text_tokens}"),
+                ("trained", f"{self.parameters} numbers; the codes stay"),
+                ("held-out KL", f"{self.before:.4f} -> {self.after:.4f} nats a token"),
+                *self.costs(),
+                ("wrote", str(self.directory)),
+            ],
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class PackReport(StageReport):
     """`nominal_bits` is what the scheme stands for, `stored_bits` what a quantized weight takes in these files.
 

@@ -37,15 +37,27 @@ BEGUN = "begun.json"
 # In the order in which they are made: each is made from earlier ones only.
 DIRECTORIES: Mapping[str, tuple[str, ...]] = {
     "calibration": ("calibration",),
-    "quantized": ("quantized",),
+    "quantized": ("finetuned", "quantized"),
     "packed": ("packed",),
 }
+
+START = "start"
+"""The parent by which a finetuned model names the `quantized/` that it was made from."""
 
 
 def find_artifact(run_directory: Path, kind: str) -> Path | None:
     """Where the newest complete artifact of this kind lies, be it damaged or not."""
     places = (run_directory / name for name in DIRECTORIES[kind])
-    return next((place for place in places if (place / MANIFEST).exists()), None)
+    return next((place for place in places if (place / MANIFEST).exists() and not _outlived(place, kind)), None)
+
+
+def _outlived(place: Path, kind: str) -> bool:
+    """Whether it was finetuned from a quantized model that has been made anew since."""
+    if place.name != "finetuned":
+        return False
+    digest = open_artifact(place, kind).manifest.parents.get(START)
+    start = place.with_name("quantized")
+    return (start / MANIFEST).exists() and open_artifact(start, kind).digest != digest
 
 
 @dataclass(frozen=True)
@@ -64,6 +76,11 @@ class RunDirectory:
         found = find_artifact(self.path, kind)
         return None if found is None else open_artifact(found, kind)
 
+    def own(self, name: str, kind: str) -> Artifact | None:
+        """The artifact in the directory of this name, or None if that is not complete."""
+        there = (self.path / name / MANIFEST).exists()
+        return open_artifact(self.path / name, kind) if there else None
+
     def current(self, kind: str) -> Artifact:
         """The newest complete artifact, to build on.
 
@@ -72,7 +89,7 @@ class RunDirectory:
         artifact = self.artifact(kind)
         if artifact is None:
             command = MADE_BY[kind].format(run=self.path)
-            raise ArtifactError(f"{self.path} has no complete {DIRECTORIES[kind][0]}/; make it with `{command}`")
+            raise ArtifactError(f"{self.path} has no complete {DIRECTORIES[kind][-1]}/; make it with `{command}`")
         for parent in itertools.takewhile(lambda earlier: earlier != kind, DIRECTORIES):
             digest = artifact.manifest.parents.get(parent)
             if digest is not None and self.artifact(parent) and self.current(parent).digest != digest:
@@ -83,13 +100,13 @@ class RunDirectory:
         return artifact
 
     def reusable(
-        self, kind: str, settings: Mapping[str, Any], parents: Mapping[str, str], overwrite: bool
+        self, name: str, kind: str, settings: Mapping[str, Any], parents: Mapping[str, str], overwrite: bool
     ) -> Artifact | None:
         """The one rule for existing work: same settings and parents, reuse; different ones, refuse and name each.
 
         None means that there is nothing to reuse, or that the user wants it redone.
         """
-        artifact = None if overwrite else self.artifact(kind)
+        artifact = None if overwrite else self.own(name, kind)
         if artifact is None:
             return None
         wanted = _as_json({"settings": dict(settings), "made from": dict(parents)})

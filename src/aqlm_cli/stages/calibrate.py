@@ -47,7 +47,7 @@ def calibrate(
     run = open_run(run_directory, config, overwrite)
     settings = {**config.calibrate.model_dump(mode="json"), "seed": config.seed}
     parents = {"model": source.identity}
-    calibration = run.reusable("calibration", settings, parents, overwrite)
+    calibration = run.reusable("calibration", "calibration", settings, parents, overwrite)
     if calibration is None:
         with run.stage("calibration", "calibration", settings, parents) as stage:
             stage.work.mkdir()

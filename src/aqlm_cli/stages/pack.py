@@ -43,7 +43,7 @@ def pack(
     quantized = run.current("quantized")
     settings = {"format": format or run.config.pack.format}
     parents = {"quantized": quantized.digest}
-    packed = run.reusable("packed", settings, parents, overwrite)
+    packed = run.reusable("packed", "packed", settings, parents, overwrite)
     if packed is not None:
         emit(Noted(f"{packed.directory} is there already, made from the same quantized model"))
         return restored(PackReport, packed.directory, packed.manifest.results)

@@ -68,7 +68,7 @@ def quantize(
         )
     settings = {**config.quantize.model_dump(mode="json"), "seed": config.seed}
     parents = {"model": source.identity, "calibration": calibration.digest}
-    quantized = run.reusable("quantized", settings, parents, overwrite)
+    quantized = run.reusable("quantized", "quantized", settings, parents, overwrite)
     if quantized is not None:
         emit(Noted(f"{quantized.directory} is there already, made with the same settings"))
         return restored(QuantizeReport, quantized.directory, quantized.manifest.results["report"])
@@ -145,7 +145,8 @@ def _quantize_block(
     round_to_16_bits(block)
     error = states.advance(block, call)
     if compressed:
-        save_block(work.stage.directory / block_file(states.index), prefix, block, compressed)
+        matrices = {path: one.matrix for path, one in compressed.items()}
+        save_block(work.stage.directory / block_file(states.index), prefix, block, matrices)
         work.emit(BlockQuantized(states.index, error, gain, time.monotonic() - started))
     give_back_memory()
     return {

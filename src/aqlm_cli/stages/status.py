@@ -13,8 +13,16 @@ from aqlm_cli.locking import Holder, holder
 from aqlm_cli.report import StageStatus, StatusReport
 from aqlm_cli.runs import RunDirectory, read_run
 
-STAGES: Mapping[str, str] = {"calibrate": "calibration", "quantize": "quantized", "pack": "packed"}
-"""The stages of a run in order, and what each makes."""
+STAGES: Mapping[str, tuple[str, str]] = {
+    "calibrate": ("calibration", "calibration"),
+    "quantize": ("quantized", "quantized"),
+    "finetune": ("finetuned", "quantized"),
+    "pack": ("packed", "packed"),
+}
+"""The stages of a run in order, the directory of what each makes, and its kind."""
+
+OPTIONAL = "finetune"
+"""A run is whole without it."""
 
 
 def status(run_directory: Path) -> StatusReport:
@@ -25,18 +33,22 @@ def status(run_directory: Path) -> StatusReport:
         model=run.config.model,
         scheme=run.config.quantize.scheme,
         process=None if found is None else found.words,
-        stages=tuple(_stage(run, stage, kind, found) for stage, kind in STAGES.items()),
+        stages=tuple(
+            _stage(run, stage, name, kind, found)
+            for stage, (name, kind) in STAGES.items()
+            if stage != OPTIONAL or last_attempt(run.path, stage)
+        ),
     )
 
 
-def _stage(run: RunDirectory, stage: str, kind: str, at_work: Holder | None) -> StageStatus:
+def _stage(run: RunDirectory, stage: str, name: str, kind: str, at_work: Holder | None) -> StageStatus:
     log = last_attempt(run.path, stage)
     ended = next((line for line in log if line["event"] == "Ended"), None)
     if at_work is not None and log and ended is None and log[0].get("process") == at_work.process:
         return _progress(stage, log)
-    if not (run.path / f"{kind}.partial").exists():
+    if not (run.path / f"{name}.partial").exists():
         try:
-            return StageStatus(stage, "not begun" if run.artifact(kind) is None else "finished")
+            return StageStatus(stage, "not begun" if run.own(name, kind) is None else "finished")
         except ArtifactError as error:
             return StageStatus(stage, f"damaged: {error}")
     reason = f": {ended['error']}" if ended is not None and ended.get("error") else ""

@@ -37,7 +37,8 @@ def verify(run_directory: Path, emit: Emit) -> VerifyReport:
     """Raises ArtifactError for the first file, or the layer, that is not what it was, and says how to mend it."""
     started = time.monotonic()
     run = read_run(run_directory)
-    there = [run.current(kind) for kind in DIRECTORIES if run.artifact(kind) is not None]
+    named = [run.own(name, kind) for kind, names in DIRECTORIES.items() for name in reversed(names)]
+    there = [artifact for artifact in named if artifact is not None]
     if not there:
         raise ArtifactError(f"{run_directory} holds nothing to verify yet; begin with `aqlm quantize`")
     files = [(artifact, name) for artifact in there for name in artifact.manifest.files]
@@ -45,7 +46,9 @@ def verify(run_directory: Path, emit: Emit) -> VerifyReport:
     for number, (artifact, name) in enumerate(files, start=1):
         _compare_digest(artifact, name)
         emit(Advanced(STAGE, number))
-    quantized = run.artifact("quantized")
+    for kind in {artifact.manifest.kind for artifact in there}:
+        run.current(kind)  # made from what is there now
+    quantized = run.own("quantized", "quantized")
     layer = None if quantized is None else _requantize(run, quantized, emit)
     return VerifyReport(
         directory=run_directory,

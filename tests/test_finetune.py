@@ -1,0 +1,152 @@
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from commands import run
+from safetensors.torch import load_file
+from typer.testing import Result
+
+from aqlm_cli.errors import UsageError
+from aqlm_cli.stages import finetune as stage
+from aqlm_cli.units import parse_duration
+
+SECTION = """
+finetune: {steps: 6, batch: 2, windows_at_once: 2, sequence_length: 16, held_out: 2, evaluate_every: 2, keep_every: 2}
+"""
+
+
+@pytest.fixture
+def made(run_file: Path) -> Path:
+    """A quantized run, with settings for finetuning."""
+    run_file.write_text(run_file.read_text() + SECTION)
+    assert run("quantize", "--config", "run.yaml", "--out", "run").exit_code == 0
+    return Path("run")
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.glob("*.safetensors")}
+
+
+def results(directory: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((directory / "manifest.json").read_text())["results"]
+    return found
+
+
+def test_the_quantized_model_comes_nearer_to_the_original_with_its_codes_as_they_were(made: Path) -> None:
+    before = {name: load_file(made / "quantized" / name) for name in contents(made / "quantized")}
+    packed = contents(made / "packed")
+    told = json.loads(run("finetune", "run", "--json").stdout)
+    assert told["finetune"]["after"] < told["finetune"]["before"]
+    assert told["finetune"]["steps"] == 6 and told["finetune"]["tokens"] == 6 * 2 * 16
+    assert contents(made / "finetuned").keys() == before.keys()
+    for name, tensors in before.items():
+        tuned = load_file(made / "finetuned" / name)
+        assert tuned.keys() == tensors.keys()
+        for key, tensor in tensors.items():
+            moved = not torch.equal(tuned[key], tensor)
+            assert moved == (not key.endswith("codes")), key
+    assert contents(made / "packed") != packed, "it is packed anew"
+    for name in ("finetune.json", "finetune.png", "finetune.svg"):
+        assert (made / "reports" / name).stat().st_size > 0
+
+
+def test_what_comes_after_takes_the_finetuned_model(made: Path) -> None:
+    coarse = json.loads(run("eval-ppl", "run", "--windows", "4", "--json").stdout)
+    run("finetune", "run", "--steps", "20")
+    fine = json.loads(run("eval-ppl", "run", "--windows", "4", "--json").stdout)
+    assert fine["perplexity"] != coarse["perplexity"] and fine["original"] == coarse["original"]
+    assert "is there already" in run("pack", "run").output
+    verified = json.loads(run("verify", "run", "--json").stdout)
+    assert verified["layer"] and verified["files"] == sum(
+        len(json.loads(path.read_text())["files"]) for path in made.glob("*/manifest.json")
+    )
+    stages = [stage["stage"] for stage in json.loads(run("status", "run", "--json").stdout)["stages"]]
+    assert stages == ["calibrate", "quantize", "finetune", "pack"]
+
+
+def test_it_is_done_once_and_other_settings_are_refused_by_name(made: Path) -> None:
+    run("finetune", "run")
+    first = contents(made / "finetuned")
+    assert "is there already" in run("finetune", "run").output
+    refused = run("finetune", "run", "--steps", "7")
+    assert refused.exit_code == 1 and "steps 6 there, 7 asked" in refused.stderr
+    assert yaml.safe_load((made / "run.yaml").read_text())["finetune"]["steps"] == 6, "what is refused changes nothing"
+    assert contents(made / "finetuned") == first
+    assert run("finetune", "run", "--steps", "7", "--overwrite").exit_code == 0
+    assert contents(made / "finetuned") != first
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_interrupted_it_goes_on_to_the_same_bytes(
+    made: Path, count: int, interrupted_at: Callable[..., Result]
+) -> None:
+    shutil.copytree(made, "whole")
+    run("finetune", "whole")
+    assert interrupted_at("training.safetensors", count, "finetune", "run").exit_code == 130
+    result = run("finetune", "run")
+    assert result.exit_code == 0, result.output
+    assert ("going on after them" in result.output) == (count > 1)
+    assert contents(Path("run/finetuned")) == contents(Path("whole/finetuned"))
+    assert contents(Path("run/packed")) == contents(Path("whole/packed"))
+
+
+def test_a_quantized_model_that_is_made_anew_puts_an_end_to_the_finetuned_one(made: Path) -> None:
+    run("finetune", "run")
+    assert run("quantize", "--config", "run.yaml", "--out", "run", "--seed", "1", "--overwrite").exit_code == 0
+    assert (made / "finetuned").exists()
+    packed = json.loads((made / "packed/manifest.json").read_text())["parents"]["quantized"]
+    result = run("pack", "run", "--overwrite")
+    assert result.exit_code == 0, result.output
+    assert json.loads((made / "packed/manifest.json").read_text())["parents"]["quantized"] == packed
+    assert run("finetune", "run").exit_code == 1, "it was made from another quantized model"
+    assert run("finetune", "run", "--overwrite").exit_code == 0
+
+
+def test_a_time_budget_becomes_steps_that_the_run_file_keeps(made: Path, interrupted_at: Callable[..., Result]) -> None:
+    interrupted_at("training.safetensors", 1, "finetune", "run", "--time-budget", "1s")
+    section = yaml.safe_load((made / "run.yaml").read_text())["finetune"]
+    assert section["time_budget"] == "1s" and section["steps"] >= 1
+    result = run("finetune", "run", "--time-budget", "1s")
+    assert result.exit_code == 0 and "a step takes" not in result.output, "it is not timed again"
+    assert results(made / "finetuned")["report"]["steps"] == section["steps"]
+
+
+def test_timing_leaves_the_model_as_it_was(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stage, "parse_duration", lambda text: 0.0)  # one step, however long it takes
+    shutil.copytree(made, "other")
+    run("finetune", "run", "--time-budget", "1m")
+    run("finetune", "other", "--steps", "1")
+    assert results(made / "finetuned")["report"]["steps"] == 1
+    assert contents(made / "finetuned") == contents(Path("other/finetuned"))
+
+
+def test_other_text_can_be_learnt_from(made: Path) -> None:
+    told = json.loads(run("finetune", "run", "--data", "notes.txt:10", "--json").stdout)
+    assert told["finetune"]["text_tokens"] == 8 * 16
+    too_little = run("finetune", "run", "--data", "notes.txt:2", "--overwrite")
+    assert too_little.exit_code == 1 and "2 windows of text, and 2 are held out" in too_little.stderr
+
+
+def test_what_does_not_go_together_is_refused(made: Path) -> None:
+    assert run("finetune", "run", "--steps", "2", "--time-budget", "1h").exit_code == 2
+    assert "not understood as a time" in run("finetune", "run", "--time-budget", "soon").stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("2h", 7200), ("90m", 5400), ("1h30m", 5400), ("45s", 45), ("1 H", 3600)]
+)
+def test_times_are_read_as_people_write_them(text: str, seconds: int) -> None:
+    assert parse_duration(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "0s", "2", "h", "-1h", "1.5h", "30m2h", "2 days"])
+def test_what_is_no_time_is_refused(text: str) -> None:
+    with pytest.raises(UsageError, match="not understood as a time"):
+        parse_duration(text)
