@@ -95,7 +95,8 @@ def values(schema: Mapping[str, Any], sections: Mapping[str, Any]) -> st.SearchS
 
 @st.composite
 def settings(draw: st.DrawFn) -> dict[str, Any]:
-    """What a valid run file may say. Beyond its types: a scheme is one of its method's, and a device has a name."""
+    """What a valid run file may say. Beyond its types: a scheme is one of its method's, and a device,
+    a size and a time have their forms."""
     schema = RunConfig.model_json_schema()
     drawn: dict[str, Any] = draw(values(schema, schema["$defs"]))
     drawn["device"] = draw(st.from_regex(r"cpu|cuda(:(0|[1-9][0-9]?))?", fullmatch=True))
@@ -103,7 +104,10 @@ def settings(draw: st.DrawFn) -> dict[str, Any]:
     uniform = st.builds(UniformScheme, st.integers(2, 8), st.integers(1, 1024))
     method = draw(st.sampled_from(["aqlm", "rtn"]))
     scheme = str(draw(additive if method == "aqlm" else uniform))
-    return merge(drawn, {"quantize": {"method": method, "scheme": scheme}})
+    sizes = st.one_of(st.none(), st.from_regex(r"[1-9][0-9]{0,3}(\.5)?( ?[KMGT]i?B)?", fullmatch=True))
+    limits = {"max_memory": draw(sizes), "max_disk": draw(sizes)}
+    budget = draw(st.one_of(st.none(), st.from_regex(r"[1-9][0-9]?h([1-9]m)?", fullmatch=True)))
+    return merge(drawn, limits, {"quantize": {"method": method, "scheme": scheme}, "finetune": {"time_budget": budget}})
 
 
 @given(settings())
