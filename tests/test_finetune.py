@@ -7,13 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_models
 import torch
 import yaml
 from commands import run
 from safetensors.torch import load_file
 from typer.testing import Result
 
-from aqlm_cli.errors import UsageError
+from aqlm_cli.artifacts import open_artifact
+from aqlm_cli.errors import ModelError, UsageError
+from aqlm_cli.model import load_network, resolve
 from aqlm_cli.stages import finetune as stage
 from aqlm_cli.units import parse_duration
 
@@ -101,12 +104,80 @@ def test_a_quantized_model_that_is_made_anew_puts_an_end_to_the_finetuned_one(ma
     run("finetune", "run")
     assert run("quantize", "--config", "run.yaml", "--out", "run", "--seed", "1", "--overwrite").exit_code == 0
     assert (made / "finetuned").exists()
-    packed = json.loads((made / "packed/manifest.json").read_text())["parents"]["quantized"]
-    result = run("pack", "run", "--overwrite")
-    assert result.exit_code == 0, result.output
-    assert json.loads((made / "packed/manifest.json").read_text())["parents"]["quantized"] == packed
+    made_from = json.loads((made / "packed/manifest.json").read_text())["parents"]["quantized"]
+    assert made_from == open_artifact(made / "quantized", "quantized").digest
+    stages = json.loads(run("status", "run", "--json").stdout)["stages"]
+    assert [one["state"] for one in stages if one["stage"] == "finetune"] == ["made from an earlier quantized model"]
     assert run("finetune", "run").exit_code == 1, "it was made from another quantized model"
     assert run("finetune", "run", "--overwrite").exit_code == 0
+
+
+def test_what_was_begun_goes_on_although_other_settings_were_asked_meanwhile(
+    made: Path, interrupted_at: Callable[..., Result]
+) -> None:
+    interrupted_at("training.safetensors", 2, "finetune", "run", "--time-budget", "1s")
+    steps = yaml.safe_load((made / "run.yaml").read_text())["finetune"]["steps"]
+    for other in (("--time-budget", "2s"), ("--steps", "1")):
+        refused = run("finetune", "run", *other)
+        assert refused.exit_code == 1 and "finetuned.partial was begun with" in refused.stderr
+    assert run("quantize", "--config", "run.yaml", "--out", "run").exit_code == 0
+    result = run("finetune", "run", "--time-budget", "1s", "--overwrite")
+    assert result.exit_code == 0 and "going on after them" in result.output, result.output
+    assert results(made / "finetuned")["report"]["steps"] == steps
+
+
+def test_a_calibration_that_is_made_anew_is_noticed(made: Path) -> None:
+    run("calibrate", "--config", "run.yaml", "--out", "run", "--seed", "5", "--overwrite")
+    refused = run("finetune", "run")
+    assert refused.exit_code == 1 and "was made from calibration" in refused.stderr
+
+
+def test_blocks_without_quantized_layers_are_left_alone(run_file: Path) -> None:
+    run_file.write_text(run_file.read_text() + SECTION)
+    run("quantize", "--config", "run.yaml", "--out", "run", "--skip", r"model\.layers\.0\..*")
+    told = json.loads(run("finetune", "run", "--json").stdout)["finetune"]
+    assert told["parameters"] == sum(
+        tensor.numel()
+        for name, tensor in load_file("run/finetuned/block-001.safetensors").items()
+        if not name.endswith("codes")
+    )
+    assert run("verify", "run").exit_code == 0
+
+
+def test_the_format_that_was_packed_stays(made: Path) -> None:
+    run("pack", "run", "--format", "dense", "--overwrite")
+    for _ in range(2):
+        told = json.loads(run("finetune", "run", "--json").stdout)
+        assert told["pack"]["format"] == "dense"
+
+
+@pytest.mark.parametrize(("family", "word"), [("gemma2", "not its head's product"), ("llama", None)])
+def test_a_model_that_bounds_its_logits_is_refused(
+    family: str, word: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = load_network(resolve(str(tiny_models.save(family, tmp_path / "model"))), torch.float32)
+    if word is None:
+        assert torch.equal(stage._head(network, tiny_models.token_ids()), network.get_output_embeddings().weight)
+    else:
+        with pytest.raises(ModelError, match=word):
+            stage._head(network, tiny_models.token_ids())
+
+
+def test_the_curve_is_drawn_again_where_it_is_missing(made: Path) -> None:
+    run("finetune", "run")
+    (made / "reports/finetune.png").unlink()
+    run("finetune", "run")
+    assert (made / "reports/finetune.png").exists()
+
+
+def test_a_damaged_state_says_what_to_remove(made: Path, interrupted_at: Callable[..., Result]) -> None:
+    interrupted_at("training.safetensors", 2, "finetune", "run")
+    path = made / "finetuned.partial/work/training.safetensors"
+    path.write_bytes(path.read_bytes()[:100])
+    refused = run("finetune", "run")
+    assert refused.exit_code == 1 and f"{path} is damaged; remove it" in refused.stderr
+    path.unlink()
+    assert run("finetune", "run").exit_code == 0
 
 
 def test_a_time_budget_becomes_steps_that_the_run_file_keeps(made: Path, interrupted_at: Callable[..., Result]) -> None:
@@ -136,6 +207,7 @@ def test_other_text_can_be_learnt_from(made: Path) -> None:
 
 def test_what_does_not_go_together_is_refused(made: Path) -> None:
     assert run("finetune", "run", "--steps", "2", "--time-budget", "1h").exit_code == 2
+    assert "--sequences counts windows of --data" in run("finetune", "run", "--sequences", "9").stderr
     assert "not understood as a time" in run("finetune", "run", "--time-budget", "soon").stderr
 
 

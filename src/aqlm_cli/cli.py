@@ -302,6 +302,8 @@ def status(run: options.Run, json: options.Json = False) -> None:
         following = command_line("eval-ppl", run) if finished else command_line("status", run)
         if not finished and report.process is None:
             following = command_line("quantize", "--config", run / "run.yaml", "--out", run)
+            if any(stage.stage == "finetune" and stage.state != "finished" for stage in report.stages):
+                following = command_line("finetune", run)
         screen.finish({"status": report}, following=following)
 
 

@@ -62,10 +62,6 @@ class ModelShape:
     hidden: int
 
     @property
-    def largest_block(self) -> BlockShape:
-        return max(self.blocks, key=lambda block: block.parameters)
-
-    @property
     def quantized_blocks(self) -> tuple[BlockShape, ...]:
         return tuple(block for block in self.blocks if block.quantized)
 
@@ -129,17 +125,15 @@ def calibration_memory(model: ModelShape, work: Work) -> int:
     """The logits of one window, beside everything outside the blocks; or one block at work."""
     casts = work.product_bytes * model.vocabulary * model.hidden  # of the head's weight to the type of products
     logits = work.length * model.vocabulary * (work.product_bytes + 2 * FLOAT)
-    block = model.largest_block
-    return (
-        PROCESS + FLOAT * model.outside + max(casts + logits, FLOAT * block.parameters + _activations(block, 1, work))
-    )
+    at_work = max(FLOAT * block.parameters + _activations(block, 1, work) for block in model.blocks)
+    return PROCESS + FLOAT * model.outside + max(casts + logits, at_work)
 
 
 def quantization_memory(model: ModelShape, work: Work) -> int:
     """The largest of what the parts of a block need; freed memory is given back between them."""
-    block = model.largest_block
-    entering = FLOAT * (model.outside + block.parameters + 2 * work.batch * work.length * model.hidden)
-    return PROCESS + max(entering, _measuring(block, work), _compressing(block, work), _fitting(block, work))
+    entering = FLOAT * (model.outside + model.blocks[0].parameters + 2 * work.batch * work.length * model.hidden)
+    parts = (_measuring, _compressing, _fitting)
+    return PROCESS + max(entering, *(part(block, work) for block in model.blocks for part in parts))
 
 
 def _measuring(block: BlockShape, work: Work) -> int:
@@ -324,5 +318,6 @@ def peak_memory(model: ModelShape, work: Work) -> int:
 
 def what_needs_less(model: ModelShape) -> str:
     """Of memory: the matrices with the most inputs are what it goes to."""
-    widest = max(model.largest_block.quantized, key=lambda target: target.in_features)
+    targets = (target for block in model.blocks for target in block.quantized)
+    widest = max(targets, key=lambda target: target.in_features)
     return f"--skip '.*{widest.path.rpartition('.')[2]}' leaves those with {widest.in_features} inputs in 16 bits"

@@ -16,7 +16,7 @@ from typing import Any
 import numba
 import torch
 
-from aqlm_cli.config import RunConfig, build_config
+from aqlm_cli.config import PackConfig, RunConfig, build_config
 from aqlm_cli.errors import UsageError
 from aqlm_cli.events import Emit, Noted, Warned
 from aqlm_cli.forecast import Cost
@@ -119,13 +119,13 @@ def settings_for(target: str, flags: Mapping[str, Any]) -> RunConfig:
 def prepare(config: RunConfig) -> tuple[RunConfig, PlanReport]:
     """The settings within the limits that they name, and what `quantize` would do with them."""
     known = survey(config)
-    return within_limits(config, known.shape), plan_report(config, known.plan)
+    return within_limits(config, known), plan_report(config, known.plan)
 
 
 def forecast_run(config: RunConfig, run_directory: Path, emit: Emit) -> dict[str, Record]:
     """The plan, and what it will take; no weight is read."""
     known = survey(config, with_weights=False)
-    config = within_limits(config, known.shape)
+    config = within_limits(config, known)
     return {"plan": plan_report(config, known.plan), "forecast": forecast(config, known, run_directory, emit)}
 
 
@@ -188,6 +188,7 @@ def _calibrate(
 def _quantize(
     config: RunConfig, run_directory: Path, overwrite: bool, emit: Emit, costs: Mapping[str, Cost]
 ) -> QuantizeReport:
+    config = within_limits(config, survey(config))  # also where another command needs this stage first
     with logged(run_directory, "quantize", emit) as both:
         return quantize(config, run_directory, overwrite, both, costs.get("quantize"))
 
@@ -242,7 +243,9 @@ def finetune_run(config: RunConfig, run_directory: Path, overwrite: bool, emit: 
         run = read_run(run_directory)
         packed = run.own("packed", "packed")
         outdated = packed is not None and packed.manifest.parents.get("quantized") != run.current("quantized").digest
-        return {"finetune": tuned, "pack": _pack(run.config, run_directory, outdated, emit, {})}
+        format = run.config.pack.format if packed is None else packed.manifest.settings["format"]
+        again = run.config.model_copy(update={"pack": PackConfig(format=format)})
+        return {"finetune": tuned, "pack": _pack(again, run_directory, outdated, emit, {})}
 
 
 def settings_to_finetune(
@@ -266,7 +269,7 @@ def verify_run(run_directory: Path, emit: Emit) -> VerifyReport:
 
 
 def run_all(config: RunConfig, run_directory: Path, overwrite: bool, emit: Emit) -> dict[str, Record]:
-    """Every stage, in order."""
+    """Every stage but `finetune`, in order."""
     made = quantize_and_pack(config, run_directory, overwrite, emit)
     measured = measure(str(run_directory), config, None, emit)
     return {**made, **measured, "bench": compare_speed(str(run_directory), config, emit)}

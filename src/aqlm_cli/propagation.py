@@ -145,4 +145,6 @@ def machine_of(config: RunConfig) -> dict[str, str]:
         "device": device.type,
         "products": str(compute_dtype(device)).removeprefix("torch."),
         "version": metadata.version("aqlm-cli"),
+        "torch": torch.__version__,
+        "processor": torch.backends.cpu.get_cpu_capability(),
     }

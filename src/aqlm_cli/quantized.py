@@ -71,8 +71,9 @@ def put_matrix(block: nn.Module, path: str, matrix: CompressedMatrix) -> None:
     """Let the linear layer at `path` in the block compute with it: by codes, trainable, where it is additive."""
     layer = block.get_submodule(path)
     assert isinstance(layer, nn.Linear)
+    device = layer.weight.device  # a matrix that was read comes on the CPU
     if isinstance(matrix, AdditiveMatrix):
-        bias = None if layer.bias is None else layer.bias.detach()
-        replace_module(block, path, AdditiveLinear(matrix, bias).requires_grad_(False))
+        bias = None if layer.bias is None else layer.bias.detach().to(matrix.codes.device)
+        replace_module(block, path, AdditiveLinear(matrix, bias).requires_grad_(False).to(device))
     else:
-        layer.weight = nn.Parameter(matrix.dequantize(), requires_grad=False)
+        layer.weight = nn.Parameter(matrix.dequantize().to(device), requires_grad=False)

@@ -96,7 +96,7 @@ class _Block(nn.Module):
 
 def _block(model: ModelShape, scheme: Scheme) -> _Block:
     unit = math.lcm(64, scheme.group_size)
-    targets = model.largest_block.targets
+    targets = model.blocks[-1].targets
     wanted = min(target.in_features for target in targets), max(target.in_features for target in targets)
     hidden, wide = (math.ceil(min(one, most) / unit) * unit for one, most in zip(wanted, WIDTHS, strict=True))
     return _Block(hidden, wide).requires_grad_(False)
@@ -123,8 +123,10 @@ def _compression(
     _compress(config, scheme, [(8, scheme.group_size * 2)], work.workers, rng)  # whatever has to be compiled
     if small:
         return _compress(config, scheme, shapes, work.workers, rng), 0.0, 0.0
-    seconds = _compress(config, scheme, SAMPLES, work.workers, rng)
-    (few, first), (many, second) = ((f, seconds[out, f] / (out * f)) for out, f in SAMPLES)
+    group = scheme.group_size
+    samples = [(out, math.ceil(features / group) * group) for out, features in SAMPLES]
+    seconds = _compress(config, scheme, samples, work.workers, rng)
+    (few, first), (many, second) = ((f, seconds[out, f] / (out * f)) for out, f in samples)
     coupling = max(0.0, (second - first) / (many - few))
     return {}, first - few * coupling, coupling
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from aqlm_cli.artifacts import MADE_BY, MANIFEST, WORK, Artifact, Stage, open_artifact, remedy
-from aqlm_cli.config import RunConfig, build_config, differences, dump_yaml
+from aqlm_cli.config import FinetuneConfig, RunConfig, build_config, differences, dump_yaml
 from aqlm_cli.errors import ArtifactError
 from aqlm_cli.locking import LOCK, LOGS
 from aqlm_cli.storage import storage_errors, sync_directory, write_file
@@ -46,7 +46,7 @@ START = "start"
 
 
 def find_artifact(run_directory: Path, kind: str) -> Path | None:
-    """Where the newest complete artifact of this kind lies, be it damaged or not."""
+    """Where the newest complete artifact of this kind lies, its files damaged or not."""
     places = (run_directory / name for name in DIRECTORIES[kind])
     return next((place for place in places if (place / MANIFEST).exists() and not _outlived(place, kind)), None)
 
@@ -90,6 +90,12 @@ class RunDirectory:
         if artifact is None:
             command = MADE_BY[kind].format(run=self.path)
             raise ArtifactError(f"{self.path} has no complete {DIRECTORIES[kind][-1]}/; make it with `{command}`")
+        self.refuse_outdated(artifact)
+        return artifact
+
+    def refuse_outdated(self, artifact: Artifact) -> None:
+        """ArtifactError if something it was made from, directly or not, has been made anew since."""
+        kind = artifact.manifest.kind
         for parent in itertools.takewhile(lambda earlier: earlier != kind, DIRECTORIES):
             digest = artifact.manifest.parents.get(parent)
             if digest is not None and self.artifact(parent) and self.current(parent).digest != digest:
@@ -97,7 +103,6 @@ class RunDirectory:
                     f"{artifact.directory} was made from {parent} {digest[:12]}, which is now "
                     f"{self.current(parent).digest[:12]}; {remedy(artifact.directory, kind)}"
                 )
-        return artifact
 
     def reusable(
         self, name: str, kind: str, settings: Mapping[str, Any], parents: Mapping[str, str], overwrite: bool
@@ -118,6 +123,33 @@ class RunDirectory:
             with storage_errors(artifact.directory):
                 shutil.rmtree(artifact.directory / WORK)
         return artifact
+
+    def refuse_other_beginning(
+        self,
+        name: str,
+        settings: Mapping[str, Any],
+        parents: Mapping[str, str],
+        machine: Mapping[str, str],
+        overwrite: bool,
+    ) -> None:
+        """ArtifactError as of `resumed_stage`, before any work for it is done."""
+        partial, wanted = self.path / f"{name}.partial", _beginning(settings, parents, machine)
+        begun = _begun(partial)
+        if begun is not None and begun != wanted and not overwrite:
+            found = "; ".join(_differences(begun, wanted))
+            raise ArtifactError(f"{partial} was begun with {found}; add --overwrite to begin anew")
+
+    def known_settings(self, name: str, overwrite: bool) -> Mapping[str, Any]:
+        """Those that an interrupted stage of this name was begun with, or else its artifact was made with; or none."""
+        begun = _begun(self.path / f"{name}.partial")
+        if begun is not None:
+            return dict(begun["settings"])
+        there = (self.path / name / MANIFEST).exists() and not overwrite
+        return open_artifact(self.path / name, "quantized").manifest.settings if there else {}
+
+    def keep_finetune_settings(self, section: FinetuneConfig) -> None:
+        """In run.yaml; all others stay what they are there."""
+        write_file(self.file, dump_yaml(self.config.model_copy(update={"finetune": section})).encode())
 
     @property
     def reports(self) -> Path:
@@ -164,11 +196,8 @@ class RunDirectory:
         """
         partial = self.path / f"{name}.partial"
         stage = Stage(partial, self.path / name, kind, settings, parents)
-        wanted = _as_json({"settings": dict(settings), "made from": dict(parents), "machine": dict(machine)})
-        begun = _begun(partial)
-        if begun not in (None, wanted) and not overwrite:
-            found = "; ".join(_differences(begun, wanted))
-            raise ArtifactError(f"{partial} was begun with {found}; add --overwrite to begin anew")
+        self.refuse_other_beginning(name, settings, parents, machine, overwrite)
+        begun, wanted = _begun(partial), _beginning(settings, parents, machine)
         with storage_errors(partial):
             if begun == wanted:
                 for half_written in partial.rglob("*.tmp"):
@@ -188,6 +217,10 @@ def _make_empty(partial: Path) -> None:
         if partial.exists():
             shutil.rmtree(partial)
         partial.mkdir()  # without parents: a run that is gone is not made again without its settings
+
+
+def _beginning(settings: Mapping[str, Any], parents: Mapping[str, str], machine: Mapping[str, str]) -> Any:
+    return _as_json({"settings": dict(settings), "made from": dict(parents), "machine": dict(machine)})
 
 
 def _begun(partial: Path) -> Any:
@@ -250,6 +283,8 @@ def open_run(path: Path, config: RunConfig, overwrite: bool = False) -> RunDirec
         found = [line for section in sorted(sections) for line in differences(earlier.config, config, section)]
         if found:
             raise ArtifactError(f"{path} is another run: {'; '.join(found)}; choose another --out, or add --overwrite")
+        if any((path / name).exists() for name in ("finetuned", "finetuned.partial")):  # those it was made with stay
+            config = config.model_copy(update={"finetune": earlier.config.finetune})
     refuse_other_directory(path)
     with storage_errors(path):
         path.mkdir(parents=True, exist_ok=True)

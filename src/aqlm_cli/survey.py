@@ -15,14 +15,24 @@ from aqlm_cli.blocks import count_parameters, describe_layers, find_blocks, mode
 from aqlm_cli.checkpoint import checkpoint_bytes
 from aqlm_cli.config import RunConfig
 from aqlm_cli.data import share_windows
+from aqlm_cli.errors import PlanError
 from aqlm_cli.export import checkpoint_layouts
-from aqlm_cli.forecast import ModelShape, Work, within_memory, work_of
+from aqlm_cli.forecast import (
+    ModelShape,
+    Work,
+    calibration_disk,
+    packing_disk,
+    quantization_disk,
+    within_memory,
+    work_of,
+)
 from aqlm_cli.model import ModelSource, load_skeleton, resolve, saved_layouts, tensor_layouts
 from aqlm_cli.plan import Plan, make_plan
 from aqlm_cli.report import PlanReport
 from aqlm_cli.scheme import AdditiveScheme, Scheme, parse_scheme
 from aqlm_cli.sources import has_weights
 from aqlm_cli.units import parse_bytes
+from aqlm_cli.wording import readable_bytes
 from aqlm_kernels import choose, smallest
 
 
@@ -65,10 +75,28 @@ def planned_work(config: RunConfig, shape: ModelShape) -> Work:
     return within_memory(shape, work, parse_bytes(config.max_memory) if config.max_memory else None)
 
 
-def within_limits(config: RunConfig, shape: ModelShape) -> RunConfig:
-    """The settings with the batch that `max_memory` allows: it decides the last bits, and so stands in the run file."""
-    batch = planned_work(config, shape).batch
-    return config.model_copy(update={"quantize": config.quantize.model_copy(update={"batch": batch})})
+def within_limits(config: RunConfig, known: Survey) -> RunConfig:
+    """The settings with the batch that `max_memory` allows: it decides the last bits, and so stands in the run file.
+
+    Raises PlanError where `max_memory` or `max_disk` cannot be kept.
+    """
+    work = planned_work(config, known.shape)
+    needed = max(disk_needed(known, work).values())
+    if config.max_disk is not None and needed > parse_bytes(config.max_disk):
+        raise PlanError(
+            f"--max-disk {config.max_disk}: this run needs {readable_bytes(needed)}; fewer windows need less "
+            "(--data or --sequences), or give it more"
+        )
+    return config.model_copy(update={"quantize": config.quantize.model_copy(update={"batch": work.batch})})
+
+
+def disk_needed(known: Survey, work: Work) -> dict[str, int]:
+    """The most that the run has on the disk in each stage."""
+    return {
+        "calibrate": calibration_disk(known.shape, work),
+        "quantize": quantization_disk(known.shape, work),
+        "pack": packing_disk(known.shape, work, known.packed_bytes),
+    }
 
 
 def plan_report(config: RunConfig, plan: Plan) -> PlanReport:

@@ -42,6 +42,8 @@ def eval_ppl(
     emit(Noted(f"measuring {subject.source.directory}"))
     ids = _windows(subject.source, text, sequence_length, windows)
     measured = _measure(subject.source, ids, dtype, device, emit)
+    if subject.run is not None:
+        emit(Noted(f"{subject.run.path}/packed is made from {subject.run.current('quantized').directory.name}/"))
     original = _original(subject, ids, dtype, device, emit)
     report = PerplexityReport(
         model=subject.source.name,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,15 +22,15 @@ from aqlm_cli.artifacts import Artifact, Stage
 from aqlm_cli.blocks import find_blocks
 from aqlm_cli.config import RunConfig
 from aqlm_cli.data import calibration_windows
-from aqlm_cli.errors import ArtifactError, DataError, ModelError
+from aqlm_cli.errors import ArtifactError, DataError, ModelError, QuantizationError, UsageError
 from aqlm_cli.events import Advanced, Emit, Noted, StageStarted
 from aqlm_cli.figures import draw_curve
 from aqlm_cli.memory import peak_memory_bytes, reset_peak_memory
 from aqlm_cli.model import ModelSource, load_network, load_tokenizer, original_of
 from aqlm_cli.propagation import machine_of
-from aqlm_cli.quantized import block_file, block_files, matrix_kinds, read_matrix, restore_block, save_block
+from aqlm_cli.quantized import block_file, matrix_kinds, read_matrix, restore_block, save_block
 from aqlm_cli.report import FinetuneReport, restored
-from aqlm_cli.runs import START, RunDirectory, open_run, read_run
+from aqlm_cli.runs import START, RunDirectory, read_run
 from aqlm_cli.seeds import generator
 from aqlm_cli.storage import disk_bytes, load_tensors, read_metadata, save_tensors
 from aqlm_cli.tuning.block import round_to_16_bits, tuned_parameters
@@ -46,58 +47,69 @@ TIMED_STEPS = 3
 
 def finetune(config: RunConfig, run_directory: Path, overwrite: bool, emit: Emit) -> FinetuneReport:
     """Write `finetuned/` from the run's `quantized/`, or reuse one that was made with the same settings."""
-    earlier = read_run(run_directory)
-    source, start = original_of(earlier), earlier.own("quantized", "quantized")
+    run, machine = read_run(run_directory), machine_of(config)
+    start, source = run.own("quantized", "quantized"), original_of(run)
     if start is None:
         raise ArtifactError(f"{run_directory} has no complete quantized/; make it with `aqlm quantize`")
-    timed = config.finetune.time_budget is None or _begun_with(earlier, config, overwrite)
-    if config.finetune.time_budget is not None and timed:
-        config = config.model_copy(update={"finetune": earlier.config.finetune})
-    found = earlier.reusable("finetuned", "quantized", *_made_with(config, source, start), overwrite)
+    run.refuse_outdated(start)
+    config, timed = _with_known_steps(config, run.known_settings("finetuned", overwrite))
+    found = run.reusable("finetuned", "quantized", *_made_with(config, source, start), overwrite)
     if found is not None:
         emit(Noted(f"{found.directory} is there already, made with the same settings"))
-        return restored(FinetuneReport, found.directory, found.manifest.results["report"])
+        return _reported(run, found)
+    run.refuse_other_beginning("finetuned", *_made_with(config, source, start), machine, overwrite)
     reset_peak_memory()
-    pupil = _load(config, source, start, earlier.current("calibration"))
+    pupil = _load(config, source, start, run)
     if not timed:
         config = _with_steps(config, pupil, emit)
-    run = open_run(run_directory, config, overwrite)
-    made_with, machine = _made_with(config, source, start), machine_of(config)
-    with run.resumed_stage("finetuned", "quantized", *made_with, machine, overwrite) as stage:
+    with run.resumed_stage("finetuned", "quantized", *_made_with(config, source, start), machine, overwrite) as stage:
+        run.keep_finetune_settings(config.finetune)
         training = _train(config, pupil, stage, emit)
-        pupil.save(start, stage.directory)
+        pupil.save(stage.directory)
         report = {
             "steps": training.step,
             "tokens": training.step * config.finetune.batch * config.finetune.sequence_length,
             "text_tokens": pupil.data.training.numel(),
             "before": training.curve[0]["held_out"],
-            "after": training.best,
+            "after": pupil.data.held_out_divergence(config.finetune.windows_at_once),  # as it was rounded to be stored
             "parameters": sum(parameter.numel() for parameter in training.parameters.values()),
             "seconds": training.seconds,
             "memory_bytes": peak_memory_bytes(),
             "disk_bytes": disk_bytes(run.path),
         }
-        kept = {key: start.manifest.results[key] for key in ("plan", "model", "layers")}
-        made = stage.publish({**kept, "machine": machine, "report": report})
-    run.write_report("finetune.json", {**report, "curve": training.curve})
-    for kind, picture in draw_curve(training.curve).items():
-        run.write_report(f"finetune.{kind}", picture)
-    return restored(FinetuneReport, made.directory, made.manifest.results["report"])
+        kept = {key: start.manifest.results.get(key) for key in ("plan", "model", "layers")}
+        made = stage.publish({**kept, "machine": machine, "report": report, "curve": training.curve})
+    return _reported(run, made)
 
 
 def _made_with(config: RunConfig, source: ModelSource, start: Artifact) -> tuple[dict[str, object], dict[str, str]]:
     settings = {**config.finetune.model_dump(mode="json"), "seed": config.seed}
-    return settings, {"model": source.identity, START: start.digest}
+    parents = {kind: start.manifest.parents[kind] for kind in ("calibration",) if kind in start.manifest.parents}
+    return settings, {**parents, "model": source.identity, START: start.digest}
+
+
+def _reported(run: RunDirectory, made: Artifact) -> FinetuneReport:
+    """The report; its files too, which an interruption may have come before."""
+    results = made.manifest.results
+    run.write_report("finetune.json", {**results["report"], "curve": results["curve"]})
+    for kind, picture in draw_curve(results["curve"]).items():
+        run.write_report(f"finetune.{kind}", picture)
+    return restored(FinetuneReport, made.directory, results["report"])
 
 
 # ------------------------------------------------------------------------------------------------------------- settings
 
 
-def _begun_with(earlier: RunDirectory, config: RunConfig, overwrite: bool) -> bool:
-    """Whether the run has begun with this time budget, so that its run file knows how many steps that is."""
-    kept = earlier.config.finetune.model_copy(update={"steps": config.finetune.steps})
-    there = any((earlier.path / name).exists() for name in ("finetuned", "finetuned.partial"))
-    return there and not overwrite and kept == config.finetune
+def _with_known_steps(config: RunConfig, known: Mapping[str, Any]) -> tuple[RunConfig, bool]:
+    """With the steps that the time budget came to when this was begun; whether no steps have to be timed for that."""
+    section = config.finetune
+    if section.time_budget is None:
+        return config, True
+    asked = {**section.model_dump(mode="json"), "seed": config.seed}
+    steps = known.get("steps")
+    if not isinstance(steps, int) or {**asked, "steps": steps} != dict(known):
+        return config, False
+    return config.model_copy(update={"finetune": section.model_copy(update={"steps": steps})}), True
 
 
 def _with_steps(config: RunConfig, pupil: _Pupil, emit: Emit) -> RunConfig:
@@ -130,55 +142,49 @@ def _with_steps(config: RunConfig, pupil: _Pupil, emit: Emit) -> RunConfig:
 class _Pupil:
     """The quantized network, and what it is taught with."""
 
-    network: nn.Module
+    start: Artifact
+    blocks: Mapping[str, tuple[str, nn.Module]]  # those in which anything is quantized, by the file of each
     data: Distillation
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """Codebooks, scales, norms and biases of the blocks, by path."""
-        blocks = find_blocks(self.network)
-        return {
-            name: parameter
-            for prefix, block in zip(blocks.paths, blocks.modules, strict=True)
-            for name, parameter in tuned_parameters(block, prefix).items()
-        }
+        """Codebooks, scales, norms and biases of these blocks, by path."""
+        found: dict[str, nn.Parameter] = {}
+        for prefix, block in self.blocks.values():
+            found |= tuned_parameters(block, prefix)
+        if not found:
+            raise QuantizationError("the model has no codebooks, norms or biases to be trained")
+        return found
 
-    def save(self, start: Artifact, directory: Path) -> None:
-        """A file for each that `start` has."""
-        blocks = find_blocks(self.network)
-        for index, (prefix, block) in enumerate(zip(blocks.paths, blocks.modules, strict=True)):
-            name = block_file(index)
-            if name not in block_files(start):
-                continue
+    def save(self, directory: Path) -> None:
+        for name, (prefix, block) in self.blocks.items():
             round_to_16_bits(block)
-            kinds = matrix_kinds(start, name)
-            save_block(
-                directory / name,
-                prefix,
-                block,
-                {path: read_matrix(start, name, path, kind) for path, kind in kinds.items()},
-            )
+            kinds = matrix_kinds(self.start, name)
+            matrices = {path: read_matrix(self.start, name, path, kind) for path, kind in kinds.items()}
+            save_block(directory / name, prefix, block, matrices)
 
 
-def _load(config: RunConfig, source: ModelSource, start: Artifact, calibration: Artifact) -> _Pupil:
+def _load(config: RunConfig, source: ModelSource, start: Artifact, run: RunDirectory) -> _Pupil:
     device = torch.device(config.device)
     dtype = compute_dtype(device)
-    text, held_out = _text(config, source, calibration)
+    text, held_out = _text(config, source, run)
     student, teacher = load_network(source, torch.float32, device), load_network(source, dtype, device)
-    blocks = find_blocks(student)
-    for index, (prefix, block) in enumerate(zip(blocks.paths, blocks.modules, strict=True)):
-        restore_block(start, index, prefix, block)
-    head = teacher.get_output_embeddings()
-    assert isinstance(head, nn.Linear)  # or it would not be a causal language model
-    _refuse_other_heads(teacher, head.weight, text[:1, :8].to(device))
-    data = Distillation(_states(student), _states(teacher), head.weight.detach(), text, held_out, dtype, device)
-    return _Pupil(student, data)
+    found, blocks = find_blocks(student), {}
+    for index, (prefix, block) in enumerate(zip(found.paths, found.modules, strict=True)):
+        if block_file(index) in start.manifest.files:
+            restore_block(start, index, prefix, block)
+            blocks[block_file(index)] = (prefix, block)
+    head = _head(teacher, text[:1, :8].to(device))
+    data = Distillation(_states(student), _states(teacher), head, text, held_out, dtype, device)
+    return _Pupil(start, blocks, data)
 
 
-def _text(config: RunConfig, source: ModelSource, calibration: Artifact) -> tuple[Tensor, Tensor]:
+def _text(config: RunConfig, source: ModelSource, run: RunDirectory) -> tuple[Tensor, Tensor]:
     """Token ids `[windows, L]` to learn from, and those to judge by, mixed so that both hold text of all sources."""
     section, length = config.finetune, config.finetune.sequence_length
+    if section.data is None and section.sequences is not None:
+        raise UsageError("--sequences counts windows of --data; give that, too")
     if section.data is None:
-        with calibration.reading("windows.safetensors") as file:
+        with run.current("calibration").reading("windows.safetensors") as file:
             tokens = load_tensors(file)["ids"].long().flatten()
         ids = tokens[: len(tokens) // length * length].view(-1, length)
     else:
@@ -200,25 +206,35 @@ def _states(network: nn.Module) -> States:
 
 
 @torch.no_grad()
-def _refuse_other_heads(network: nn.Module, head: Tensor, ids: Tensor) -> None:
-    """Some families scale or bound their logits after the head."""
-    logits, product = network(input_ids=ids, use_cache=False).logits, _states(network)(ids) @ head.T
-    if not torch.allclose(logits.float(), product.float(), rtol=0.02, atol=0.02 * float(logits.abs().max())):
+def _head(network: nn.Module, ids: Tensor) -> Tensor:
+    """The weight `[vocabulary, d]` by which hidden states become logits.
+
+    Raises ModelError where there is more to it: some families scale or bound their logits after the head.
+    """
+    model: Any = network
+    head, seen = model.get_output_embeddings(), list[Tensor]()
+    if not isinstance(head, nn.Linear) or head.bias is not None:
+        raise ModelError("the model's head is no plain matrix, which finetune does not know yet")
+    hook = head.register_forward_hook(lambda _, inputs, output: seen.extend((inputs[0], output)))
+    logits = model(input_ids=ids, use_cache=False).logits
+    hook.remove()
+    if not (seen and torch.equal(logits, seen[1]) and torch.equal(_states(network)(ids), seen[0])):
         raise ModelError("the model's logits are not its head's product, which finetune does not know yet")
+    return head.weight.detach()
 
 
 def _train(config: RunConfig, pupil: _Pupil, stage: Stage, emit: Emit) -> Training:
     section, state = config.finetune, stage.work / STATE
     training = begin(pupil.parameters())
     if state.exists():
-        training.restore(load_tensors(state), json.loads(read_metadata(state)["facts"]))
+        try:
+            training.restore(load_tensors(state), json.loads(read_metadata(state)["facts"]))
+        except (ArtifactError, LookupError, ValueError, RuntimeError) as error:
+            raise ArtifactError(f"{state} is damaged; remove it, and training begins anew") from error
         emit(Noted(f"{stage.directory} holds {training.step} of {section.steps} steps, going on after them"))
     emit(StageStarted(STAGE, section.steps, "step", done=training.step))
-    clock = time.monotonic()
 
     def stepped(now: Training, kl: float) -> None:
-        nonlocal clock
-        now.seconds, clock = now.seconds + time.monotonic() - clock, time.monotonic()
         tokens = section.batch * section.sequence_length * now.step / now.seconds
         detail = f"KL {kl:.4f}, held out {now.curve[-1]['held_out']:.4f}, {tokens:.0f} tokens/s"
         if now.step % section.keep_every == 0:

@@ -47,6 +47,7 @@ def pack(
     if packed is not None:
         emit(Noted(f"{packed.directory} is there already, made from the same quantized model"))
         return restored(PackReport, packed.directory, packed.manifest.results)
+    emit(Noted(f"packing {quantized.directory}"))
     reset_peak_memory()
     contents = _collect(run, quantized, settings["format"])
     config = contents.config(quantized)

@@ -10,18 +10,15 @@ from pathlib import Path
 
 from aqlm_cli.config import RunConfig
 from aqlm_cli.data import documents
-from aqlm_cli.errors import ModelError, PlanError
+from aqlm_cli.errors import ModelError
 from aqlm_cli.events import Emit, Noted
 from aqlm_cli.forecast import (
     Cost,
-    calibration_disk,
     calibration_memory,
     calibration_seconds,
     least_memory,
-    packing_disk,
     packing_memory,
     packing_seconds,
-    quantization_disk,
     quantization_memory,
     quantization_seconds,
     what_needs_less,
@@ -30,22 +27,16 @@ from aqlm_cli.forecast_report import ForecastReport
 from aqlm_cli.memory import available_memory_bytes
 from aqlm_cli.model import ModelSource, load_tokenizer
 from aqlm_cli.rates import measure_rates
-from aqlm_cli.survey import Survey, planned_work
-from aqlm_cli.units import parse_bytes
+from aqlm_cli.survey import Survey, disk_needed, planned_work
 from aqlm_cli.wording import readable_bytes
 
 TEXT_SAMPLE = 100_000  # characters
 
 
 def forecast(config: RunConfig, known: Survey, directory: Path, emit: Emit) -> ForecastReport:
-    """What the stages will take if they write to `directory`. Raises PlanError where a limit cannot be kept."""
+    """What the stages will take if they write to `directory`."""
     model, work = known.shape, planned_work(config, known.shape)
-    disks = {
-        "calibrate": calibration_disk(model, work),
-        "quantize": quantization_disk(model, work),
-        "pack": packing_disk(model, work, known.packed_bytes),
-    }
-    _refuse_too_much(config, max(disks.values()))
+    disks = disk_needed(known, work)
     emit(Noted("measuring how fast this machine is"))
     started = time.monotonic()
     rates = measure_rates(model, work, config, _seconds_a_character(known.source))
@@ -64,14 +55,6 @@ def forecast(config: RunConfig, known: Survey, directory: Path, emit: Emit) -> F
         advice=(),
     )
     return dataclasses.replace(report, advice=tuple(_advice(report, known, config)))
-
-
-def _refuse_too_much(config: RunConfig, disk_bytes: int) -> None:
-    if config.max_disk is not None and disk_bytes > parse_bytes(config.max_disk):
-        raise PlanError(
-            f"--max-disk {config.max_disk}: this run needs {readable_bytes(disk_bytes)}; fewer windows need less "
-            "(--data or --sequences), or give it more"
-        )
 
 
 def _advice(report: ForecastReport, known: Survey, config: RunConfig) -> Iterator[str]:

@@ -142,7 +142,8 @@ def _quantize_block(
     give_back_memory()
     gain = _fit(work, states, prefix, block, call)
     give_back_memory()
-    round_to_16_bits(block)
+    if compressed:  # what is stored is stored in 16 bits
+        round_to_16_bits(block)
     error = states.advance(block, call)
     if compressed:
         matrices = {path: one.matrix for path, one in compressed.items()}

@@ -11,7 +11,7 @@ from aqlm_cli.errors import ArtifactError
 from aqlm_cli.journal import last_attempt
 from aqlm_cli.locking import Holder, holder
 from aqlm_cli.report import StageStatus, StatusReport
-from aqlm_cli.runs import RunDirectory, read_run
+from aqlm_cli.runs import RunDirectory, find_artifact, read_run
 
 STAGES: Mapping[str, tuple[str, str]] = {
     "calibrate": ("calibration", "calibration"),
@@ -48,7 +48,10 @@ def _stage(run: RunDirectory, stage: str, name: str, kind: str, at_work: Holder 
         return _progress(stage, log)
     if not (run.path / f"{name}.partial").exists():
         try:
-            return StageStatus(stage, "not begun" if run.own(name, kind) is None else "finished")
+            if run.own(name, kind) is None:
+                return StageStatus(stage, "not begun")
+            outlived = name == "finetuned" and find_artifact(run.path, kind) != run.path / name
+            return StageStatus(stage, "made from an earlier quantized model" if outlived else "finished")
         except ArtifactError as error:
             return StageStatus(stage, f"damaged: {error}")
     reason = f": {ended['error']}" if ended is not None and ended.get("error") else ""

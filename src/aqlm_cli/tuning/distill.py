@@ -11,6 +11,7 @@ gradient at once.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -151,7 +152,9 @@ def train(
     if not training.curve:
         _judge(data, training, settings)
     while training.step < settings.steps and not _stale(training, settings):
+        started = time.monotonic()
         loss = one_step(data, training, settings, seed)
+        training.seconds += time.monotonic() - started
         if training.step % settings.evaluate_every == 0 or training.step == settings.steps:
             _judge(data, training, settings)
         stepped(training, loss)
@@ -182,7 +185,9 @@ def one_step(data: Distillation, training: Training, settings: FinetuneConfig, s
 
 
 def _judge(data: Distillation, training: Training, settings: FinetuneConfig) -> None:
+    started = time.monotonic()
     kl = data.held_out_divergence(settings.windows_at_once)
+    training.seconds += time.monotonic() - started
     training.curve.append({"step": training.step, "seconds": training.seconds, "held_out": kl})
     if kl < training.best:
         training.best = kl
