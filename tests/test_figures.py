@@ -3,7 +3,7 @@ from __future__ import annotations
 import struct
 from xml.etree import ElementTree
 
-from aqlm_cli.figures import draw_speed
+from aqlm_cli.figures import draw_curve, draw_speed
 from aqlm_cli.speed_report import BenchReport, BenchRow
 
 
@@ -37,3 +37,11 @@ def test_the_png_has_the_size_of_the_figure() -> None:
 def test_the_same_numbers_give_the_same_bytes() -> None:
     assert draw_speed(report(1, 2)) == draw_speed(report(1, 2))
     assert draw_speed(report(1, 2)) != draw_speed(report(1, 3))
+
+
+def test_a_curve_has_a_point_for_every_look_at_the_held_out_windows() -> None:
+    curve = [{"step": step, "seconds": 60.0 * step, "held_out": 1 / (1 + step)} for step in range(5)]
+    picture = draw_curve(curve)
+    ElementTree.fromstring(picture["svg"].decode())
+    assert "<!-- minutes -->" in picture["svg"].decode()
+    assert picture["svg"] != draw_curve(curve[:4])["svg"]
