@@ -191,23 +191,24 @@ def test_a_manifest_reads_back_the_same(run: RunDirectory) -> None:
 
 def test_the_same_settings_and_parents_are_reused(run: RunDirectory) -> None:
     artifact = publish(run)
-    assert run.reusable("quantized", SETTINGS, PARENTS, overwrite=False) == run.artifact("quantized")
+    assert run.reusable("quantized", "quantized", SETTINGS, PARENTS, overwrite=False) == run.artifact("quantized")
     assert artifact.digest == publish(run).digest
 
 
 def test_other_settings_or_parents_are_refused_with_each_difference(run: RunDirectory) -> None:
     publish(run)
     with pytest.raises(ArtifactError) as caught:
-        run.reusable("quantized", {**SETTINGS, "scheme": "3x8g8"}, {"model": "sha256:def"}, overwrite=False)
+        changed = {**SETTINGS, "scheme": "3x8g8"}
+        run.reusable("quantized", "quantized", changed, {"model": "sha256:def"}, overwrite=False)
     assert "settings.scheme 2x8g8 there, 3x8g8 asked" in str(caught.value)
     assert "made from.model sha256:abc there, sha256:def asked" in str(caught.value)
     assert "--overwrite" in str(caught.value)
 
 
 def test_overwrite_and_an_empty_run_leave_nothing_to_reuse(run: RunDirectory) -> None:
-    assert run.reusable("quantized", SETTINGS, PARENTS, overwrite=False) is None
+    assert run.reusable("quantized", "quantized", SETTINGS, PARENTS, overwrite=False) is None
     publish(run)
-    assert run.reusable("quantized", SETTINGS, PARENTS, overwrite=True) is None
+    assert run.reusable("quantized", "quantized", SETTINGS, PARENTS, overwrite=True) is None
 
 
 def test_what_was_made_from_something_that_is_made_anew_is_not_built_on(run: RunDirectory) -> None:

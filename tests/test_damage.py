@@ -17,13 +17,13 @@ QUANTIZE = "quantize", "--config", "run.yaml", "--out"
 
 
 def made(directory: Path) -> dict[str, Any]:
-    """The files of a run: their bytes; of manifests all but what was measured; no logs, which hold times."""
+    """The files of a run: their bytes; of manifests all but what was measured; no logs, no forecast."""
     found: dict[str, Any] = {}
     for path in sorted(directory.rglob("*")):
         name = str(path.relative_to(directory))
         if path.name == "manifest.json":
             found[name] = {**json.loads(path.read_bytes()), "results": None}
-        elif path.is_file() and not name.startswith("logs/"):
+        elif path.is_file() and not name.startswith("logs/") and path.name != "forecast.json":
             found[name] = path.read_bytes()
     return found
 

@@ -192,7 +192,7 @@ def read_artifacts(directory: Path) -> None:
     for kind in DIRECTORIES:
         run.current(kind)
     parents = run.current("packed").manifest.parents
-    run.reusable("packed", {"scheme": "2x8g8", "skip": ["lm_head"]}, parents, overwrite=False)
+    run.reusable("packed", "packed", {"scheme": "2x8g8", "skip": ["lm_head"]}, parents, overwrite=False)
 
 
 def prepare_tensors(directory: Path) -> None:

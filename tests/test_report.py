@@ -47,7 +47,7 @@ RECORDS: list[Record] = [
         200,
         "cpu-lut",
         {"q": "2x8g8"},
-        (("lm_head", "left"),),
+        (("q", "left"), ("k", "left")),
     ),
     CalibrationReport(
         directory=Path("run/calibration"),

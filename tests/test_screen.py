@@ -25,6 +25,12 @@ def test_without_a_terminal_a_stage_prints_at_most_ten_lines_and_always_the_last
     assert lines[-1] == f"calibrate: {total} of {total} window{'s' * (total > 1)}, done in 0:00:00, loss 3.2"
 
 
+def packed(directory: Path, format: str) -> PackReport:
+    return PackReport(
+        directory=directory, format=format, scheme="2x8g8", nominal_bits=2.15, stored_bits=2.15, bytes=200, layers=14
+    )
+
+
 def test_every_event_is_one_line_whatever_it_holds(capsys: pytest.CaptureFixture[str]) -> None:
     with Screen(as_json=False) as screen:
         screen.emit(LayerQuantized("model.layers.0.mlp.up_proj", 0.0655, 2.148, 2.6))
@@ -46,7 +52,7 @@ def test_a_block_that_was_not_fitted_says_nothing_of_it(capsys: pytest.CaptureFi
 def test_a_path_in_a_table_that_goes_to_a_file_is_not_broken(capsys: pytest.CaptureFixture[str]) -> None:
     path = Path("runs") / ("long-" * 20) / "packed"
     with Screen(as_json=False) as screen:
-        screen.show(PackReport(path, "transformers", "2x8g8", 2.15, 2.15, 200, 14))
+        screen.show(packed(path, "transformers"))
     assert str(path) in capsys.readouterr().out
 
 
@@ -62,8 +68,8 @@ def test_quiet_leaves_results_and_warnings(capsys: pytest.CaptureFixture[str]) -
         screen.emit(Advanced("quantize", 1))
         screen.emit(Noted("working"))
         screen.emit(Warned("mind the gap"))
-        screen.show(PackReport(Path("on the way"), "transformers", "2x8g8", 2.15, 2.15, 200, 14))
-        screen.finish({"pack": PackReport(Path("at the end"), "dense", "2x8g8", 2.15, 2.15, 200, 14)}, "next")
+        screen.show(packed(Path("on the way"), "transformers"))
+        screen.finish({"pack": packed(Path("at the end"), "dense")}, "next")
     found = capsys.readouterr().out
     assert found.startswith("warning: mind the gap\n") and "at the end" in found
     assert not any(said in found for said in ("working", "quantize", "on the way", "next"))

@@ -18,7 +18,6 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from aqlm_cli.artifacts import MANIFEST
 from aqlm_cli.errors import ArtifactError
 from aqlm_cli.wording import both_bits, clock, counted, facts, plain, readable_bytes, shrinkage, some, text_name
 
@@ -74,7 +73,7 @@ def restored(kind: type[Report], directory: Path, results: Mapping[str, Any]) ->
         return kind(directory=directory, **results)
     except TypeError as error:
         raise ArtifactError(
-            f"{directory / MANIFEST} holds other results than this aqlm writes; redo its stage with --overwrite"
+            f"the manifest of {directory} holds other results than this aqlm writes; redo its stage with --overwrite"
         ) from error
 
 

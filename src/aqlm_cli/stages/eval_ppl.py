@@ -42,8 +42,9 @@ def eval_ppl(
     emit(Noted(f"measuring {subject.source.directory}"))
     ids = _windows(subject.source, text, sequence_length, windows)
     measured = _measure(subject.source, ids, dtype, device, emit)
-    if subject.run is not None:
-        emit(Noted(f"{subject.run.path}/packed is made from {subject.run.current('quantized').directory.name}/"))
+    quantized = None if subject.run is None else subject.run.artifact("quantized")
+    if quantized is not None:
+        emit(Noted(f"{subject.source.directory} is made from {quantized.directory.name}/"))
     original = _original(subject, ids, dtype, device, emit)
     report = PerplexityReport(
         model=subject.source.name,
