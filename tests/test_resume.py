@@ -182,10 +182,10 @@ def test_what_is_half_removed_is_not_gone_on_from(half_done: tuple[str, ...], mo
     """Killed while the work of other settings is given up, and then those first settings are wanted again."""
     remove = shutil.rmtree
 
-    def interrupted(path: Path) -> None:
-        if path.name == "quantized.partial":
+    def interrupted(path: Path | str, *arguments: Any, **options: Any) -> None:
+        if Path(path).name == "quantized.partial":
             raise KeyboardInterrupt
-        remove(path)
+        remove(path, *arguments, **options)
 
     monkeypatch.setattr(shutil, "rmtree", interrupted)
     assert commands.run(*half_done, "--scheme", "3x4g8", "--overwrite").exit_code == 130

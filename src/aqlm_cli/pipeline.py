@@ -33,7 +33,7 @@ from aqlm_cli.report import (
     Record,
     VerifyReport,
 )
-from aqlm_cli.runs import is_run, read_run, refuse_other_directory
+from aqlm_cli.runs import find_artifact, is_run, read_run, refuse_other_directory
 from aqlm_cli.scheme import SCHEMES_BY_BITS, AdditiveScheme, parse_scheme
 from aqlm_cli.speed_report import BenchReport
 from aqlm_cli.stages.bench import bench, bench_shape
@@ -132,7 +132,7 @@ def forecast_run(config: RunConfig, run_directory: Path, emit: Emit) -> dict[str
 def quantize_and_pack(config: RunConfig, run_directory: Path, overwrite: bool, emit: Emit) -> dict[str, Record]:
     """From the model to a checkpoint; what is complete and was made with the same settings is reused."""
     with _at_work(run_directory):
-        if not is_run(run_directory) or read_run(run_directory).artifact("calibration") is None:
+        if find_artifact(run_directory, "calibration") is None:
             emit(Noted("there is no calibration yet, it runs first"))
         costs = _costs(config, run_directory, overwrite, emit)
         _calibrate(config, run_directory, overwrite, emit, costs)
