@@ -16,7 +16,7 @@ from aqlm_cli.errors import PlanError
 from aqlm_cli.plan import Target
 from aqlm_cli.scheme import AdditiveScheme
 
-PROCESS = 880_000_000
+PROCESS = 800_000_000
 """Bytes of Python with torch, transformers and the compiled search, before any model (measured, torch 2.13)."""
 
 FLOAT = 4  # bytes
@@ -176,9 +176,9 @@ def _activations(block: BlockShape, windows: int, work: Work) -> int:
 
 
 def packing_memory(model: ModelShape) -> int:
-    """The largest tensor: read, rounded, as bytes, and read back for comparison."""
+    """The largest tensor in 16 bits: as it was read, rounded, and as bytes."""
     largest = max(model.vocabulary * model.hidden, max(t.weights for b in model.blocks for t in b.targets))
-    return PROCESS + 4 * 2 * largest
+    return PROCESS + 3 * 2 * largest
 
 
 # ----------------------------------------------------------------------------------------------------------------- disk
