@@ -34,6 +34,7 @@ from aqlm_cli.runs import START, RunDirectory, read_run
 from aqlm_cli.seeds import generator
 from aqlm_cli.storage import disk_bytes, load_tensors, read_metadata, save_tensors
 from aqlm_cli.tuning.block import round_to_16_bits, tuned_parameters
+from aqlm_cli.tuning.descent import put_back
 from aqlm_cli.tuning.distill import Distillation, States, Training, begin, one_step, train
 from aqlm_cli.units import parse_duration
 
@@ -127,9 +128,7 @@ def _with_steps(config: RunConfig, pupil: _Pupil, emit: Emit) -> RunConfig:
     clock = time.monotonic()
     pupil.data.held_out_divergence(section.windows_at_once)
     judged = (time.monotonic() - clock) / section.evaluate_every
-    with torch.no_grad():
-        for name, parameter in training.parameters.items():
-            parameter.copy_(training.kept[name])
+    put_back(training.parameters, training.kept)
     steps = max(1, int(budget / (step + judged)))
     emit(Noted(f"a step takes {step:.2f} s, so {section.time_budget} are {steps} steps"))
     return config.model_copy(update={"finetune": section.model_copy(update={"steps": steps})})

@@ -23,6 +23,7 @@ from aqlm_cli.activations import Activations, autocast, run_block
 from aqlm_cli.blocks import BlockCall
 from aqlm_cli.config import FitConfig
 from aqlm_cli.errors import QuantizationError
+from aqlm_cli.tuning.descent import copied, put_back, root_mean_square, share_of_rate
 from aqlm_kernels import AdditiveLinear
 
 
@@ -90,10 +91,11 @@ def fit_block(
         eps=1e-12,  # gradients of a relative error are small; the usual 1e-8 would damp the rates
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: _share(step, steps_per_epoch * settings.epochs, settings)
+        optimizer,
+        lambda step: share_of_rate(step, steps_per_epoch * settings.epochs, settings.warmup_steps, settings.final_rate),
     )
     before = best = data.relative_error(block, held_out, settings.batch)
-    kept, stale = _copy(parameters), 0
+    kept, stale = copied(parameters), 0
     for parameter in parameters.values():
         parameter.requires_grad_(True)
     for _ in range(settings.epochs):
@@ -108,13 +110,12 @@ def fit_block(
         error = data.relative_error(block, held_out, settings.batch)
         stale = 0 if error < best else stale + 1
         if error < best:
-            best, kept = error, _copy(parameters)
+            best, kept = error, copied(parameters)
         if settings.patience is not None and stale >= settings.patience:
             break
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(kept[name])
-            parameter.requires_grad_(False)
+    put_back(parameters, kept)
+    for parameter in parameters.values():
+        parameter.requires_grad_(False)
     return before, best
 
 
@@ -131,18 +132,8 @@ def round_to_16_bits(block: nn.Module) -> None:
 def _rate(parameter: Tensor, settings: FitConfig) -> float:
     if settings.learning_rate_unit == "absolute":
         return settings.learning_rate
-    return settings.learning_rate * float(parameter.detach().square().mean().sqrt())
-
-
-def _share(step: int, steps: int, settings: FitConfig) -> float:
-    """Of the full rate: a linear warm-up, then half a cosine down to `final_rate`."""
-    warm = min(1.0, (step + 1) / (settings.warmup_steps + 1))
-    return warm * (settings.final_rate + (1 - settings.final_rate) * 0.5 * (1 + math.cos(math.pi * step / steps)))
+    return settings.learning_rate * root_mean_square(parameter)
 
 
 def _shuffled(windows: Tensor, batch: int, rng: torch.Generator) -> Iterator[Tensor]:
     yield from windows[torch.randperm(len(windows), generator=rng)].split(batch)
-
-
-def _copy(parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
-    return {name: parameter.detach().clone() for name, parameter in parameters.items()}

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import torch
@@ -23,6 +23,7 @@ from aqlm_cli.activations import autocast
 from aqlm_cli.config import FinetuneConfig
 from aqlm_cli.errors import QuantizationError
 from aqlm_cli.seeds import generator
+from aqlm_cli.tuning.descent import copied, put_back, root_mean_square, share_of_rate
 
 CHUNK = 256
 """Tokens whose logits exist at a time: 50 MB for a vocabulary of 49,152."""
@@ -91,12 +92,17 @@ class Training:
 
     parameters: Mapping[str, nn.Parameter]
     optimizer: torch.optim.Adam
-    rates: Mapping[str, float]  # of each tensor, at the full learning rate
-    step: int
-    best: float  # held-out KL
+    rates: Mapping[str, float]  # units of each tensor's rate: what it was like at the beginning
     kept: dict[str, Tensor]  # the parameters at their best
-    curve: list[dict[str, float]]  # held-out KL by step
+    step: int = 0
+    curve: list[dict[str, float]] = field(default_factory=list)  # held-out KL by step
     seconds: float = 0.0
+
+    @property
+    def best(self) -> float:
+        """The least held-out KL so far."""
+        found = (point["held_out"] for point in self.curve)
+        return min((kl for kl in found if math.isfinite(kl)), default=math.inf)
 
     def tensors(self) -> dict[str, Tensor]:
         found = {f"now/{name}": tensor.detach() for name, tensor in self.parameters.items()}
@@ -107,18 +113,12 @@ class Training:
         return found
 
     def facts(self) -> dict[str, Any]:
-        return {
-            "step": self.step,
-            "best": self.best,
-            "rates": dict(self.rates),
-            "curve": self.curve,
-            "seconds": self.seconds,
-        }
+        return {"step": self.step, "seconds": self.seconds, "curve": self.curve}
 
     @torch.no_grad()
     def restore(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-        self.step, self.best, self.curve = facts["step"], facts["best"], list(facts["curve"])
-        self.rates, self.seconds = facts["rates"], facts["seconds"]
+        """Of a training that has just begun with the same parameters."""
+        self.step, self.seconds, self.curve = facts["step"], facts["seconds"], list(facts["curve"])
         for name, parameter in self.parameters.items():
             parameter.copy_(tensors[f"now/{name}"])
             self.kept[name] = tensors[f"best/{name}"].clone()
@@ -129,13 +129,12 @@ class Training:
 
 def begin(parameters: Mapping[str, nn.Parameter]) -> Training:
     """Nothing is trained yet; `parameters` will be, and ask for gradients from here on."""
-    rates = {name: float(p.detach().square().mean().sqrt()) for name, p in parameters.items()}
+    rates = {name: root_mean_square(parameter) for name, parameter in parameters.items()}
     for parameter in parameters.values():
         parameter.requires_grad_(True)
     groups = [{"params": [parameter], "lr": 0.0} for parameter in parameters.values()]
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95), eps=1e-12)
-    kept = {name: parameter.detach().clone() for name, parameter in parameters.items()}
-    return Training(parameters, optimizer, rates, 0, math.inf, kept, [])
+    return Training(parameters, optimizer, rates, copied(parameters))
 
 
 def train(
@@ -158,10 +157,9 @@ def train(
         if training.step % settings.evaluate_every == 0 or training.step == settings.steps:
             _judge(data, training, settings)
         stepped(training, loss)
-    with torch.no_grad():
-        for name, parameter in training.parameters.items():
-            parameter.copy_(training.kept[name])
-            parameter.requires_grad_(False)
+    put_back(training.parameters, training.kept)
+    for parameter in training.parameters.values():
+        parameter.requires_grad_(False)
 
 
 def one_step(data: Distillation, training: Training, settings: FinetuneConfig, seed: int) -> float:
@@ -175,9 +173,9 @@ def one_step(data: Distillation, training: Training, settings: FinetuneConfig, s
         total += float(loss.detach())
     if not math.isfinite(total):
         raise QuantizationError(f"step {training.step}: the KL is {total}; a smaller --learning-rate may help")
-    factor = settings.learning_rate * _schedule(training.step, settings)
+    share = share_of_rate(training.step, settings.steps, settings.warmup_steps, settings.final_rate)
     for group, name in zip(training.optimizer.param_groups, training.parameters, strict=True):
-        group["lr"] = factor * training.rates[name]
+        group["lr"] = settings.learning_rate * share * training.rates[name]
     training.optimizer.step()
     training.optimizer.zero_grad()
     training.step += 1
@@ -188,24 +186,16 @@ def _judge(data: Distillation, training: Training, settings: FinetuneConfig) -> 
     started = time.monotonic()
     kl = data.held_out_divergence(settings.windows_at_once)
     training.seconds += time.monotonic() - started
-    training.curve.append({"step": training.step, "seconds": training.seconds, "held_out": kl})
     if kl < training.best:
-        training.best = kl
-        training.kept = {name: parameter.detach().clone() for name, parameter in training.parameters.items()}
+        training.kept = copied(training.parameters)
+    training.curve.append({"step": training.step, "seconds": training.seconds, "held_out": kl})
 
 
 def _stale(training: Training, settings: FinetuneConfig) -> bool:
     if settings.patience is None:
         return False
-    later = [point["held_out"] for point in training.curve]
-    return len(later) - 1 - later.index(min(later)) >= settings.patience
-
-
-def _schedule(step: int, settings: FinetuneConfig) -> float:
-    """A linear warm-up, then half a cosine down to `final_rate`."""
-    warm = min(1.0, (step + 1) / (settings.warmup_steps + 1))
-    cosine = 0.5 * (1 + math.cos(math.pi * step / settings.steps))
-    return warm * (settings.final_rate + (1 - settings.final_rate) * cosine)
+    held_out = [point["held_out"] for point in training.curve]
+    return len(held_out) - 1 - held_out.index(min(held_out)) >= settings.patience
 
 
 def _chosen(step: int, batch: int, windows: int, seed: int) -> Tensor:

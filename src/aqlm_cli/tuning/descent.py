@@ -1,0 +1,30 @@
+"""What every training here shares: how its rate falls, in which unit it is, and a state to come back to."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+
+def share_of_rate(step: int, steps: int, warmup_steps: int, final_rate: float) -> float:
+    """Of the full rate: a linear warm-up, then half a cosine down to `final_rate`."""
+    warm = min(1.0, (step + 1) / (warmup_steps + 1))
+    return warm * (final_rate + (1 - final_rate) * 0.5 * (1 + math.cos(math.pi * step / steps)))
+
+
+def root_mean_square(parameter: Tensor) -> float:
+    return float(parameter.detach().square().mean().sqrt())
+
+
+def copied(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in parameters.items()}
+
+
+@torch.no_grad()
+def put_back(parameters: Mapping[str, nn.Parameter], kept: Mapping[str, Tensor]) -> None:
+    """`copied`, undone."""
+    for name, parameter in parameters.items():
+        parameter.copy_(kept[name])
