@@ -246,8 +246,8 @@ def finetune(
     if steps is not None and time_budget is not None:
         raise UsageError("--steps and --time-budget exclude each other; give one of them")
     section: dict[str, Any] = {"data": data, "sequences": sequences, "sequence_length": sequence_length}
-    section |= {"steps": steps, "batch": batch, "learning_rate": learning_rate}
-    settings = pipeline.settings_to_finetune(run, {"device": device, "threads": threads}, section, time_budget)
+    section |= {"steps": steps, "time_budget": time_budget, "batch": batch, "learning_rate": learning_rate}
+    settings = pipeline.settings_to_finetune(run, {"device": device, "threads": threads}, section)
     with Screen(json, quiet, verbose) as screen:
         pipeline.use_machine(settings)
         screen.finish(pipeline.finetune_run(settings, run, overwrite, screen.emit), command_line("eval-ppl", run))

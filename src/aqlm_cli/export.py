@@ -22,7 +22,7 @@ from aqlm_cli.errors import ModelError, QuantizationError
 from aqlm_cli.methods import CompressedMatrix
 from aqlm_cli.quantized import block_files, matrix_kinds, read_matrix
 from aqlm_cli.scheme import AdditiveScheme, Scheme
-from aqlm_cli.sources import StoredTensor, tensor_index, tensor_layouts
+from aqlm_cli.sources import StoredTensor, tensor_index
 from aqlm_cli.storage import TensorLayout, read_tensor, tensor_names
 from aqlm_kernels import AdditiveMatrix, to_checkpoint
 
@@ -113,7 +113,8 @@ def checkpoint_entries(
     original, by_path = tensor_index(directory), {layer.path: layer for layer in layers}
     tuned = _tuned_parameters(original, quantized, by_path)
     entries = {}
-    for name, layout in checkpoint_layouts(tensor_layouts(directory), schemes, format, tuned).items():
+    stored = {name: tensor.layout for name, tensor in original.items()}
+    for name, layout in checkpoint_layouts(stored, schemes, format, tuned).items():
         path, _, last = name.rpartition(".")
         if path in by_path and last != "bias":
             read = partial(_exported, by_path[path], layout.dtype, name)

@@ -272,8 +272,8 @@ def _block_seconds(block: BlockShape, work: Work, rates: Rates) -> float:
     return measuring + _makespan(map(rates.compression, block.quantized), work.workers) + steps + judging + advancing
 
 
-def packing_seconds(model: ModelShape, packed_bytes: int, rates: Rates) -> float:
-    """Written, read back and compared; every compressed matrix is brought into its form for each of its tensors."""
+def packing_seconds(packed_bytes: int, rates: Rates) -> float:
+    """Written, read back and compared."""
     return 2 * packed_bytes * rates.byte
 
 
@@ -293,13 +293,13 @@ def within_memory(model: ModelShape, work: Work, limit: int | None) -> Work:
 
     Raises PlanError with the least limit that can be kept.
     """
-    batches = [work.batch >> halvings for halvings in range(work.batch.bit_length())]
-    choices = [replace(work, batch=batch, workers=n) for batch in batches for n in range(work.workers, 0, -1)]
     if limit is None:
         return work
-    for choice in choices:
-        if peak_memory(model, choice) <= limit:
-            return choice
+    for batch in (work.batch >> halvings for halvings in range(work.batch.bit_length())):
+        for workers in range(work.workers, 0, -1):
+            choice = replace(work, batch=batch, workers=workers)
+            if peak_memory(model, choice) <= limit:
+                return choice
     least = least_memory(model, work)
     raise PlanError(
         f"--max-memory {limit / 1e9:.2f}GB: this model needs {least / 1e9:.2f}GB with one window and one matrix at a "

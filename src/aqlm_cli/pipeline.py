@@ -7,7 +7,6 @@ one is run first.
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -17,7 +16,7 @@ import numba
 import torch
 
 from aqlm_cli.config import PackConfig, RunConfig, build_config
-from aqlm_cli.errors import UsageError
+from aqlm_cli.errors import ArtifactError, UsageError
 from aqlm_cli.events import Emit, Noted, Warned
 from aqlm_cli.forecast import Cost
 from aqlm_cli.journal import logged
@@ -33,7 +32,7 @@ from aqlm_cli.report import (
     Record,
     VerifyReport,
 )
-from aqlm_cli.runs import find_artifact, is_run, read_run, refuse_other_directory
+from aqlm_cli.runs import RunDirectory, find_artifact, is_run, read_run, refuse_other_directory
 from aqlm_cli.scheme import SCHEMES_BY_BITS, AdditiveScheme, parse_scheme
 from aqlm_cli.speed_report import BenchReport
 from aqlm_cli.stages.bench import bench, bench_shape
@@ -48,7 +47,6 @@ from aqlm_cli.stages.quantize import quantize
 from aqlm_cli.stages.status import status
 from aqlm_cli.stages.verify import verify
 from aqlm_cli.survey import plan_report, survey, within_limits
-from aqlm_cli.units import parse_duration
 from aqlm_cli.wording import clock, plain, readable_bytes
 
 __all__ = [
@@ -145,10 +143,10 @@ def quantize_and_pack(config: RunConfig, run_directory: Path, overwrite: bool, e
 
 def _costs(config: RunConfig, run_directory: Path, overwrite: bool, emit: Emit) -> Mapping[str, Cost]:
     """What each stage is thought to take: as an interrupted run of the same settings was told, or measured now."""
-    path = run_directory / "reports" / FORECAST
-    with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError):  # then it is made anew
-        kept = json.loads(path.read_bytes())
-        if kept["settings"] == plain(config.model_dump()) and not overwrite:
+    settings = plain(config.model_dump())
+    with contextlib.suppress(ArtifactError, TypeError, KeyError, AttributeError):  # then it is made anew
+        kept = RunDirectory(run_directory, config).read_report(FORECAST)
+        if kept["settings"] == settings and not overwrite:
             return {stage: Cost(**cost) for stage, cost in kept["costs"].items()}
     report = forecast(config, survey(config), run_directory, emit)
     emit(
@@ -172,10 +170,14 @@ def pack_run(config: RunConfig, run_directory: Path, overwrite: bool, emit: Emit
     quantized = read_run(run_directory).artifact("quantized")
     with _at_work(run_directory):
         if quantized is None:
-            emit(Noted(f"{run_directory} is not quantized yet, that runs first"))
-            _calibrate(config, run_directory, False, emit, {})
-            _quantize(config, run_directory, False, emit, {})
+            _quantize_first(config, run_directory, emit)
         return _pack(config, run_directory, overwrite, emit, {})
+
+
+def _quantize_first(config: RunConfig, run_directory: Path, emit: Emit) -> None:
+    emit(Noted(f"{run_directory} is not quantized yet, that runs first"))
+    _calibrate(config, run_directory, False, emit, {})
+    _quantize(config, run_directory, False, emit, {})
 
 
 def _calibrate(
@@ -188,7 +190,6 @@ def _calibrate(
 def _quantize(
     config: RunConfig, run_directory: Path, overwrite: bool, emit: Emit, costs: Mapping[str, Cost]
 ) -> QuantizeReport:
-    config = within_limits(config, survey(config))  # also where another command needs this stage first
     with logged(run_directory, "quantize", emit) as both:
         return quantize(config, run_directory, overwrite, both, costs.get("quantize"))
 
@@ -235,9 +236,7 @@ def finetune_run(config: RunConfig, run_directory: Path, overwrite: bool, emit: 
     run = read_run(run_directory)
     with _at_work(run_directory):
         if run.own("quantized", "quantized") is None:
-            emit(Noted(f"{run_directory} is not quantized yet, that runs first"))
-            _calibrate(run.config, run_directory, False, emit, {})
-            _quantize(run.config, run_directory, False, emit, {})
+            _quantize_first(run.config, run_directory, emit)
         with logged(run_directory, "finetune", emit) as both:
             tuned = finetune(config, run_directory, overwrite, both)
         run = read_run(run_directory)
@@ -248,18 +247,12 @@ def finetune_run(config: RunConfig, run_directory: Path, overwrite: bool, emit: 
         return {"finetune": tuned, "pack": _pack(again, run_directory, outdated, emit, {})}
 
 
-def settings_to_finetune(
-    run_directory: Path, flags: Mapping[str, Any], section: Mapping[str, Any], time_budget: str | None
-) -> RunConfig:
-    """The flags over the run's own file; a time budget takes the place of its steps, and steps that of its budget."""
+def settings_to_finetune(run_directory: Path, flags: Mapping[str, Any], section: Mapping[str, Any]) -> RunConfig:
+    """The flags over the run's own file; steps take the place of its time budget."""
     config = settings_of_run(run_directory, {**flags, "finetune": section})
-    changes: dict[str, Any] = {}
-    if time_budget is not None:
-        parse_duration(time_budget)
-        changes = {"time_budget": time_budget}
-    elif section.get("steps") is not None:
-        changes = {"time_budget": None}
-    return config.model_copy(update={"finetune": config.finetune.model_copy(update=changes)})
+    if section["steps"] is None:
+        return config
+    return config.model_copy(update={"finetune": config.finetune.model_copy(update={"time_budget": None})})
 
 
 def verify_run(run_directory: Path, emit: Emit) -> VerifyReport:

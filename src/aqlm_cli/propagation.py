@@ -104,15 +104,20 @@ class Route:
         return max(i for i, path in enumerate(self.paths) if any(name.startswith(path + ".") for name in names))
 
 
+def route_of(source: ModelSource, ids: Tensor, device: torch.device) -> tuple[nn.Module, Route]:
+    """For windows as long as those of the token ids `[windows, L]`; and the network, which has only its first block."""
+    network = load_outside(source, torch.float32, device)
+    paths = find_blocks(network).paths
+    replace_module(network, paths[0], load_block(source, 0, torch.float32, device))
+    return network, Route(paths, record_calls(network, ids[:1].to(device)))
+
+
 def start_propagation(
     source: ModelSource, ids: Tensor, measured: int, config: RunConfig, work: Unfinished
 ) -> tuple[Route, Propagation]:
     """The states of the token ids `[windows, L]` at the first block that is not finished."""
-    section, device = config.quantize, torch.device(config.device)
-    network = load_outside(source, torch.float32, device)
-    paths = find_blocks(network).paths
-    replace_module(network, paths[0], load_block(source, 0, torch.float32, device))
-    route, index = Route(paths, record_calls(network, ids[:1].to(device))), work.blocks
+    section, device, index = config.quantize, torch.device(config.device), work.blocks
+    network, route = route_of(source, ids, device)
     if not work.hidden(index).exists():
         entering_states(network, ids, section.batch, device, work.targets)
         publish_file(work.targets, work.hidden(index))

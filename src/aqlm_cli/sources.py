@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
-import math
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -225,10 +224,14 @@ class StoredTensor:
     dtype: str  # as safetensors writes it: "F16", "BF16", "I8", ...
 
     @property
-    def bytes(self) -> int:
+    def layout(self) -> TensorLayout:
         if self.dtype not in DTYPES:
             raise ModelError(f"{self.file} holds numbers of the type {self.dtype}; use a model in 16 or 32 bits")
-        return DTYPES[self.dtype].itemsize * math.prod(self.shape)
+        return TensorLayout(DTYPES[self.dtype], self.shape)
+
+    @property
+    def bytes(self) -> int:
+        return self.layout.bytes
 
     def read(self, name: str) -> Tensor:
         return read_tensor(self.file, name)
@@ -255,15 +258,6 @@ def tensor_index(directory: Path) -> dict[str, StoredTensor]:
         except (OSError, SafetensorError) as error:
             raise ModelError(f"{path} is damaged ({error}); fetch the model, or pack the run, again") from error
     return found
-
-
-def tensor_layouts(directory: Path) -> dict[str, TensorLayout]:
-    """The same, each by its type and shape alone."""
-    found = tensor_index(directory)
-    for name, tensor in found.items():
-        if tensor.dtype not in DTYPES:
-            raise ModelError(f"{shortened(name)} is stored as {tensor.dtype}; use a model in 16 or 32 bits")
-    return {name: TensorLayout(DTYPES[tensor.dtype], tensor.shape) for name, tensor in found.items()}
 
 
 def _files_of_index(index: Path) -> list[str]:

@@ -26,7 +26,7 @@ from aqlm_cli.forecast import (
     within_memory,
     work_of,
 )
-from aqlm_cli.model import ModelSource, load_skeleton, resolve, saved_layouts, tensor_layouts
+from aqlm_cli.model import ModelSource, load_skeleton, resolve, saved_layouts, tensor_index
 from aqlm_cli.plan import Plan, make_plan
 from aqlm_cli.report import PlanReport
 from aqlm_cli.scheme import AdditiveScheme, Scheme, parse_scheme
@@ -50,7 +50,8 @@ def survey(config: RunConfig, with_weights: bool = True) -> Survey:
     network, section = load_skeleton(source), config.quantize
     scheme, count = parse_scheme(section.scheme), count_parameters(network)
     plan = make_plan(describe_layers(network), count, scheme, section.skip, section.only)
-    stored = tensor_layouts(source.directory) if has_weights(source.directory) else saved_layouts(network)
+    there = tensor_index(source.directory) if has_weights(source.directory) else None
+    stored = saved_layouts(network) if there is None else {name: tensor.layout for name, tensor in there.items()}
     layouts = checkpoint_layouts(stored, plan.schemes, config.pack.format, _fitted(network, plan))
     return Survey(source, plan, model_shape(network, plan), checkpoint_bytes(layouts))
 

@@ -16,7 +16,7 @@ from aqlm_cli.model.loading import (
 )
 from aqlm_cli.model.resolve import Subject, find_subject, original_of, resolve
 from aqlm_cli.model.tokenizing import open_tokenizer
-from aqlm_cli.sources import ModelSource, end_tokens, model_config, save_support_files, tensor_index, tensor_layouts
+from aqlm_cli.sources import ModelSource, end_tokens, model_config, save_support_files, tensor_index
 
 __all__ = [
     "Decoding",
@@ -39,5 +39,4 @@ __all__ = [
     "save_support_files",
     "saved_layouts",
     "tensor_index",
-    "tensor_layouts",
 ]

@@ -20,14 +20,15 @@ from torch.nn import functional as F
 
 from aqlm_cli.activations import autocast, compute_dtype, entering_states, run_block
 from aqlm_cli.artifacts import Stage
-from aqlm_cli.blocks import find_blocks, last_logits, linears, record_calls, replace_module
+from aqlm_cli.blocks import last_logits, linears
 from aqlm_cli.config import RunConfig
 from aqlm_cli.data import calibration_windows
 from aqlm_cli.errors import QuantizationError
 from aqlm_cli.events import Advanced, Emit, Noted, StageStarted
 from aqlm_cli.forecast import Cost
 from aqlm_cli.memory import peak_memory_bytes, reset_peak_memory
-from aqlm_cli.model import ModelSource, load_block, load_outside, load_tokenizer, resolve
+from aqlm_cli.model import ModelSource, load_block, load_tokenizer, resolve
+from aqlm_cli.propagation import route_of
 from aqlm_cli.report import CalibrationReport, restored
 from aqlm_cli.runs import open_run
 from aqlm_cli.storage import disk_bytes, save_tensors
@@ -91,21 +92,19 @@ def _teacher_statistics(
 
     With one block's weights in memory at a time, and hidden states in a file in `work`.
     """
-    network, dtype = load_outside(source, torch.float32, device), compute_dtype(device)
+    dtype = compute_dtype(device)
+    network, route = route_of(source, ids, device)
     _refuse_damaged(network, "")
-    blocks = find_blocks(network)
-    replace_module(network, blocks.paths[0], load_block(source, 0, torch.float32, device))
-    calls = record_calls(network, ids[:1].to(device))
     windows = torch.arange(len(ids)).split(1)
     hidden = entering_states(network, ids, 1, device, work / "hidden.activations")
-    emit(StageStarted(STAGE, len(blocks.paths), "block"))
+    emit(StageStarted(STAGE, len(route.paths), "block"))
     moments: dict[str, Tensor] = {}
-    for index, prefix in enumerate(blocks.paths):
+    for index, prefix in enumerate(route.paths):
         block = load_block(source, index, torch.float32, device)
         _refuse_damaged(block, prefix)
         with _mean_squares(block, prefix, ids.numel()) as sums:
             for window in windows:
-                hidden[window] = run_block(block, calls[index], hidden[window].to(device), dtype).cpu()
+                hidden[window] = run_block(block, route.calls[index], hidden[window].to(device), dtype).cpu()
         for path, entries in sums.items():
             if not bool(entries.isfinite().all()):
                 raise QuantizationError(f"{path}: its inputs hold NaN or infinite values; the model overflows")
@@ -114,7 +113,7 @@ def _teacher_statistics(
     total = 0.0
     for window in windows:
         with autocast(device, dtype):
-            logits = last_logits(network, calls, ids[window].to(device), hidden[window].to(device))[0]
+            logits = last_logits(network, route.calls, ids[window].to(device), hidden[window].to(device))[0]
         total += float(F.cross_entropy(logits[:-1].float(), ids[window][0, 1:].to(device)))
     if not math.isfinite(total):
         raise QuantizationError("the loss of the original model is not finite; its activations overflow")

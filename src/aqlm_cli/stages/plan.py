@@ -14,6 +14,8 @@ from aqlm_cli.errors import ModelError
 from aqlm_cli.events import Emit, Noted
 from aqlm_cli.forecast import (
     Cost,
+    ModelShape,
+    Work,
     calibration_memory,
     calibration_seconds,
     least_memory,
@@ -43,7 +45,7 @@ def forecast(config: RunConfig, known: Survey, directory: Path, emit: Emit) -> F
     costs = {
         "calibrate": (calibration_seconds(model, work, rates), calibration_memory(model, work)),
         "quantize": (quantization_seconds(model, work, rates), quantization_memory(model, work)),
-        "pack": (packing_seconds(model, known.packed_bytes, rates), packing_memory(model)),
+        "pack": (packing_seconds(known.packed_bytes, rates), packing_memory(model)),
     }
     report = ForecastReport(
         stages={stage: Cost(*cost, disks[stage]) for stage, cost in costs.items()},
@@ -54,16 +56,16 @@ def forecast(config: RunConfig, known: Survey, directory: Path, emit: Emit) -> F
         measured_seconds=time.monotonic() - started,
         advice=(),
     )
-    return dataclasses.replace(report, advice=tuple(_advice(report, known, config)))
+    return dataclasses.replace(report, advice=tuple(_advice(report, model, work)))
 
 
-def _advice(report: ForecastReport, known: Survey, config: RunConfig) -> Iterator[str]:
+def _advice(report: ForecastReport, model: ModelShape, work: Work) -> Iterator[str]:
     if report.memory_bytes > report.memory_available:
-        least = least_memory(known.shape, planned_work(config, known.shape))
+        least = least_memory(model, work)
         if least <= report.memory_available:
             yield f"memory: add --max-memory {report.memory_available // 10**6}MB, with which less is done at a time"
         else:
-            yield f"memory: at least {readable_bytes(least)} are needed; {what_needs_less(known.shape)}"
+            yield f"memory: at least {readable_bytes(least)} are needed; {what_needs_less(model)}"
     if report.disk_bytes > report.disk_available:
         missing = readable_bytes(report.disk_bytes - report.disk_available)
         yield f"disk: free {missing}, choose another --out, or use fewer windows (--data or --sequences)"

@@ -24,10 +24,7 @@ import torch
 from torch import nn
 
 from aqlm_cli.artifacts import Artifact, Stage
-from aqlm_cli.blocks import (
-    BlockCall,
-    linears,
-)
+from aqlm_cli.blocks import BlockCall, linears
 from aqlm_cli.config import RunConfig
 from aqlm_cli.errors import ArtifactError, QuantizationError
 from aqlm_cli.events import Advanced, BlockQuantized, Emit, LayerQuantized, Noted, StageStarted, Warned
@@ -35,7 +32,7 @@ from aqlm_cli.forecast import Cost
 from aqlm_cli.memory import give_back_memory, peak_memory_bytes, reset_peak_memory
 from aqlm_cli.methods import METHODS
 from aqlm_cli.methods.layers import Compressed, Task, compress_all
-from aqlm_cli.model import load_block, resolve
+from aqlm_cli.model import load_block
 from aqlm_cli.propagation import Propagation, machine_of, mixed_windows, start_propagation
 from aqlm_cli.quantized import block_file, put_matrix, save_block
 from aqlm_cli.report import QuantizeReport, restored
@@ -43,7 +40,7 @@ from aqlm_cli.runs import open_run
 from aqlm_cli.scheme import Scheme
 from aqlm_cli.seeds import generator
 from aqlm_cli.storage import disk_bytes
-from aqlm_cli.survey import Survey, plan_report, planned_work, survey
+from aqlm_cli.survey import Survey, plan_report, planned_work, survey, within_limits
 from aqlm_cli.tuning.block import BlockData, fit_block, round_to_16_bits
 from aqlm_cli.unfinished import Unfinished
 from aqlm_cli.wording import plain
@@ -57,9 +54,11 @@ def quantize(
 ) -> QuantizeReport:
     """Write `quantized/` from the run's calibration, or reuse one that was made with the same settings.
 
-    `planned` is what it was thought to take, to stand beside what it took.
+    `planned` is what it was thought to take, to stand beside what it took. Raises PlanError where the settings' own
+    limits cannot be kept.
     """
-    source = resolve(config.model, config.revision, config.trust_remote_code)
+    known = survey(config)
+    config, source, plan = within_limits(config, known), known.source, known.plan
     run = open_run(run_directory, config, overwrite)
     calibration = run.current("calibration")
     if calibration.manifest.parents["model"] != source.identity:
@@ -73,8 +72,6 @@ def quantize(
         emit(Noted(f"{quantized.directory} is there already, made with the same settings"))
         return restored(QuantizeReport, quantized.directory, quantized.manifest.results["report"])
     reset_peak_memory()
-    known = survey(config)
-    plan = known.plan
     with run.resumed_stage("quantized", "quantized", settings, parents, machine_of(config), overwrite) as stage:
         found = _quantize_blocks(config, known, calibration, stage, emit)
         layers = {path: measured for block in found for path, measured in block["layers"].items()}
