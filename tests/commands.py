@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import tiny_models
 from typer.testing import CliRunner, Result
@@ -33,6 +35,18 @@ def refused(*arguments: str, status: int = 1) -> str:
     assert result.exit_code == status, result.output
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1, result.stderr
     return result.stderr
+
+
+def made(directory: Path | str) -> dict[str, Any]:
+    """The files of a run: their bytes; of manifests all but what was measured; no logs and no forecast, of times."""
+    found: dict[str, Any] = {}
+    for path in sorted(Path(directory).rglob("*")):
+        name = str(path.relative_to(directory))
+        if path.name == "manifest.json":
+            found[name] = {**json.loads(path.read_bytes()), "results": None}
+        elif path.is_file() and not name.startswith("logs/") and path.name != "forecast.json":
+            found[name] = path.read_bytes()
+    return found
 
 
 def save_run_file(directory: Path) -> Path:

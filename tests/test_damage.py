@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
@@ -11,21 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import refused, run, save_run_file
+from commands import made, refused, run, save_run_file
 
 QUANTIZE = "quantize", "--config", "run.yaml", "--out"
-
-
-def made(directory: Path) -> dict[str, Any]:
-    """The files of a run: their bytes; of manifests all but what was measured; no logs, no forecast."""
-    found: dict[str, Any] = {}
-    for path in sorted(directory.rglob("*")):
-        name = str(path.relative_to(directory))
-        if path.name == "manifest.json":
-            found[name] = {**json.loads(path.read_bytes()), "results": None}
-        elif path.is_file() and not name.startswith("logs/") and path.name != "forecast.json":
-            found[name] = path.read_bytes()
-    return found
 
 
 @pytest.fixture(scope="module")

@@ -82,24 +82,11 @@ def driver(run_file: Path) -> Any:
     driver.close()
 
 
-def published(out: str) -> dict[str, Any]:
-    """All that a run has made: the bytes of files, manifests without what was measured; no logs, which hold times."""
-    found: dict[str, Any] = {}
-    for path in sorted(Path(out).rglob("*")):
-        if path.is_relative_to(Path(out) / "logs") or path.name == "forecast.json":
-            continue
-        if path.name == "manifest.json":
-            found[str(path.relative_to(out))] = {**json.loads(path.read_bytes()), "results": None}
-        elif path.is_file():
-            found[str(path.relative_to(out))] = path.read_bytes()
-    return found
-
-
 def uninterrupted(driver: Driver) -> dict[str, Any]:
     """What a command makes that nothing befalls; its writes are in `log`."""
     assert driver("first") == 0  # fills caches outside of the run
     assert driver("whole", log="log") == 0
-    return published("whole")
+    return commands.made("whole")
 
 
 def syncs_by_stage(log: Path) -> dict[str, list[int]]:
@@ -115,7 +102,7 @@ def test_a_killed_command_goes_on_to_the_same_bytes(driver: Driver) -> None:
             out = f"{stage}-{number}"
             assert driver(out, kill_at=number) == 9
             assert driver(out) == 0
-            assert published(out) == expected
+            assert commands.made(out) == expected
 
 
 @pytest.mark.soak
@@ -127,7 +114,7 @@ def test_25_kills_at_random_instants(stage: str, driver: Driver) -> None:
         number, delay = draw.choice(syncs_by_stage(Path("log"))[stage]), draw.uniform(0.001, 0.2)
         while driver(out, kill_at=number, delay=delay) != 0:  # again and again, each time a little later
             number, delay = number + 1, 2 * delay
-        assert published(out) == expected
+        assert commands.made(out) == expected
 
 
 def test_finished_blocks_and_matrices_are_not_done_again(run_file: Path, interrupted_at: Callable[..., Any]) -> None:
@@ -141,7 +128,7 @@ def test_finished_blocks_and_matrices_are_not_done_again(run_file: Path, interru
     resumed = commands.run(*arguments, "stopped").output
     assert "stopped/quantized.partial holds 1 of 2 blocks, going on after them" in resumed
     assert resumed.count("model.layers.") == total - 7 - 2
-    assert published("stopped") == published("whole")
+    assert commands.made("stopped") == commands.made("whole")
 
 
 @pytest.fixture

@@ -5,9 +5,8 @@ import json
 from pathlib import Path
 
 import pytest
-from commands import run
+from commands import refused, run
 from safetensors.torch import load_file
-from typer.testing import Result
 
 from aqlm_cli.storage import read_metadata, save_tensors
 
@@ -30,13 +29,6 @@ def test_a_run_that_is_as_it_was_written_is_sound(made: Path) -> None:
     assert after == before
 
 
-def refused(result: Result) -> str:
-    assert result.exit_code == 1 and result.stderr.startswith("error: ") and result.stderr.count("\n") == 1, (
-        result.output
-    )
-    return result.stderr
-
-
 @pytest.mark.parametrize(
     ("name", "command"),
     [
@@ -50,7 +42,7 @@ def test_one_flipped_bit_is_found_and_what_mends_it_is_named(made: Path, name: s
     content = bytearray((made / name).read_bytes())
     content[-3] ^= 1
     (made / name).write_bytes(content)
-    message = refused(run("verify", "run"))
+    message = refused("verify", "run")
     assert f"run/{name} is damaged" in message and f"`{command}`" in message
     assert run(*command.split()[1:]).exit_code == 0
     if not name.startswith("packed"):
@@ -70,7 +62,7 @@ def test_codes_that_are_not_the_models_are_found_though_every_digest_fits(made: 
     for child in made.glob("packed*/**/*"):
         child.unlink()
     (made / "packed").rmdir()
-    message = refused(run("verify", "run"))
+    message = refused("verify", "run")
     assert message.startswith(f"error: {layer}: quantized again, ") and "aqlm quantize" in message
 
 
@@ -94,5 +86,5 @@ def test_the_layer_is_chosen_by_the_seed(made: Path) -> None:
 
 def test_a_run_without_anything_in_it_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert "is not a run directory" in refused(run("verify", "nothing"))
+    assert "is not a run directory" in refused("verify", "nothing")
     assert not Path("nothing").exists()
