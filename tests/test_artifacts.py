@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from aqlm_cli.artifacts import Artifact, Manifest, open_artifact
-from aqlm_cli.config import RunConfig, build_config
+from aqlm_cli.config import RunConfig
 from aqlm_cli.errors import ArtifactError, StorageError
+from aqlm_cli.run_file import build_config
 from aqlm_cli.runs import RunDirectory, is_run, open_run, read_run
 from aqlm_cli.storage import write_file
 

@@ -12,11 +12,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from aqlm_cli.blocks import linears
-from aqlm_cli.config import BenchConfig, build_config
+from aqlm_cli.config import BenchConfig
 from aqlm_cli.errors import ModelError, UsageError
 from aqlm_cli.events import Advanced, Event, Noted
 from aqlm_cli.model import Decoding, decoding_of, find_subject, load_network, resolve, shapes
 from aqlm_cli.model.decoding import narrowest
+from aqlm_cli.run_file import build_config
 from aqlm_cli.runs import RunDirectory, open_run
 from aqlm_cli.scheme import AdditiveScheme, parse_scheme
 from aqlm_cli.speed_report import BenchReport

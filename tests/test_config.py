@@ -9,17 +9,9 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aqlm_cli.config import (
-    PRESETS,
-    RunConfig,
-    build_config,
-    differences,
-    dump_yaml,
-    load_run_file,
-    merge,
-    preset_path,
-)
+from aqlm_cli.config import RunConfig
 from aqlm_cli.errors import AqlmError, ConfigError, UsageError
+from aqlm_cli.run_file import PRESETS, build_config, differences, dump_yaml, load_run_file, merge, preset_path
 from aqlm_cli.scheme import AdditiveScheme, UniformScheme
 
 SHIPPED = sorted(preset_path("default").parent.glob("*.yaml"))

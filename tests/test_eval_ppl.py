@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from aqlm_cli.config import build_config
 from aqlm_cli.errors import AqlmError, ArtifactError, DataError, ModelError
 from aqlm_cli.events import Event, Noted, StageStarted
 from aqlm_cli.model import find_subject
 from aqlm_cli.report import PerplexityReport
+from aqlm_cli.run_file import build_config
 from aqlm_cli.runs import RunDirectory, open_run
 from aqlm_cli.stages.eval_ppl import eval_ppl, perplexity
 

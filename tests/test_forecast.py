@@ -19,14 +19,12 @@ from typer.testing import Result
 
 from aqlm_cli import pipeline, sources
 from aqlm_cli.activations import compute_dtype
-from aqlm_cli.blocks import model_shape
-from aqlm_cli.config import build_config
+from aqlm_cli.durations import _makespan
 from aqlm_cli.errors import PlanError, UsageError
 from aqlm_cli.forecast import (
     BlockShape,
     ModelShape,
     Work,
-    _makespan,
     least_memory,
     peak_memory,
     quantized_bytes,
@@ -35,10 +33,11 @@ from aqlm_cli.forecast import (
 )
 from aqlm_cli.model import load_network, resolve
 from aqlm_cli.plan import Target
+from aqlm_cli.run_file import build_config
 from aqlm_cli.scheme import parse_scheme
 from aqlm_cli.stages import plan as stage
 from aqlm_cli.storage import load_tensors
-from aqlm_cli.survey import survey
+from aqlm_cli.survey import model_shape, survey
 from aqlm_cli.units import parse_bytes
 
 QUICK: dict[str, Any] = {

@@ -34,9 +34,9 @@ from hypothesis import strategies as st
 from test_model import write_gguf
 
 from aqlm_cli.artifacts import MANIFEST
-from aqlm_cli.config import build_config, dump_yaml
 from aqlm_cli.errors import AqlmError
 from aqlm_cli.model import load_network, load_skeleton, resolve, tensor_index
+from aqlm_cli.run_file import build_config, dump_yaml
 from aqlm_cli.runs import DIRECTORIES, open_run, read_run
 from aqlm_cli.sources import WEIGHTS, ModelSource
 from aqlm_cli.storage import load_tensors, read_metadata, save_tensors, write_file

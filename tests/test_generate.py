@@ -11,11 +11,11 @@ import torch
 from tokenizers import processors
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from aqlm_cli.config import build_config
 from aqlm_cli.errors import DataError
 from aqlm_cli.events import Event, Noted
 from aqlm_cli.model import find_subject
 from aqlm_cli.report import GenerationReport
+from aqlm_cli.run_file import build_config
 from aqlm_cli.runs import open_run
 from aqlm_cli.stages.generate import generate
 from aqlm_kernels import KernelError

@@ -39,7 +39,7 @@ def peaks(directory: Path, blocks: int, settings: str) -> dict[str, int]:
 import json
 from pathlib import Path
 from aqlm_cli import pipeline
-from aqlm_cli.config import build_config
+from aqlm_cli.run_file import build_config
 from aqlm_cli.memory import peak_memory_bytes
 config = build_config(None, Path("run.yaml"), {})
 pipeline.use_machine(config)

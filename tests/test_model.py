@@ -29,7 +29,6 @@ from aqlm_cli.blocks import (
     record_calls,
     replace_module,
 )
-from aqlm_cli.config import build_config
 from aqlm_cli.errors import ArtifactError, ModelError
 from aqlm_cli.model import (
     find_subject,
@@ -43,6 +42,7 @@ from aqlm_cli.model import (
     save_support_files,
     tensor_index,
 )
+from aqlm_cli.run_file import build_config
 from aqlm_cli.runs import open_run
 from aqlm_kernels import AdditiveLinear
 

@@ -19,15 +19,15 @@ from transformers import AutoModelForCausalLM
 
 from aqlm_cli import checkpoint
 from aqlm_cli.blocks import count_parameters, describe_layers
-from aqlm_cli.config import build_config
 from aqlm_cli.errors import ArtifactError, QuantizationError, StorageError
 from aqlm_cli.events import Event
 from aqlm_cli.methods import CompressedMatrix, rtn
 from aqlm_cli.model import load_network, resolve
 from aqlm_cli.plan import Plan, Target, make_plan
-from aqlm_cli.report import PackReport
+from aqlm_cli.run_file import build_config
 from aqlm_cli.runs import RunDirectory, open_run
 from aqlm_cli.scheme import AdditiveScheme, UniformScheme, parse_scheme
+from aqlm_cli.stage_reports import PackReport
 from aqlm_cli.stages.pack import pack
 from aqlm_cli.storage import save_tensors
 from aqlm_kernels import AdditiveMatrix

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from aqlm_cli.activations import Activations, run_block
 from aqlm_cli.artifacts import Artifact, open_artifact
 from aqlm_cli.blocks import BlockCall, find_blocks, first_inputs, linears, record_calls
-from aqlm_cli.config import RunConfig, build_config
+from aqlm_cli.config import RunConfig
 from aqlm_cli.errors import ArtifactError, PlanError, QuantizationError, StorageError
 from aqlm_cli.events import Advanced, BlockQuantized, Event, LayerQuantized, Noted, StageStarted, Warned
 from aqlm_cli.methods import MATRIX_KINDS, CompressedMatrix, layers
@@ -25,9 +25,10 @@ from aqlm_cli.model import load_network, resolve
 from aqlm_cli.pipeline import prepare
 from aqlm_cli.plan import Plan
 from aqlm_cli.propagation import Propagation
-from aqlm_cli.report import QuantizeReport
+from aqlm_cli.run_file import build_config
 from aqlm_cli.runs import open_run
 from aqlm_cli.seeds import generator
+from aqlm_cli.stage_reports import QuantizeReport
 from aqlm_cli.stages import quantize as stage
 from aqlm_cli.stages.calibrate import calibrate
 from aqlm_cli.stages.pack import pack

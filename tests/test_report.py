@@ -10,17 +10,15 @@ from rich.console import Console
 
 from aqlm_cli.report import (
     BackendReport,
-    CalibrationReport,
     GenerationReport,
     MachineReport,
-    PackReport,
     Perplexity,
     PerplexityReport,
     PlanReport,
-    QuantizeReport,
     Record,
 )
 from aqlm_cli.speed_report import BenchReport, BenchRow, ProductRow
+from aqlm_cli.stage_reports import CalibrationReport, PackReport, QuantizeReport
 from aqlm_cli.wording import readable_bytes
 
 PERPLEXITY = PerplexityReport(

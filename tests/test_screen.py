@@ -8,8 +8,8 @@ import pytest
 from aqlm_cli import screen as screen_module
 from aqlm_cli.errors import UsageError
 from aqlm_cli.events import Advanced, BlockQuantized, LayerQuantized, Noted, StageStarted, Warned
-from aqlm_cli.report import PackReport
 from aqlm_cli.screen import PLAIN_STEPS, Screen
+from aqlm_cli.stage_reports import PackReport
 
 
 @pytest.mark.parametrize("total", [1, 7, 10, 148])

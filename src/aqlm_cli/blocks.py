@@ -19,7 +19,6 @@ loaded as their turn comes.  Nothing here knows a family, or transformers.
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -30,8 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from aqlm_cli.errors import ModelError
-from aqlm_cli.forecast import BlockShape, ModelShape
-from aqlm_cli.plan import Layer, Plan, Target
+from aqlm_cli.plan import Layer
 
 
 @dataclass(frozen=True)
@@ -116,23 +114,6 @@ def count_parameters(network: nn.Module) -> int:
     """Numbers that a checkpoint of the network stores; a head tied to the embeddings counts once."""
     unique = {id(tensor): tensor for tensor in network.state_dict(keep_vars=True).values()}
     return sum(tensor.numel() for tensor in unique.values())
-
-
-def model_shape(network: nn.Module, plan: Plan) -> ModelShape:
-    """What a forecast needs to know of the network, which may be without weights."""
-    blocks = find_blocks(network)
-    targets: dict[str, list[Target]] = {path: [] for path in blocks.paths}
-    for target in plan.targets:
-        targets[next(path for path in blocks.paths if target.path.startswith(path + "."))].append(target)
-    shapes = tuple(
-        BlockShape(tuple(targets[path]), sum(parameter.numel() for parameter in module.parameters()))
-        for path, module in zip(blocks.paths, blocks.modules, strict=True)
-    )
-    inside = {id(parameter) for module in blocks.modules for parameter in module.parameters()}
-    matrices = [tensor for tensor in network.parameters() if tensor.ndim == 2 and id(tensor) not in inside]
-    vocabulary, hidden = max((tuple(tensor.shape) for tensor in matrices), key=math.prod, default=(0, 0))
-    outside = count_parameters(network) - sum(shape.parameters for shape in shapes)
-    return ModelShape(shapes, outside, vocabulary, hidden)
 
 
 # ------------------------------------------------------------------------------------------------ calling a block alone

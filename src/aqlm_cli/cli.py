@@ -11,10 +11,10 @@ from typing import Annotated, Any
 
 import typer
 
-from aqlm_cli import measure, options
-from aqlm_cli.config import build_config
+from aqlm_cli import inspection, measure, options
 from aqlm_cli.errors import UsageError
 from aqlm_cli.openmp import share_pool
+from aqlm_cli.run_file import build_config
 from aqlm_cli.screen import OneLineErrors, Screen
 from aqlm_cli.wording import PROMPT, command_line
 
@@ -284,58 +284,5 @@ def run(
         screen.finish(reports, following=command_line("generate", directory, "--prompt", PROMPT))
 
 
-@app.command()
-def status(run: options.Run, json: options.Json = False) -> None:
-    """Show where a run stands and how long it will take.
-
-    Another process may be at work in it; nothing is waited for.
-
-    \b
-    Example:
-      aqlm status runs/SmolLM2-135M-Instruct-2bit
-    """
-    from aqlm_cli import pipeline
-
-    with Screen(json) as screen:
-        report = pipeline.status(run)
-        finished = all(stage.state == "finished" for stage in report.stages)
-        following = command_line("eval-ppl", run) if finished else command_line("status", run)
-        if not finished and report.process is None:
-            following = command_line("quantize", "--config", run / "run.yaml", "--out", run)
-            if any(stage.stage == "finetune" and stage.state != "finished" for stage in report.stages):
-                following = command_line("finetune", run)
-        screen.finish({"status": report}, following=following)
-
-
-@app.command()
-def verify(
-    run: options.Run, json: options.Json = False, quiet: options.Quiet = False, verbose: options.Verbose = False
-) -> None:
-    """Compare a run's files with their digests and one layer anew.
-
-    The layer is chosen by the seed, and quantized again from the model and the text.
-
-    \b
-    Example:
-      aqlm verify runs/SmolLM2-135M-Instruct-2bit
-    """
-    from aqlm_cli import pipeline
-
-    with Screen(json, quiet, verbose) as screen:
-        pipeline.use_machine(pipeline.settings_of_run(run, {}))
-        report = pipeline.verify_run(run, screen.emit)
-        screen.finish({"verify": report}, following=command_line("eval-ppl", run))
-
-
-@app.command()
-def doctor(json: options.Json = False) -> None:
-    """Show what this machine has and which backends it can use.
-
-    \b
-    Example:
-      aqlm doctor
-    """
-    from aqlm_cli import pipeline
-
-    with Screen(json) as screen:
-        screen.finish({"doctor": pipeline.doctor()}, following=command_line("quantize", "--bits", 2, "smollm2-135m"))
+for looking in (inspection.status, inspection.verify, inspection.doctor):
+    app.command()(looking)

@@ -11,8 +11,8 @@ from typing import Annotated, Any
 
 import typer
 
-from aqlm_cli.config import PRESETS
 from aqlm_cli.errors import UsageError
+from aqlm_cli.run_file import PRESETS
 from aqlm_cli.scheme import SCHEMES_BY_BITS, scheme_for_bits
 
 

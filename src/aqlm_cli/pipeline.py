@@ -15,7 +15,7 @@ from typing import Any
 import numba
 import torch
 
-from aqlm_cli.config import PackConfig, RunConfig, build_config
+from aqlm_cli.config import PackConfig, RunConfig
 from aqlm_cli.errors import ArtifactError, UsageError
 from aqlm_cli.events import Emit, Noted, Warned
 from aqlm_cli.forecast import Cost
@@ -23,18 +23,12 @@ from aqlm_cli.journal import logged
 from aqlm_cli.locking import exclusive
 from aqlm_cli.model import Subject, find_subject, resolve
 from aqlm_cli.openmp import forbid_nested_loops
-from aqlm_cli.report import (
-    CalibrationReport,
-    GenerationReport,
-    PackReport,
-    PlanReport,
-    QuantizeReport,
-    Record,
-    VerifyReport,
-)
+from aqlm_cli.report import GenerationReport, PlanReport, Record, VerifyReport
+from aqlm_cli.run_file import build_config
 from aqlm_cli.runs import RunDirectory, find_artifact, is_run, read_run, refuse_other_directory
 from aqlm_cli.scheme import SCHEMES_BY_BITS, AdditiveScheme, parse_scheme
 from aqlm_cli.speed_report import BenchReport
+from aqlm_cli.stage_reports import CalibrationReport, PackReport, QuantizeReport
 from aqlm_cli.stages.bench import bench, bench_shape
 from aqlm_cli.stages.calibrate import calibrate
 from aqlm_cli.stages.doctor import doctor

@@ -21,7 +21,8 @@ from torch.nn import functional as F
 from aqlm_cli.activations import compute_dtype, run_block
 from aqlm_cli.blocks import BlockCall, linears, replace_module
 from aqlm_cli.config import RunConfig
-from aqlm_cli.forecast import ModelShape, Rates, Work
+from aqlm_cli.durations import Rates
+from aqlm_cli.forecast import ModelShape, Work
 from aqlm_cli.methods import METHODS
 from aqlm_cli.methods.layers import Task, compress_all
 from aqlm_cli.methods.statistics import LayerStatistics, SecondMoment

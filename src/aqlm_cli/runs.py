@@ -23,9 +23,10 @@ from pathlib import Path
 from typing import Any
 
 from aqlm_cli.artifacts import MADE_BY, MANIFEST, WORK, Artifact, Stage, open_artifact, remedy
-from aqlm_cli.config import FinetuneConfig, RunConfig, build_config, differences, dump_yaml
+from aqlm_cli.config import FinetuneConfig, RunConfig
 from aqlm_cli.errors import ArtifactError
 from aqlm_cli.locking import LOCK, LOGS
+from aqlm_cli.run_file import build_config, differences, dump_yaml
 from aqlm_cli.storage import storage_errors, sync_directory, write_file
 
 RUN_FILE = "run.yaml"
@@ -124,20 +125,21 @@ class RunDirectory:
                 shutil.rmtree(artifact.directory / WORK)
         return artifact
 
-    def refuse_other_beginning(
+    def goes_on(
         self,
         name: str,
         settings: Mapping[str, Any],
         parents: Mapping[str, str],
         machine: Mapping[str, str],
         overwrite: bool,
-    ) -> None:
-        """ArtifactError as of `resumed_stage`, before any work for it is done."""
+    ) -> bool:
+        """Whether an interrupted stage is there that was begun with the same; ArtifactError as of `resumed_stage`."""
         partial, wanted = self.path / f"{name}.partial", _beginning(settings, parents, machine)
         begun = _begun(partial)
-        if begun is not None and begun != wanted and not overwrite:
+        if begun not in (None, wanted) and not overwrite:
             found = "; ".join(_differences(begun, wanted))
             raise ArtifactError(f"{partial} was begun with {found}; add --overwrite to begin anew")
+        return bool(begun == wanted)
 
     def known_settings(self, name: str, overwrite: bool) -> Mapping[str, Any]:
         """Those that an interrupted stage of this name was begun with, or else its artifact was made with; or none."""
@@ -196,16 +198,15 @@ class RunDirectory:
         """
         partial = self.path / f"{name}.partial"
         stage = Stage(partial, self.path / name, kind, settings, parents)
-        self.refuse_other_beginning(name, settings, parents, machine, overwrite)
-        begun, wanted = _begun(partial), _beginning(settings, parents, machine)
+        goes_on = self.goes_on(name, settings, parents, machine, overwrite)
         with storage_errors(partial):
-            if begun == wanted:
+            if goes_on:
                 for half_written in partial.rglob("*.tmp"):
                     half_written.unlink()
             else:
                 _make_empty(partial)
                 stage.work.mkdir()
-                write_file(stage.work / BEGUN, json.dumps(wanted).encode())
+                write_file(stage.work / BEGUN, json.dumps(_beginning(settings, parents, machine)).encode())
         yield stage
 
 

@@ -29,8 +29,8 @@ from huggingface_hub.errors import (
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from aqlm_cli.config import parse_yaml
 from aqlm_cli.errors import ModelError, StorageError, shortened
+from aqlm_cli.run_file import parse_yaml
 from aqlm_cli.storage import DTYPES, TensorLayout, digest_file, read_tensor, write_file
 
 

@@ -5,19 +5,21 @@ Known from config.json and the headers of the files; from config.json alone wher
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from aqlm_cli.activations import compute_dtype
-from aqlm_cli.blocks import count_parameters, describe_layers, find_blocks, model_shape
+from aqlm_cli.blocks import count_parameters, describe_layers, find_blocks
 from aqlm_cli.checkpoint import checkpoint_bytes
 from aqlm_cli.config import RunConfig
 from aqlm_cli.data import share_windows
 from aqlm_cli.errors import PlanError
 from aqlm_cli.export import checkpoint_layouts
 from aqlm_cli.forecast import (
+    BlockShape,
     ModelShape,
     Work,
     calibration_disk,
@@ -27,7 +29,7 @@ from aqlm_cli.forecast import (
     work_of,
 )
 from aqlm_cli.model import ModelSource, load_skeleton, resolve, saved_layouts, tensor_index
-from aqlm_cli.plan import Plan, make_plan
+from aqlm_cli.plan import Plan, Target, make_plan
 from aqlm_cli.report import PlanReport
 from aqlm_cli.scheme import AdditiveScheme, Scheme, parse_scheme
 from aqlm_cli.sources import has_weights
@@ -54,6 +56,23 @@ def survey(config: RunConfig, with_weights: bool = True) -> Survey:
     stored = saved_layouts(network) if there is None else {name: tensor.layout for name, tensor in there.items()}
     layouts = checkpoint_layouts(stored, plan.schemes, config.pack.format, _fitted(network, plan))
     return Survey(source, plan, model_shape(network, plan), checkpoint_bytes(layouts))
+
+
+def model_shape(network: nn.Module, plan: Plan) -> ModelShape:
+    """What a forecast needs to know of the network, which may be without weights."""
+    blocks = find_blocks(network)
+    targets: dict[str, list[Target]] = {path: [] for path in blocks.paths}
+    for target in plan.targets:
+        targets[next(path for path in blocks.paths if target.path.startswith(path + "."))].append(target)
+    shapes = tuple(
+        BlockShape(tuple(targets[path]), sum(parameter.numel() for parameter in module.parameters()))
+        for path, module in zip(blocks.paths, blocks.modules, strict=True)
+    )
+    inside = {id(parameter) for module in blocks.modules for parameter in module.parameters()}
+    matrices = [tensor for tensor in network.parameters() if tensor.ndim == 2 and id(tensor) not in inside]
+    vocabulary, hidden = max((tuple(tensor.shape) for tensor in matrices), key=math.prod, default=(0, 0))
+    outside = count_parameters(network) - sum(shape.parameters for shape in shapes)
+    return ModelShape(shapes, outside, vocabulary, hidden)
 
 
 def _fitted(network: nn.Module, plan: Plan) -> set[str]:

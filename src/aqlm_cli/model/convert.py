@@ -18,8 +18,9 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrained
 from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 
 from aqlm_cli.errors import AqlmError, ModelError
+from aqlm_cli.model.bounds import at_most
 from aqlm_cli.model.gguf_header import check_header
-from aqlm_cli.model.loading import at_most, first_line, quiet, without_weights
+from aqlm_cli.model.loading import first_line, quiet, without_weights
 from aqlm_cli.sources import WEIGHTS, GgufFile, ModelSource, cached_digest, directory_source
 from aqlm_cli.storage import TensorLayout, storage_errors, stream_tensors, write_file
 

@@ -11,7 +11,6 @@ transformers' networks take a second to import, and not every command needs one:
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -19,10 +18,10 @@ from typing import Any, TypeVar
 import torch
 import transformers
 from torch import nn
-from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from aqlm_cli.blocks import count_parameters, find_blocks, replace_module
 from aqlm_cli.errors import AqlmError, ModelError, shortened
+from aqlm_cli.model.bounds import MOST_PARTS, NUMBERS_PER_BYTE, PARAMETERS_PER_TENSOR, at_most, refuse_hostile
 from aqlm_cli.sources import ModelSource, StoredTensor, has_weights, model_config, tensor_index
 from aqlm_cli.storage import TensorLayout
 from aqlm_kernels import AdditiveLinear, from_checkpoint
@@ -31,15 +30,6 @@ Module = TypeVar("Module", bound=nn.Module)
 
 LAYER_TENSORS = ("codes", "codebooks", "scales", "bias")
 """What an AQLM checkpoint may hold of one layer."""
-
-MOST_PARTS = 100_000
-"""Layers, heads, experts or labels that a config.json may ask for: a hundred times as many as any does."""
-
-PARAMETERS_PER_TENSOR = 300
-"""Parameters that a network may have for each tensor in its files: experts may be one there, and three each here."""
-
-NUMBERS_PER_BYTE = 64
-"""Numbers that a network may have for each byte of its files, which are coded at an eighth of a bit then."""
 
 
 def load_network(
@@ -119,7 +109,7 @@ def load_tokenizer(source: ModelSource) -> transformers.PreTrainedTokenizerBase:
 
 
 def load_config(source: ModelSource) -> transformers.PreTrainedConfig:
-    _refuse_hostile(source)
+    refuse_hostile(source)
     try:
         with quiet():
             config = transformers.AutoConfig.from_pretrained(
@@ -160,48 +150,6 @@ def _skeleton(source: ModelSource, config: transformers.PreTrainedConfig) -> tra
     if files and numbers > NUMBERS_PER_BYTE * size:
         raise ModelError(f"{source.name}: its config.json asks for {numbers} weights, and its files have {size} bytes")
     return network
-
-
-@contextmanager
-def at_most(parameters: int, name: str) -> Iterator[None]:
-    """ModelError once a network under construction has more: in a few bytes a file can ask for a billion layers."""
-    seen = 0
-
-    def count(module: nn.Module, own_name: str, parameter: nn.Parameter | None) -> None:
-        nonlocal seen
-        seen += 1
-        if seen > parameters:
-            raise ModelError(f"{name}: its settings ask for more than {parameters} tensors, which it does not hold")
-
-    hook = register_module_parameter_registration_hook(count)
-    try:
-        yield
-    finally:
-        hook.remove()
-
-
-def _refuse_hostile(source: ModelSource) -> None:
-    """ModelError for what must not reach transformers: counts that it would loop over, and code that it would fetch."""
-    for path, value in _leaves(model_config(source)):
-        said = f"{shortened(path)} {shortened(str(value))}"
-        counts = re.search(r"(^|\.)(num_|n_(layer|head|expert))[^.]*$|layers?$", path)
-        if counts and isinstance(value, int) and abs(value) > MOST_PARTS:
-            raise ModelError(f"{source.name} asks in its config.json for {said}, more than any model has")
-        if "_implementation" in path and "/" in str(value):
-            raise ModelError(f"{source.name} asks in its config.json for {said}, code from the hub; remove that line")
-
-
-def _leaves(settings: Any) -> Iterator[tuple[str, Any]]:
-    """Whatever is neither object nor list in a JSON value, with the keys that lead there: "text_config.dtype"."""
-    waiting = [("", settings)]
-    while waiting:
-        path, value = waiting.pop()
-        if isinstance(value, dict):
-            waiting += [(f"{path}.{key}" if path else key, inner) for key, inner in value.items()]
-        elif isinstance(value, list):
-            waiting += [(path, inner) for inner in value]
-        else:
-            yield path, value
 
 
 def is_coded(source: ModelSource) -> bool:

@@ -29,8 +29,8 @@ from aqlm_cli.forecast import Cost
 from aqlm_cli.memory import peak_memory_bytes, reset_peak_memory
 from aqlm_cli.model import ModelSource, load_block, load_tokenizer, resolve
 from aqlm_cli.propagation import route_of
-from aqlm_cli.report import CalibrationReport, restored
 from aqlm_cli.runs import open_run
+from aqlm_cli.stage_reports import CalibrationReport, restored
 from aqlm_cli.storage import disk_bytes, save_tensors
 from aqlm_cli.wording import plain
 

@@ -29,9 +29,9 @@ from aqlm_cli.memory import peak_memory_bytes, reset_peak_memory
 from aqlm_cli.model import ModelSource, load_network, load_tokenizer, original_of
 from aqlm_cli.propagation import machine_of
 from aqlm_cli.quantized import block_file, matrix_kinds, read_matrix, restore_block, save_block
-from aqlm_cli.report import FinetuneReport, restored
 from aqlm_cli.runs import START, RunDirectory, read_run
 from aqlm_cli.seeds import generator
+from aqlm_cli.stage_reports import FinetuneReport, restored
 from aqlm_cli.storage import disk_bytes, load_tensors, read_metadata, save_tensors
 from aqlm_cli.tuning.block import round_to_16_bits, tuned_parameters
 from aqlm_cli.tuning.descent import put_back
@@ -58,7 +58,7 @@ def finetune(config: RunConfig, run_directory: Path, overwrite: bool, emit: Emit
     if found is not None:
         emit(Noted(f"{found.directory} is there already, made with the same settings"))
         return _reported(run, found)
-    run.refuse_other_beginning("finetuned", *_made_with(config, source, start), machine, overwrite)
+    run.goes_on("finetuned", *_made_with(config, source, start), machine, overwrite)  # or is refused before it loads
     reset_peak_memory()
     pupil = _load(config, source, start, run)
     if not timed:

@@ -23,9 +23,9 @@ from aqlm_cli.memory import peak_memory_bytes, reset_peak_memory
 from aqlm_cli.model import ModelSource, model_config, original_of, save_support_files
 from aqlm_cli.model_card import CardFacts, model_card
 from aqlm_cli.plan import HEAD, Plan
-from aqlm_cli.report import PackReport, restored
 from aqlm_cli.runs import RunDirectory, read_run
 from aqlm_cli.scheme import AdditiveScheme
+from aqlm_cli.stage_reports import PackReport, restored
 from aqlm_cli.storage import disk_bytes, write_file
 from aqlm_cli.wording import plain, text_name
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from aqlm_cli.config import RunConfig
 from aqlm_cli.data import documents
+from aqlm_cli.durations import calibration_seconds, packing_seconds, quantization_seconds
 from aqlm_cli.errors import ModelError
 from aqlm_cli.events import Emit, Noted
 from aqlm_cli.forecast import (
@@ -17,12 +18,9 @@ from aqlm_cli.forecast import (
     ModelShape,
     Work,
     calibration_memory,
-    calibration_seconds,
     least_memory,
     packing_memory,
-    packing_seconds,
     quantization_memory,
-    quantization_seconds,
     what_needs_less,
 )
 from aqlm_cli.forecast_report import ForecastReport

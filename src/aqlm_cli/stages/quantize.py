@@ -35,10 +35,10 @@ from aqlm_cli.methods.layers import Compressed, Task, compress_all
 from aqlm_cli.model import load_block
 from aqlm_cli.propagation import Propagation, machine_of, mixed_windows, start_propagation
 from aqlm_cli.quantized import block_file, put_matrix, save_block
-from aqlm_cli.report import QuantizeReport, restored
 from aqlm_cli.runs import open_run
 from aqlm_cli.scheme import Scheme
 from aqlm_cli.seeds import generator
+from aqlm_cli.stage_reports import QuantizeReport, restored
 from aqlm_cli.storage import disk_bytes
 from aqlm_cli.survey import Survey, plan_report, planned_work, survey, within_limits
 from aqlm_cli.tuning.block import BlockData, fit_block, round_to_16_bits
