@@ -10,11 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from aqlm_cli.codesearch import code_search
 from aqlm_cli.config import SearchConfig
 from aqlm_cli.errors import QuantizationError
 from aqlm_cli.methods import aqlm, rtn
 from aqlm_cli.methods.codebooks import Approximation
-from aqlm_cli.methods.codesearch import code_search
 from aqlm_cli.methods.feedback import sweep
 from aqlm_cli.methods.kmeans import residual_kmeans
 from aqlm_cli.methods.statistics import Feedback, LayerStatistics, damped, diagonal_blocks, most_active_first

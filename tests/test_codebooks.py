@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from aqlm_cli.codesearch import CodeSearch, code_search
 from aqlm_cli.methods import codebooks as solver
 from aqlm_cli.methods.codebooks import Approximation, improve_codebooks, improve_scales
-from aqlm_cli.methods.codesearch import CodeSearch, code_search
 from aqlm_cli.methods.statistics import damped
 from aqlm_cli.scheme import AdditiveScheme
 from aqlm_kernels import AdditiveMatrix

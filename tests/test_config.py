@@ -11,7 +11,16 @@ from hypothesis import strategies as st
 
 from aqlm_cli.config import RunConfig
 from aqlm_cli.errors import AqlmError, ConfigError, UsageError
-from aqlm_cli.run_file import PRESETS, build_config, differences, dump_yaml, load_run_file, merge, preset_path
+from aqlm_cli.run_file import (
+    FINETUNE_PRESETS,
+    PRESETS,
+    build_config,
+    differences,
+    dump_yaml,
+    load_run_file,
+    merge,
+    preset_path,
+)
 from aqlm_cli.scheme import AdditiveScheme, UniformScheme
 
 SHIPPED = sorted(preset_path("default").parent.glob("*.yaml"))
@@ -55,6 +64,15 @@ def test_the_paper_preset_is_the_published_recipe() -> None:
     assert (fit.sequences, fit.held_out, fit.patience) == (128, 16, 3)
 
 
+def test_the_presets_of_pv_tuning_are_the_published_recipes() -> None:
+    one, other = (build_config(name, None, {"model": "any"}).finetune for name in FINETUNE_PRESETS)
+    for section in (one, other):
+        assert (section.optimizer, section.learning_rate, section.embeddings) == ("lamb", 3e-4, True)
+        assert (section.codes.share, section.warmup_steps, section.final_rate) == (0.01, 0, 1.0)
+    assert (one.batch, one.codes.learning_rate, one.codes.trust_ratio) == (128, 1e-2, None)
+    assert (other.batch, other.codes.learning_rate, other.codes.trust_ratio) == (256, 3e-3, 1e-2)
+
+
 def test_a_written_run_file_reads_back_the_same(tmp_path: Path) -> None:
     flags = {"model": "any", "quantize": {"only": [r"model\.layers\.[0-6]\..*"], "fit": {"learning_rate": 1e-5}}}
     config = build_config("paper", None, flags)
@@ -76,7 +94,8 @@ def values(schema: Mapping[str, Any], sections: Mapping[str, Any]) -> st.SearchS
     if schema["type"] == "array":
         return st.lists(values(schema["items"], sections), max_size=3)
     if schema["type"] == "number":
-        return st.floats(schema["exclusiveMinimum"], schema.get("maximum"), exclude_min=True, allow_infinity=False)
+        open_below, least = "exclusiveMinimum" in schema, schema.get("exclusiveMinimum", schema.get("minimum"))
+        return st.floats(least, schema.get("maximum"), exclude_min=open_below, allow_infinity=False)
     return {
         "null": st.none(),
         "boolean": st.booleans(),
@@ -135,7 +154,7 @@ def test_merge_goes_into_sections_and_leaves_its_arguments_alone() -> None:
     [
         ("quantize: {shceme: 2x8g8}", "quantize.shceme", "quantize.scheme"),
         ("scheme: 2x8g8", "scheme", "quantize.scheme"),
-        ("calibrate: {beam: 4}", "calibrate.beam", "quantize.search.beam"),
+        ("calibrate: {final_beam: 4}", "calibrate.final_beam", "quantize.search.final_beam"),
         ("quantise: {}", "quantise", "quantize"),
         ("eval-ppl: {dtype: float16}", "eval-ppl.dtype", "eval_ppl.dtype"),
     ],

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from aqlm_cli.config import FinetuneConfig
 from aqlm_cli.errors import QuantizationError
+from aqlm_cli.team import Team
 from aqlm_cli.tuning import distill
 from aqlm_cli.tuning.distill import ChunkedDivergence, Distillation, Training, _chosen, begin, one_step, train
 
@@ -18,8 +19,8 @@ CPU = torch.device("cpu")
 VOCABULARY, WIDTH = 50, 16
 
 
-def direct(student: Tensor, teacher: Tensor, head: Tensor) -> Tensor:
-    ours, theirs = (torch.log_softmax(states @ head.T, 1) for states in (student, teacher))
+def direct(student: Tensor, teacher: Tensor, head: Tensor, student_head: Tensor) -> Tensor:
+    ours, theirs = torch.log_softmax(student @ student_head.T, 1), torch.log_softmax(teacher @ head.T, 1)
     return F.kl_div(ours, theirs, log_target=True, reduction="batchmean")
 
 
@@ -30,15 +31,19 @@ def test_loss_and_gradient_are_those_of_whole_logits(tokens: int, monkeypatch: p
     student, teacher = (torch.randn(tokens, WIDTH, generator=rng, dtype=torch.float64) for _ in range(2))
     head = torch.randn(VOCABULARY, WIDTH, generator=rng)
     ours = student.float().requires_grad_(True)
-    loss = ChunkedDivergence.apply(ours, teacher.float(), head)
+    weight = head.clone().requires_grad_(True)
+    loss = ChunkedDivergence.apply(ours, teacher.float(), lambda x: x @ weight.T, lambda x: x @ head.T, weight)
     (3 * loss).backward()
-    exact = student.requires_grad_(True)
-    wanted = direct(exact, teacher, head.double())
+    exact, exact_head = student.requires_grad_(True), head.double().requires_grad_(True)
+    wanted = direct(exact, teacher, head.double(), exact_head)
     (3 * wanted).backward()
     assert ours.grad is not None and exact.grad is not None
+    assert weight.grad is not None and exact_head.grad is not None
     torch.testing.assert_close(loss.double(), wanted, rtol=1e-5, atol=1e-7)
     torch.testing.assert_close(ours.grad.double(), exact.grad, rtol=1e-4, atol=1e-6)
-    assert float(ChunkedDivergence.apply(teacher.float(), teacher.float(), head)) == pytest.approx(0, abs=1e-6)
+    torch.testing.assert_close(weight.grad.double(), exact_head.grad, rtol=1e-4, atol=1e-6)
+    same = lambda x: x @ head.T  # noqa: E731
+    assert float(ChunkedDivergence.apply(teacher.float(), teacher.float(), same, same)) == pytest.approx(0, abs=1e-6)
 
 
 def test_logits_never_exist_for_all_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -46,8 +51,8 @@ def test_logits_never_exist_for_all_tokens(monkeypatch: pytest.MonkeyPatch) -> N
     rows: list[int] = []
     softmax = torch.log_softmax
     monkeypatch.setattr(torch, "log_softmax", lambda x, dim: rows.append(len(x)) or softmax(x, dim))
-    states = torch.randn(23, WIDTH)
-    ChunkedDivergence.apply(states, states, torch.randn(VOCABULARY, WIDTH))
+    states, head = torch.randn(23, WIDTH), torch.randn(VOCABULARY, WIDTH)
+    ChunkedDivergence.apply(states, states, lambda x: x @ head.T, lambda x: x @ head.T)
     assert max(rows) == 5 and sum(rows) == 2 * 23
 
 
@@ -69,11 +74,14 @@ def lesson(windows: int = 12) -> tuple[nn.Module, Distillation]:
     data = Distillation(
         lambda ids: student(embeddings[ids]),
         lambda ids: teacher(embeddings[ids]),
-        head,
+        lambda states: states @ head.T,
+        lambda states: states @ head.T,
+        (),
         ids[4:],
         ids[:4],
         torch.float32,
         CPU,
+        Team(),
     )
     return student, data
 
@@ -85,7 +93,7 @@ def settings(**changes: Any) -> FinetuneConfig:
 
 
 def taught(student: nn.Module, data: Distillation, section: FinetuneConfig) -> Training:
-    training = begin(dict(student.named_parameters()))
+    training = begin(data, dict(student.named_parameters()), {}, section)
     train(data, training, section, 0, lambda training, loss: None)
     return training
 
@@ -119,7 +127,7 @@ def test_windows_go_through_in_parts_with_the_same_gradient() -> None:
     found = []
     for at_once in (4, 1):
         student, data = lesson()
-        training = begin(dict(student.named_parameters()))
+        training = begin(data, dict(student.named_parameters()), {}, settings())
         one_step(data, training, settings(windows_at_once=at_once), 0)
         found.append([parameter.detach().clone() for parameter in student.parameters()])
     for whole, parts in zip(*found, strict=True):
@@ -140,12 +148,12 @@ def test_a_stored_training_goes_on_to_the_same_bits(stop: int) -> None:
             raise Stop
 
     student, data = lesson()
-    training = begin(dict(student.named_parameters()))
+    training = begin(data, dict(student.named_parameters()), {}, settings())
     with pytest.raises(Stop):
         train(data, training, settings(), 0, stopping)
     kept, facts = {name: tensor.clone() for name, tensor in training.tensors().items()}, training.facts()
     student, data = lesson()
-    again = begin(dict(student.named_parameters()))
+    again = begin(data, dict(student.named_parameters()), {}, settings())
     again.restore(kept, facts)
     train(data, again, settings(), 0, lambda training, loss: None)
     for parameter, there in zip(student.parameters(), wanted, strict=True):
@@ -163,4 +171,4 @@ def test_a_loss_that_is_no_number_ends_it_with_a_word_on_the_rate() -> None:
     student, data = lesson()
     broken = dataclasses.replace(data, student=lambda ids: data.student(ids) * torch.nan)
     with pytest.raises(QuantizationError, match="step 0: the KL is nan; a smaller --learning-rate may help"):
-        one_step(broken, begin(dict(student.named_parameters())), settings(), 0)
+        one_step(broken, begin(broken, dict(student.named_parameters()), {}, settings()), settings(), 0)

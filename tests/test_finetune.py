@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from typer.testing import Result
 
 from aqlm_cli.artifacts import open_artifact
-from aqlm_cli.errors import ModelError, UsageError
-from aqlm_cli.model import load_network, resolve
+from aqlm_cli.errors import UsageError
+from aqlm_cli.model import halves_of, load_network, resolve
 from aqlm_cli.stages import finetune as stage
 from aqlm_cli.units import parse_duration
 
@@ -48,7 +48,7 @@ def test_the_quantized_model_comes_nearer_to_the_original_with_its_codes_as_they
     told = json.loads(run("finetune", "run", "--json").stdout)
     assert told["finetune"]["after"] < told["finetune"]["before"]
     assert told["finetune"]["steps"] == 6 and told["finetune"]["tokens"] == 6 * 2 * 16
-    assert contents(made / "finetuned").keys() == before.keys()
+    assert contents(made / "finetuned").keys() == {*before, "outside.safetensors"}
     for name, tensors in before.items():
         tuned = load_file(made / "finetuned" / name)
         assert tuned.keys() == tensors.keys()
@@ -136,11 +136,10 @@ def test_blocks_without_quantized_layers_are_left_alone(run_file: Path) -> None:
     run_file.write_text(run_file.read_text() + SECTION)
     run("quantize", "--config", "run.yaml", "--out", "run", "--skip", r"model\.layers\.0\..*")
     told = json.loads(run("finetune", "run", "--json").stdout)["finetune"]
-    assert told["parameters"] == sum(
-        tensor.numel()
-        for name, tensor in load_file("run/finetuned/block-001.safetensors").items()
-        if not name.endswith("codes")
-    )
+    files = ("block-001", "outside")
+    learnt = {name: tensor for file in files for name, tensor in load_file(f"run/finetuned/{file}.safetensors").items()}
+    assert not (Path("run/finetuned") / "block-000.safetensors").exists()
+    assert told["parameters"] == sum(tensor.numel() for name, tensor in learnt.items() if not name.endswith("codes"))
     assert run("verify", "run").exit_code == 0
 
 
@@ -151,16 +150,72 @@ def test_the_format_that_was_packed_stays(made: Path) -> None:
         assert told["pack"]["format"] == "dense"
 
 
-@pytest.mark.parametrize(("family", "word"), [("gemma2", "not its head's product"), ("llama", None)])
-def test_a_model_that_bounds_its_logits_is_refused(
-    family: str, word: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("family", sorted({**tiny_models.FAMILIES, **tiny_models.WITH_EXPERTS}))
+def test_body_and_head_make_the_whole_whatever_the_family_does_to_its_logits(family: str, tmp_path: Path) -> None:
     network = load_network(resolve(str(tiny_models.save(family, tmp_path / "model"))), torch.float32)
-    if word is None:
-        assert torch.equal(stage._head(network, tiny_models.token_ids()), network.get_output_embeddings().weight)
-    else:
-        with pytest.raises(ModelError, match=word):
-            stage._head(network, tiny_models.token_ids())
+    ids = tiny_models.token_ids()
+    with torch.no_grad():
+        whole = network(input_ids=ids, use_cache=False).logits
+        halves = halves_of(network)
+        logits = halves.logits(halves.states(ids).flatten(0, 1))
+    torch.testing.assert_close(logits, whole.flatten(0, 1), rtol=1e-5, atol=1e-5)
+
+
+def test_a_model_that_bounds_its_logits_learns_too(run_file: Path, tmp_path: Path) -> None:
+    bounded = tiny_models.save("gemma2", tmp_path / "bounded")
+    run_file.write_text(run_file.read_text() + SECTION)
+    told = json.loads(run("quantize", str(bounded), "--config", "run.yaml", "--out", "run", "--json").stdout)
+    assert told
+    told = json.loads(run("finetune", "run", "--steps", "20", "--json").stdout)["finetune"]
+    assert told["after"] < told["before"]
+
+
+def test_codes_learn_where_they_are_asked_to_and_go_on_after_an_interruption(
+    made: Path, interrupted_at: Callable[..., Result]
+) -> None:
+    run_file = yaml.safe_load((made / "run.yaml").read_text())
+    run_file["finetune"]["codes"] |= {"learning_rate": 0.5, "trust_ratio": None}
+    (made / "run.yaml").write_text(yaml.safe_dump(run_file))
+    shutil.copytree(made, "whole")
+    told = json.loads(run("finetune", "whole", "--codes", "0.1", "--json").stdout)["finetune"]
+    before, after = (load_file(f"whole/{name}/block-000.safetensors") for name in ("quantized", "finetuned"))
+    moved = sum(int((after[name] != before[name]).any(2).sum()) for name in before if name.endswith("codes"))
+    assert 0 < moved <= told["changed"]
+    assert interrupted_at("training.safetensors", 2, "finetune", "run", "--codes", "0.1").exit_code == 130
+    assert "going on after them" in run("finetune", "run", "--codes", "0.1").output
+    assert contents(Path("run/finetuned")) == contents(Path("whole/finetuned"))
+
+
+def test_embeddings_and_head_learn_where_they_are_asked_to(made: Path) -> None:
+    told = json.loads(run("finetune", "run", "--embeddings", "--json").stdout)
+    learnt = load_file(made / "finetuned/outside.safetensors")
+    assert (
+        any(tensor.ndim == 2 for tensor in learnt.values()) and told["finetune"]["after"] < told["finetune"]["before"]
+    )
+    packed = load_file(made / "packed/model.safetensors")
+    for name, tensor in learnt.items():
+        torch.testing.assert_close(packed[name].float(), tensor, rtol=0, atol=0)
+    original = load_network(resolve("model"), torch.float32).state_dict()
+    assert all(not torch.equal(original[name], tensor) for name, tensor in learnt.items())
+
+
+def test_computing_blocks_again_changes_nothing(made: Path) -> None:
+    shutil.copytree(made, "other")
+    for directory, checkpointing in ((made, False), (Path("other"), True)):
+        run_file = yaml.safe_load((directory / "run.yaml").read_text())
+        run_file["finetune"]["checkpointing"] = checkpointing
+        (directory / "run.yaml").write_text(yaml.safe_dump(run_file))
+        run("finetune", str(directory))
+    assert contents(made / "finetuned") == contents(Path("other/finetuned"))
+
+
+def test_a_preset_takes_the_place_of_the_run_s_settings_and_flags_that_of_the_preset_s(made: Path) -> None:
+    flags = ("--preset", "pv-tuning", "--batch", "2", "--steps", "1")
+    assert run("finetune", "run", *flags).exit_code == 0
+    section = yaml.safe_load((made / "run.yaml").read_text())["finetune"]
+    assert (section["optimizer"], section["batch"], section["steps"]) == ("lamb", 2, 1)
+    assert section["sequence_length"] == 16, "which the preset does not name"
+    assert "choose default, fast" in run("finetune", "run", "--preset", "pv").stderr
 
 
 def test_the_curve_is_drawn_again_where_it_is_missing(made: Path) -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from aqlm_cli.methods.codesearch import code_search
+from aqlm_cli.codesearch import code_search
 from aqlm_cli.methods.kmeans import residual_kmeans
 
 SEARCH = code_search(torch.device("cpu"))

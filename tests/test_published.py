@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from aqlm_cli.codesearch import code_search
 from aqlm_cli.config import SearchConfig
 from aqlm_cli.methods import aqlm, published
 from aqlm_cli.methods.codebooks import Approximation
-from aqlm_cli.methods.codesearch import code_search
 from aqlm_cli.methods.statistics import LayerStatistics
 from aqlm_cli.scheme import AdditiveScheme
 from aqlm_kernels import AdditiveMatrix

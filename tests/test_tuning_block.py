@@ -309,4 +309,4 @@ def test_a_tuned_value_that_float16_cannot_hold_is_refused_by_name() -> None:
     block = quantized()
     block.norm.weight.data[2] = 1e6
     with pytest.raises(QuantizationError, match=r"norm\.weight: a value is out of the range of float16"):
-        round_to_16_bits(block)
+        round_to_16_bits(tuned_parameters(block))

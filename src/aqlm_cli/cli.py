@@ -226,6 +226,11 @@ def finetune(
     time_budget: Annotated[str | None, typer.Option(help="Such as 2h or 90m: as many steps as fit.")] = None,
     batch: Annotated[int | None, typer.Option(help="Windows of a step.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Relative to each tensor's root mean square.")] = None,
+    codes: Annotated[
+        float | None, typer.Option(metavar="SHARE", help="Let so many of the codes move at a step, such as 0.01.")
+    ] = None,
+    embeddings: Annotated[bool | None, typer.Option("--embeddings", help="Train them and the head as well.")] = None,
+    preset: options.FinetunePreset = None,
     device: options.Device = None,
     threads: options.Threads = None,
     overwrite: options.Overwrite = False,
@@ -235,7 +240,8 @@ def finetune(
 ) -> None:
     """Teach a quantized model by its original, at the same size.
 
-    Codebooks, scales, norms and biases move, the codes stay. Packs the result.
+    Codebooks, scales, norms and biases move; the codes stay, unless --codes lets them. Packs the result. Several
+    processes learn together under `torchrun --nproc-per-node N -m aqlm_cli finetune ...`.
 
     \b
     Example:
@@ -247,10 +253,13 @@ def finetune(
         raise UsageError("--steps and --time-budget exclude each other; give one of them")
     section: dict[str, Any] = {"data": data, "sequences": sequences, "sequence_length": sequence_length}
     section |= {"steps": steps, "time_budget": time_budget, "batch": batch, "learning_rate": learning_rate}
-    settings = pipeline.settings_to_finetune(run, {"device": device, "threads": threads}, section)
+    section |= {"codes": {"share": codes}, "embeddings": embeddings}
+    settings = pipeline.settings_to_finetune(run, {"device": device, "threads": threads}, preset, section)
     with Screen(json, quiet, verbose) as screen:
         pipeline.use_machine(settings)
-        screen.finish(pipeline.finetune_run(settings, run, overwrite, screen.emit), command_line("eval-ppl", run))
+        made = pipeline.finetune_run(settings, run, overwrite, screen.emit)
+        if made:
+            screen.finish(made, command_line("eval-ppl", run))
 
 
 for measuring in (measure.eval_ppl, measure.bench, measure.generate):

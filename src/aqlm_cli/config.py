@@ -122,12 +122,30 @@ class QuantizeConfig(Section):
         return self
 
 
+class CodesConfig(Section):
+    """Codes that learn, by the V steps of PV-Tuning (arXiv 2405.14852).
+
+    At each step at most `share` of a matrix's groups get new codes (0: codes stay), after weights that run ahead of
+    them at `learning_rate`, and no more of them than change the matrix by `trust_ratio` of its norm; None: no such
+    bound. `beam` as in `quantize.search`. `state` is the type of the weights ahead, their gradients and moments:
+    12 bytes a weight in float32, 6 in bfloat16.
+    """
+
+    share: Annotated[float, Field(strict=False, ge=0, le=1)] = 0.0
+    learning_rate: Rate = 3e-3
+    trust_ratio: Rate | None = 0.01
+    beam: Beam = 8
+    state: Literal["float32", "bfloat16"] = "float32"
+
+
 class FinetuneConfig(Section):
     """Teaching the quantized model by the original: `steps` of `batch` windows of `sequence_length` tokens.
 
     `data` and `sequences` are as in `calibrate`; None: its text. A `time_budget`, such as 2h, is turned into `steps`
-    when a run is begun. `windows_at_once` go through the model together: fewer need less memory. `learning_rate` is
-    in units of each tensor's root mean square; it falls as half a cosine to `final_rate` of itself. `held_out` windows
+    when a run is begun. `windows_at_once` go through the model together: fewer need less memory; `checkpointing`
+    computes each block again in the backward, which needs less still. With `optimizer` adam, `learning_rate` is in
+    units of the root mean square that each tensor has at first, with lamb in units of its present norm; it falls as
+    half a cosine to `final_rate` of itself. `embeddings` lets them, and the head, learn as well. `held_out` windows
     judge, every `evaluate_every` steps; `patience` such judgements without gain end it. What was trained is kept on
     the disk every `keep_every` steps.
     """
@@ -139,6 +157,9 @@ class FinetuneConfig(Section):
     time_budget: str | None = None
     batch: Positive = 4
     windows_at_once: Positive = 4
+    checkpointing: bool = False
+    embeddings: bool = False
+    optimizer: Literal["adam", "lamb"] = "adam"
     learning_rate: Rate = 2e-3
     warmup_steps: Count = 5
     final_rate: Annotated[float, Field(strict=False, gt=0, le=1)] = 0.05
@@ -146,6 +167,7 @@ class FinetuneConfig(Section):
     evaluate_every: Positive = 50
     patience: Positive | None = None
     keep_every: Positive = 25
+    codes: CodesConfig = CodesConfig()
 
     @field_validator("time_budget")
     @classmethod

@@ -20,7 +20,7 @@ from aqlm_cli.artifacts import Artifact
 from aqlm_cli.checkpoint import Entry
 from aqlm_cli.errors import ModelError, QuantizationError
 from aqlm_cli.methods import CompressedMatrix
-from aqlm_cli.quantized import block_files, matrix_kinds, read_matrix
+from aqlm_cli.quantized import OUTSIDE, block_files, matrix_kinds, read_matrix
 from aqlm_cli.scheme import AdditiveScheme, Scheme
 from aqlm_cli.sources import StoredTensor, tensor_index
 from aqlm_cli.storage import TensorLayout, read_tensor, tensor_names
@@ -127,13 +127,14 @@ def checkpoint_entries(
 def _tuned_parameters(
     original: Mapping[str, StoredTensor], quantized: Artifact, by_path: Mapping[str, QuantizedLayer]
 ) -> dict[str, Callable[[], Tensor]]:
-    """Norms and biases that were fitted to the quantized matrices, and so take the place of the original's.
+    """Norms and biases, and what else learnt with the quantized matrices: they take the place of the original's.
 
     Also makes sure that everything in the quantized model finds its place: a model whose files name a tensor otherwise
     than its modules do would lose it.
     """
     tuned: dict[str, Callable[[], Tensor]] = {}
-    for file in map(quantized.path, block_files(quantized)):
+    outside = [OUTSIDE] if OUTSIDE in quantized.manifest.files else []
+    for file in map(quantized.path, [*block_files(quantized), *outside]):
         for name in tensor_names(file):
             path = name.rpartition(".")[0]
             if name in original:

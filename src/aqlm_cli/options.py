@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from aqlm_cli.errors import UsageError
-from aqlm_cli.run_file import PRESETS
+from aqlm_cli.run_file import FINETUNE_PRESETS, PRESETS
 from aqlm_cli.scheme import SCHEMES_BY_BITS, scheme_for_bits
 
 
@@ -39,6 +39,9 @@ Run = Annotated[Path, typer.Argument(metavar="RUN", help="The directory of a run
 Revision = Annotated[str | None, typer.Option(help="Commit, tag or branch of a hub model.")]
 RemoteCode = Annotated[bool | None, typer.Option("--trust-remote-code", help="Run Python code of the model.")]
 Preset = Annotated[str | None, typer.Option(help=f"Settings under the run file: {', '.join(PRESETS)}.")]
+FinetunePreset = Annotated[
+    str | None, typer.Option("--preset", help=f"Settings over those of the run: {', '.join(FINETUNE_PRESETS)}.")
+]
 RunFile = Annotated[Path | None, typer.Option("--config", help="A run file in YAML; flags beat it.")]
 
 Bits = Annotated[

@@ -24,7 +24,7 @@ from aqlm_cli.locking import exclusive
 from aqlm_cli.model import Subject, find_subject, resolve
 from aqlm_cli.openmp import forbid_nested_loops
 from aqlm_cli.report import GenerationReport, PlanReport, Record, VerifyReport
-from aqlm_cli.run_file import build_config
+from aqlm_cli.run_file import build_config, given, load_run_file, merge, preset_path
 from aqlm_cli.runs import RunDirectory, find_artifact, is_run, read_run, refuse_other_directory
 from aqlm_cli.scheme import SCHEMES_BY_BITS, AdditiveScheme, parse_scheme
 from aqlm_cli.speed_report import BenchReport
@@ -33,7 +33,7 @@ from aqlm_cli.stages.bench import bench, bench_shape
 from aqlm_cli.stages.calibrate import calibrate
 from aqlm_cli.stages.doctor import doctor
 from aqlm_cli.stages.eval_ppl import eval_ppl
-from aqlm_cli.stages.finetune import finetune
+from aqlm_cli.stages.finetune import finetune, follow
 from aqlm_cli.stages.generate import generate
 from aqlm_cli.stages.pack import pack
 from aqlm_cli.stages.plan import forecast
@@ -41,6 +41,7 @@ from aqlm_cli.stages.quantize import quantize
 from aqlm_cli.stages.status import status
 from aqlm_cli.stages.verify import verify
 from aqlm_cli.survey import plan_report, survey, within_limits
+from aqlm_cli.team import Team, joined, processes_here
 from aqlm_cli.wording import clock, plain, readable_bytes
 
 __all__ = [
@@ -78,7 +79,7 @@ def use_machine(config: RunConfig) -> None:
     device = torch.device(config.device)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UsageError(f"--device {device}: torch finds {torch.cuda.device_count()} such devices here; choose cpu")
-    threads = config.threads or numba.get_num_threads()
+    threads = config.threads or max(1, numba.get_num_threads() // processes_here())
     try:
         numba.set_num_threads(threads)  # starts Numba's threads
     except ValueError as error:
@@ -226,13 +227,28 @@ def continue_text(
 
 
 def finetune_run(config: RunConfig, run_directory: Path, overwrite: bool, emit: Emit) -> dict[str, Record]:
-    """Teach a quantized run by its original, and pack it anew; what is missing before it runs first."""
+    """Teach a quantized run by its original, and pack it anew; what is missing before it runs first.
+
+    Nothing comes of it in a process that torchrun started beside the first.
+    """
     run = read_run(run_directory)
+    config = config.model_copy(update={"device": own_device(config.device)})
+    with joined(config.device) as team:
+        if not team.leads:
+            follow(config, run_directory, team)
+            return {}
+        return _finetune_and_pack(config, run, overwrite, emit, team)
+
+
+def _finetune_and_pack(
+    config: RunConfig, run: RunDirectory, overwrite: bool, emit: Emit, team: Team
+) -> dict[str, Record]:
+    run_directory = run.path
     with _at_work(run_directory):
         if run.own("quantized", "quantized") is None:
             _quantize_first(run.config, run_directory, emit)
         with logged(run_directory, "finetune", emit) as both:
-            tuned = finetune(config, run_directory, overwrite, both)
+            tuned = finetune(config, run_directory, overwrite, both, team)
         run = read_run(run_directory)
         packed = run.own("packed", "packed")
         outdated = packed is not None and packed.manifest.parents.get("quantized") != run.current("quantized").digest
@@ -241,9 +257,12 @@ def finetune_run(config: RunConfig, run_directory: Path, overwrite: bool, emit: 
         return {"finetune": tuned, "pack": _pack(again, run_directory, outdated, emit, {})}
 
 
-def settings_to_finetune(run_directory: Path, flags: Mapping[str, Any], section: Mapping[str, Any]) -> RunConfig:
-    """The flags over the run's own file; steps take the place of its time budget."""
-    config = settings_of_run(run_directory, {**flags, "finetune": section})
+def settings_to_finetune(
+    run_directory: Path, flags: Mapping[str, Any], preset: str | None, section: Mapping[str, Any]
+) -> RunConfig:
+    """The flags over the preset over the run's own file; steps take the place of its time budget."""
+    recipe = load_run_file(preset_path(preset)).get("finetune", {}) if preset else {}
+    config = settings_of_run(run_directory, {**flags, "finetune": merge(recipe, given(section))})
     if section["steps"] is None:
         return config
     return config.model_copy(update={"finetune": config.finetune.model_copy(update={"time_budget": None})})

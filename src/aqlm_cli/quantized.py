@@ -1,7 +1,8 @@
-"""The files of `quantized/`, one a block: written, read, and put back into the block of a network.
+"""The files of `quantized/` and `finetuned/`, one a block: written, read, and put back into the block of a network.
 
 block-007.safetensors     of every compressed matrix its tensors under the path of its layer, fitted; and every norm
                           and bias of the block. Its metadata says of which kind each matrix is.
+outside.safetensors       in finetuned/ alone: what learnt outside the blocks, by name.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from aqlm_cli.methods import MATRIX_KINDS, CompressedMatrix
 from aqlm_cli.storage import load_tensors, read_metadata, save_tensors
 from aqlm_cli.tuning.block import tuned_parameters
 from aqlm_kernels import AdditiveLinear, AdditiveMatrix
+
+OUTSIDE = "outside.safetensors"
 
 
 def block_file(index: int) -> str:

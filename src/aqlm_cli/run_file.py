@@ -19,6 +19,9 @@ from aqlm_cli.errors import ConfigError, UsageError, shortened
 
 PRESETS = ("default", "fast", "paper")
 
+FINETUNE_PRESETS = ("pv-tuning", "pv-tuning-bounded")
+"""Recipes of PV-Tuning's authors."""
+
 LARGEST_RUN_FILE = 100_000
 """Bytes, fifty times what a complete one has: YAML is read in Python, at a second for so many."""
 
@@ -36,8 +39,9 @@ _IN_YAML = {
 
 def preset_path(name: str) -> Path:
     """The file of a preset: inside the installed package, or in `configs/` of a checkout."""
-    if name not in PRESETS:
-        raise UsageError(f"no preset is called {name!r}; choose {', '.join(PRESETS)}")
+    known = (*PRESETS, *FINETUNE_PRESETS)
+    if name not in known:
+        raise UsageError(f"no preset is called {name!r}; choose {', '.join(known)}")
     package = Path(__file__).resolve().parent
     installed = package / "configs" / f"{name}.yaml"
     return installed if installed.exists() else package.parents[1] / "configs" / f"{name}.yaml"
@@ -107,7 +111,7 @@ def build_config(preset: str | None, file: Path | None, flags: Mapping[str, Any]
     for path in (preset_path(preset) if preset else None, file):
         if path is not None:
             layers[str(path)] = load_run_file(path)
-    layers["flags"] = _given(flags)
+    layers["flags"] = given(flags)
     try:
         return RunConfig.model_validate(merge(*layers.values()))
     except ValidationError as error:
@@ -160,9 +164,10 @@ def _nearest(key: str, valid: tuple[str, ...]) -> str:
     return max(valid, key=likeness)
 
 
-def _given(flags: Mapping[str, Any]) -> dict[str, Any]:
+def given(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """Without the flags that are None."""
     return {
-        key: _given(value) if isinstance(value, Mapping) else value for key, value in flags.items() if value is not None
+        key: given(value) if isinstance(value, Mapping) else value for key, value in flags.items() if value is not None
     }
 
 

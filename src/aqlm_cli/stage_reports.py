@@ -111,21 +111,24 @@ class QuantizeReport(StageReport):
 @dataclass(frozen=True, kw_only=True)
 class FinetuneReport(StageReport):
     """`before` and `after` are KL(original || quantized) in nats a token on windows that were not trained on; `tokens`
-    counts those of all steps, `text_tokens` those of the text, which may have been gone through several times."""
+    counts those of all steps, `text_tokens` those of the text, which may have been gone through several times;
+    `changed` is how often a group of weights got other codes."""
 
     steps: int
     tokens: int
     text_tokens: int
     parameters: int
+    changed: int
     before: float
     after: float
 
     def table(self) -> Table:
+        moved = f"groups got other codes {self.changed} times" if self.changed else "the codes stay"
         return facts(
             "finetuned",
             [
                 ("steps", f"{self.steps}, {self.tokens} tokens of a text of {self.text_tokens}"),
-                ("trained", f"{self.parameters} numbers; the codes stay"),
+                ("trained", f"{self.parameters} numbers; {moved}"),
                 ("held-out KL", f"{self.before:.4f} -> {self.after:.4f} nats a token"),
                 *self.costs(),
                 ("wrote", str(self.directory)),

@@ -14,10 +14,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from aqlm_cli.codesearch import CodeSearch, code_search
 from aqlm_cli.config import SearchConfig
 from aqlm_cli.errors import QuantizationError
 from aqlm_cli.methods.codebooks import Approximation, improve_codebooks, improve_scales
-from aqlm_cli.methods.codesearch import CodeSearch, code_search
 from aqlm_cli.methods.feedback import Rounder, sweep
 from aqlm_cli.methods.kmeans import residual_kmeans
 from aqlm_cli.methods.published import quantize_as_published

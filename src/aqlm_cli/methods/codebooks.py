@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from aqlm_cli.methods.codesearch import CodeSearch
+from aqlm_cli.codesearch import CodeSearch
 from aqlm_cli.methods.statistics import diagonal_blocks
 
 RIDGE = 1e-6  # of the mean diagonal of A, on all of A: two codebooks can shift a constant between them

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from aqlm_cli.methods.codesearch import CodeSearch
+from aqlm_cli.codesearch import CodeSearch
 
 
 def residual_kmeans(

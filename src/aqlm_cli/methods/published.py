@@ -11,9 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from aqlm_cli.codesearch import CodeSearch, code_search
 from aqlm_cli.config import SearchConfig
 from aqlm_cli.methods.codebooks import Approximation
-from aqlm_cli.methods.codesearch import CodeSearch, code_search
 from aqlm_cli.methods.feedback import sweep
 from aqlm_cli.methods.kmeans import residual_kmeans
 from aqlm_cli.methods.statistics import Feedback, LayerStatistics, diagonal_blocks

@@ -5,6 +5,7 @@
 """
 
 from aqlm_cli.model.decoding import Decoding, decoding_of, open_decoding
+from aqlm_cli.model.head import Halves, halves_of
 from aqlm_cli.model.loading import (
     is_coded,
     load_block,
@@ -20,11 +21,13 @@ from aqlm_cli.sources import ModelSource, end_tokens, model_config, save_support
 
 __all__ = [
     "Decoding",
+    "Halves",
     "ModelSource",
     "Subject",
     "decoding_of",
     "end_tokens",
     "find_subject",
+    "halves_of",
     "is_coded",
     "load_block",
     "load_network",

@@ -1,8 +1,10 @@
 """`aqlm finetune`: the quantized model as a whole, taught by the original.
 
 Block-wise fitting never sees what an error does further on. Here the quantized model's logits are brought towards the
-original's on the same text (tuning/distill.py); what can be trained in the blocks moves, the codes stay. The result has
-the layout of `quantized/` and takes its place for everything that comes after.
+original's on the same text (tuning/distill.py); whatever is no matrix moves, and codes do if they are asked to
+(tuning/pv.py). The result has the layout of `quantized/` and takes its place for everything that comes after.
+
+Under torchrun every process comes here (team.py): the first one decides, writes and reports, the others `follow`.
 """
 
 from __future__ import annotations
@@ -10,32 +12,28 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from aqlm_cli.activations import compute_dtype
 from aqlm_cli.artifacts import Artifact, Stage
-from aqlm_cli.blocks import find_blocks
 from aqlm_cli.config import RunConfig
 from aqlm_cli.data import calibration_windows
-from aqlm_cli.errors import ArtifactError, DataError, ModelError, QuantizationError, UsageError
+from aqlm_cli.errors import ArtifactError, DataError, UsageError
 from aqlm_cli.events import Advanced, Emit, Noted, StageStarted
 from aqlm_cli.figures import draw_curve
 from aqlm_cli.memory import peak_memory_bytes, reset_peak_memory
-from aqlm_cli.model import ModelSource, load_network, load_tokenizer, original_of
+from aqlm_cli.model import ModelSource, load_tokenizer, original_of
 from aqlm_cli.propagation import machine_of
-from aqlm_cli.quantized import block_file, matrix_kinds, read_matrix, restore_block, save_block
+from aqlm_cli.pupil import Pupil, load_pupil
 from aqlm_cli.runs import START, RunDirectory, read_run
 from aqlm_cli.seeds import generator
 from aqlm_cli.stage_reports import FinetuneReport, restored
 from aqlm_cli.storage import disk_bytes, load_tensors, read_metadata, save_tensors
-from aqlm_cli.tuning.block import round_to_16_bits, tuned_parameters
-from aqlm_cli.tuning.descent import put_back
-from aqlm_cli.tuning.distill import Distillation, States, Training, begin, one_step, train
+from aqlm_cli.team import Team
+from aqlm_cli.tuning.distill import Training, one_step, train
 from aqlm_cli.units import parse_duration
 
 STAGE = "finetune"
@@ -46,26 +44,32 @@ STATE = "training.safetensors"
 TIMED_STEPS = 3
 
 
-def finetune(config: RunConfig, run_directory: Path, overwrite: bool, emit: Emit) -> FinetuneReport:
+def finetune(config: RunConfig, run_directory: Path, overwrite: bool, emit: Emit, team: Team) -> FinetuneReport:
     """Write `finetuned/` from the run's `quantized/`, or reuse one that was made with the same settings."""
-    run, machine = read_run(run_directory), machine_of(config)
+    run, machine = read_run(run_directory), {**machine_of(config), **team.described()}
     start, source = run.own("quantized", "quantized"), original_of(run)
     if start is None:
         raise ArtifactError(f"{run_directory} has no complete quantized/; make it with `aqlm quantize`")
     run.refuse_outdated(start)
+    if config.finetune.batch % team.size:
+        raise UsageError(f"--batch {config.finetune.batch} is not the same for each of {team.size} processes")
     config, timed = _with_known_steps(config, run.known_settings("finetuned", overwrite))
     found = run.reusable("finetuned", "quantized", *_made_with(config, source, start), overwrite)
     if found is not None:
+        team.told({"goes_on": False})
         emit(Noted(f"{found.directory} is there already, made with the same settings"))
         return _reported(run, found)
     run.goes_on("finetuned", *_made_with(config, source, start), machine, overwrite)  # or is refused before it loads
+    team.told({"goes_on": True, "timed": timed, "steps": config.finetune.steps})
     reset_peak_memory()
-    pupil = _load(config, source, start, run)
+    pupil = _load(config, source, start, run, team)
+    training = pupil.begin(config.finetune)
     if not timed:
-        config = _with_steps(config, pupil, emit)
+        config = _with_steps(config, pupil, training)
+        emit(Noted(f"{config.finetune.time_budget} are {config.finetune.steps} steps"))
     with run.resumed_stage("finetuned", "quantized", *_made_with(config, source, start), machine, overwrite) as stage:
         run.keep_finetune_settings(config.finetune)
-        training = _train(config, pupil, stage, emit)
+        _train(config, pupil, training, stage, emit)
         pupil.save(stage.directory)
         report = {
             "steps": training.step,
@@ -74,6 +78,7 @@ def finetune(config: RunConfig, run_directory: Path, overwrite: bool, emit: Emit
             "before": training.curve[0]["held_out"],
             "after": pupil.data.held_out_divergence(config.finetune.windows_at_once),  # as it was rounded to be stored
             "parameters": sum(parameter.numel() for parameter in training.parameters.values()),
+            "changed": training.changed,
             "seconds": training.seconds,
             "memory_bytes": peak_memory_bytes(),
             "disk_bytes": disk_bytes(run.path),
@@ -81,6 +86,27 @@ def finetune(config: RunConfig, run_directory: Path, overwrite: bool, emit: Emit
         kept = {key: start.manifest.results.get(key) for key in ("plan", "model", "layers")}
         made = stage.publish({**kept, "machine": machine, "report": report, "curve": training.curve})
     return _reported(run, made)
+
+
+def follow(config: RunConfig, run_directory: Path, team: Team) -> None:
+    """`finetune` in any process but the first: the same steps on windows of its own."""
+    begun = team.told(None)
+    if not begun["goes_on"]:
+        return
+    run = read_run(run_directory)
+    start = run.own("quantized", "quantized")
+    assert start is not None
+    config = _of_steps(config, begun["steps"])
+    pupil = _load(config, original_of(run), start, run, team)
+    training = pupil.begin(config.finetune)
+    if not begun["timed"]:
+        config = _with_steps(config, pupil, training)
+    state = team.told(None)["state"]
+    if state is not None:
+        _restore(training, Path(state))
+    train(pupil.data, training, config.finetune, config.seed, lambda *_: None)
+    pupil.round()
+    pupil.data.held_out_divergence(config.finetune.windows_at_once)
 
 
 def _made_with(config: RunConfig, source: ModelSource, start: Artifact) -> tuple[dict[str, object], dict[str, str]]:
@@ -110,16 +136,15 @@ def _with_known_steps(config: RunConfig, known: Mapping[str, Any]) -> tuple[RunC
     steps = known.get("steps")
     if not isinstance(steps, int) or {**asked, "steps": steps} != dict(known):
         return config, False
-    return config.model_copy(update={"finetune": section.model_copy(update={"steps": steps})}), True
+    return _of_steps(config, steps), True
 
 
-def _with_steps(config: RunConfig, pupil: _Pupil, emit: Emit) -> RunConfig:
+def _with_steps(config: RunConfig, pupil: Pupil, training: Training) -> RunConfig:
     """As many as fit in the time budget, by timing a few whose effect is undone."""
     section = config.finetune
     assert section.time_budget is not None
     budget = parse_duration(section.time_budget)
     trial = section.model_copy(update={"steps": TIMED_STEPS})
-    training = begin(pupil.parameters())
     one_step(pupil.data, training, trial, config.seed)  # whatever has to be compiled
     clock = time.monotonic()
     for _ in range(TIMED_STEPS - 1):
@@ -128,53 +153,21 @@ def _with_steps(config: RunConfig, pupil: _Pupil, emit: Emit) -> RunConfig:
     clock = time.monotonic()
     pupil.data.held_out_divergence(section.windows_at_once)
     judged = (time.monotonic() - clock) / section.evaluate_every
-    put_back(training.parameters, training.kept)
-    steps = max(1, int(budget / (step + judged)))
-    emit(Noted(f"a step takes {step:.2f} s, so {section.time_budget} are {steps} steps"))
-    return config.model_copy(update={"finetune": section.model_copy(update={"steps": steps})})
+    training.undo()
+    team, fitting = pupil.data.team, {"steps": max(1, int(budget / (step + judged)))}
+    return _of_steps(config, team.told(fitting if team.leads else None)["steps"])
 
 
-# --------------------------------------------------------------------------------------------------- who learns of whom
+def _of_steps(config: RunConfig, steps: int) -> RunConfig:
+    return config.model_copy(update={"finetune": config.finetune.model_copy(update={"steps": steps})})
 
 
-@dataclass(frozen=True, eq=False)
-class _Pupil:
-    """The quantized network, and what it is taught with."""
-
-    start: Artifact
-    blocks: Mapping[str, tuple[str, nn.Module]]  # those in which anything is quantized, by the file of each
-    data: Distillation
-
-    def parameters(self) -> dict[str, nn.Parameter]:
-        """Codebooks, scales, norms and biases of these blocks, by path."""
-        found: dict[str, nn.Parameter] = {}
-        for prefix, block in self.blocks.values():
-            found |= tuned_parameters(block, prefix)
-        if not found:
-            raise QuantizationError("the model has no codebooks, norms or biases to be trained")
-        return found
-
-    def save(self, directory: Path) -> None:
-        for name, (prefix, block) in self.blocks.items():
-            round_to_16_bits(block)
-            kinds = matrix_kinds(self.start, name)
-            matrices = {path: read_matrix(self.start, name, path, kind) for path, kind in kinds.items()}
-            save_block(directory / name, prefix, block, matrices)
+# ------------------------------------------------------------------------------------------------------------- training
 
 
-def _load(config: RunConfig, source: ModelSource, start: Artifact, run: RunDirectory) -> _Pupil:
-    device = torch.device(config.device)
-    dtype = compute_dtype(device)
+def _load(config: RunConfig, source: ModelSource, start: Artifact, run: RunDirectory, team: Team) -> Pupil:
     text, held_out = _text(config, source, run)
-    student, teacher = load_network(source, torch.float32, device), load_network(source, dtype, device)
-    found, blocks = find_blocks(student), {}
-    for index, (prefix, block) in enumerate(zip(found.paths, found.modules, strict=True)):
-        if block_file(index) in start.manifest.files:
-            restore_block(start, index, prefix, block)
-            blocks[block_file(index)] = (prefix, block)
-    head = _head(teacher, text[:1, :8].to(device))
-    data = Distillation(_states(student), _states(teacher), head, text, held_out, dtype, device)
-    return _Pupil(start, blocks, data)
+    return load_pupil(source, start, config.finetune, text, held_out, torch.device(config.device), team)
 
 
 def _text(config: RunConfig, source: ModelSource, run: RunDirectory) -> tuple[Tensor, Tensor]:
@@ -194,42 +187,11 @@ def _text(config: RunConfig, source: ModelSource, run: RunDirectory) -> tuple[Te
     return ids[section.held_out :], ids[: section.held_out]
 
 
-def _states(network: nn.Module) -> States:
-    body: Any = network.base_model
-
-    def enter_head(ids: Tensor) -> Tensor:
-        found: Tensor = body(input_ids=ids, use_cache=False).last_hidden_state
-        return found
-
-    return enter_head
-
-
-@torch.no_grad()
-def _head(network: nn.Module, ids: Tensor) -> Tensor:
-    """The weight `[vocabulary, d]` by which hidden states become logits.
-
-    Raises ModelError where there is more to it: some families scale or bound their logits after the head.
-    """
-    model: Any = network
-    head, seen = model.get_output_embeddings(), list[Tensor]()
-    if not isinstance(head, nn.Linear) or head.bias is not None:
-        raise ModelError("the model's head is no plain matrix, which finetune does not know yet")
-    hook = head.register_forward_hook(lambda _, inputs, output: seen.extend((inputs[0], output)))
-    logits = model(input_ids=ids, use_cache=False).logits
-    hook.remove()
-    if not (seen and torch.equal(logits, seen[1]) and torch.equal(_states(network)(ids), seen[0])):
-        raise ModelError("the model's logits are not its head's product, which finetune does not know yet")
-    return head.weight.detach()
-
-
-def _train(config: RunConfig, pupil: _Pupil, stage: Stage, emit: Emit) -> Training:
+def _train(config: RunConfig, pupil: Pupil, training: Training, stage: Stage, emit: Emit) -> None:
     section, state = config.finetune, stage.work / STATE
-    training = begin(pupil.parameters())
+    pupil.data.team.told({"state": str(state) if state.exists() else None})
     if state.exists():
-        try:
-            training.restore(load_tensors(state), json.loads(read_metadata(state)["facts"]))
-        except (ArtifactError, LookupError, ValueError, RuntimeError) as error:
-            raise ArtifactError(f"{state} is damaged; remove it, and training begins anew") from error
+        _restore(training, state)
         emit(Noted(f"{stage.directory} holds {training.step} of {section.steps} steps, going on after them"))
     emit(StageStarted(STAGE, section.steps, "step", done=training.step))
 
@@ -241,4 +203,11 @@ def _train(config: RunConfig, pupil: _Pupil, stage: Stage, emit: Emit) -> Traini
         emit(Advanced(STAGE, now.step, detail))
 
     train(pupil.data, training, section, config.seed, stepped)
-    return training
+    pupil.round()
+
+
+def _restore(training: Training, state: Path) -> None:
+    try:
+        training.restore(load_tensors(state), json.loads(read_metadata(state)["facts"]))
+    except (ArtifactError, LookupError, ValueError, RuntimeError) as error:
+        raise ArtifactError(f"{state} is damaged; remove it, and training begins anew") from error

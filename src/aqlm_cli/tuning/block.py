@@ -13,7 +13,7 @@ but this one.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -120,9 +120,9 @@ def fit_block(
 
 
 @torch.no_grad()
-def round_to_16_bits(block: nn.Module) -> None:
-    """What is tuned is stored as float16; whatever comes after the block must see it as it will be."""
-    for name, parameter in tuned_parameters(block).items():
+def round_to_16_bits(parameters: Mapping[str, nn.Parameter]) -> None:
+    """What is tuned is stored as float16; whatever comes after must see it as it will be."""
+    for name, parameter in parameters.items():
         rounded = parameter.half().float()
         if not bool(rounded.isfinite().all()):
             raise QuantizationError(f"{name.lstrip('.')}: a value is out of the range of float16")

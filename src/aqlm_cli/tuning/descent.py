@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 def share_of_rate(step: int, steps: int, warmup_steps: int, final_rate: float) -> float:
@@ -19,12 +19,12 @@ def root_mean_square(parameter: Tensor) -> float:
     return float(parameter.detach().square().mean().sqrt())
 
 
-def copied(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-    return {name: parameter.detach().clone() for name, parameter in parameters.items()}
+def copied(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in values.items()}
 
 
 @torch.no_grad()
-def put_back(parameters: Mapping[str, nn.Parameter], kept: Mapping[str, Tensor]) -> None:
+def put_back(values: Mapping[str, Tensor], kept: Mapping[str, Tensor]) -> None:
     """`copied`, undone."""
-    for name, parameter in parameters.items():
-        parameter.copy_(kept[name])
+    for name, tensor in values.items():
+        tensor.copy_(kept[name])

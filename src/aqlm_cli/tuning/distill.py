@@ -1,7 +1,8 @@
-"""Tuning a quantized network as a whole: its logits towards those of the original, with the codes as they are.
+"""Tuning a quantized network as a whole: its logits towards those of the original.
 
-The loss is KL(teacher || student), averaged over tokens: the P steps of PV-Tuning (arXiv 2405.14852). Codebooks,
-scales, norms and biases move by Adam, each tensor at a rate in units of its own root mean square: one rate serves all.
+The loss is KL(teacher || student), averaged over tokens. Codebooks, scales, norms and biases move by Adam, each tensor
+at a rate in units of its own root mean square: one rate serves all. These are the P steps of PV-Tuning (arXiv
+2405.14852); its V steps, in which codes move, are in pv.py.
 
 The logits of all tokens are the largest tensor of a step, and never exist as a whole: head and loss go through the
 tokens in chunks, and as the gradient of KL by the logits is softmax(student) - softmax(teacher), a chunk gives loss and
@@ -13,6 +14,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -23,39 +25,58 @@ from aqlm_cli.activations import autocast
 from aqlm_cli.config import FinetuneConfig
 from aqlm_cli.errors import QuantizationError
 from aqlm_cli.seeds import generator
+from aqlm_cli.team import Team
+from aqlm_cli.tuning.adam import Adam, lamb_stride
 from aqlm_cli.tuning.descent import copied, put_back, root_mean_square, share_of_rate
+from aqlm_cli.tuning.pv import CodeSteps
+from aqlm_kernels import AdditiveLinear
 
 CHUNK = 256
 """Tokens whose logits exist at a time: 50 MB for a vocabulary of 49,152."""
 
+BETAS = (0.9, 0.95)
+
 States: TypeAlias = Callable[[Tensor], Tensor]
 """Token ids `[b, L]` -> what enters the head, `[b, L, d]`."""
 
+Head: TypeAlias = Callable[[Tensor], Tensor]
+"""What enters the head, `[tokens, d]` -> logits, `[tokens, vocabulary]`."""
+
 
 class ChunkedDivergence(torch.autograd.Function):
-    """The mean over tokens of KL(teacher || student) for what enters the head, `[tokens, d]` each.
+    """The mean over tokens of KL(teacher || student) for what enters their heads, `[tokens, d]` each.
 
-    `head` is the weight `[vocabulary, d]` of both; products are in its type, the softmax is in float32.
+    `trained` are the parameters of the student's head that a gradient is wanted for. The softmax is in float32.
     """
 
     @staticmethod
-    def forward(ctx: Any, student: Tensor, teacher: Tensor, head: Tensor) -> Tensor:
-        gradient, total = torch.empty_like(student), 0.0
+    def forward(
+        ctx: Any, student: Tensor, teacher: Tensor, student_head: Head, teacher_head: Head, *trained: Tensor
+    ) -> Tensor:
+        gradients, total = [torch.zeros_like(tensor) for tensor in (student, *trained)], 0.0
         for first in range(0, len(student), CHUNK):
             chunk = slice(first, first + CHUNK)
-            ours = torch.log_softmax((student[chunk].to(head.dtype) @ head.T).float(), 1)  # [chunk, vocabulary]
-            theirs = torch.log_softmax((teacher[chunk].to(head.dtype) @ head.T).float(), 1)
+            with torch.enable_grad():
+                entering = student[chunk].detach().requires_grad_(True)
+                logits = student_head(entering)  # [chunk, vocabulary]
+            ours = torch.log_softmax(logits.detach().float(), 1)
+            theirs = torch.log_softmax(teacher_head(teacher[chunk]).float(), 1)
             weights = theirs.exp()
             total += float((weights * theirs.sub_(ours)).sum(dtype=torch.float64))
-            difference = ours.exp_().sub_(weights).to(head.dtype)
-            gradient[chunk] = (difference @ head).to(gradient.dtype) / len(student)
-        ctx.save_for_backward(gradient)
+            if not any(ctx.needs_input_grad):
+                continue
+            difference = ours.exp_().sub_(weights).to(logits.dtype)
+            found = torch.autograd.grad(logits, (entering, *trained), difference)
+            gradients[0][chunk] = found[0] / len(student)
+            for gradient, part in zip(gradients[1:], found[1:], strict=True):
+                gradient.add_(part, alpha=1 / len(student))
+        ctx.save_for_backward(*gradients)
         return student.new_tensor(total / len(student), dtype=torch.float32)
 
     @staticmethod
-    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor, None, None]:
-        (gradient,) = ctx.saved_tensors
-        return outer * gradient, None, None
+    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor | None, ...]:
+        by_student, *by_trained = (outer * gradient for gradient in ctx.saved_tensors)
+        return by_student, None, None, None, *by_trained
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,11 +85,14 @@ class Distillation:
 
     student: States
     teacher: States
-    head: Tensor  # [vocabulary, d], in the type of products
+    student_head: Head
+    teacher_head: Head
+    trained_head: tuple[nn.Parameter, ...]  # parameters of the student's head that learn
     training: Tensor
     held_out: Tensor
     dtype: torch.dtype  # of the products
     device: torch.device
+    team: Team
 
     def divergence(self, ids: Tensor) -> Tensor:
         """KL over the windows `[b, L]`, differentiable in what the student is made of."""
@@ -77,13 +101,26 @@ class Distillation:
             teacher = self.teacher(ids).flatten(0, 1)
         with autocast(self.device, self.dtype):
             student = self.student(ids).flatten(0, 1)
-        kl: Tensor = ChunkedDivergence.apply(student.float(), teacher.float(), self.head)  # type: ignore[no-untyped-call]
+            heads = self.student_head, self.teacher_head, *self.trained_head
+            kl: Tensor = ChunkedDivergence.apply(student.float(), teacher, *heads)  # type: ignore[no-untyped-call]
         return kl
 
     @torch.no_grad()
     def held_out_divergence(self, batch: int) -> float:
-        parts = [float(self.divergence(ids)) * len(ids) for ids in self.held_out.split(batch)]
-        return sum(parts) / len(self.held_out)
+        parts = self.held_out.split(batch)[self.team.rank :: self.team.size]
+        return self.team.total(sum(float(self.divergence(ids)) * len(ids) for ids in parts)) / len(self.held_out)
+
+
+class _Objective(nn.Module):
+    """The divergence as a module that holds all that is trained, as DistributedDataParallel wants it."""
+
+    def __init__(self, data: Distillation, trained: list[nn.Parameter]) -> None:
+        super().__init__()
+        self.trained = nn.ParameterList(trained)
+        self._data = data
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self._data.divergence(ids)
 
 
 @dataclass(eq=False)
@@ -91,12 +128,20 @@ class Training:
     """Where it stands; all of it can be stored and restored, so that it goes on to the same bits."""
 
     parameters: Mapping[str, nn.Parameter]
-    optimizer: torch.optim.Adam
+    codes: CodeSteps | None
+    optimizer: Adam
     rates: Mapping[str, float]  # units of each tensor's rate: what it was like at the beginning
-    kept: dict[str, Tensor]  # the parameters at their best
+    kept: dict[str, Tensor]  # `values` at their best
+    objective: nn.Module
     step: int = 0
+    changed: int = 0  # how often a group got other codes
     curve: list[dict[str, float]] = field(default_factory=list)  # held-out KL by step
     seconds: float = 0.0
+
+    @property
+    def values(self) -> dict[str, Tensor]:
+        """All that moves."""
+        return {**self.parameters, **({} if self.codes is None else self.codes.codes())}
 
     @property
     def best(self) -> float:
@@ -105,36 +150,54 @@ class Training:
         return min((kl for kl in found if math.isfinite(kl)), default=math.inf)
 
     def tensors(self) -> dict[str, Tensor]:
-        found = {f"now/{name}": tensor.detach() for name, tensor in self.parameters.items()}
+        found = {f"now/{name}": tensor.detach() for name, tensor in self.values.items()}
         found |= {f"best/{name}": tensor for name, tensor in self.kept.items()}
-        for name, parameter in self.parameters.items():
-            moments = self.optimizer.state.get(parameter, {})
-            found |= {f"{key}/{name}": moments[key] for key in ("exp_avg", "exp_avg_sq") if moments}
-        return found
+        found |= {f"moments/{key}": tensor for key, tensor in self.optimizer.moments.items()}
+        return found if self.codes is None else found | self.codes.tensors()
 
     def facts(self) -> dict[str, Any]:
-        return {"step": self.step, "seconds": self.seconds, "curve": self.curve}
+        return {"step": self.step, "changed": self.changed, "seconds": self.seconds, "curve": self.curve}
 
     @torch.no_grad()
     def restore(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         """Of a training that has just begun with the same parameters."""
-        self.step, self.seconds, self.curve = facts["step"], facts["seconds"], list(facts["curve"])
-        for name, parameter in self.parameters.items():
-            parameter.copy_(tensors[f"now/{name}"])
+        self.step, self.changed, self.seconds = facts["step"], facts["changed"], facts["seconds"]
+        self.curve = list(facts["curve"])
+        for name, values in self.values.items():
+            values.copy_(tensors[f"now/{name}"])
             self.kept[name] = tensors[f"best/{name}"].clone()
-            if f"exp_avg/{name}" in tensors:
-                moments = {key: tensors[f"{key}/{name}"].clone() for key in ("exp_avg", "exp_avg_sq")}
-                self.optimizer.state[parameter] = {"step": torch.tensor(float(self.step)), **moments}
+        self.optimizer.restore("moments/", tensors)
+        if self.codes is not None:
+            self.codes.restore(tensors)
+
+    def undo(self) -> None:
+        """Back to where it began."""
+        put_back(self.values, self.kept)
+        self.step = self.changed = 0
+        self.optimizer.moments.clear()
+        if self.codes is not None:
+            self.codes.forget()
 
 
-def begin(parameters: Mapping[str, nn.Parameter]) -> Training:
-    """Nothing is trained yet; `parameters` will be, and ask for gradients from here on."""
+def begin(
+    data: Distillation,
+    parameters: Mapping[str, nn.Parameter],
+    layers: Mapping[str, AdditiveLinear],
+    settings: FinetuneConfig,
+) -> Training:
+    """Nothing is trained yet; `parameters` will be, and ask for gradients from here on, and the codes of `layers`.
+
+    A layer's codebooks and scales are among the parameters by its path.
+    """
     rates = {name: root_mean_square(parameter) for name, parameter in parameters.items()}
     for parameter in parameters.values():
         parameter.requires_grad_(True)
-    groups = [{"params": [parameter], "lr": 0.0} for parameter in parameters.values()]
-    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95), eps=1e-12)
-    return Training(parameters, optimizer, rates, copied(parameters))
+    codes = CodeSteps(layers, settings.codes, settings.optimizer == "lamb") if settings.codes.share else None
+    trained = [*parameters.values(), *([] if codes is None else codes.ahead.values())]
+    objective = data.team.parallel(_Objective(data, trained))
+    training = Training(parameters, codes, Adam(*BETAS), rates, {}, objective)
+    training.kept = copied(training.values)
+    return training
 
 
 def train(
@@ -157,29 +220,52 @@ def train(
         if training.step % settings.evaluate_every == 0 or training.step == settings.steps:
             _judge(data, training, settings)
         stepped(training, loss)
-    put_back(training.parameters, training.kept)
+    put_back(training.values, training.kept)
     for parameter in training.parameters.values():
         parameter.requires_grad_(False)
 
 
 def one_step(data: Distillation, training: Training, settings: FinetuneConfig, seed: int) -> float:
     """The KL before it."""
-    ids = data.training[_chosen(training.step, settings.batch, len(data.training), seed)]
-    total = 0.0
-    for part in ids.split(settings.windows_at_once):
-        share = len(part) / len(ids)
-        loss = data.divergence(part) * share
-        loss.backward()
-        total += float(loss.detach())
+    team, codes = data.team, training.codes
+    ids = team.share(data.training[_chosen(training.step, settings.batch, len(data.training), seed)])
+    parts, total = ids.split(settings.windows_at_once), 0.0
+    with nullcontext() if codes is None else codes.learning():
+        for number, part in enumerate(parts, start=1):
+            with nullcontext() if number == len(parts) else team.apart(training.objective):
+                loss = training.objective(part) * (len(part) / len(ids))
+                loss.backward()
+            total += float(loss.detach())
+    total = team.total(total) / team.size
     if not math.isfinite(total):
         raise QuantizationError(f"step {training.step}: the KL is {total}; a smaller --learning-rate may help")
     share = share_of_rate(training.step, settings.steps, settings.warmup_steps, settings.final_rate)
-    for group, name in zip(training.optimizer.param_groups, training.parameters, strict=True):
-        group["lr"] = settings.learning_rate * share * training.rates[name]
-    training.optimizer.step()
-    training.optimizer.zero_grad()
     training.step += 1
+    _update(training, settings, share)
     return total
+
+
+@torch.no_grad()
+def _update(training: Training, settings: FinetuneConfig, share: float) -> None:
+    """Move all that learns at this share of the rates, and forget the gradients."""
+    rest, codes = dict(training.parameters), training.codes
+    for path in () if codes is None else codes.layers:
+        assert codes is not None
+        with codes.staying(path):
+            for name in (f"{path}.codebooks", f"{path}.scales"):
+                _move(training, name, rest.pop(name), settings, share)
+        training.changed += codes.step(path, training.step, share * settings.codes.learning_rate)
+    for name, parameter in rest.items():
+        _move(training, name, parameter, settings, share)
+
+
+def _move(training: Training, name: str, parameter: nn.Parameter, settings: FinetuneConfig, share: float) -> None:
+    if parameter.grad is None:  # an expert that no token went to
+        return
+    direction = training.optimizer.direction(name, parameter.grad, training.step)
+    unit = lamb_stride(parameter, direction) if settings.optimizer == "lamb" else training.rates[name]
+    parameter.sub_(direction, alpha=settings.learning_rate * share * unit)
+    parameter.grad = None
 
 
 def _judge(data: Distillation, training: Training, settings: FinetuneConfig) -> None:
@@ -187,7 +273,7 @@ def _judge(data: Distillation, training: Training, settings: FinetuneConfig) -> 
     kl = data.held_out_divergence(settings.windows_at_once)
     training.seconds += time.monotonic() - started
     if kl < training.best:
-        training.kept = copied(training.parameters)
+        training.kept = copied(training.values)
     training.curve.append({"step": training.step, "seconds": training.seconds, "held_out": kl})
 
 

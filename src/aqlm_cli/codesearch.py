@@ -1,6 +1,6 @@
 """What the mathematics needs from the kernels: compiled on the CPU, plain torch anywhere else.
 
-A method is written once against `CodeSearch`. The two forms agree; the kernels' tests hold them together.
+Methods and tuning are written once against `CodeSearch`. The two forms agree; the kernels' tests hold them together.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ class CodeSearch:
 
     choose: Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]  # search.choose_codes
     nearest: Callable[[Tensor, Tensor, Tensor], Tensor]  # search.nearest_entries
+    dequantize: Dequantize  # additive.dequantize
     _gradients: Gradients
-    _dequantize: Dequantize
 
     def gradients(self, values: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
         """Those of sum(values * W) by codebooks `[M, K, g]` and scales `[out]` in float32; `values` is `[out, in]`."""
@@ -38,16 +38,16 @@ class CodeSearch:
     def expand(self, codebooks: Tensor, codes: Tensor) -> Tensor:
         """Sums of entries, `[out, in]`."""
         ones = torch.ones(len(codes), device=codes.device)
-        return self._dequantize(codes.to(additive.code_dtype(codebooks.shape[1])), codebooks, ones, torch.float32)
+        return self.dequantize(codes.to(additive.code_dtype(codebooks.shape[1])), codebooks, ones, torch.float32)
 
 
 def code_search(device: torch.device) -> CodeSearch:
     """The compiled form on the CPU."""
     if device.type == "cpu":
         return CodeSearch(
-            compiled_search.choose_codes, compiled_search.nearest_entries, compiled.gradients, compiled.dequantize
+            compiled_search.choose_codes, compiled_search.nearest_entries, compiled.dequantize, compiled.gradients
         )
-    return CodeSearch(search.choose_codes, search.nearest_entries, _plain_gradients, additive.dequantize)
+    return CodeSearch(search.choose_codes, search.nearest_entries, additive.dequantize, _plain_gradients)
 
 
 def _plain_gradients(values: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,110 @@
+"""A quantized model on its way through `finetune`: the network that learns, its teacher, and what becomes of it.
+
+finetuned/
+    block-007.safetensors   as in quantized/ (quantized.py)
+    outside.safetensors     what learnt outside the blocks, by name: the last norm, and embeddings and head if asked
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from aqlm_cli.activations import compute_dtype
+from aqlm_cli.artifacts import Artifact
+from aqlm_cli.blocks import find_blocks
+from aqlm_cli.config import FinetuneConfig
+from aqlm_cli.errors import QuantizationError
+from aqlm_cli.model import ModelSource, halves_of, load_network
+from aqlm_cli.quantized import OUTSIDE, block_file, matrix_kinds, read_matrix, restore_block, save_block
+from aqlm_cli.storage import save_tensors
+from aqlm_cli.team import Team
+from aqlm_cli.tuning.block import round_to_16_bits, tuned_parameters
+from aqlm_cli.tuning.distill import Distillation, Training, begin
+from aqlm_kernels import AdditiveLinear
+
+
+@dataclass(frozen=True, eq=False)
+class Pupil:
+    start: Artifact
+    blocks: Mapping[str, tuple[str, nn.Module]]  # those in which anything is quantized, by the file of each
+    outside: Mapping[str, nn.Parameter]  # what learns beside them, by name
+    data: Distillation
+
+    def begin(self, settings: FinetuneConfig) -> Training:
+        parameters = dict(self.outside)
+        layers: dict[str, AdditiveLinear] = {}
+        for prefix, block in self.blocks.values():
+            parameters |= tuned_parameters(block, prefix)
+            found = block.named_modules(prefix=prefix)
+            layers |= {path: module for path, module in found if isinstance(module, AdditiveLinear)}
+        if not parameters:
+            raise QuantizationError("the model has no codebooks, norms or biases to be trained")
+        return begin(self.data, parameters, layers, settings)
+
+    def round(self) -> None:
+        """To the 16 bits in which all of it will be stored."""
+        for _, block in self.blocks.values():
+            round_to_16_bits(tuned_parameters(block))
+        round_to_16_bits(self.outside)
+
+    def save(self, directory: Path) -> None:
+        for name, (prefix, block) in self.blocks.items():
+            kinds = matrix_kinds(self.start, name)
+            matrices = {path: read_matrix(self.start, name, path, kind) for path, kind in kinds.items()}
+            save_block(directory / name, prefix, block, matrices)
+        if self.outside:
+            save_tensors(directory / OUTSIDE, {name: values.detach() for name, values in self.outside.items()}, {})
+
+
+def load_pupil(
+    source: ModelSource,
+    start: Artifact,
+    settings: FinetuneConfig,
+    text: Tensor,
+    held_out: Tensor,
+    device: torch.device,
+    team: Team,
+) -> Pupil:
+    """From the original and what was made of it in `start`; `text` and `held_out` are token ids `[windows, L]`."""
+    dtype = compute_dtype(device)
+    student, teacher = load_network(source, torch.float32, device), load_network(source, dtype, device)
+    found, blocks = find_blocks(student), {}
+    outside = _outside(student, settings.embeddings)
+    for index, (prefix, block) in enumerate(zip(found.paths, found.modules, strict=True)):
+        if block_file(index) in start.manifest.files:
+            restore_block(start, index, prefix, block)
+            blocks[block_file(index)] = (prefix, block)
+        if settings.checkpointing:
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    learner, original = halves_of(student), halves_of(teacher)
+    in_head = student.get_output_embeddings().parameters() if settings.embeddings else ()
+    data = Distillation(
+        student=learner.states,
+        teacher=original.states,
+        student_head=learner.logits if settings.embeddings else original.logits,
+        teacher_head=original.logits,
+        trained_head=tuple(in_head),
+        training=text,
+        held_out=held_out,
+        dtype=dtype,
+        device=device,
+        team=team,
+    )
+    return Pupil(start, blocks, outside, data)
+
+
+def _outside(network: nn.Module, embeddings: bool) -> dict[str, nn.Parameter]:
+    """The vectors outside the blocks, and the matrices if asked; a head tied to the embeddings comes once."""
+    inside = {id(parameter) for block in find_blocks(network).modules for parameter in block.parameters()}
+    return {
+        name: parameter
+        for name, parameter in network.named_parameters()
+        if id(parameter) not in inside and (embeddings or parameter.ndim == 1)
+    }

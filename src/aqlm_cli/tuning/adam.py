@@ -1,0 +1,51 @@
+"""Adam (arXiv 1412.6980) and LAMB (arXiv 1904.00962), one tensor at a time, in moments of a chosen precision.
+
+torch has no LAMB, and its Adam keeps a first moment even where beta1 is 0, which for the buffer of all weights would be
+as much memory again as the buffer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+EPSILON = 1e-12
+"""Beside the root of the second moment: gradients of a mean over tokens are small, and 1e-8 would damp the rates."""
+
+
+@dataclass(eq=False)
+class Adam:
+    """The moments of tensors by name, and what they come to."""
+
+    beta1: float
+    beta2: float
+    dtype: torch.dtype = torch.float32  # of the moments
+    moments: dict[str, Tensor] = field(default_factory=dict)  # "first/NAME", where beta1 is not 0, and "second/NAME"
+
+    def direction(self, name: str, gradient: Tensor, step: int) -> Tensor:
+        """Of the `step`th step, from 1: in float32, each number near 1 where gradients are all alike."""
+        gradient = gradient.float()
+        second = self._average("second/" + name, gradient.square(), self.beta2, step)
+        first = self._average("first/" + name, gradient, self.beta1, step) if self.beta1 else gradient
+        return first / (second.sqrt_() + EPSILON)
+
+    def _average(self, key: str, value: Tensor, beta: float, step: int) -> Tensor:
+        """The running mean with this value, free of the zero that it began with."""
+        kept = self.moments.get(key)
+        mean = value * (1 - beta) if kept is None else kept.float().mul_(beta).add_(value, alpha=1 - beta)
+        self.moments[key] = mean.to(self.dtype)
+        return mean / (1 - beta**step)
+
+    def restore(self, prefix: str, tensors: Mapping[str, Tensor]) -> None:
+        """Take the moments from among stored tensors, where they have this prefix."""
+        names = (name for name in tensors if name.startswith((f"{prefix}first/", f"{prefix}second/")))
+        self.moments = {name.removeprefix(prefix): tensors[name].clone() for name in names}
+
+
+def lamb_stride(values: Tensor, direction: Tensor) -> float:
+    """What a rate of 1 moves under LAMB: as far as `values` are long; 0 for a tensor of zeros."""
+    length = float(direction.norm())
+    return float(values.norm()) / length if length > 0 else 0.0
