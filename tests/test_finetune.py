@@ -195,7 +195,8 @@ def test_embeddings_and_head_learn_where_they_are_asked_to(made: Path) -> None:
     packed = load_file(made / "packed/model.safetensors")
     for name, tensor in learnt.items():
         torch.testing.assert_close(packed[name].float(), tensor, rtol=0, atol=0)
-    original = load_network(resolve("model"), torch.float32).state_dict()
+    model = yaml.safe_load((made / "run.yaml").read_text())["model"]
+    original = load_network(resolve(model), torch.float32).state_dict()
     assert all(not torch.equal(original[name], tensor) for name, tensor in learnt.items())
 
 

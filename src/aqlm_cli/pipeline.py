@@ -41,7 +41,7 @@ from aqlm_cli.stages.quantize import quantize
 from aqlm_cli.stages.status import status
 from aqlm_cli.stages.verify import verify
 from aqlm_cli.survey import plan_report, survey, within_limits
-from aqlm_cli.team import Team, joined, processes_here
+from aqlm_cli.team import Team, joined, own_device, processes_here
 from aqlm_cli.wording import clock, plain, readable_bytes
 
 __all__ = [
