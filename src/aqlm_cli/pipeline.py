@@ -10,7 +10,6 @@ import contextlib
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
 
 import numba
 import torch
@@ -21,12 +20,12 @@ from aqlm_cli.events import Emit, Noted, Warned
 from aqlm_cli.forecast import Cost
 from aqlm_cli.journal import logged
 from aqlm_cli.locking import exclusive
-from aqlm_cli.model import Subject, find_subject, resolve
+from aqlm_cli.model import Subject, find_subject
 from aqlm_cli.openmp import forbid_nested_loops
 from aqlm_cli.report import GenerationReport, PlanReport, Record, VerifyReport
-from aqlm_cli.run_file import build_config
 from aqlm_cli.runs import RunDirectory, find_artifact, is_run, read_run, refuse_other_directory
-from aqlm_cli.scheme import SCHEMES_BY_BITS, AdditiveScheme, parse_scheme
+from aqlm_cli.scheme import AdditiveScheme, parse_scheme
+from aqlm_cli.settings import default_run_directory, settings_for, settings_of_run, settings_to_finetune
 from aqlm_cli.speed_report import BenchReport
 from aqlm_cli.stage_reports import CalibrationReport, PackReport, QuantizeReport
 from aqlm_cli.stages.bench import bench, bench_shape
@@ -85,27 +84,6 @@ def use_machine(config: RunConfig) -> None:
         raise UsageError(f"--threads {threads}: this machine has {numba.get_num_threads()}") from error
     torch.set_num_threads(threads)
     forbid_nested_loops()
-
-
-def default_run_directory(config: RunConfig) -> Path:
-    """runs/NAME-2bit where `--bits 2` means the scheme, runs/NAME-SCHEME elsewhere."""
-    scheme = parse_scheme(config.quantize.scheme)
-    bits = next((bits for bits, known in SCHEMES_BY_BITS.items() if known == scheme), None)
-    label = str(scheme) if bits is None else f"{bits:g}bit"
-    source = resolve(config.model, config.revision, config.trust_remote_code)
-    return Path("runs") / f"{source.short_name}-{label}"
-
-
-def settings_of_run(directory: Path, flags: Mapping[str, Any]) -> RunConfig:
-    """The flags over the run's own file."""
-    return build_config(None, read_run(directory).file, flags)
-
-
-def settings_for(target: str, flags: Mapping[str, Any]) -> RunConfig:
-    """The flags over the file of `target`, where that is a run, or over the defaults, where it is a model."""
-    if is_run(Path(target)):
-        return settings_of_run(Path(target), flags)
-    return build_config(None, None, {**flags, "model": target})
 
 
 def prepare(config: RunConfig) -> tuple[RunConfig, PlanReport]:
@@ -239,14 +217,6 @@ def finetune_run(config: RunConfig, run_directory: Path, overwrite: bool, emit: 
         format = run.config.pack.format if packed is None else packed.manifest.settings["format"]
         again = run.config.model_copy(update={"pack": PackConfig(format=format)})
         return {"finetune": tuned, "pack": _pack(again, run_directory, outdated, emit, {})}
-
-
-def settings_to_finetune(run_directory: Path, flags: Mapping[str, Any], section: Mapping[str, Any]) -> RunConfig:
-    """The flags over the run's own file; steps take the place of its time budget."""
-    config = settings_of_run(run_directory, {**flags, "finetune": section})
-    if section["steps"] is None:
-        return config
-    return config.model_copy(update={"finetune": config.finetune.model_copy(update={"time_budget": None})})
 
 
 def verify_run(run_directory: Path, emit: Emit) -> VerifyReport:
