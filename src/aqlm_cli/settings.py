@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from aqlm_cli.config import RunConfig
+from aqlm_cli.errors import ArtifactError, UsageError
 from aqlm_cli.model import resolve
 from aqlm_cli.run_file import build_config
 from aqlm_cli.runs import is_run, read_run
@@ -34,9 +35,41 @@ def settings_for(target: str, flags: Mapping[str, Any]) -> RunConfig:
     return build_config(None, None, {**flags, "model": target})
 
 
-def settings_to_finetune(run_directory: Path, flags: Mapping[str, Any], section: Mapping[str, Any]) -> RunConfig:
-    """The flags over the run's own file; steps take the place of its time budget."""
-    config = settings_of_run(run_directory, {**flags, "finetune": section})
+def settings_to_finetune(
+    target: str, teacher: str | None, out: Path | None, flags: Mapping[str, Any], section: Mapping[str, Any]
+) -> tuple[RunConfig, Path]:
+    """Those of the run at `target`, and that run; given a teacher or a place, of a new run that begins with its codes.
+
+    Steps take the place of the run file's time budget. Raises ArtifactError where nothing says what the original is.
+    """
+    if teacher is None and not is_run(Path(target)):
+        raise ArtifactError(
+            f"{target} is not a run directory; if it is an AQLM checkpoint, name its original with --teacher"
+        )
+    flags = {**flags, "finetune": section}
+    if teacher is None and out is None:
+        config, directory = settings_of_run(Path(target), flags), Path(target)
+    else:
+        config, directory = _settings_to_adopt(target, teacher, out, flags)
     if section["steps"] is None:
-        return config
-    return config.model_copy(update={"finetune": config.finetune.model_copy(update={"time_budget": None})})
+        return config, directory
+    tuned = config.finetune.model_copy(update={"time_budget": None})
+    return config.model_copy(update={"finetune": tuned}), directory
+
+
+def _settings_to_adopt(
+    target: str, teacher: str | None, out: Path | None, flags: Mapping[str, Any]
+) -> tuple[RunConfig, Path]:
+    """The flags over the file of the new run, if it has been begun, or else of the run at `target`, if it is one."""
+    place = Path(target).resolve()
+    directory = out or Path("runs") / f"{place.name}-finetuned"
+    if directory.resolve() == place:
+        raise UsageError(f"--out {out} is {target} itself; choose another place")
+    runs = [read_run(path) for path in (directory, Path(target)) if is_run(path)]
+    model = teacher or read_run(Path(target)).config.model
+    asked = {**flags, "model": model, "quantize": {"checkpoint": target}}
+    config = build_config(None, runs[0].file if runs else None, asked)
+    # These two say something of one model, and there is no flag for them.
+    known = next((run.config for run in reversed(runs) if run.config.model == model), None)
+    revision, trust = (None, False) if known is None else (known.revision, known.trust_remote_code)
+    return config.model_copy(update={"revision": revision, "trust_remote_code": trust}), directory
