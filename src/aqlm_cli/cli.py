@@ -218,7 +218,11 @@ def pack(
 
 @app.command()
 def finetune(
-    run: options.Run,
+    target: Annotated[str, typer.Argument(metavar="RUN|CHECKPOINT", help="A run, or an AQLM checkpoint by anyone.")],
+    teacher: Annotated[str | None, typer.Option(help="The model that CHECKPOINT was made from.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Begin a new run here; of a CHECKPOINT runs/NAME-finetuned if not given.")
+    ] = None,
     data: Annotated[str | None, typer.Option(help="Text to learn from; that of calibration if not given.")] = None,
     sequences: options.Sequences = None,
     sequence_length: options.SequenceLength = None,
@@ -240,12 +244,14 @@ def finetune(
 ) -> None:
     """Teach a quantized model by its original, at the same size.
 
-    Codebooks, scales, norms and biases move; the codes stay, unless --codes lets them. Packs the result. Several
-    processes learn together under `torchrun --nproc-per-node N -m aqlm_cli finetune ...`.
+    Codebooks, scales, norms and biases move; the codes stay, unless --codes lets them. Packs the result. A new run
+    begins with the newest codes, codebooks and scales of another one, or of a checkpoint. Several processes learn
+    together under `torchrun --nproc-per-node N -m aqlm_cli finetune ...`.
 
     \b
     Example:
       aqlm finetune runs/SmolLM2-135M-Instruct-2bit --time-budget 30m
+      aqlm finetune path/to/AQLM-checkpoint --teacher path/to/original --data notes.txt:400
     """
     from aqlm_cli import pipeline
 
@@ -254,12 +260,13 @@ def finetune(
     section: dict[str, Any] = {"data": data, "sequences": sequences, "sequence_length": sequence_length}
     section |= {"steps": steps, "time_budget": time_budget, "batch": batch, "learning_rate": learning_rate}
     section |= {"codes": {"share": codes}, "embeddings": embeddings}
-    settings = pipeline.settings_to_finetune(run, {"device": device, "threads": threads}, preset, section)
+    machine = {"device": device, "threads": threads}
+    settings, run = pipeline.settings_to_finetune(target, teacher, out, machine, preset, section)
     with Screen(json, quiet, verbose) as screen:
         pipeline.use_machine(settings)
-        made = pipeline.finetune_run(settings, run, overwrite, screen.emit)
-        if made:
-            screen.finish(made, command_line("eval-ppl", run))
+        reports = pipeline.finetune_run(target, settings, run, overwrite, screen.emit)
+        if reports:
+            screen.finish(reports, following=command_line("eval-ppl", run))
 
 
 for measuring in (measure.eval_ppl, measure.bench, measure.generate):

@@ -94,8 +94,13 @@ class FitConfig(Section):
 
 
 class QuantizeConfig(Section):
-    """`skip` and `only` are regular expressions, matched whole against module paths."""
+    """`skip` and `only` are regular expressions, matched whole against module paths.
 
+    `checkpoint` is an AQLM checkpoint of the model, made by anyone: its codes are then taken over, and nothing here but
+    its `scheme` has a meaning. None: codes are searched for.
+    """
+
+    checkpoint: str | None = None
     method: Literal["aqlm", "rtn"] = "aqlm"
     scheme: str = "2x8g8"
     skip: Names = ("lm_head",)

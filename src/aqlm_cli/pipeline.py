@@ -10,25 +10,25 @@ import contextlib
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
 
 import numba
 import torch
 
 from aqlm_cli.config import PackConfig, RunConfig
-from aqlm_cli.errors import ArtifactError, UsageError
+from aqlm_cli.errors import ArtifactError, PlanError, UsageError
 from aqlm_cli.events import Emit, Noted, Warned
 from aqlm_cli.forecast import Cost
 from aqlm_cli.journal import logged
 from aqlm_cli.locking import exclusive
-from aqlm_cli.model import Subject, find_subject, resolve
+from aqlm_cli.model import Subject, find_subject
 from aqlm_cli.openmp import forbid_nested_loops
 from aqlm_cli.report import GenerationReport, PlanReport, Record, VerifyReport
-from aqlm_cli.run_file import build_config, given, load_run_file, merge, preset_path
 from aqlm_cli.runs import RunDirectory, find_artifact, is_run, read_run, refuse_other_directory
-from aqlm_cli.scheme import SCHEMES_BY_BITS, AdditiveScheme, parse_scheme
+from aqlm_cli.scheme import AdditiveScheme, parse_scheme
+from aqlm_cli.settings import default_run_directory, settings_for, settings_of_run, settings_to_finetune
 from aqlm_cli.speed_report import BenchReport
-from aqlm_cli.stage_reports import CalibrationReport, PackReport, QuantizeReport
+from aqlm_cli.stage_reports import AdoptReport, CalibrationReport, PackReport, QuantizeReport
+from aqlm_cli.stages.adopt import adopt, fitting_network
 from aqlm_cli.stages.bench import bench, bench_shape
 from aqlm_cli.stages.calibrate import calibrate
 from aqlm_cli.stages.doctor import doctor
@@ -88,27 +88,6 @@ def use_machine(config: RunConfig) -> None:
     forbid_nested_loops()
 
 
-def default_run_directory(config: RunConfig) -> Path:
-    """runs/NAME-2bit where `--bits 2` means the scheme, runs/NAME-SCHEME elsewhere."""
-    scheme = parse_scheme(config.quantize.scheme)
-    bits = next((bits for bits, known in SCHEMES_BY_BITS.items() if known == scheme), None)
-    label = str(scheme) if bits is None else f"{bits:g}bit"
-    source = resolve(config.model, config.revision, config.trust_remote_code)
-    return Path("runs") / f"{source.short_name}-{label}"
-
-
-def settings_of_run(directory: Path, flags: Mapping[str, Any]) -> RunConfig:
-    """The flags over the run's own file."""
-    return build_config(None, read_run(directory).file, flags)
-
-
-def settings_for(target: str, flags: Mapping[str, Any]) -> RunConfig:
-    """The flags over the file of `target`, where that is a run, or over the defaults, where it is a model."""
-    if is_run(Path(target)):
-        return settings_of_run(Path(target), flags)
-    return build_config(None, None, {**flags, "model": target})
-
-
 def prepare(config: RunConfig) -> tuple[RunConfig, PlanReport]:
     """The settings within the limits that they name, and what `quantize` would do with them."""
     known = survey(config)
@@ -116,7 +95,12 @@ def prepare(config: RunConfig) -> tuple[RunConfig, PlanReport]:
 
 
 def forecast_run(config: RunConfig, run_directory: Path, emit: Emit) -> dict[str, Record]:
-    """The plan, and what it will take; no weight is read."""
+    """The plan, and what it will take; no weight is read.
+
+    Raises PlanError for a run that takes its codes over: what that takes is not known, and little.
+    """
+    if config.quantize.checkpoint is not None:
+        raise PlanError(f"the codes are those of {config.quantize.checkpoint}, so nothing is quantized")
     known = survey(config, with_weights=False)
     config = within_limits(config, known)
     return {"plan": plan_report(config, known.plan), "forecast": forecast(config, known, run_directory, emit)}
@@ -125,6 +109,9 @@ def forecast_run(config: RunConfig, run_directory: Path, emit: Emit) -> dict[str
 def quantize_and_pack(config: RunConfig, run_directory: Path, overwrite: bool, emit: Emit) -> dict[str, Record]:
     """From the model to a checkpoint; what is complete and was made with the same settings is reused."""
     with _at_work(run_directory):
+        if config.quantize.checkpoint is not None:
+            adopted = _quantize(config, run_directory, overwrite, emit, {})
+            return {"quantize": adopted, "pack": _pack(config, run_directory, overwrite, emit, {})}
         if find_artifact(run_directory, "calibration") is None:
             emit(Noted("there is no calibration yet, it runs first"))
         costs = _costs(config, run_directory, overwrite, emit)
@@ -171,7 +158,8 @@ def pack_run(config: RunConfig, run_directory: Path, overwrite: bool, emit: Emit
 
 def _quantize_first(config: RunConfig, run_directory: Path, emit: Emit) -> None:
     emit(Noted(f"{run_directory} is not quantized yet, that runs first"))
-    _calibrate(config, run_directory, False, emit, {})
+    if config.quantize.checkpoint is None:
+        _calibrate(config, run_directory, False, emit, {})
     _quantize(config, run_directory, False, emit, {})
 
 
@@ -184,8 +172,10 @@ def _calibrate(
 
 def _quantize(
     config: RunConfig, run_directory: Path, overwrite: bool, emit: Emit, costs: Mapping[str, Cost]
-) -> QuantizeReport:
+) -> QuantizeReport | AdoptReport:
     with logged(run_directory, "quantize", emit) as both:
+        if config.quantize.checkpoint is not None:
+            return adopt(config, run_directory, overwrite, both)
         return quantize(config, run_directory, overwrite, both, costs.get("quantize"))
 
 
@@ -226,27 +216,37 @@ def continue_text(
     )
 
 
-def finetune_run(config: RunConfig, run_directory: Path, overwrite: bool, emit: Emit) -> dict[str, Record]:
+def finetune_run(target: str, config: RunConfig, run_directory: Path, overwrite: bool, emit: Emit) -> dict[str, Record]:
     """Teach a quantized run by its original, and pack it anew; what is missing before it runs first.
 
-    Nothing comes of it in a process that torchrun started beside the first.
+    The run is `target`, or another one that begins with the codes of `target`. Nothing comes of it in a process that
+    torchrun started beside the first.
     """
-    run = read_run(run_directory)
     config = config.model_copy(update={"device": own_device(config.device)})
     with joined(config.device) as team:
         if not team.leads:
             follow(config, run_directory, team)
             return {}
-        return _finetune_and_pack(config, run, overwrite, emit, team)
+        return _finetune_and_pack(target, config, run_directory, overwrite, emit, team)
 
 
 def _finetune_and_pack(
-    config: RunConfig, run: RunDirectory, overwrite: bool, emit: Emit, team: Team
+    target: str, config: RunConfig, run_directory: Path, overwrite: bool, emit: Emit, team: Team
 ) -> dict[str, Record]:
-    run_directory = run.path
+    begins = run_directory != Path(target)
+    if begins:
+        _pack_first(target, emit)
+        if overwrite or not is_run(run_directory):
+            fitting_network(config, survey(config))  # or it is refused before anything is written
     with _at_work(run_directory):
+        if begins:
+            _quantize(config, run_directory, overwrite, emit, {})
+        run = read_run(run_directory)
         if run.own("quantized", "quantized") is None:
             _quantize_first(run.config, run_directory, emit)
+        if run.config.quantize.checkpoint is not None and config.finetune.data is None:
+            emit(Noted("without --data the text is that of calibration, which runs first"))
+            _calibrate(run.config, run_directory, overwrite and begins, emit, {})
         with logged(run_directory, "finetune", emit) as both:
             tuned = finetune(config, run_directory, overwrite, both, team)
         run = read_run(run_directory)
@@ -255,17 +255,6 @@ def _finetune_and_pack(
         format = run.config.pack.format if packed is None else packed.manifest.settings["format"]
         again = run.config.model_copy(update={"pack": PackConfig(format=format)})
         return {"finetune": tuned, "pack": _pack(again, run_directory, outdated, emit, {})}
-
-
-def settings_to_finetune(
-    run_directory: Path, flags: Mapping[str, Any], preset: str | None, section: Mapping[str, Any]
-) -> RunConfig:
-    """The flags over the preset over the run's own file; steps take the place of its time budget."""
-    recipe = load_run_file(preset_path(preset)).get("finetune", {}) if preset else {}
-    config = settings_of_run(run_directory, {**flags, "finetune": merge(recipe, given(section))})
-    if section["steps"] is None:
-        return config
-    return config.model_copy(update={"finetune": config.finetune.model_copy(update={"time_budget": None})})
 
 
 def verify_run(run_directory: Path, emit: Emit) -> VerifyReport:
@@ -283,12 +272,16 @@ def run_all(config: RunConfig, run_directory: Path, overwrite: bool, emit: Emit)
 
 def _subject(target: str, config: RunConfig, emit: Emit) -> Subject:
     """What `target` means; where it is a run without a checkpoint, the stages that are missing run first."""
+    _pack_first(target, emit)
+    return find_subject(target, config.revision, config.trust_remote_code)
+
+
+def _pack_first(target: str, emit: Emit) -> None:
     if is_run(Path(target)):
         run = read_run(Path(target))
         if run.artifact("packed") is None:
             emit(Noted(f"{target} is not packed yet, that runs first"))
             pack_run(run.config, run.path, overwrite=False, emit=emit)
-    return find_subject(target, config.revision, config.trust_remote_code)
 
 
 def _logged_of(subject: Subject, stage: str, emit: Emit) -> AbstractContextManager[Emit]:

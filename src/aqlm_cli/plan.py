@@ -92,6 +92,12 @@ class Plan:
         return {target.path: target.scheme for target in self.targets if target.scheme is not None}
 
     @property
+    def scheme(self) -> Scheme:
+        """The one of all that is quantized."""
+        (scheme,) = set(self.schemes.values())
+        return scheme
+
+    @property
     def code_bits(self) -> float:
         """Bits of the codes alone per quantized weight."""
         schemes = [(target.scheme, target.weights) for target in self.targets if target.scheme is not None]

@@ -109,6 +109,34 @@ class QuantizeReport(StageReport):
 
 
 @dataclass(frozen=True, kw_only=True)
+class AdoptReport(StageReport):
+    """Codes of a `checkpoint` taken over; bits and bytes as in QuantizeReport."""
+
+    checkpoint: str
+    model: str
+    scheme: str
+    layers: int
+    code_bits: float
+    stored_bits: float
+    bytes_before: int
+    bytes_after: int
+
+    def table(self) -> Table:
+        return facts(
+            "taken over",
+            [
+                ("checkpoint", self.checkpoint),
+                ("model", self.model),
+                ("layers", f"{self.layers}, {self.scheme}"),
+                ("bits per weight", both_bits(self.code_bits, self.stored_bits)),
+                ("model size", shrinkage(self.bytes_before, self.bytes_after)),
+                *self.costs(),
+                ("wrote", str(self.directory)),
+            ],
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class FinetuneReport(StageReport):
     """`before` and `after` are KL(original || quantized) in nats a token on windows that were not trained on; `tokens`
     counts those of all steps, `text_tokens` those of the text, which may have been gone through several times;

@@ -28,7 +28,7 @@ from aqlm_cli.forecast import (
     within_memory,
     work_of,
 )
-from aqlm_cli.model import ModelSource, load_skeleton, resolve, saved_layouts, tensor_index
+from aqlm_cli.model import ModelSource, load_skeleton, plan_of_checkpoint, resolve, saved_layouts, tensor_index
 from aqlm_cli.plan import Plan, Target, make_plan
 from aqlm_cli.report import PlanReport
 from aqlm_cli.scheme import AdditiveScheme, Scheme, parse_scheme
@@ -50,12 +50,21 @@ def survey(config: RunConfig, with_weights: bool = True) -> Survey:
     """Of the model that the settings name; `with_weights` False fetches none from the hub."""
     source = resolve(config.model, config.revision, config.trust_remote_code, with_weights=with_weights)
     network, section = load_skeleton(source), config.quantize
-    scheme, count = parse_scheme(section.scheme), count_parameters(network)
-    plan = make_plan(describe_layers(network), count, scheme, section.skip, section.only)
+    layers, count = describe_layers(network), count_parameters(network)
+    if section.checkpoint is None:
+        plan = make_plan(layers, count, parse_scheme(section.scheme), section.skip, section.only)
+    else:
+        plan = plan_of_checkpoint(checkpoint_of(config), source, layers, count)
     there = tensor_index(source.directory) if has_weights(source.directory) else None
     stored = saved_layouts(network) if there is None else {name: tensor.layout for name, tensor in there.items()}
     layouts = checkpoint_layouts(stored, plan.schemes, config.pack.format, _fitted(network, plan))
     return Survey(source, plan, model_shape(network, plan), checkpoint_bytes(layouts))
+
+
+def checkpoint_of(config: RunConfig) -> ModelSource:
+    """That from which the codes are taken over."""
+    assert config.quantize.checkpoint is not None
+    return resolve(config.quantize.checkpoint, trust_remote_code=config.trust_remote_code)
 
 
 def model_shape(network: nn.Module, plan: Plan) -> ModelShape:
@@ -120,16 +129,17 @@ def disk_needed(known: Survey, work: Work) -> dict[str, int]:
 
 
 def plan_report(config: RunConfig, plan: Plan) -> PlanReport:
+    scheme = plan.scheme
     return PlanReport(
         model=config.model,
         method=config.quantize.method,
-        scheme=config.quantize.scheme,
+        scheme=str(scheme),
         layers=len(plan.quantized),
         code_bits=plan.code_bits,
         stored_bits=plan.stored_bits,
         bytes_before=plan.bytes_before,
         bytes_after=plan.bytes_after,
-        kernel=_kernel(parse_scheme(config.quantize.scheme), torch.device(config.device)),
+        kernel=_kernel(scheme, torch.device(config.device)),
         schemes={path: str(scheme) for path, scheme in plan.schemes.items()},
         skipped=tuple((target.path, target.reason) for target in plan.targets if target.reason is not None),
     )

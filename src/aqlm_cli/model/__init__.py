@@ -4,15 +4,18 @@
 `load_network` gives an ordinary `nn.Module`, frozen and in evaluation mode, of an original or of a packed model alike.
 """
 
+from aqlm_cli.model.coded import plan_of_checkpoint
 from aqlm_cli.model.decoding import Decoding, decoding_of, open_decoding
 from aqlm_cli.model.head import Halves, halves_of
 from aqlm_cli.model.loading import (
     is_coded,
     load_block,
+    load_config,
     load_network,
     load_outside,
     load_skeleton,
     load_tokenizer,
+    load_without,
     saved_layouts,
 )
 from aqlm_cli.model.resolve import Subject, find_subject, original_of, resolve
@@ -30,14 +33,17 @@ __all__ = [
     "halves_of",
     "is_coded",
     "load_block",
+    "load_config",
     "load_network",
     "load_outside",
     "load_skeleton",
     "load_tokenizer",
+    "load_without",
     "model_config",
     "open_decoding",
     "open_tokenizer",
     "original_of",
+    "plan_of_checkpoint",
     "resolve",
     "save_support_files",
     "saved_layouts",

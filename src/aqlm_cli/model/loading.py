@@ -55,11 +55,18 @@ def load_outside(
     """
     skeleton = load_skeleton(source)
     paths = find_blocks(skeleton).paths
-    with quiet():
-        network = _prepared(_load_without(source, load_config(source), paths, dtype), device)
+    network = load_without(source, paths, dtype, device)
     for path in paths:
         replace_module(network, path, skeleton.get_submodule(path).eval())
     return network
+
+
+def load_without(
+    source: ModelSource, paths: Sequence[str], dtype: torch.dtype, device: str | torch.device = "cpu"
+) -> transformers.PreTrainedModel:
+    """The model with an identity in the place of each module at `paths`, whose weights are not read."""
+    with quiet():
+        return _prepared(_load_without(source, load_config(source), paths, dtype), device)
 
 
 def load_block(source: ModelSource, index: int, dtype: torch.dtype, device: str | torch.device = "cpu") -> nn.Module:
@@ -204,7 +211,6 @@ def _load(source: ModelSource, dtype: torch.dtype, **options: Any) -> transforme
 def _load_without(
     source: ModelSource, config: transformers.PreTrainedConfig, paths: Sequence[str], dtype: torch.dtype
 ) -> transformers.PreTrainedModel:
-    """The model with an identity in the place of each module at `paths`, whose weights are not read."""
     from aqlm_cli.model.leave_out import leaving_out
 
     config.quantization_config = leaving_out(paths)

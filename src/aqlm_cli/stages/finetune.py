@@ -112,6 +112,8 @@ def follow(config: RunConfig, run_directory: Path, team: Team) -> None:
 def _made_with(config: RunConfig, source: ModelSource, start: Artifact) -> tuple[dict[str, object], dict[str, str]]:
     settings = {**config.finetune.model_dump(mode="json"), "seed": config.seed}
     parents = {kind: start.manifest.parents[kind] for kind in ("calibration",) if kind in start.manifest.parents}
+    if not parents and config.finetune.data is None:  # the codes were found elsewhere, but this text is learnt from
+        parents["calibration"] = read_run(start.directory.parent).current("calibration").digest
     return settings, {**parents, "model": source.identity, START: start.digest}
 
 

@@ -172,10 +172,16 @@ def _card_facts(run: RunDirectory, quantized: Artifact, contents: Contents) -> C
         stored_bits=results["stored_bits"],
         bytes=results["bytes"],
         layers=results["layers"],
-        data=", ".join(text_name(source) for source in run.config.calibrate.data.split(",")),
+        data=_calibration_text(run),
         needs_package=bool(contents.coded),
         perplexities=_perplexities(run, quantized),
     )
+
+
+def _calibration_text(run: RunDirectory) -> str:
+    if run.config.quantize.checkpoint is not None:
+        return "not known: the codes are those of another checkpoint"
+    return ", ".join(text_name(source) for source in run.config.calibrate.data.split(","))
 
 
 def _perplexities(run: RunDirectory, quantized: Artifact) -> list[dict[str, Any]]:

@@ -21,13 +21,12 @@ STAGES: Mapping[str, tuple[str, str]] = {
 }
 """The stages of a run in order, the directory of what each makes, and its kind."""
 
-OPTIONAL = "finetune"
-"""A run is whole without it."""
-
 
 def status(run_directory: Path) -> StatusReport:
     run = read_run(run_directory)
     found = holder(run_directory)
+    # A run is whole without these.
+    optional = ["finetune", *(["calibrate"] if run.config.quantize.checkpoint is not None else [])]
     return StatusReport(
         directory=run_directory,
         model=run.config.model,
@@ -36,7 +35,7 @@ def status(run_directory: Path) -> StatusReport:
         stages=tuple(
             _stage(run, stage, name, kind, found)
             for stage, (name, kind) in STAGES.items()
-            if stage != OPTIONAL or last_attempt(run.path, stage)
+            if stage not in optional or last_attempt(run.path, stage)
         ),
     )
 

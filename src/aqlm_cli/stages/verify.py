@@ -69,6 +69,9 @@ def _compare_digest(artifact: Artifact, name: str) -> None:
 def _requantize(run: RunDirectory, quantized: Artifact, emit: Emit) -> str | None:
     """The path of the layer; None where this machine would not compute the same bits."""
     config, schemes = run.config, Plan.from_json(quantized.manifest.results["plan"]).schemes
+    if config.quantize.checkpoint is not None:
+        emit(Noted(f"the codes are those of {config.quantize.checkpoint}, so no layer is quantized again"))
+        return None
     if quantized.manifest.results.get("machine") != machine_of(config):
         emit(Noted("quantized by another version or on another kind of machine, so no layer is quantized again"))
         return None

@@ -1,0 +1,82 @@
+"""The settings that a command works with, flags over files, and the run directory that they mean."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from aqlm_cli.config import RunConfig
+from aqlm_cli.errors import ArtifactError, UsageError
+from aqlm_cli.model import resolve
+from aqlm_cli.run_file import build_config, given, load_run_file, merge, preset_path
+from aqlm_cli.runs import is_run, read_run
+from aqlm_cli.scheme import SCHEMES_BY_BITS, parse_scheme
+
+
+def default_run_directory(config: RunConfig) -> Path:
+    """runs/NAME-2bit where `--bits 2` means the scheme, runs/NAME-SCHEME elsewhere."""
+    scheme = parse_scheme(config.quantize.scheme)
+    bits = next((bits for bits, known in SCHEMES_BY_BITS.items() if known == scheme), None)
+    label = str(scheme) if bits is None else f"{bits:g}bit"
+    source = resolve(config.model, config.revision, config.trust_remote_code)
+    return Path("runs") / f"{source.short_name}-{label}"
+
+
+def settings_of_run(directory: Path, flags: Mapping[str, Any]) -> RunConfig:
+    """The flags over the run's own file."""
+    return build_config(None, read_run(directory).file, flags)
+
+
+def settings_for(target: str, flags: Mapping[str, Any]) -> RunConfig:
+    """The flags over the file of `target`, where that is a run, or over the defaults, where it is a model."""
+    if is_run(Path(target)):
+        return settings_of_run(Path(target), flags)
+    return build_config(None, None, {**flags, "model": target})
+
+
+def settings_to_finetune(
+    target: str,
+    teacher: str | None,
+    out: Path | None,
+    flags: Mapping[str, Any],
+    preset: str | None,
+    section: Mapping[str, Any],
+) -> tuple[RunConfig, Path]:
+    """Those of the run at `target`, and that run; given a teacher or a place, of a new run that begins with its codes.
+
+    The flags of the section beat the preset, which beats the run file; steps take the place of its time budget. Raises
+    ArtifactError where nothing says what the original is.
+    """
+    if teacher is None and not is_run(Path(target)):
+        raise ArtifactError(
+            f"{target} is not a run directory; if it is an AQLM checkpoint, name its original with --teacher"
+        )
+    recipe = load_run_file(preset_path(preset)).get("finetune", {}) if preset else {}
+    flags = {**flags, "finetune": merge(recipe, given(section))}
+    if teacher is None and out is None:
+        config, directory = settings_of_run(Path(target), flags), Path(target)
+    else:
+        config, directory = _settings_to_adopt(target, teacher, out, flags)
+    if section["steps"] is None:
+        return config, directory
+    tuned = config.finetune.model_copy(update={"time_budget": None})
+    return config.model_copy(update={"finetune": tuned}), directory
+
+
+def _settings_to_adopt(
+    target: str, teacher: str | None, out: Path | None, flags: Mapping[str, Any]
+) -> tuple[RunConfig, Path]:
+    """The flags over the file of the new run, if it has been begun, or else of the run at `target`, if it is one."""
+    place = Path(target).resolve()
+    directory = out or Path("runs") / f"{place.name}-finetuned"
+    if directory.resolve() == place:
+        raise UsageError(f"--out {out} is {target} itself; choose another place")
+    runs = [read_run(path) for path in (directory, Path(target)) if is_run(path)]
+    model = teacher or read_run(Path(target)).config.model
+    asked = {**flags, "model": model, "quantize": {"checkpoint": target}}
+    config = build_config(None, runs[0].file if runs else None, asked)
+    # These two say something of one model, and there is no flag for them.
+    known = next((run.config for run in reversed(runs) if run.config.model == model), None)
+    revision, trust = (None, False) if known is None else (known.revision, known.trust_remote_code)
+    return config.model_copy(update={"revision": revision, "trust_remote_code": trust}), directory
