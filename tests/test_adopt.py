@@ -127,6 +127,24 @@ def test_our_checkpoint_without_our_marks_is_adopted_number_by_number(skip: Sequ
     assert yaml.safe_load(Path("new/run.yaml").read_text())["quantize"]["scheme"] == "2x4g8"
 
 
+def test_what_has_learnt_outside_the_blocks_is_taken_over_and_kept(stranger: Path) -> None:
+    """The last norm and the embeddings: those of a checkpoint, and then those that finetune does not train."""
+
+    def learnt(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["model.norm.weight"].mul_(1.25)
+        tensors["model.embed_tokens.weight"][3, 5] += 0.5
+
+    edit(stranger, learnt)
+    told = finetuned("stranger", "--teacher", "tiny", "--out", "new", *SHORT)
+    assert told["finetune"]["after"] < told["finetune"]["before"]
+    there, start = load_file("new/quantized/outside.safetensors"), numbers(stranger)
+    assert set(there) == {"model.norm.weight", "model.embed_tokens.weight"}
+    assert all(torch.equal(there[name], start[name].float()) for name in there)
+    packed = numbers(Path("new/packed"))
+    assert torch.equal(packed["model.embed_tokens.weight"], start["model.embed_tokens.weight"].half())
+    assert not torch.equal(packed["model.norm.weight"], start["model.norm.weight"].half()), "it has learnt on"
+
+
 def test_a_run_begins_where_another_ended(quantized: Path) -> None:
     ended = finetuned("run")["finetune"]["after"]
     begun = finetuned("run", "--out", "new")["finetune"]
@@ -236,15 +254,15 @@ def without_codes(tensors: dict[str, torch.Tensor]) -> None:
 
 REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "an embedding": (
-        lambda path: edit(path, lambda tensors: tensors["model.embed_tokens.weight"][3, 5].add_(0.5)),
+        lambda path: edit(path, lambda tensors: tensors["model.embed_tokens.weight"].mul_(2)),
         "model.embed_tokens.weight is not that of tiny",
     ),
     "the last norm": (
-        lambda path: edit(path, lambda tensors: tensors["model.norm.weight"][3].mul_(1.001)),
+        lambda path: edit(path, lambda tensors: tensors["model.norm.weight"].neg_()),
         "model.norm.weight is not that of tiny",
     ),
     "the head": (
-        lambda path: edit(path, lambda tensors: tensors["lm_head.weight"][3, 5].neg_()),
+        lambda path: edit(path, lambda tensors: tensors["lm_head.weight"].neg_()),
         "lm_head.weight is not that of tiny",
     ),
     "a head with codes": (

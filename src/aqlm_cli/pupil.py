@@ -22,7 +22,15 @@ from aqlm_cli.blocks import find_blocks
 from aqlm_cli.config import FinetuneConfig
 from aqlm_cli.errors import QuantizationError
 from aqlm_cli.model import ModelSource, halves_of, load_network
-from aqlm_cli.quantized import OUTSIDE, block_file, matrix_kinds, read_matrix, restore_block, save_block
+from aqlm_cli.quantized import (
+    OUTSIDE,
+    block_file,
+    matrix_kinds,
+    outside_tensors,
+    read_matrix,
+    restore_block,
+    save_block,
+)
 from aqlm_cli.storage import save_tensors
 from aqlm_cli.team import Team
 from aqlm_cli.tuning.block import round_to_16_bits, tuned_parameters
@@ -59,8 +67,9 @@ class Pupil:
             kinds = matrix_kinds(self.start, name)
             matrices = {path: read_matrix(self.start, name, path, kind) for path, kind in kinds.items()}
             save_block(directory / name, prefix, block, matrices)
-        if self.outside:
-            save_tensors(directory / OUTSIDE, {name: values.detach() for name, values in self.outside.items()}, {})
+        learnt = outside_tensors(self.start) | {name: values.detach() for name, values in self.outside.items()}
+        if learnt:
+            save_tensors(directory / OUTSIDE, learnt, {})
 
 
 def load_pupil(
@@ -76,6 +85,8 @@ def load_pupil(
     dtype = compute_dtype(device)
     student, teacher = load_network(source, torch.float32, device), load_network(source, dtype, device)
     found, blocks = find_blocks(student), {}
+    for name, values in outside_tensors(start).items():
+        student.get_parameter(name).data.copy_(values)
     outside = _outside(student, settings.embeddings)
     for index, (prefix, block) in enumerate(zip(found.paths, found.modules, strict=True)):
         if block_file(index) in start.manifest.files:
@@ -84,11 +95,13 @@ def load_pupil(
         if settings.checkpointing:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     learner, original = halves_of(student), halves_of(teacher)
+    # The original's weights are in the type of products already; the learner's would be converted for every chunk.
+    own_head = settings.embeddings or any(values.ndim > 1 for values in outside_tensors(start).values())
     in_head = student.get_output_embeddings().parameters() if settings.embeddings else ()
     data = Distillation(
         student=learner.states,
         teacher=original.states,
-        student_head=learner.logits if settings.embeddings else original.logits,
+        student_head=learner.logits if own_head else original.logits,
         teacher_head=original.logits,
         trained_head=tuple(in_head),
         training=text,

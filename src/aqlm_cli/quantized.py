@@ -2,7 +2,7 @@
 
 block-007.safetensors     of every compressed matrix its tensors under the path of its layer, fitted; and every norm
                           and bias of the block. Its metadata says of which kind each matrix is.
-outside.safetensors       in finetuned/ alone: what learnt outside the blocks, by name.
+outside.safetensors       what has learnt outside the blocks, by name, where anything has.
 """
 
 from __future__ import annotations
@@ -42,6 +42,14 @@ def read_matrix(quantized: Artifact, name: str, path: str, kind: str) -> Compres
     """That of the layer at `path`."""
     with quantized.reading(name) as file:
         return MATRIX_KINDS[kind].from_tensors(load_tensors(file, prefix=f"{path}."))
+
+
+def outside_tensors(quantized: Artifact) -> dict[str, Tensor]:
+    """What has learnt outside the blocks, by name."""
+    if OUTSIDE not in quantized.manifest.files:
+        return {}
+    with quantized.reading(OUTSIDE) as file:
+        return load_tensors(file)
 
 
 def save_block(file: Path, prefix: str, block: nn.Module, matrices: Mapping[str, CompressedMatrix]) -> None:

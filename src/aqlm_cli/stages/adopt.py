@@ -1,8 +1,8 @@
 """The codes of an AQLM checkpoint, made by anyone, as the `quantized/` of a run.
 
-A run whose `quantize.checkpoint` names one begins with its codes, codebooks and scales, and with the norms and biases
-of its blocks, number by number as they are there. Everything else in the run is the original's, so it must be the
-original's in the checkpoint, too.
+A run whose `quantize.checkpoint` names one begins with its codes, codebooks and scales, with the norms and biases of
+its blocks, and with what has learnt outside the blocks, number by number as they are there. Everything else in the run
+is the original's, so it must be the original's in the checkpoint, too.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from aqlm_cli.errors import ModelError
 from aqlm_cli.events import Advanced, Emit, Noted, StageStarted, Warned
 from aqlm_cli.memory import peak_memory_bytes, reset_peak_memory
 from aqlm_cli.model import ModelSource, load_config, load_network, load_without
-from aqlm_cli.quantized import block_file, save_block
+from aqlm_cli.quantized import OUTSIDE, block_file, save_block
 from aqlm_cli.runs import open_run
 from aqlm_cli.stage_reports import AdoptReport, restored
-from aqlm_cli.storage import disk_bytes
+from aqlm_cli.storage import disk_bytes, save_tensors
 from aqlm_cli.survey import Survey, checkpoint_of, survey
 from aqlm_cli.tuning.block import tuned_parameters
 from aqlm_cli.wording import some
@@ -32,6 +32,9 @@ STAGE = "adopt"
 
 NOT_COMPARED = {"_name_or_path", "aqlm_cli", "architectures", "dtype", "quantization_config", "transformers_version"}
 """Settings in config.json that say how a model is stored, and by whom."""
+
+FURTHEST_LEARNT = 0.5
+"""Of its norm: what lies further from the original's is another model's, and has not learnt from there."""
 
 
 def adopt(config: RunConfig, run_directory: Path, overwrite: bool, emit: Emit) -> AdoptReport:
@@ -50,11 +53,13 @@ def adopt(config: RunConfig, run_directory: Path, overwrite: bool, emit: Emit) -
         emit(Noted(f"{adopted.directory} is there already, made from the same checkpoint"))
         return restored(AdoptReport, adopted.directory, adopted.manifest.results["report"])
     reset_peak_memory()
-    network = fitting_network(config, known)
+    network, learnt = fitting_network(config, known)
     if other := _other_settings(checkpoint, source):
         emit(Warned(f"{checkpoint.name} has other settings than {source.name}, whose are kept: {some(other)}"))
     with run.stage("quantized", "quantized", {}, parents) as stage:
         _save_blocks(network, stage.directory, emit)
+        if learnt:
+            save_tensors(stage.directory / OUTSIDE, learnt, {})
         report = {
             "checkpoint": checkpoint.name,
             "model": source.name,
@@ -74,8 +79,8 @@ def adopt(config: RunConfig, run_directory: Path, overwrite: bool, emit: Emit) -
     return restored(AdoptReport, adopted.directory, report)
 
 
-def fitting_network(config: RunConfig, known: Survey) -> nn.Module:
-    """The network of the checkpoint, in which all that is not taken over is as in the original.
+def fitting_network(config: RunConfig, known: Survey) -> tuple[nn.Module, dict[str, Tensor]]:
+    """The network of the checkpoint, and by name what has learnt outside its blocks; all else is as in the original.
 
     Raises ModelError for the first tensor that is not.
     """
@@ -88,16 +93,21 @@ def fitting_network(config: RunConfig, known: Survey) -> nn.Module:
     if alone := sorted(there.keys() ^ wanted.keys()):
         owner = checkpoint if alone[0] in there else source
         raise ModelError(f"{checkpoint.name} was not made from {source.name}: only {owner.name} has {alone[0]}")
+    outside, learnt = _outside(network), dict[str, Tensor]()
     for name in sorted(there):
         if there[name].shape != wanted[name].shape:
             shapes = f"{list(there[name].shape)} there and {list(wanted[name].shape)} in {source.name}"
             raise ModelError(f"{checkpoint.name}: {name} is {shapes}; name the model that it was made from")
-        if name not in taken and not _same(there[name], wanted[name]):
+        if name in taken or _same(there[name], wanted[name]):
+            continue
+        if name in outside and _near(there[name], wanted[name]):
+            learnt[name] = there[name].detach()
+        else:
             raise ModelError(
-                f"{checkpoint.name}: {name} is not that of {source.name}, and only blocks with codes are taken over; "
+                f"{checkpoint.name}: {name} is not that of {source.name}, nor can it have been trained from there; "
                 "name the model that it was made from"
             )
-    return network
+    return network, learnt
 
 
 def _tensors(network: nn.Module) -> dict[str, Tensor]:
@@ -115,6 +125,16 @@ def _taken_over(network: nn.Module) -> set[str]:
         if any(isinstance(module, AdditiveLinear) for module in block.modules())
         for name in tuned_parameters(block, prefix)
     }
+
+
+def _outside(network: nn.Module) -> set[str]:
+    """Parameters outside the blocks; a head tied to the embeddings comes once."""
+    blocks = find_blocks(network).path + "."
+    return {name for name, _ in network.named_parameters() if not name.startswith(blocks)}
+
+
+def _near(there: Tensor, wanted: Tensor) -> bool:
+    return float((there - wanted).norm()) <= FURTHEST_LEARNT * float(wanted.norm())
 
 
 def _same(there: Tensor, wanted: Tensor) -> bool:
