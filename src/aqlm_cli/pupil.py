@@ -21,7 +21,7 @@ from aqlm_cli.artifacts import Artifact
 from aqlm_cli.blocks import find_blocks
 from aqlm_cli.config import FinetuneConfig
 from aqlm_cli.errors import QuantizationError
-from aqlm_cli.model import ModelSource, halves_of, load_network
+from aqlm_cli.model import ModelSource, attend_blockwise, halves_of, load_network
 from aqlm_cli.quantized import (
     OUTSIDE,
     block_file,
@@ -84,6 +84,8 @@ def load_pupil(
     """From the original and what was made of it in `start`; `text` and `held_out` are token ids `[windows, L]`."""
     dtype = compute_dtype(device)
     student, teacher = load_network(source, torch.float32, device), load_network(source, dtype, device)
+    for network in (student, teacher):
+        attend_blockwise(network)
     found, blocks = find_blocks(student), {}
     for name, values in outside_tensors(start).items():
         student.get_parameter(name).data.copy_(values)

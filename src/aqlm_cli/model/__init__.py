@@ -4,6 +4,7 @@
 `load_network` gives an ordinary `nn.Module`, frozen and in evaluation mode, of an original or of a packed model alike.
 """
 
+from aqlm_cli.model.attention import attend_blockwise
 from aqlm_cli.model.coded import plan_of_checkpoint
 from aqlm_cli.model.decoding import Decoding, decoding_of, open_decoding
 from aqlm_cli.model.head import Halves, halves_of
@@ -27,6 +28,7 @@ __all__ = [
     "Halves",
     "ModelSource",
     "Subject",
+    "attend_blockwise",
     "decoding_of",
     "end_tokens",
     "find_subject",

@@ -31,8 +31,8 @@ from aqlm_cli.tuning.descent import copied, put_back, root_mean_square, share_of
 from aqlm_cli.tuning.pv import CodeSteps
 from aqlm_kernels import AdditiveLinear
 
-CHUNK = 256
-"""Tokens whose logits exist at a time: 50 MB for a vocabulary of 49,152."""
+CHUNK = 128
+"""Tokens whose logits exist at a time: 25 MB in float32 for a vocabulary of 49,152; for 256 it takes a quarter longer."""
 
 BETAS = (0.9, 0.95)
 
