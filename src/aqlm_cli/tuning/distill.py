@@ -32,7 +32,7 @@ from aqlm_cli.tuning.pv import CodeSteps
 from aqlm_kernels import AdditiveLinear
 
 CHUNK = 128
-"""Tokens whose logits exist at a time: 25 MB in float32 for a vocabulary of 49,152; for 256 it takes a quarter longer."""
+"""Tokens whose logits exist at a time: 25 MB in float32 for a vocabulary of 49,152; 256 take a quarter longer."""
 
 BETAS = (0.9, 0.95)
 
