@@ -219,7 +219,10 @@ def pack(
 @app.command()
 def finetune(
     run: options.Run,
-    data: Annotated[str | None, typer.Option(help="Text to learn from; that of calibration if not given.")] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(help="Text to learn from; self:64 is sampled from the original; if not given, calibration's."),
+    ] = None,
     sequences: options.Sequences = None,
     sequence_length: options.SequenceLength = None,
     steps: Annotated[int | None, typer.Option(help="How many.")] = None,

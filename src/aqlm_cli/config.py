@@ -125,11 +125,11 @@ class QuantizeConfig(Section):
 class FinetuneConfig(Section):
     """Teaching the quantized model by the original: `steps` of `batch` windows of `sequence_length` tokens.
 
-    `data` and `sequences` are as in `calibrate`; None: its text. A `time_budget`, such as 2h, is turned into `steps`
-    when a run is begun. `windows_at_once` go through the model together: fewer need less memory. `learning_rate` is
-    in units of each tensor's root mean square; it falls as half a cosine to `final_rate` of itself. `held_out` windows
-    judge, every `evaluate_every` steps; `patience` such judgements without gain end it. What was trained is kept on
-    the disk every `keep_every` steps.
+    `data` and `sequences` are as in `calibrate`, with `self` for text sampled from the original; None: its text. A
+    `time_budget`, such as 2h, is turned into `steps` when a run is begun. `windows_at_once` go through the model
+    together: fewer need less memory. `learning_rate` is in units of each tensor's root mean square; it falls as half a
+    cosine to `final_rate` of itself. `held_out` windows judge, every `evaluate_every` steps; `patience` such judgements
+    without gain end it. What was trained is kept on the disk every `keep_every` steps.
     """
 
     data: str | None = None

@@ -21,6 +21,7 @@ from aqlm_cli.events import Emit, Noted, Warned
 from aqlm_cli.forecast import Cost
 from aqlm_cli.journal import logged
 from aqlm_cli.locking import exclusive
+from aqlm_cli.mixture import sampled_windows
 from aqlm_cli.model import Subject, find_subject, resolve
 from aqlm_cli.openmp import forbid_nested_loops
 from aqlm_cli.report import GenerationReport, PlanReport, Record, VerifyReport
@@ -38,6 +39,7 @@ from aqlm_cli.stages.generate import generate
 from aqlm_cli.stages.pack import pack
 from aqlm_cli.stages.plan import forecast
 from aqlm_cli.stages.quantize import quantize
+from aqlm_cli.stages.sample import sample
 from aqlm_cli.stages.status import status
 from aqlm_cli.stages.verify import verify
 from aqlm_cli.survey import plan_report, survey, within_limits
@@ -231,6 +233,9 @@ def finetune_run(config: RunConfig, run_directory: Path, overwrite: bool, emit: 
     with _at_work(run_directory):
         if run.own("quantized", "quantized") is None:
             _quantize_first(run.config, run_directory, emit)
+        if sampled_windows(config.finetune.data, config.finetune.sequences):
+            with logged(run_directory, "sample", emit) as both:
+                sample(config, run_directory, overwrite, both)
         with logged(run_directory, "finetune", emit) as both:
             tuned = finetune(config, run_directory, overwrite, both)
         run = read_run(run_directory)

@@ -16,13 +16,14 @@ from aqlm_cli.runs import RunDirectory, find_artifact, read_run
 STAGES: Mapping[str, tuple[str, str]] = {
     "calibrate": ("calibration", "calibration"),
     "quantize": ("quantized", "quantized"),
+    "sample": ("text", "text"),
     "finetune": ("finetuned", "quantized"),
     "pack": ("packed", "packed"),
 }
 """The stages of a run in order, the directory of what each makes, and its kind."""
 
-OPTIONAL = "finetune"
-"""A run is whole without it."""
+OPTIONAL = ("sample", "finetune")
+"""A run is whole without them."""
 
 
 def status(run_directory: Path) -> StatusReport:
@@ -36,7 +37,7 @@ def status(run_directory: Path) -> StatusReport:
         stages=tuple(
             _stage(run, stage, name, kind, found)
             for stage, (name, kind) in STAGES.items()
-            if stage != OPTIONAL or last_attempt(run.path, stage)
+            if stage not in OPTIONAL or last_attempt(run.path, stage)
         ),
     )
 
