@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from aqlm_cli import data
-from aqlm_cli.data import Source, calibration_windows, documents, evaluation_windows, parse_sources
+from aqlm_cli.data import calibration_windows, documents, evaluation_windows
 from aqlm_cli.errors import DataError
+from aqlm_cli.mixture import Source, parse_sources
 
 BOS, EOS, FIRST_LETTER = 0, 1, 2
 

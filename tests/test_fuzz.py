@@ -179,7 +179,7 @@ def read_run_file(directory: Path) -> None:
 
 
 def prepare_run(directory: Path) -> None:
-    """A run whose three artifacts are made one from the other."""
+    """A run whose artifacts are made one from the other."""
     run, parents = open_run(directory, build_config(None, None, {"model": "tiny"})), {"model": "sha256:0"}
     for kind in DIRECTORIES:
         with run.stage(kind, kind, {"scheme": "2x8g8", "skip": ["lm_head"]}, parents) as stage:

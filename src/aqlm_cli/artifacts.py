@@ -30,6 +30,7 @@ WORK = "work"
 
 MADE_BY: Mapping[str, str] = {
     "calibration": "aqlm calibrate --config {run}/run.yaml --out {run}",
+    "text": "aqlm finetune {run}",
     "quantized": "aqlm quantize --config {run}/run.yaml --out {run}",
     "finetuned": "aqlm finetune {run}",
     "packed": "aqlm pack {run}",

@@ -223,7 +223,10 @@ def finetune(
     out: Annotated[
         Path | None, typer.Option(help="Begin a new run here; of a CHECKPOINT runs/NAME-finetuned if not given.")
     ] = None,
-    data: Annotated[str | None, typer.Option(help="Text to learn from; that of calibration if not given.")] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(help="Text to learn from; self:64 is sampled from the original; if not given, calibration's."),
+    ] = None,
     sequences: options.Sequences = None,
     sequence_length: options.SequenceLength = None,
     steps: Annotated[int | None, typer.Option(help="How many.")] = None,

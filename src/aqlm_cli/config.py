@@ -146,13 +146,13 @@ class CodesConfig(Section):
 class FinetuneConfig(Section):
     """Teaching the quantized model by the original: `steps` of `batch` windows of `sequence_length` tokens.
 
-    `data` and `sequences` are as in `calibrate`; None: its text. A `time_budget`, such as 2h, is turned into `steps`
-    when a run is begun. `windows_at_once` go through the model together: fewer need less memory; `checkpointing`
-    computes each block again in the backward, which needs less still. With `optimizer` adam, `learning_rate` is in
-    units of the root mean square that each tensor has at first, with lamb in units of its present norm; it falls as
-    half a cosine to `final_rate` of itself. `embeddings` lets them, and the head, learn as well. `held_out` windows
-    judge, every `evaluate_every` steps; `patience` such judgements without gain end it. What was trained is kept on
-    the disk every `keep_every` steps.
+    `data` and `sequences` are as in `calibrate`, with `self` for text sampled from the original; None: its text. A
+    `time_budget`, such as 2h, is turned into `steps` when a run is begun. `windows_at_once` go through the model
+    together: fewer need less memory; `checkpointing` computes each block again in the backward, which needs less
+    still. With `optimizer` adam, `learning_rate` is in units of the root mean square that each tensor has at first,
+    with lamb in units of its present norm; it falls as half a cosine to `final_rate` of itself. `embeddings` lets them,
+    and the head, learn as well. `held_out` windows judge, every `evaluate_every` steps; `patience` such judgements
+    without gain end it. What was trained is kept on the disk every `keep_every` steps.
     """
 
     data: str | None = None

@@ -21,8 +21,8 @@ from typing import Any, Literal, Protocol, TypeAlias
 import torch
 from torch import Tensor
 
-from aqlm_cli.config import DEFAULT_SEQUENCES
 from aqlm_cli.errors import DataError
+from aqlm_cli.mixture import SELF, share_windows
 from aqlm_cli.textfiles import FILE_KINDS, read_texts
 
 Split: TypeAlias = Literal["calibration", "evaluation"]
@@ -45,14 +45,6 @@ class TextTokenizer(Protocol):
 
 
 @dataclass(frozen=True)
-class Source:
-    """Where text comes from, and how many windows to cut from it; None: a share of the total."""
-
-    name: str
-    windows: int | None
-
-
-@dataclass(frozen=True)
 class Windows:
     """Token windows for calibration, and the name of the source of each."""
 
@@ -63,51 +55,30 @@ class Windows:
 # --------------------------------------------------------------------------------------------------------- windows
 
 
-def parse_sources(spec: str) -> tuple[Source, ...]:
-    """`c4:96,notes.txt` is 96 windows of c4, and notes.txt without a count; a count follows the last colon."""
-    return tuple(_parse_source(part.strip()) for part in spec.split(","))
-
-
-def _parse_source(part: str) -> Source:
-    name, colon, count = part.rpartition(":")
-    if not (colon and count.isdecimal()):
-        name, count = part, ""
-    if not name or (count and int(count) == 0):
-        raise DataError(f"text source {part!r} is not understood; write SOURCE or SOURCE:WINDOWS, such as c4:96")
-    return Source(name, int(count) if count else None)
-
-
-def share_windows(spec: str, sequences: int | None) -> list[tuple[str, int]]:
-    """Every source with its number of windows: its own, or an equal share of what the counted ones leave."""
-    sources = parse_sources(spec)
-    counted = sum(source.windows or 0 for source in sources)
-    open_sources = [source for source in sources if source.windows is None]
-    if not open_sources:
-        if sequences not in (None, counted):
-            raise DataError(f"{spec} is {counted} windows, but {sequences} are asked; leave --sequences out")
-        return [(source.name, source.windows or 0) for source in sources]
-    if sequences is None:
-        if counted:
-            raise DataError(f"only some sources of {spec} have a count; give each one, or the total with --sequences")
-        sequences = DEFAULT_SEQUENCES
-    share, extra = divmod(sequences - counted, len(open_sources))
-    if share < 1:
-        raise DataError(f"{sequences} windows are too few for {spec}; raise --sequences or lower the counts")
-    rest = [share + (number < extra) for number in range(len(open_sources))]
-    return [(source.name, source.windows or rest.pop(0)) for source in sources]
-
-
 def calibration_windows(
-    spec: str, sequences: int | None, sequence_length: int, seed: int, tokenizer: TextTokenizer
+    spec: str,
+    sequences: int | None,
+    sequence_length: int,
+    seed: int,
+    tokenizer: TextTokenizer,
+    sampled: Tensor | None = None,
 ) -> Windows:
     """Windows of every source in the order of `spec`; see `parse_sources`.
 
     `sequences` is the total: not needed where every source has a count, shared equally by those that have none.
+    `sampled` `[windows, sequence_length]` are those of `self`; DataError where it is named and there are none.
     """
+    shares = share_windows(spec, sequences)
+    if sampled is None and SELF in dict(shares):
+        raise DataError(f"{SELF}: only `aqlm finetune` samples text from the model; choose another source or file")
     rows, names = [], []
-    for name, windows in share_windows(spec, sequences):
-        texts = documents(name, "calibration", characters=windows * sequence_length * CHARACTERS_PER_TOKEN)
-        rows.append(_cut(name, texts, windows, sequence_length, seed, tokenizer))
+    for name, windows in shares:
+        if name == SELF and sampled is not None:
+            rows.append(sampled[:windows])
+            sampled = sampled[windows:]  # each once, should `self` be named again
+        else:
+            texts = documents(name, "calibration", characters=windows * sequence_length * CHARACTERS_PER_TOKEN)
+            rows.append(_cut(name, texts, windows, sequence_length, seed, tokenizer))
         names += [name] * windows
     return Windows(torch.cat(rows), tuple(names))
 

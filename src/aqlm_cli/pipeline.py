@@ -20,6 +20,7 @@ from aqlm_cli.events import Emit, Noted, Warned
 from aqlm_cli.forecast import Cost
 from aqlm_cli.journal import logged
 from aqlm_cli.locking import exclusive
+from aqlm_cli.mixture import sampled_windows
 from aqlm_cli.model import Subject, find_subject
 from aqlm_cli.openmp import forbid_nested_loops
 from aqlm_cli.report import GenerationReport, PlanReport, Record, VerifyReport
@@ -38,6 +39,7 @@ from aqlm_cli.stages.generate import generate
 from aqlm_cli.stages.pack import pack
 from aqlm_cli.stages.plan import forecast
 from aqlm_cli.stages.quantize import quantize
+from aqlm_cli.stages.sample import sample
 from aqlm_cli.stages.status import status
 from aqlm_cli.stages.verify import verify
 from aqlm_cli.survey import plan_report, survey, within_limits
@@ -247,6 +249,9 @@ def _finetune_and_pack(
         if run.config.quantize.checkpoint is not None and config.finetune.data is None:
             emit(Noted("without --data the text is that of calibration, which runs first"))
             _calibrate(run.config, run_directory, overwrite and begins, emit, {})
+        if sampled_windows(config.finetune.data, config.finetune.sequences):
+            with logged(run_directory, "sample", emit) as both:
+                sample(config, run_directory, overwrite, both)
         with logged(run_directory, "finetune", emit) as both:
             tuned = finetune(config, run_directory, overwrite, both, team)
         run = read_run(run_directory)

@@ -3,6 +3,7 @@
 runs/SmolLM2-135M-Instruct-2bit/
     run.yaml                complete settings of the run
     calibration/            an artifact: safetensors files and a manifest.json
+    text/                   what finetuning sampled from the original model, where its settings ask for that
     quantized/              the next one; its manifest names the digest of the calibration it came from
     packed.partial/         a stage that is running, or died: its next start wipes it, or goes on from its work/
     lock                    held by the process at work (locking.py)
@@ -38,6 +39,7 @@ BEGUN = "begun.json"
 # In the order in which they are made: each is made from earlier ones only.
 DIRECTORIES: Mapping[str, tuple[str, ...]] = {
     "calibration": ("calibration",),
+    "text": ("text",),
     "quantized": ("finetuned", "quantized"),
     "packed": ("packed",),
 }

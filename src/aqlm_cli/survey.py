@@ -15,7 +15,6 @@ from aqlm_cli.activations import compute_dtype
 from aqlm_cli.blocks import count_parameters, describe_layers, find_blocks
 from aqlm_cli.checkpoint import checkpoint_bytes
 from aqlm_cli.config import RunConfig
-from aqlm_cli.data import share_windows
 from aqlm_cli.errors import PlanError
 from aqlm_cli.export import checkpoint_layouts
 from aqlm_cli.forecast import (
@@ -28,6 +27,7 @@ from aqlm_cli.forecast import (
     within_memory,
     work_of,
 )
+from aqlm_cli.mixture import share_windows
 from aqlm_cli.model import ModelSource, load_skeleton, plan_of_checkpoint, resolve, saved_layouts, tensor_index
 from aqlm_cli.plan import Plan, Target, make_plan
 from aqlm_cli.report import PlanReport

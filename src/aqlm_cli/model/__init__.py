@@ -20,6 +20,7 @@ from aqlm_cli.model.loading import (
     saved_layouts,
 )
 from aqlm_cli.model.resolve import Subject, find_subject, original_of, resolve
+from aqlm_cli.model.sampling import open_sampling
 from aqlm_cli.model.tokenizing import open_tokenizer
 from aqlm_cli.sources import ModelSource, end_tokens, model_config, save_support_files, tensor_index
 
@@ -43,6 +44,7 @@ __all__ = [
     "load_without",
     "model_config",
     "open_decoding",
+    "open_sampling",
     "open_tokenizer",
     "original_of",
     "plan_of_checkpoint",

@@ -25,6 +25,7 @@ from aqlm_cli.errors import ArtifactError, DataError, UsageError
 from aqlm_cli.events import Advanced, Emit, Noted, StageStarted
 from aqlm_cli.figures import draw_curve
 from aqlm_cli.memory import peak_memory_bytes, reset_peak_memory
+from aqlm_cli.mixture import sampled_windows
 from aqlm_cli.model import ModelSource, load_tokenizer, original_of
 from aqlm_cli.propagation import machine_of
 from aqlm_cli.pupil import Pupil, load_pupil
@@ -178,15 +179,22 @@ def _text(config: RunConfig, source: ModelSource, run: RunDirectory) -> tuple[Te
     if section.data is None and section.sequences is not None:
         raise UsageError("--sequences counts windows of --data; give that, too")
     if section.data is None:
-        with run.current("calibration").reading("windows.safetensors") as file:
-            tokens = load_tensors(file)["ids"].long().flatten()
+        tokens = _stored(run, "calibration").flatten()
         ids = tokens[: len(tokens) // length * length].view(-1, length)
     else:
-        ids = calibration_windows(section.data, section.sequences, length, config.seed, load_tokenizer(source)).ids
+        sampled = _stored(run, "text") if sampled_windows(section.data, section.sequences) else None
+        tokenizer = load_tokenizer(source)
+        ids = calibration_windows(section.data, section.sequences, length, config.seed, tokenizer, sampled).ids
     ids = ids[torch.randperm(len(ids), generator=generator(config.seed, STAGE))]
     if len(ids) <= section.held_out:
         raise DataError(f"there are {len(ids)} windows of text, and {section.held_out} are held out; add text")
     return ids[section.held_out :], ids[: section.held_out]
+
+
+def _stored(run: RunDirectory, kind: str) -> Tensor:
+    """Token ids `[windows, L]` of an artifact of the run."""
+    with run.current(kind).reading("windows.safetensors") as file:
+        return load_tensors(file)["ids"].long()
 
 
 def _train(config: RunConfig, pupil: Pupil, training: Training, stage: Stage, emit: Emit) -> None:

@@ -16,6 +16,7 @@ from aqlm_cli.runs import RunDirectory, find_artifact, read_run
 STAGES: Mapping[str, tuple[str, str]] = {
     "calibrate": ("calibration", "calibration"),
     "quantize": ("quantized", "quantized"),
+    "sample": ("text", "text"),
     "finetune": ("finetuned", "quantized"),
     "pack": ("packed", "packed"),
 }
@@ -26,7 +27,7 @@ def status(run_directory: Path) -> StatusReport:
     run = read_run(run_directory)
     found = holder(run_directory)
     # A run is whole without these.
-    optional = ["finetune", *(["calibrate"] if run.config.quantize.checkpoint is not None else [])]
+    optional = ["sample", "finetune", *(["calibrate"] if run.config.quantize.checkpoint is not None else [])]
     return StatusReport(
         directory=run_directory,
         model=run.config.model,
