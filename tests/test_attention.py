@@ -42,15 +42,30 @@ def test_result_and_gradients_are_those_of_the_whole_matrix_of_scores(
         torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-5, atol=1e-5)
 
 
-def test_in_bfloat16_it_is_nearly_as_exact_as_torch() -> None:
-    q, k, v = (tensor.detach().bfloat16() for tensor in drawn(200))
-    q /= 4
-    exact = written_out(*(tensor.double() for tensor in (q, k, v)))
-    theirs = F.scaled_dot_product_attention(q.view(2, 6, 200, 16), k.view(2, 2, 200, 16), v.view(2, 2, 200, 24),
-                                            is_causal=True, scale=1.0, enable_gqa=True)  # fmt: skip
-    errors = [float((out.double().view_as(exact) - exact).norm() / exact.norm())
-              for out in (BlockwiseAttention.apply(q, k, v), theirs)]  # fmt: skip
+@pytest.mark.parametrize("shared", [0, 10, 100])
+def test_in_bfloat16_it_is_nearly_as_exact_as_torch_whatever_all_keys_share(shared: float) -> None:
+    """A bias of the keys, say: it changes no probability."""
+    rng = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, heads, 200, 16, generator=rng).bfloat16() for heads in (6, 2, 2))
+    k += shared
+    scores = q.double() @ k.double().repeat_interleave(3, 1).transpose(2, 3) / 4
+    later = torch.ones(200, 200, dtype=torch.bool).triu(1)
+    exact = torch.softmax(scores.masked_fill(later, -torch.inf), 3) @ v.double().repeat_interleave(3, 1)
+    theirs = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = module._attention(torch.nn.Module(), q, k, v, None)[0].transpose(1, 2)
+    errors = [float((out.double() - exact).norm() / exact.norm()) for out in (ours, theirs)]
     assert errors[0] < 4 * errors[1] < 0.03
+
+
+def test_a_llama_in_bfloat16_uses_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, apply = [], BlockwiseAttention.apply
+    monkeypatch.setattr(BlockwiseAttention, "apply", lambda *args: calls.append(1) or apply(*args))
+    network = load_network(resolve(str(tiny_models.save("llama", tmp_path / "model"))), torch.float32)
+    attend_blockwise(network)
+    with torch.autocast("cpu", torch.bfloat16):
+        network(input_ids=tiny_models.token_ids(), use_cache=False)
+    assert len(calls) == network.config.num_hidden_layers
 
 
 @pytest.mark.parametrize("family", sorted({**tiny_models.FAMILIES, **tiny_models.WITH_EXPERTS}))

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import tiny_models
 import torch
 import yaml
 from commands import run
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from typer.testing import Result
 
 from aqlm_cli.artifacts import open_artifact
@@ -200,6 +200,55 @@ def test_embeddings_and_head_learn_where_they_are_asked_to(made: Path) -> None:
     assert all(not torch.equal(original[name], tensor) for name, tensor in learnt.items())
 
 
+@pytest.mark.parametrize("stored", [("model.embed_tokens.weight",), ("model.embed_tokens.weight", "lm_head.weight")])
+def test_a_tied_head_learns_with_the_embeddings_however_it_is_stored(
+    stored: Sequence[str], run_file: Path, tmp_path: Path
+) -> None:
+    model = tiny_models.save("llama", tmp_path / "tied", tie_word_embeddings=True)
+    tensors = load_file(model / "model.safetensors")
+    tensors |= {name: tensors["model.embed_tokens.weight"].clone() for name in stored}
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    run_file.write_text(run_file.read_text() + SECTION)
+    assert run("quantize", str(model), "--config", "run.yaml", "--out", "run").exit_code == 0
+    told = json.loads(run("finetune", "run", "--embeddings", "--json").stdout)["finetune"]
+    packed, learnt = (
+        load_file(f"run/{name}") for name in ("packed/model.safetensors", "finetuned/outside.safetensors")
+    )
+    assert all(torch.equal(packed[name].float(), learnt["model.embed_tokens.weight"]) for name in stored)
+    network = load_network(resolve("run"), torch.float32)
+    assert torch.equal(network.get_output_embeddings().weight, learnt["model.embed_tokens.weight"])
+    again = run("finetune", "run", "--out", "new", "--steps", "1", "--data", "notes.txt:20", "--json")
+    assert again.exit_code == 0, again.output
+    wanted = json.loads(
+        run("finetune", "run", "--embeddings", "--data", "notes.txt:20", "--overwrite", "--json").stdout
+    )
+    assert json.loads(again.stdout)["finetune"]["before"] < wanted["finetune"]["before"], (
+        "it begins where the other ended"
+    )
+    assert told["after"] < told["before"]
+
+
+def test_a_bias_of_the_head_learns_with_the_embeddings_alone(run_file: Path, tmp_path: Path) -> None:
+    model = tiny_models.save("phi", tmp_path / "phi")
+    run_file.write_text(run_file.read_text() + SECTION)
+    assert run("quantize", str(model), "--config", "run.yaml", "--out", "run").exit_code == 0
+    for flags, there in (((), False), (("--embeddings", "--overwrite"), True)):
+        assert run("finetune", "run", *flags).exit_code == 0
+        learnt = load_file("run/finetuned/outside.safetensors")
+        assert ("lm_head.bias" in learnt) == there
+    assert not torch.equal(learnt["lm_head.bias"], load_file(model / "model.safetensors")["lm_head.bias"].float())
+
+
+def test_codes_cannot_learn_where_there_are_none(run_file: Path) -> None:
+    run_file.write_text(run_file.read_text() + SECTION)
+    assert (
+        run("quantize", "--config", "run.yaml", "--method", "rtn", "--scheme", "int4g8", "--out", "run").exit_code == 0
+    )
+    assert run("finetune", "run").exit_code == 0
+    result = run("finetune", "run", "--codes", "0.1", "--overwrite")
+    assert result.exit_code == 2 and "no layer of this run has codes" in result.stderr
+
+
 def test_computing_blocks_again_changes_nothing(made: Path) -> None:
     shutil.copytree(made, "other")
     for directory, checkpointing in ((made, False), (Path("other"), True)):
@@ -215,6 +264,7 @@ def test_a_preset_takes_the_place_of_the_run_s_settings_and_flags_that_of_the_pr
     assert run("finetune", "run", *flags).exit_code == 0
     section = yaml.safe_load((made / "run.yaml").read_text())["finetune"]
     assert (section["optimizer"], section["batch"], section["steps"]) == ("lamb", 2, 1)
+    assert section["codes"]["trust_ratio"] is None, "null is a value, too"
     assert section["sequence_length"] == 16, "which the preset does not name"
     assert "choose default, fast" in run("finetune", "run", "--preset", "pv").stderr
 

@@ -96,8 +96,8 @@ class FitConfig(Section):
 class QuantizeConfig(Section):
     """`skip` and `only` are regular expressions, matched whole against module paths.
 
-    `checkpoint` is an AQLM checkpoint of the model, made by anyone: its codes are then taken over, and nothing here but
-    its `scheme` has a meaning. None: codes are searched for.
+    `checkpoint` is an AQLM checkpoint of the model, made by anyone: its codes are then taken over, `scheme` becomes
+    theirs, and nothing else here has a meaning. None: codes are searched for.
     """
 
     checkpoint: str | None = None
@@ -131,8 +131,8 @@ class CodesConfig(Section):
     """Codes that learn, by the V steps of PV-Tuning (arXiv 2405.14852).
 
     At each step at most `share` of a matrix's groups get new codes (0: codes stay), after weights that run ahead of
-    them at `learning_rate`, and no more of them than change the matrix by `trust_ratio` of its norm; None: no such
-    bound. `beam` as in `quantize.search`. `state` is the type of the weights ahead, their gradients and moments:
+    them at `learning_rate`, the furthest first until the matrix has changed by `trust_ratio` of its norm; None: no
+    such bound. `beam` as in `quantize.search`. `state` is the type of the weights ahead, their gradients and moments:
     12 bytes a weight in float32, 6 in bfloat16.
     """
 

@@ -78,7 +78,7 @@ def use_machine(config: RunConfig) -> None:
 
     Raises UsageError for threads or a device that this machine has not got.
     """
-    device = torch.device(config.device)
+    device = torch.device(own_device(config.device))
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UsageError(f"--device {device}: torch finds {torch.cuda.device_count()} such devices here; choose cpu")
     threads = config.threads or max(1, numba.get_num_threads() // processes_here())

@@ -7,7 +7,7 @@ finetuned/
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,8 +20,8 @@ from aqlm_cli.activations import compute_dtype
 from aqlm_cli.artifacts import Artifact
 from aqlm_cli.blocks import find_blocks
 from aqlm_cli.config import FinetuneConfig
-from aqlm_cli.errors import QuantizationError
-from aqlm_cli.model import ModelSource, attend_blockwise, halves_of, load_network
+from aqlm_cli.errors import ModelError, QuantizationError, UsageError
+from aqlm_cli.model import ModelSource, attend_blockwise, halves_of, load_network, tensor_index
 from aqlm_cli.quantized import (
     OUTSIDE,
     block_file,
@@ -43,6 +43,7 @@ class Pupil:
     start: Artifact
     blocks: Mapping[str, tuple[str, nn.Module]]  # those in which anything is quantized, by the file of each
     outside: Mapping[str, nn.Parameter]  # what learns beside them, by name
+    names: Mapping[str, list[str]]  # of each of these, those that the original's files have for it
     data: Distillation
 
     def begin(self, settings: FinetuneConfig) -> Training:
@@ -52,6 +53,8 @@ class Pupil:
             parameters |= tuned_parameters(block, prefix)
             found = block.named_modules(prefix=prefix)
             layers |= {path: module for path, module in found if isinstance(module, AdditiveLinear)}
+        if settings.codes.share and not layers:
+            raise UsageError("--codes: no layer of this run has codes")
         if not parameters:
             raise QuantizationError("the model has no codebooks, norms or biases to be trained")
         return begin(self.data, parameters, layers, settings)
@@ -67,7 +70,8 @@ class Pupil:
             kinds = matrix_kinds(self.start, name)
             matrices = {path: read_matrix(self.start, name, path, kind) for path, kind in kinds.items()}
             save_block(directory / name, prefix, block, matrices)
-        learnt = outside_tensors(self.start) | {name: values.detach() for name, values in self.outside.items()}
+        moved = {stored: self.outside[name].detach() for name in self.outside for stored in self.names[name]}
+        learnt = outside_tensors(self.start) | moved
         if learnt:
             save_tensors(directory / OUTSIDE, learnt, {})
 
@@ -89,7 +93,11 @@ def load_pupil(
     found, blocks = find_blocks(student), {}
     for name, values in outside_tensors(start).items():
         student.get_parameter(name).data.copy_(values)
-    outside = _outside(student, settings.embeddings)
+    head = list(student.get_output_embeddings().parameters())
+    outside = _outside(student, [] if settings.embeddings else head, settings.embeddings)
+    names = names_in_files(student, tensor_index(source.directory))
+    if nameless := [name for name in outside if not names[name]]:
+        raise ModelError(f"the model's files have no tensor for {nameless[0]}; save the model with save_pretrained")
     for index, (prefix, block) in enumerate(zip(found.paths, found.modules, strict=True)):
         if block_file(index) in start.manifest.files:
             restore_block(start, index, prefix, block)
@@ -98,28 +106,37 @@ def load_pupil(
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     learner, original = halves_of(student), halves_of(teacher)
     # The original's weights are in the type of products already; the learner's would be converted for every chunk.
-    own_head = settings.embeddings or any(values.ndim > 1 for values in outside_tensors(start).values())
-    in_head = student.get_output_embeddings().parameters() if settings.embeddings else ()
+    taken = [student.get_parameter(name) for name in outside_tensors(start)]
+    own_head = settings.embeddings or any(one is parameter for one in taken for parameter in head)
     data = Distillation(
         student=learner.states,
         teacher=original.states,
         student_head=learner.logits if own_head else original.logits,
         teacher_head=original.logits,
-        trained_head=tuple(in_head),
+        trained_head=tuple(head) if settings.embeddings else (),
         training=text,
         held_out=held_out,
         dtype=dtype,
         device=device,
         team=team,
     )
-    return Pupil(start, blocks, outside, data)
+    return Pupil(start, blocks, outside, names, data)
 
 
-def _outside(network: nn.Module, embeddings: bool) -> dict[str, nn.Parameter]:
-    """The vectors outside the blocks, and the matrices if asked; a head tied to the embeddings comes once."""
-    inside = {id(parameter) for block in find_blocks(network).modules for parameter in block.parameters()}
+def names_in_files(network: nn.Module, stored: Collection[str]) -> dict[str, list[str]]:
+    """For each parameter by its first name all of its names that are `stored`: two for a tied head in some files."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in network.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).extend([name] if name in stored else [])
+    return {name: names[id(parameter)] for name, parameter in network.named_parameters()}
+
+
+def _outside(network: nn.Module, left: list[nn.Parameter], matrices: bool) -> dict[str, nn.Parameter]:
+    """The vectors outside the blocks but those that are `left` out, and the matrices if asked."""
+    blocks = (parameter for block in find_blocks(network).modules for parameter in block.parameters())
+    inside = {id(parameter) for parameter in (*blocks, *left)}
     return {
         name: parameter
         for name, parameter in network.named_parameters()
-        if id(parameter) not in inside and (embeddings or parameter.ndim == 1)
+        if id(parameter) not in inside and (matrices or parameter.ndim == 1)
     }

@@ -105,13 +105,21 @@ def merge(*layers: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def build_config(preset: str | None, file: Path | None, flags: Mapping[str, Any]) -> RunConfig:
-    """Flags over the run file over the preset over the defaults. A flag that is None was not given."""
+def build_config(
+    preset: str | None, file: Path | None, flags: Mapping[str, Any], recipe: str | None = None
+) -> RunConfig:
+    """Flags over the run file over the preset over the defaults. A flag that is None was not given.
+
+    `recipe` is a preset of which `finetune` counts alone, between the flags and the run file.
+    """
     layers: dict[str, dict[str, Any]] = {}
     for path in (preset_path(preset) if preset else None, file):
         if path is not None:
             layers[str(path)] = load_run_file(path)
-    layers["flags"] = given(flags)
+    if recipe is not None:
+        path = preset_path(recipe)
+        layers[f"preset {path}"] = {"finetune": load_run_file(path).get("finetune", {})}
+    layers["flags"] = _given(flags)
     try:
         return RunConfig.model_validate(merge(*layers.values()))
     except ValidationError as error:
@@ -164,10 +172,10 @@ def _nearest(key: str, valid: tuple[str, ...]) -> str:
     return max(valid, key=likeness)
 
 
-def given(flags: Mapping[str, Any]) -> dict[str, Any]:
+def _given(flags: Mapping[str, Any]) -> dict[str, Any]:
     """Without the flags that are None."""
     return {
-        key: given(value) if isinstance(value, Mapping) else value for key, value in flags.items() if value is not None
+        key: _given(value) if isinstance(value, Mapping) else value for key, value in flags.items() if value is not None
     }
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from aqlm_cli.config import RunConfig
 from aqlm_cli.errors import ArtifactError, UsageError
 from aqlm_cli.model import resolve
-from aqlm_cli.run_file import build_config, given, load_run_file, merge, preset_path
+from aqlm_cli.run_file import build_config
 from aqlm_cli.runs import is_run, read_run
 from aqlm_cli.scheme import SCHEMES_BY_BITS, parse_scheme
 
@@ -52,12 +52,11 @@ def settings_to_finetune(
         raise ArtifactError(
             f"{target} is not a run directory; if it is an AQLM checkpoint, name its original with --teacher"
         )
-    recipe = load_run_file(preset_path(preset)).get("finetune", {}) if preset else {}
-    flags = {**flags, "finetune": merge(recipe, given(section))}
+    flags = {**flags, "finetune": section}
     if teacher is None and out is None:
-        config, directory = settings_of_run(Path(target), flags), Path(target)
+        config, directory = build_config(None, read_run(Path(target)).file, flags, preset), Path(target)
     else:
-        config, directory = _settings_to_adopt(target, teacher, out, flags)
+        config, directory = _settings_to_adopt(target, teacher, out, flags, preset)
     if section["steps"] is None:
         return config, directory
     tuned = config.finetune.model_copy(update={"time_budget": None})
@@ -65,7 +64,7 @@ def settings_to_finetune(
 
 
 def _settings_to_adopt(
-    target: str, teacher: str | None, out: Path | None, flags: Mapping[str, Any]
+    target: str, teacher: str | None, out: Path | None, flags: Mapping[str, Any], preset: str | None
 ) -> tuple[RunConfig, Path]:
     """The flags over the file of the new run, if it has been begun, or else of the run at `target`, if it is one."""
     place = Path(target).resolve()
@@ -75,7 +74,7 @@ def _settings_to_adopt(
     runs = [read_run(path) for path in (directory, Path(target)) if is_run(path)]
     model = teacher or read_run(Path(target)).config.model
     asked = {**flags, "model": model, "quantize": {"checkpoint": target}}
-    config = build_config(None, runs[0].file if runs else None, asked)
+    config = build_config(None, runs[0].file if runs else None, asked, preset)
     # These two say something of one model, and there is no flag for them.
     known = next((run.config for run in reversed(runs) if run.config.model == model), None)
     revision, trust = (None, False) if known is None else (known.revision, known.trust_remote_code)

@@ -21,7 +21,7 @@ from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 PATIENCE = timedelta(days=30)
-"""For a message of the first: what it does before may take as long as a quantization."""
+"""With one another: the first may quantize before it has anything to say. torchrun ends all when one has failed."""
 
 
 @dataclass(frozen=True)
@@ -73,11 +73,6 @@ class Team:
 def _message_device() -> torch.device:
     nccl = distributed.get_backend() == "nccl"
     return torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
-
-
-def is_follower() -> bool:
-    """Whether another process of the team leads."""
-    return int(os.environ.get("RANK", "0")) > 0
 
 
 def processes_here() -> int:

@@ -11,10 +11,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+from aqlm_cli.model.loading import quiet
 
 NAME = "blockwise"
 
@@ -77,22 +76,32 @@ def _attention(
     device, causal = query.device.type, getattr(module, "is_causal", True) and rest.get("is_causal") in (None, True)
     plain = causal and attention_mask is None and dropout == 0 and rest.get("position_bias") is None
     if not (plain and device == "cpu" and torch.is_autocast_enabled(device) and query.shape[2] == key.shape[2] > 1):
-        found: tuple[Tensor, None] = sdpa_attention_forward(
+        from transformers import AttentionInterface
+
+        torchs: Any = AttentionInterface()["sdpa"]
+        found: tuple[Tensor, None] = torchs(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **rest
         )
         return found
     dtype, (batch, heads, length, width) = torch.get_autocast_dtype(device), query.shape
-    scale = width**-0.5 if scaling is None else scaling
-    grouped = (query * scale).to(dtype).reshape(batch * key.shape[1], -1, length, width)
-    out: Tensor = BlockwiseAttention.apply(grouped, key.to(dtype).flatten(0, 1), value.to(dtype).flatten(0, 1))  # type: ignore[no-untyped-call]
+    queries = query * (width**-0.5 if scaling is None else scaling)
+    # What all keys share adds the same to all scores of a query, and would cost them their last bits.
+    keys = key - key.detach().float().mean(2, keepdim=True)
+    grouped = queries.to(dtype).reshape(batch * key.shape[1], -1, length, width)
+    out: Tensor = BlockwiseAttention.apply(  # type: ignore[no-untyped-call]
+        grouped, keys.to(dtype).flatten(0, 1), value.to(dtype).flatten(0, 1)
+    )
     return out.view(batch, heads, length, -1).transpose(1, 2).contiguous(), None
 
 
-transformers.AttentionInterface.register(NAME, _attention)
-transformers.AttentionMaskInterface.register(NAME, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+def attend_blockwise(network: nn.Module) -> None:
+    """Where the network would use torch's attention and lets it be changed; others keep what they have."""
+    from transformers import AttentionInterface, AttentionMaskInterface  # imports transformers' networks, in a second
+    from transformers.masking_utils import sdpa_mask
 
-
-def attend_blockwise(network: transformers.PreTrainedModel) -> None:
-    """Where the network would use torch's attention; other kinds stay."""
-    if network.config._attn_implementation == "sdpa":
-        network.set_attn_implementation(NAME)
+    model: Any = network
+    if model.config._attn_implementation == "sdpa":
+        AttentionInterface.register(NAME, _attention)
+        AttentionMaskInterface.register(NAME, sdpa_mask)
+        with quiet():
+            model.set_attn_implementation(NAME)

@@ -108,7 +108,7 @@ def _appended(states: Tensor, new: Tensor) -> Tensor:
     """`[b, h, T, e]` and `[b, h, 1, e]` together, as a view of a tensor that has room for more."""
     whole, length = _whole(states), states.shape[2]
     if length == whole.shape[2]:
-        whole = F.pad(whole, (0, 0, ROOM, 0))
+        whole = F.pad(whole, (0, 0, 0, ROOM))
     whole[:, :, length] = new[:, :, 0]
     longer: Any = whole[:, :, : length + 1]
     longer.whole = whole

@@ -18,7 +18,8 @@ from aqlm_cli.config import RunConfig
 from aqlm_cli.errors import ModelError
 from aqlm_cli.events import Advanced, Emit, Noted, StageStarted, Warned
 from aqlm_cli.memory import peak_memory_bytes, reset_peak_memory
-from aqlm_cli.model import ModelSource, load_config, load_network, load_without
+from aqlm_cli.model import ModelSource, load_config, load_network, load_without, tensor_index
+from aqlm_cli.pupil import names_in_files
 from aqlm_cli.quantized import OUTSIDE, block_file, save_block
 from aqlm_cli.runs import open_run
 from aqlm_cli.stage_reports import AdoptReport, restored
@@ -94,6 +95,7 @@ def fitting_network(config: RunConfig, known: Survey) -> tuple[nn.Module, dict[s
         owner = checkpoint if alone[0] in there else source
         raise ModelError(f"{checkpoint.name} was not made from {source.name}: only {owner.name} has {alone[0]}")
     outside, learnt = _outside(network), dict[str, Tensor]()
+    names = names_in_files(original, tensor_index(source.directory))
     for name in sorted(there):
         if there[name].shape != wanted[name].shape:
             shapes = f"{list(there[name].shape)} there and {list(wanted[name].shape)} in {source.name}"
@@ -101,7 +103,7 @@ def fitting_network(config: RunConfig, known: Survey) -> tuple[nn.Module, dict[s
         if name in taken or _same(there[name], wanted[name]):
             continue
         if name in outside and _near(there[name], wanted[name]):
-            learnt[name] = there[name].detach()
+            learnt.update({stored: there[name].detach() for stored in names[name]})
         else:
             raise ModelError(
                 f"{checkpoint.name}: {name} is not that of {source.name}, nor can it have been trained from there; "
@@ -111,9 +113,9 @@ def fitting_network(config: RunConfig, known: Survey) -> tuple[nn.Module, dict[s
 
 
 def _tensors(network: nn.Module) -> dict[str, Tensor]:
-    """By path, also what a network computes when it is made, such as the frequencies of rotary embeddings."""
-    parameters = network.named_parameters(remove_duplicate=False)
-    return {**dict(parameters), **dict(network.named_buffers(remove_duplicate=False))}
+    """By path, also what a network computes when it is made, such as the frequencies of rotary embeddings; a head tied
+    to the embeddings comes once."""
+    return {**dict(network.named_parameters()), **dict(network.named_buffers())}
 
 
 def _taken_over(network: nn.Module) -> set[str]:

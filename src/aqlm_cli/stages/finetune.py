@@ -1,8 +1,8 @@
 """`aqlm finetune`: the quantized model as a whole, taught by the original.
 
 Block-wise fitting never sees what an error does further on. Here the quantized model's logits are brought towards the
-original's on the same text (tuning/distill.py); whatever is no matrix moves, and codes do if they are asked to
-(tuning/pv.py). The result has the layout of `quantized/` and takes its place for everything that comes after.
+original's on the same text (tuning/distill.py); whatever is no matrix moves, and codes and embeddings do if
+they are asked to. The result has the layout of `quantized/` and takes its place for everything that comes after.
 
 Under torchrun every process comes here (team.py): the first one decides, writes and reports, the others `follow`.
 """

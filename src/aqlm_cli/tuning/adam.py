@@ -23,25 +23,29 @@ class Adam:
     beta1: float
     beta2: float
     dtype: torch.dtype = torch.float32  # of the moments
-    moments: dict[str, Tensor] = field(default_factory=dict)  # "first/NAME", where beta1 is not 0, and "second/NAME"
+    moments: dict[str, Tensor] = field(default_factory=dict)  # "first/NAME", "second/NAME" and their "steps/NAME"
 
-    def direction(self, name: str, gradient: Tensor, step: int) -> Tensor:
-        """Of the `step`th step, from 1: in float32, each number near 1 where gradients are all alike."""
+    def direction(self, name: str, gradient: Tensor) -> Tensor:
+        """Of its next step, in float32: each number near 1 where gradients are all alike."""
         gradient = gradient.float()
-        second = self._average("second/" + name, gradient.square(), self.beta2, step)
-        first = self._average("first/" + name, gradient, self.beta1, step) if self.beta1 else gradient
+        steps = self.moments.setdefault("steps/" + name, torch.tensor(0)).add_(1)
+        second = self._average("second/" + name, gradient.square(), self.beta2, int(steps))
+        first = self._average("first/" + name, gradient, self.beta1, int(steps)) if self.beta1 else gradient
         return first / (second.sqrt_() + EPSILON)
 
-    def _average(self, key: str, value: Tensor, beta: float, step: int) -> Tensor:
+    def _average(self, key: str, value: Tensor, beta: float, steps: int) -> Tensor:
         """The running mean with this value, free of the zero that it began with."""
         kept = self.moments.get(key)
-        mean = value * (1 - beta) if kept is None else kept.float().mul_(beta).add_(value, alpha=1 - beta)
-        self.moments[key] = mean.to(self.dtype)
-        return mean / (1 - beta**step)
+        mean = value * (1 - beta)
+        if kept is not None:  # on the CPU, where it has just been restored
+            mean.add_(kept.to(value.device, torch.float32), alpha=beta)
+        self.moments[key] = mean.to(self.dtype, copy=True)
+        return mean / (1 - beta**steps)
 
     def restore(self, prefix: str, tensors: Mapping[str, Tensor]) -> None:
         """Take the moments from among stored tensors, where they have this prefix."""
-        names = (name for name in tensors if name.startswith((f"{prefix}first/", f"{prefix}second/")))
+        ours = tuple(f"{prefix}{kind}/" for kind in ("first", "second", "steps"))
+        names = (name for name in tensors if name.startswith(ours))
         self.moments = {name.removeprefix(prefix): tensors[name].clone() for name in names}
 
 

@@ -1,8 +1,8 @@
 """Tuning a quantized network as a whole: its logits towards those of the original.
 
-The loss is KL(teacher || student), averaged over tokens. Codebooks, scales, norms and biases move by Adam, each tensor
-at a rate in units of its own root mean square: one rate serves all. These are the P steps of PV-Tuning (arXiv
-2405.14852); its V steps, in which codes move, are in pv.py.
+The loss is KL(teacher || student), averaged over tokens. Codebooks, scales, norms and biases move by Adam or LAMB, each
+tensor at a rate in units of its own size: one rate serves all. These are the P steps of PV-Tuning (arXiv 2405.14852);
+its V steps, in which codes move, are in pv.py.
 
 The logits of all tokens are the largest tensor of a step, and never exist as a whole: head and loss go through the
 tokens in chunks, and as the gradient of KL by the logits is softmax(student) - softmax(teacher), a chunk gives loss and
@@ -53,17 +53,18 @@ class ChunkedDivergence(torch.autograd.Function):
     def forward(
         ctx: Any, student: Tensor, teacher: Tensor, student_head: Head, teacher_head: Head, *trained: Tensor
     ) -> Tensor:
-        gradients, total = [torch.zeros_like(tensor) for tensor in (student, *trained)], 0.0
+        learning, total = any(ctx.needs_input_grad), 0.0
+        gradients = [torch.zeros_like(tensor) for tensor in (student, *trained)] if learning else []
         for first in range(0, len(student), CHUNK):
             chunk = slice(first, first + CHUNK)
-            with torch.enable_grad():
-                entering = student[chunk].detach().requires_grad_(True)
+            with torch.set_grad_enabled(learning):
+                entering = student[chunk].detach().requires_grad_(learning)
                 logits = student_head(entering)  # [chunk, vocabulary]
             ours = torch.log_softmax(logits.detach().float(), 1)
             theirs = torch.log_softmax(teacher_head(teacher[chunk]).float(), 1)
             weights = theirs.exp()
             total += float((weights * theirs.sub_(ours)).sum(dtype=torch.float64))
-            if not any(ctx.needs_input_grad):
+            if not learning:
                 continue
             difference = ours.exp_().sub_(weights).to(logits.dtype)
             found = torch.autograd.grad(logits, (entering, *trained), difference)
@@ -249,12 +250,12 @@ def one_step(data: Distillation, training: Training, settings: FinetuneConfig, s
 def _update(training: Training, settings: FinetuneConfig, share: float) -> None:
     """Move all that learns at this share of the rates, and forget the gradients."""
     rest, codes = dict(training.parameters), training.codes
-    for path in () if codes is None else codes.layers:
-        assert codes is not None
-        with codes.staying(path):
-            for name in (f"{path}.codebooks", f"{path}.scales"):
-                _move(training, name, rest.pop(name), settings, share)
-        training.changed += codes.step(path, training.step, share * settings.codes.learning_rate)
+    if codes is not None:
+        for path in codes.layers:
+            with codes.staying(path):
+                for name in (f"{path}.codebooks", f"{path}.scales"):
+                    _move(training, name, rest.pop(name), settings, share)
+            training.changed += codes.step(path, share * settings.codes.learning_rate)
     for name, parameter in rest.items():
         _move(training, name, parameter, settings, share)
 
@@ -262,7 +263,7 @@ def _update(training: Training, settings: FinetuneConfig, share: float) -> None:
 def _move(training: Training, name: str, parameter: nn.Parameter, settings: FinetuneConfig, share: float) -> None:
     if parameter.grad is None:  # an expert that no token went to
         return
-    direction = training.optimizer.direction(name, parameter.grad, training.step)
+    direction = training.optimizer.direction(name, parameter.grad)
     unit = lamb_stride(parameter, direction) if settings.optimizer == "lamb" else training.rates[name]
     parameter.sub_(direction, alpha=settings.learning_rate * share * unit)
     parameter.grad = None

@@ -28,6 +28,9 @@ from aqlm_kernels import AdditiveLinear
 
 BETAS = (0.0, 0.95)  # as published
 
+MOST_SCORES = 2**28
+"""Of entries for groups at a time, where the search keeps them all: 1 GiB."""
+
 
 class _StraightThrough(torch.autograd.Function):
     """Weights `[out, in]` of a layer; their gradient is also that of `ahead` `[out, in]`, whose values do not count."""
@@ -90,15 +93,15 @@ class CodeSteps:
         ahead.add_(before.sub_(_weight(layer)))
 
     @torch.no_grad()
-    def step(self, path: str, number: int, rate: float) -> int:
-        """Move V of one layer against its gradient, at the `number`th step from 1, and then codes after it.
+    def step(self, path: str, rate: float) -> int:
+        """Move V of one layer against its gradient, and then codes after it.
 
         Returns how many groups have other codes now.
         """
         layer, ahead = self.layers[path], self.ahead[path]
         if ahead.grad is None:  # an expert that no token went to
             return 0
-        direction = self.optimizer.direction(path, ahead.grad, number)
+        direction = self.optimizer.direction(path, ahead.grad)
         weight = _weight(layer)
         unit = lamb_stride(weight + ahead, direction) if self.lamb else self.units[path]
         moved = ahead.float().sub_(direction, alpha=rate * unit)
@@ -120,11 +123,16 @@ class CodeSteps:
         target = (weight.view(-1, group)[chosen] + ahead.view(-1, group)[chosen]) / scales
         search = code_search(weight.device)
         identity = torch.eye(group, device=weight.device)
-        codes = search.choose(identity, target, layer.codebooks, present, self.settings.beam)
+        at_once = MOST_SCORES // layer.codebooks.shape[1]
+        parts = zip(target.split(at_once), present.split(at_once), strict=True)
+        books, beam = layer.codebooks, self.settings.beam
+        codes = torch.cat([search.choose(identity, goal, books, there, beam) for goal, there in parts])
         step = scales * (_sums(layer.codebooks, codes) - _sums(layer.codebooks, present))  # [count, g]
         keep = (codes != present).any(1)
         if self.settings.trust_ratio is not None:
-            keep &= step.square().sum(1).cumsum(0) <= (self.settings.trust_ratio * weight.norm()) ** 2
+            square = step.square().sum(1)
+            before = square.cumsum(0) - square  # the one that reaches the bound goes, or it would stop all for good
+            keep &= before <= (self.settings.trust_ratio * weight.norm()) ** 2
         chosen, codes, step = chosen[keep], codes[keep], step[keep]
         layer.codes.view(rows * groups, -1)[chosen] = codes.to(layer.codes.dtype)
         ahead.view(-1, group)[chosen] -= step
