@@ -229,7 +229,8 @@ def test_a_tied_head_learns_with_the_embeddings_however_it_is_stored(
 
 
 def test_a_bias_of_the_head_learns_with_the_embeddings_alone(run_file: Path, tmp_path: Path) -> None:
-    model = tiny_models.save("phi", tmp_path / "phi")
+    small = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = tiny_models.save("phi", tmp_path / "phi", **small)
     run_file.write_text(run_file.read_text() + SECTION)
     assert run("quantize", str(model), "--config", "run.yaml", "--out", "run").exit_code == 0
     for flags, there in (((), False), (("--embeddings", "--overwrite"), True)):
