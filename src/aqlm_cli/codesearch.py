@@ -50,6 +50,11 @@ def code_search(device: torch.device) -> CodeSearch:
     return CodeSearch(search.choose_codes, search.nearest_entries, additive.dequantize, _plain_gradients)
 
 
+def sum_of_entries(codebooks: Tensor, codes: Tensor) -> Tensor:
+    """Codebooks `[M, K, g]` and codes `[rows, M]` to `[rows, g]`."""
+    return torch.stack([book[codes[:, m]] for m, book in enumerate(codebooks)]).sum(0)
+
+
 def _plain_gradients(values: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
     codebooks, scales = codebooks.double().requires_grad_(), scales.double().requires_grad_()
     with torch.enable_grad():

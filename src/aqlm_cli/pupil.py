@@ -91,10 +91,14 @@ def load_pupil(
     for network in (student, teacher):
         attend_blockwise(network)
     found, blocks = find_blocks(student), {}
-    for name, values in outside_tensors(start).items():
+    learnt = outside_tensors(start)
+    for name, values in learnt.items():
         student.get_parameter(name).data.copy_(values)
     head = list(student.get_output_embeddings().parameters())
-    outside = _outside(student, [] if settings.embeddings else head, settings.embeddings)
+    outside = outside_blocks(student)
+    if not settings.embeddings:
+        still = {id(parameter) for parameter in head}
+        outside = {name: one for name, one in outside.items() if one.ndim == 1 and id(one) not in still}
     names = names_in_files(student, tensor_index(source.directory))
     if nameless := [name for name in outside if not names[name]]:
         raise ModelError(f"the model's files have no tensor for {nameless[0]}; save the model with save_pretrained")
@@ -106,8 +110,7 @@ def load_pupil(
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     learner, original = halves_of(student), halves_of(teacher)
     # The original's weights are in the type of products already; the learner's would be converted for every chunk.
-    taken = [student.get_parameter(name) for name in outside_tensors(start)]
-    own_head = settings.embeddings or any(one is parameter for one in taken for parameter in head)
+    own_head = settings.embeddings or any(student.get_parameter(name) is one for name in learnt for one in head)
     data = Distillation(
         student=learner.states,
         teacher=original.states,
@@ -131,12 +134,7 @@ def names_in_files(network: nn.Module, stored: Collection[str]) -> dict[str, lis
     return {name: names[id(parameter)] for name, parameter in network.named_parameters()}
 
 
-def _outside(network: nn.Module, left: list[nn.Parameter], matrices: bool) -> dict[str, nn.Parameter]:
-    """The vectors outside the blocks but those that are `left` out, and the matrices if asked."""
-    blocks = (parameter for block in find_blocks(network).modules for parameter in block.parameters())
-    inside = {id(parameter) for parameter in (*blocks, *left)}
-    return {
-        name: parameter
-        for name, parameter in network.named_parameters()
-        if id(parameter) not in inside and (matrices or parameter.ndim == 1)
-    }
+def outside_blocks(network: nn.Module) -> dict[str, nn.Parameter]:
+    """By name; a head tied to the embeddings comes once."""
+    inside = {id(parameter) for block in find_blocks(network).modules for parameter in block.parameters()}
+    return {name: parameter for name, parameter in network.named_parameters() if id(parameter) not in inside}

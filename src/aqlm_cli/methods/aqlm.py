@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from aqlm_cli.codesearch import CodeSearch, code_search
+from aqlm_cli.codesearch import CodeSearch, code_search, sum_of_entries
 from aqlm_cli.config import SearchConfig
 from aqlm_cli.errors import QuantizationError
 from aqlm_cli.methods.codebooks import Approximation, improve_codebooks, improve_scales
@@ -117,11 +117,6 @@ def _search_around(
     codes = present.codes.clone()
     sweep(state, base, around, _rounder(codes, present.codebooks, beam, search))
     return Approximation(codes, present.codebooks, present.scales)
-
-
-def sum_of_entries(codebooks: Tensor, codes: Tensor) -> Tensor:
-    """For one group: codebooks `[M, K, g]` and codes `[out, M]` to `[out, g]`."""
-    return torch.stack([book[codes[:, m]] for m, book in enumerate(codebooks)]).sum(0)
 
 
 def _rounder(codes: Tensor, codebooks: Tensor, beam: int, search: CodeSearch) -> Rounder:

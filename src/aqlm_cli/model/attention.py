@@ -8,7 +8,8 @@ linear in the window.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,9 @@ from torch import Tensor, nn
 from aqlm_cli.model.loading import quiet
 
 NAME = "blockwise"
+
+Attention: TypeAlias = Callable[..., tuple[Tensor, None]]
+"""As transformers calls it, with the module, queries, keys, values and a mask: the output `[b, L, heads, e]`."""
 
 QUERIES = 64  # of a block
 
@@ -76,13 +80,8 @@ def _attention(
     device, causal = query.device.type, getattr(module, "is_causal", True) and rest.get("is_causal") in (None, True)
     plain = causal and attention_mask is None and dropout == 0 and rest.get("position_bias") is None
     if not (plain and device == "cpu" and torch.is_autocast_enabled(device) and query.shape[2] == key.shape[2] > 1):
-        from transformers import AttentionInterface
-
-        torchs: Any = AttentionInterface()["sdpa"]
-        found: tuple[Tensor, None] = torchs(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **rest
-        )
-        return found
+        said = {"dropout": dropout, "scaling": scaling, **rest}
+        return torchs_attention(module, query, key, value, attention_mask, **said)
     dtype, (batch, heads, length, width) = torch.get_autocast_dtype(device), query.shape
     queries = query * (width**-0.5 if scaling is None else scaling)
     # What all keys share adds the same to all scores of a query, and would cost them their last bits.
@@ -96,12 +95,26 @@ def _attention(
 
 def attend_blockwise(network: nn.Module) -> None:
     """Where the network would use torch's attention and lets it be changed; others keep what they have."""
+    attend_by(network, NAME, _attention)
+
+
+def attend_by(network: nn.Module, name: str, attention: Attention) -> None:
+    """The same by any attention, which transformers will know by this name, with the masks of torch's."""
     from transformers import AttentionInterface, AttentionMaskInterface  # imports transformers' networks, in a second
     from transformers.masking_utils import sdpa_mask
 
     model: Any = network
     if model.config._attn_implementation == "sdpa":
-        AttentionInterface.register(NAME, _attention)
-        AttentionMaskInterface.register(NAME, sdpa_mask)
+        AttentionInterface.register(name, attention)
+        AttentionMaskInterface.register(name, sdpa_mask)
         with quiet():
-            model.set_attn_implementation(NAME)
+            model.set_attn_implementation(name)
+
+
+def torchs_attention(*tensors: Any, **said: Any) -> tuple[Tensor, None]:
+    """What an attention leaves to torch that it was not made for."""
+    from transformers import AttentionInterface
+
+    torchs: Any = AttentionInterface()["sdpa"]
+    found: tuple[Tensor, None] = torchs(*tensors, **said)
+    return found

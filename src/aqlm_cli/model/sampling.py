@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from aqlm_cli.model.loading import load_network, load_tokenizer, quiet
+from aqlm_cli.model.attention import attend_by, torchs_attention
+from aqlm_cli.model.loading import load_network, load_tokenizer
 from aqlm_cli.sources import ModelSource
 
 LIKELIEST = 4
@@ -60,15 +61,8 @@ class Sampling:
 
 def open_sampling(source: ModelSource, dtype: torch.dtype, device: str | torch.device = "cpu") -> Sampling:
     """Of a model on this disk, with its weights and products in `dtype`."""
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import sdpa_mask
-
     network = load_network(source, dtype, device)
-    if network.config._attn_implementation == "sdpa":  # torch's own, which is what `attend` stands for
-        AttentionInterface.register(ATTENTION, attend)
-        AttentionMaskInterface.register(ATTENTION, sdpa_mask)
-        with quiet():  # a family that does not let it be changed keeps what it has
-            network.set_attn_implementation(ATTENTION)
+    attend_by(network, ATTENTION, attend)
     return Sampling(network, _text_tokens(source).to(device))
 
 
@@ -138,11 +132,7 @@ def attend(
     to change nothing are left to it.
     """
     if attention_mask is not None or query.shape[2] != 1 or not said.keys() <= UNDERSTOOD:
-        from transformers import AttentionInterface
-
-        torchs: Any = AttentionInterface()["sdpa"]
-        found: tuple[Tensor, None] = torchs(module, query, key, value, attention_mask, scaling=scaling, **said)
-        return found
+        return torchs_attention(module, query, key, value, attention_mask, scaling=scaling, **said)
     batch, heads, _, size = query.shape
     together = query.reshape(batch, key.shape[1], -1, size)  # [b, h / g, g, e]
     # With the room behind them, as a product would copy keys and values that do not lie without a gap.

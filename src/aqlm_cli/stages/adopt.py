@@ -19,7 +19,7 @@ from aqlm_cli.errors import ModelError
 from aqlm_cli.events import Advanced, Emit, Noted, StageStarted, Warned
 from aqlm_cli.memory import peak_memory_bytes, reset_peak_memory
 from aqlm_cli.model import ModelSource, load_config, load_network, load_without, tensor_index
-from aqlm_cli.pupil import names_in_files
+from aqlm_cli.pupil import names_in_files, outside_blocks
 from aqlm_cli.quantized import OUTSIDE, block_file, save_block
 from aqlm_cli.runs import open_run
 from aqlm_cli.stage_reports import AdoptReport, restored
@@ -94,7 +94,7 @@ def fitting_network(config: RunConfig, known: Survey) -> tuple[nn.Module, dict[s
     if alone := sorted(there.keys() ^ wanted.keys()):
         owner = checkpoint if alone[0] in there else source
         raise ModelError(f"{checkpoint.name} was not made from {source.name}: only {owner.name} has {alone[0]}")
-    outside, learnt = _outside(network), dict[str, Tensor]()
+    outside, learnt = outside_blocks(network), dict[str, Tensor]()
     names = names_in_files(original, tensor_index(source.directory))
     for name in sorted(there):
         if there[name].shape != wanted[name].shape:
@@ -127,12 +127,6 @@ def _taken_over(network: nn.Module) -> set[str]:
         if any(isinstance(module, AdditiveLinear) for module in block.modules())
         for name in tuned_parameters(block, prefix)
     }
-
-
-def _outside(network: nn.Module) -> set[str]:
-    """Parameters outside the blocks; a head tied to the embeddings comes once."""
-    blocks = find_blocks(network).path + "."
-    return {name for name, _ in network.named_parameters() if not name.startswith(blocks)}
 
 
 def _near(there: Tensor, wanted: Tensor) -> bool:

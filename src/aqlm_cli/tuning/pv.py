@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from aqlm_cli.codesearch import code_search
+from aqlm_cli.codesearch import code_search, sum_of_entries
 from aqlm_cli.config import CodesConfig
 from aqlm_cli.tuning.adam import Adam, lamb_stride
 from aqlm_cli.tuning.descent import root_mean_square
@@ -127,7 +127,7 @@ class CodeSteps:
         parts = zip(target.split(at_once), present.split(at_once), strict=True)
         books, beam = layer.codebooks, self.settings.beam
         codes = torch.cat([search.choose(identity, goal, books, there, beam) for goal, there in parts])
-        step = scales * (_sums(layer.codebooks, codes) - _sums(layer.codebooks, present))  # [count, g]
+        step = scales * (sum_of_entries(books, codes) - sum_of_entries(books, present))  # [count, g]
         keep = (codes != present).any(1)
         if self.settings.trust_ratio is not None:
             square = step.square().sum(1)
@@ -175,8 +175,3 @@ def _through(layer: AdditiveLinear, ahead: Tensor) -> Any:
 def _weight(layer: AdditiveLinear) -> Tensor:
     """W [out, in] in float32."""
     return code_search(layer.codes.device).dequantize(layer.codes, layer.codebooks, layer.scales, torch.float32)
-
-
-def _sums(codebooks: Tensor, codes: Tensor) -> Tensor:
-    """Sums of entries `[count, g]` for codes `[count, M]`."""
-    return torch.stack([book[codes[:, m]] for m, book in enumerate(codebooks)]).sum(0)
