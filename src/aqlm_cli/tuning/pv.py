@@ -2,8 +2,8 @@
 
 A code cannot move a little. So beside the weights that a layer's codes stand for lie others, V, that can: V takes the
 gradient by the weights as if they were V (a straight-through buffer) and runs ahead of them. At each step the groups
-from which V has moved furthest get the codes nearest to V; only a share of them, and only so much that the matrix as a
-whole does not jump, for the gradient knows of small changes only.
+from which V has moved furthest get the codes nearest to V; only a share of them, and only until the matrix has
+changed by its trust ratio, for the gradient knows of small changes only.
 
 What is kept is V minus the present weights: it is small, so that 16 bits can hold it.
 """
