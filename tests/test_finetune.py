@@ -60,6 +60,17 @@ def test_the_quantized_model_comes_nearer_to_the_original_with_its_codes_as_they
         assert (made / "reports" / name).stat().st_size > 0
 
 
+def test_run_finetunes_where_its_file_has_that_section(run_file: Path, made: Path) -> None:
+    """The same bytes as one command after the other give."""
+    assert run("finetune", "run").exit_code == 0
+    told = json.loads(run("run", "run.yaml", "--out", "whole", "--json").stdout)
+    assert list(told) == ["quantize", "pack", "finetune", "notes.txt", "bench"]
+    assert told["finetune"]["steps"] == 6
+    assert contents(Path("whole/packed")) == contents(made / "packed")
+    again = run("run", "run.yaml", "--out", "whole")
+    assert "whole/finetuned is there already" in again.output and "whole/packed is there already" in again.output
+
+
 def test_what_comes_after_takes_the_finetuned_model(made: Path) -> None:
     coarse = json.loads(run("eval-ppl", "run", "--windows", "4", "--json").stdout)
     run("finetune", "run", "--steps", "20")

@@ -285,7 +285,7 @@ def run(
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
 ) -> None:
-    """Run all stages of a run file, calibration to benchmark.
+    """Run all stages of a run file, calibration to benchmark; `finetune` where it has that section.
 
     \b
     Example:

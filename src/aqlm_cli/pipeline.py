@@ -269,8 +269,10 @@ def verify_run(run_directory: Path, emit: Emit) -> VerifyReport:
 
 
 def run_all(config: RunConfig, run_directory: Path, overwrite: bool, emit: Emit) -> dict[str, Record]:
-    """Every stage but `finetune`, in order."""
+    """Every stage in order; `finetune` where the settings have a section of that name."""
     made = quantize_and_pack(config, run_directory, overwrite, emit)
+    if "finetune" in config.model_fields_set:
+        made |= finetune_run(str(run_directory), config, run_directory, overwrite, emit)
     measured = measure(str(run_directory), config, None, emit)
     return {**made, **measured, "bench": compare_speed(str(run_directory), config, emit)}
 
