@@ -326,6 +326,14 @@ def test_another_architecture_is_refused(family: str, settings: dict[str, Any], 
     assert sorted(Path.cwd().rglob("*")) == before
 
 
+def test_settings_of_a_search_that_does_not_take_place_are_refused(stranger: Path) -> None:
+    Path("adopted.yaml").write_text("{model: tiny, quantize: {checkpoint: stranger}}")
+    for flag in (("--bits", "3"), ("--skip", ".*q_proj"), ("--only", ".*q_proj")):
+        line = refused("quantize", "--config", "adopted.yaml", *flag, "--out", "new")
+        assert "has no say where the codes of stranger are taken over" in line, flag
+    assert not Path("new").exists()
+
+
 def test_what_is_no_checkpoint_or_has_no_original_is_refused(stranger: Path) -> None:
     assert "tiny is no AQLM checkpoint" in refused("finetune", "tiny", "--teacher", "tiny")
     Path("empty").mkdir()

@@ -96,8 +96,8 @@ class FitConfig(Section):
 class QuantizeConfig(Section):
     """`skip` and `only` are regular expressions, matched whole against module paths.
 
-    `checkpoint` is an AQLM checkpoint of the model, made by anyone: its codes are then taken over, `scheme` becomes
-    theirs, and nothing else here has a meaning. None: codes are searched for.
+    `checkpoint` is an AQLM checkpoint of the model, made by anyone: its codes are then taken over, `scheme` is theirs,
+    and which layers have codes was decided there. None: codes are searched for.
     """
 
     checkpoint: str | None = None

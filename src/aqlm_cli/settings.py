@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from aqlm_cli.config import RunConfig
+from aqlm_cli.config import QuantizeConfig, RunConfig
 from aqlm_cli.errors import ArtifactError, UsageError
 from aqlm_cli.model import resolve
 from aqlm_cli.run_file import build_config
@@ -73,9 +73,9 @@ def _settings_to_adopt(
         raise UsageError(f"--out {out} is {target} itself; choose another place")
     runs = [read_run(path) for path in (directory, Path(target)) if is_run(path)]
     model = teacher or read_run(Path(target)).config.model
-    asked = {**flags, "model": model, "quantize": {"checkpoint": target}}
-    config = build_config(None, runs[0].file if runs else None, asked, preset)
+    config = build_config(None, runs[0].file if runs else None, {**flags, "model": model}, preset)
+    section = QuantizeConfig(checkpoint=target)  # how a run at `target` came to its codes does not matter any more
     # These two say something of one model, and there is no flag for them.
     known = next((run.config for run in reversed(runs) if run.config.model == model), None)
     revision, trust = (None, False) if known is None else (known.revision, known.trust_remote_code)
-    return config.model_copy(update={"revision": revision, "trust_remote_code": trust}), directory
+    return config.model_copy(update={"revision": revision, "trust_remote_code": trust, "quantize": section}), directory

@@ -14,8 +14,8 @@ from torch import nn
 from aqlm_cli.activations import compute_dtype
 from aqlm_cli.blocks import count_parameters, describe_layers, find_blocks
 from aqlm_cli.checkpoint import checkpoint_bytes
-from aqlm_cli.config import RunConfig
-from aqlm_cli.errors import PlanError
+from aqlm_cli.config import QuantizeConfig, RunConfig
+from aqlm_cli.errors import ConfigError, PlanError
 from aqlm_cli.export import checkpoint_layouts
 from aqlm_cli.forecast import (
     BlockShape,
@@ -47,7 +47,10 @@ class Survey:
 
 
 def survey(config: RunConfig, with_weights: bool = True) -> Survey:
-    """Of the model that the settings name; `with_weights` False fetches none from the hub."""
+    """Of the model that the settings name; `with_weights` False fetches none from the hub.
+
+    Raises ConfigError where the settings ask for other codes than those of the checkpoint that they name.
+    """
     source = resolve(config.model, config.revision, config.trust_remote_code, with_weights=with_weights)
     network, section = load_skeleton(source), config.quantize
     layers, count = describe_layers(network), count_parameters(network)
@@ -55,10 +58,20 @@ def survey(config: RunConfig, with_weights: bool = True) -> Survey:
         plan = make_plan(layers, count, parse_scheme(section.scheme), section.skip, section.only)
     else:
         plan = plan_of_checkpoint(checkpoint_of(config), source, layers, count)
+        _refuse_other_codes(section, str(plan.scheme))
     there = tensor_index(source.directory) if has_weights(source.directory) else None
     stored = saved_layouts(network) if there is None else {name: tensor.layout for name, tensor in there.items()}
     layouts = checkpoint_layouts(stored, plan.schemes, config.pack.format, _fitted(network, plan))
     return Survey(source, plan, model_shape(network, plan), checkpoint_bytes(layouts))
+
+
+def _refuse_other_codes(section: QuantizeConfig, scheme: str) -> None:
+    """What is not said says nothing, and the run file of a finished run says what became of it."""
+    decided = QuantizeConfig(scheme=scheme)
+    for name in sorted(section.model_fields_set & {"method", "scheme", "skip", "only"}):
+        if getattr(section, name) != getattr(decided, name):
+            line = f"quantize.{name} has no say where the codes of {section.checkpoint} are taken over; leave it out"
+            raise ConfigError(line)
 
 
 def checkpoint_of(config: RunConfig) -> ModelSource:
