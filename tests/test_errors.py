@@ -249,3 +249,17 @@ def test_a_report_that_cannot_be_written(
     assert "no space left on device" in refused(*command)
     assert [path.name for path in (RUN / "reports").iterdir()] == ["forecast.json"]
     assert published() == before
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("quantize", "small", "--data", "notes.txt:4", "--sequence-length", "16", "--out", "new"),
+        ("eval-ppl", "small", "--data", "notes.txt", "--sequence-length", "16"),
+        ("generate", "small", "--prompt", "two words"),
+    ],
+)
+def test_the_tokenizer_of_a_larger_model_is_refused(command: tuple[str, ...], run_file: Path) -> None:
+    tiny_models.save("llama", Path("small"), vocab_size=100)
+    assert "small knows 100 tokens, and its tokenizer made of the text one that is number 2" in refused(*command)
+    assert not Path("new/calibration").exists()

@@ -22,7 +22,14 @@ from aqlm_cli.model.loading import (
 from aqlm_cli.model.resolve import Subject, find_subject, original_of, resolve
 from aqlm_cli.model.sampling import open_sampling
 from aqlm_cli.model.tokenizing import open_tokenizer
-from aqlm_cli.sources import ModelSource, end_tokens, model_config, save_support_files, tensor_index
+from aqlm_cli.sources import (
+    ModelSource,
+    end_tokens,
+    model_config,
+    refuse_unknown_tokens,
+    save_support_files,
+    tensor_index,
+)
 
 __all__ = [
     "Decoding",
@@ -48,6 +55,7 @@ __all__ = [
     "open_tokenizer",
     "original_of",
     "plan_of_checkpoint",
+    "refuse_unknown_tokens",
     "resolve",
     "save_support_files",
     "saved_layouts",

@@ -27,7 +27,7 @@ from aqlm_cli.errors import QuantizationError
 from aqlm_cli.events import Advanced, Emit, Noted, StageStarted
 from aqlm_cli.forecast import Cost
 from aqlm_cli.memory import peak_memory_bytes, reset_peak_memory
-from aqlm_cli.model import ModelSource, load_block, load_tokenizer, resolve
+from aqlm_cli.model import ModelSource, load_block, load_tokenizer, refuse_unknown_tokens, resolve
 from aqlm_cli.propagation import route_of
 from aqlm_cli.runs import open_run
 from aqlm_cli.stage_reports import CalibrationReport, restored
@@ -67,6 +67,7 @@ def _measure(config: RunConfig, source: ModelSource, stage: Stage, emit: Emit) -
     windows = calibration_windows(
         section.data, section.sequences, section.sequence_length, config.seed, load_tokenizer(source)
     )
+    refuse_unknown_tokens(source, windows.ids)
     save_tensors(stage.directory / "windows.safetensors", {"ids": windows.ids.to(torch.int32)})
     # Evenly spread, so that every source takes part.
     chosen = torch.linspace(0, len(windows.ids) - 1, min(section.statistics_sequences, len(windows.ids))).long()

@@ -95,6 +95,7 @@ def _windows(source: ModelSource, text: str, sequence_length: int, windows: int 
     ids = data.evaluation_windows(text, sequence_length, model.load_tokenizer(source))[:windows]
     if len(ids) < 2:
         raise DataError(f"one window of {text} gives no standard error; lower --sequence-length or raise --windows")
+    model.refuse_unknown_tokens(source, ids)
     return ids
 
 

@@ -26,7 +26,7 @@ from aqlm_cli.events import Advanced, Emit, Noted, StageStarted
 from aqlm_cli.figures import draw_curve
 from aqlm_cli.memory import peak_memory_bytes, reset_peak_memory
 from aqlm_cli.mixture import sampled_windows
-from aqlm_cli.model import ModelSource, load_tokenizer, original_of
+from aqlm_cli.model import ModelSource, load_tokenizer, original_of, refuse_unknown_tokens
 from aqlm_cli.propagation import machine_of
 from aqlm_cli.pupil import Pupil, load_pupil
 from aqlm_cli.runs import START, RunDirectory, read_run
@@ -185,6 +185,7 @@ def _text(config: RunConfig, source: ModelSource, run: RunDirectory) -> tuple[Te
         sampled = _stored(run, "text") if sampled_windows(section.data, section.sequences) else None
         tokenizer = load_tokenizer(source)
         ids = calibration_windows(section.data, section.sequences, length, config.seed, tokenizer, sampled).ids
+        refuse_unknown_tokens(source, ids)
     ids = ids[torch.randperm(len(ids), generator=generator(config.seed, STAGE))]
     if len(ids) <= section.held_out:
         raise DataError(f"there are {len(ids)} windows of text, and {section.held_out} are held out; add text")

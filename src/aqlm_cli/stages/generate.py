@@ -10,7 +10,7 @@ from torch import Tensor
 from aqlm_cli.config import Head
 from aqlm_cli.errors import DataError
 from aqlm_cli.events import Emit, Noted
-from aqlm_cli.model import Subject, end_tokens, open_decoding, open_tokenizer
+from aqlm_cli.model import Subject, end_tokens, open_decoding, open_tokenizer, refuse_unknown_tokens
 from aqlm_cli.report import GenerationReport
 
 
@@ -35,6 +35,7 @@ def generate(
     ids = torch.tensor(tokenizer.encode(prompt), dtype=torch.int64, device=device)  # [length]
     if ids.numel() == 0:
         raise DataError("the prompt has no token; give some text with --prompt")
+    refuse_unknown_tokens(source, ids)
     emit(Noted(f"generating with {source.directory}"))
     decoding = open_decoding(source, len(ids) + max_new_tokens, backend, head, device)
     ends = end_tokens(source)
