@@ -285,7 +285,9 @@ def run(
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
 ) -> None:
-    """Run all stages of a run file, calibration to benchmark; `finetune` where it has that section.
+    """Run all stages of a run file, calibration to benchmark.
+
+    `finetune` is one of them where the file has a section of that name.
 
     \b
     Example:
