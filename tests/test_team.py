@@ -31,6 +31,13 @@ def together(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command(*arguments), capture_output=True, text=True, timeout=300)
 
 
+def succeeded(*arguments: str) -> str:
+    """What it wrote to stdout."""
+    result = together(*arguments)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
 @pytest.fixture
 def made(run_file: Path) -> Path:
     run_file.write_text(run_file.read_text() + SECTION)
@@ -42,10 +49,9 @@ def test_two_processes_come_to_what_one_does(made: Path) -> None:
     assert run("finetune", "run").exit_code == 0
     alone = load_file(made / "finetuned/block-000.safetensors")
     told = json.loads((made / "reports/finetune.json").read_text())
-    result = together("finetune", "run", "--overwrite", "--json")
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.count('{"finetune"') == 1, "the first one alone reports"
-    assert json.loads(result.stdout)["finetune"]["after"] == pytest.approx(told["after"], rel=1e-3)
+    stdout = succeeded("finetune", "run", "--overwrite", "--json")
+    assert stdout.count('{"finetune"') == 1, "the first one alone reports"
+    assert json.loads(stdout)["finetune"]["after"] == pytest.approx(told["after"], rel=1e-3)
     start, both = (load_file(made / f"{name}/block-000.safetensors") for name in ("quantized", "finetuned"))
     for kind in ("codes", "codebooks", "scales", "layernorm.weight"):  # what moved, moved alike
         names = [name for name in alone if name.endswith(kind)]
@@ -57,7 +63,7 @@ def test_two_processes_come_to_what_one_does(made: Path) -> None:
 
 def test_what_two_began_two_go_on_with_and_nobody_else(made: Path) -> None:
     shutil.copytree(made, "whole")
-    assert together("finetune", "whole", "--steps", "40").returncode == 0
+    succeeded("finetune", "whole", "--steps", "40")
     state = made / "finetuned.partial/work/training.safetensors"
     running = subprocess.Popen(command("finetune", "run", "--steps", "40"))
     while not state.exists():
@@ -69,14 +75,14 @@ def test_what_two_began_two_go_on_with_and_nobody_else(made: Path) -> None:
     running.wait()
     alone = run("finetune", "run", "--steps", "40")
     assert alone.exit_code == 1 and "machine.processes 2 there, None asked" in alone.stderr
-    assert "going on after them" in together("finetune", "run", "--steps", "40").stdout
+    assert "going on after them" in succeeded("finetune", "run", "--steps", "40")
     for path in Path("whole/finetuned").glob("*.safetensors"):
         assert path.read_bytes() == (made / "finetuned" / path.name).read_bytes()
 
 
 def test_what_is_there_is_reused_and_what_cannot_be_shared_refused(made: Path) -> None:
-    assert together("finetune", "run").returncode == 0
-    assert "is there already" in together("finetune", "run").stdout, "and the second process does not wait for ever"
+    succeeded("finetune", "run")
+    assert "is there already" in succeeded("finetune", "run"), "and the second process does not wait for ever"
     refused = together("finetune", "run", "--batch", "3", "--overwrite")
     assert refused.returncode != 0 and "--batch 3 is not the same for each of 2 processes" in refused.stderr
 

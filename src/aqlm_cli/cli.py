@@ -6,6 +6,8 @@ a misspelt flag answer at once.
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,8 +26,17 @@ app = typer.Typer(
 
 
 def main() -> None:
+    """In a team of torchrun's the process ends without Python's own end, where a thread of Gloo's that still holds a
+    tensor aborts it now and then (pytorch/pytorch#179291); torchrun would then end the others at their work."""
     share_pool()
-    app()
+    try:
+        app()
+    except SystemExit as end:
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            raise
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(int(end.code or 0))
 
 
 @app.callback()
