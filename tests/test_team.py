@@ -87,6 +87,17 @@ def test_what_is_there_is_reused_and_what_cannot_be_shared_refused(made: Path) -
     assert refused.returncode != 0 and "--batch 3 is not the same for each of 2 processes" in refused.stderr
 
 
+@pytest.mark.parametrize(("size", "seen"), [("1", True), ("2", False)])
+@pytest.mark.parametrize(("flag", "status"), [("--version", 0), ("--no-such-flag", 2)])
+def test_a_process_of_a_team_ends_without_python_s_own_end(size: str, seen: bool, flag: str, status: int) -> None:
+    """Which the others of a team would be ended by, now and then; its words and its status are those of any other."""
+    program = "import atexit, sys; from aqlm_cli.cli import main; atexit.register(print, 'its own end'); main()"
+    environment = {**os.environ, "WORLD_SIZE": size}
+    found = subprocess.run([sys.executable, "-c", program, flag], capture_output=True, text=True, env=environment)
+    assert found.returncode == status and ("its own end" in found.stdout) == seen
+    assert found.stdout.startswith("aqlm") if status == 0 else flag in found.stderr
+
+
 def test_every_window_is_one_process_s() -> None:
     windows = torch.arange(8)
     shares = [Team(rank, 4).share(windows) for rank in range(4)]

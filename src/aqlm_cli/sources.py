@@ -272,17 +272,6 @@ def model_config(source: ModelSource) -> dict[str, Any]:
     return _settings(source.directory / "config.json")
 
 
-def refuse_unknown_tokens(source: ModelSource, ids: Tensor) -> None:
-    """ModelError where a text has become a token that the model has no embedding of."""
-    config, largest = model_config(source), int(ids.max())
-    known = config.get("vocab_size", (config.get("text_config") or {}).get("vocab_size"))
-    if isinstance(known, int) and largest >= known:
-        raise ModelError(
-            f"{source.name} knows {known} tokens, and its tokenizer made of the text one that is number {largest}; "
-            f"put the tokenizer there that belongs to it"
-        )
-
-
 def end_tokens(source: ModelSource) -> set[int]:
     """Those that end a text, as generation_config.json says, or else config.json."""
     path = source.directory / "generation_config.json"

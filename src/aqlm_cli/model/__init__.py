@@ -21,15 +21,8 @@ from aqlm_cli.model.loading import (
 )
 from aqlm_cli.model.resolve import Subject, find_subject, original_of, resolve
 from aqlm_cli.model.sampling import open_sampling
-from aqlm_cli.model.tokenizing import open_tokenizer
-from aqlm_cli.sources import (
-    ModelSource,
-    end_tokens,
-    model_config,
-    refuse_unknown_tokens,
-    save_support_files,
-    tensor_index,
-)
+from aqlm_cli.model.tokenizing import open_tokenizer, refuse_unknown_tokens
+from aqlm_cli.sources import ModelSource, end_tokens, model_config, save_support_files, tensor_index
 
 __all__ = [
     "Decoding",

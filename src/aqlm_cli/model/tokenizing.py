@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import tokenizers
+from torch import Tensor
 
+from aqlm_cli.errors import ModelError
 from aqlm_cli.model.loading import load_tokenizer
-from aqlm_cli.sources import ModelSource
+from aqlm_cli.sources import ModelSource, model_config
 
 PLAIN = ("TokenizersBackend", "PreTrainedTokenizerFast")
 """Classes of transformers that do what tokenizer.json says."""
@@ -46,6 +48,17 @@ def open_tokenizer(source: ModelSource) -> Tokenizer:
     loaded: Any = load_tokenizer(source)
     by_transformers: Tokenizer = loaded
     return by_transformers
+
+
+def refuse_unknown_tokens(source: ModelSource, ids: Tensor) -> None:
+    """ModelError where a text has become a token that the model has no embedding of."""
+    config, largest = model_config(source), int(ids.max())
+    known = config.get("vocab_size", (config.get("text_config") or {}).get("vocab_size"))
+    if isinstance(known, int) and largest >= known:
+        raise ModelError(
+            f"{source.name} knows {known} tokens, and its tokenizer made of the text one that is number {largest}; "
+            f"put the tokenizer there that belongs to it"
+        )
 
 
 def _from_file(directory: Path) -> tokenizers.Tokenizer | None:

@@ -46,7 +46,7 @@ def adopt(config: RunConfig, run_directory: Path, overwrite: bool, emit: Emit) -
     started = time.monotonic()
     known, checkpoint = survey(config), checkpoint_of(config)
     source, plan = known.source, known.plan
-    section = config.quantize.model_copy(update={"method": "aqlm", "scheme": str(plan.scheme)})
+    section = config.quantize.model_copy(update={"scheme": str(plan.scheme)})
     run = open_run(run_directory, config.model_copy(update={"quantize": section}), overwrite)
     parents = {"model": source.identity, "checkpoint": checkpoint.identity}
     adopted = run.reusable("quantized", "quantized", {}, parents, overwrite)
