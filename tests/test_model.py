@@ -24,10 +24,6 @@ from aqlm_cli.blocks import (
     count_parameters,
     describe_layers,
     find_blocks,
-    first_inputs,
-    last_logits,
-    record_calls,
-    replace_module,
 )
 from aqlm_cli.errors import ArtifactError, ModelError
 from aqlm_cli.model import (
@@ -44,6 +40,7 @@ from aqlm_cli.model import (
 )
 from aqlm_cli.run_file import build_config
 from aqlm_cli.runs import open_run
+from aqlm_cli.walk_check import open_walk
 from aqlm_kernels import AdditiveLinear
 
 TEXT = "Prices rose by 12 %; naïve?\n"
@@ -99,15 +96,15 @@ def test_block_by_block_a_model_has_the_weights_and_the_logits_of_the_whole(
     blocks = find_blocks(network)
     absent = {name for name, parameter in network.named_parameters() if parameter.is_meta}
     assert absent == {name for name, _ in whole.named_parameters() if name.startswith(blocks.path + ".")}
-    replace_module(network, blocks.paths[0], load_block(source, 0, torch.float32))
-    calls, hidden = record_calls(network, ids), first_inputs(network, ids)
-    for index, call in enumerate(calls):
+    walk = open_walk(network, lambda index: load_block(source, index, torch.float32), ids)
+    hidden, handed = walk.entering(ids), {}
+    for index in range(len(blocks.paths)):
         block = load_block(source, index, torch.float32)
         there = dict(find_blocks(whole).modules[index].named_parameters())
         assert there.keys() == dict(block.named_parameters()).keys()
         assert all(torch.equal(parameter, there[name]) for name, parameter in block.named_parameters())
-        hidden = call(block, hidden)
-    assert torch.equal(last_logits(network, calls, ids, hidden), whole(input_ids=ids, use_cache=False).logits)
+        hidden, handed = walk.given(index, ids, hidden, handed).run(block)
+    assert torch.equal(walk.logits(ids, hidden, handed), whole(input_ids=ids, use_cache=False).logits)
 
 
 def test_a_block_is_found_in_the_shard_that_has_it(tmp_path: Path, find: Any) -> None:

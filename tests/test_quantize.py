@@ -12,10 +12,11 @@ import tiny_models
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from walks import states_of_blocks, walk_of
 
 from aqlm_cli.activations import Activations, run_block
 from aqlm_cli.artifacts import Artifact, open_artifact
-from aqlm_cli.blocks import BlockCall, find_blocks, first_inputs, linears, record_calls
+from aqlm_cli.blocks import find_blocks, linears
 from aqlm_cli.config import RunConfig
 from aqlm_cli.errors import ArtifactError, PlanError, QuantizationError, StorageError
 from aqlm_cli.events import Advanced, BlockQuantized, Event, LayerQuantized, Noted, StageStarted, Warned
@@ -114,14 +115,6 @@ def windows() -> Tensor:
     return ids[torch.randperm(len(ids), generator=generator(0, "windows"))]
 
 
-def states(network: nn.Module, ids: Tensor) -> list[Tensor]:
-    """What enters each block, and what leaves the last one."""
-    entering = [first_inputs(network, ids)]
-    for block, call in zip(find_blocks(network).modules, record_calls(network, ids[:1]), strict=True):
-        entering.append(run_block(block, call, entering[-1], torch.float32))
-    return entering
-
-
 # ------------------------------------------------------------------------------------------------------- end to end
 
 
@@ -153,7 +146,8 @@ def test_every_family_goes_from_text_to_a_checkpoint_that_computes_alike(
     done = [event for event in events if isinstance(event, LayerQuantized)]
     assert sorted(event.path for event in done) == sorted(paths)
     assert [event.index for event in events if isinstance(event, BlockQuantized)] == list(range(len(blocks.paths)))
-    assert events[0] == StageStarted("quantize", len(blocks.paths), "block")
+    assert events[0] == StageStarted("check", len(blocks.paths), "block")
+    assert StageStarted("quantize", len(blocks.paths), "block") in events
     assert events[-1] == Advanced("quantize", len(blocks.paths))
 
 
@@ -196,15 +190,15 @@ class Spy:
         self.counts: list[tuple[int, int, int]] = []
         measure, advance = Propagation.measure, Propagation.advance
 
-        def measuring(work: Propagation, block: nn.Module, call: BlockCall, paths: Any) -> dict[str, LayerStatistics]:
+        def measuring(work: Propagation, block: nn.Module, paths: Any) -> dict[str, LayerStatistics]:
             self.entering.append(whole(work.hidden))
             self.counts.append((len(work.hidden), work.measured, work.fitted))
-            self.statistics.append(measure(work, block, call, paths))
+            self.statistics.append(measure(work, block, paths))
             self.targets.append(whole(work.targets))
             return self.statistics[-1]
 
-        def advancing(work: Propagation, block: nn.Module, call: BlockCall) -> float:
-            error = advance(work, block, call)
+        def advancing(work: Propagation, block: nn.Module) -> float:
+            error = advance(work, block)
             self.leaving.append(whole(work.targets))
             return error
 
@@ -220,8 +214,8 @@ def test_each_block_is_quantized_on_what_the_quantized_ones_before_it_put_out(
     spy = Spy(monkeypatch)
     run(settings(model))
     count = spy.counts[0][0]
-    ours = states(restored(model), windows()[:count])
-    theirs = states(load_network(resolve(str(model)), torch.float32), windows()[:count])
+    ours = states_of_blocks(restored(model), windows()[:count])
+    theirs = states_of_blocks(load_network(resolve(str(model)), torch.float32), windows()[:count])
     torch.testing.assert_close(spy.entering[0], theirs[0])
     for index, (entering, leaving) in enumerate(zip(spy.entering, spy.leaving, strict=True)):
         bound = 1e-4 * float(ours[index + 1].abs().max())
@@ -236,9 +230,10 @@ def test_targets_are_what_the_original_block_makes_of_the_same_inputs(
     spy = Spy(monkeypatch)
     run(settings(llama))
     network = load_network(resolve(str(llama)), torch.float32)
-    calls = record_calls(network, windows()[:1])
-    for index, (block, call) in enumerate(zip(find_blocks(network).modules, calls, strict=True)):
-        expected = run_block(block, call, spy.entering[index], torch.float32)
+    ids = windows()[: len(spy.entering[0])]
+    walk = walk_of(network, ids)
+    for index, block in enumerate(find_blocks(network).modules):
+        expected, _ = run_block(block, walk.given(index, ids, spy.entering[index], {}), torch.float32)
         torch.testing.assert_close(spy.targets[index], expected, rtol=0, atol=1e-4)
 
 
@@ -248,8 +243,9 @@ def test_statistics_are_of_the_measured_windows_and_shared_where_inputs_are(
     spy = Spy(monkeypatch)
     run(settings(llama))
     network = load_network(resolve(str(llama)), torch.float32)
-    calls = record_calls(network, windows()[:1])
     _, measured, _ = spy.counts[0]
+    ids = windows()[:measured]
+    walk = walk_of(network, ids)
     for index, block in enumerate(find_blocks(network).modules):
         found = spy.statistics[index]
         shared = [found[f"self_attn.{name}_proj"].second_moment for name in "qkv"]
@@ -258,7 +254,7 @@ def test_statistics_are_of_the_measured_windows_and_shared_where_inputs_are(
         inputs: list[Tensor] = []
         down = block.get_submodule("mlp.down_proj")
         down.register_forward_pre_hook(lambda _, given, inputs=inputs: inputs.append(given[0]))
-        run_block(block, calls[index], spy.entering[index][:measured], torch.float32)
+        run_block(block, walk.given(index, ids, spy.entering[index][:measured], {}), torch.float32)
         x = inputs[0].flatten(0, 1).double()
         assert found["mlp.down_proj"].tokens == len(x) == measured * LENGTH
         torch.testing.assert_close(
@@ -311,12 +307,12 @@ def test_layers_that_are_not_chosen_stay_as_they_are(
     run(settings(llama, **choice))
     assert matrices().keys() == {f"model.layers.1.mlp.{name}_proj" for name in ("gate", "up", "down")}
     assert files().keys() == {"block-001.safetensors"}
-    theirs = states(load_network(resolve(str(llama)), torch.float32), windows()[: spy.counts[0][0]])
+    theirs = states_of_blocks(load_network(resolve(str(llama)), torch.float32), windows()[: spy.counts[0][0]])
     torch.testing.assert_close(spy.entering[1], theirs[1], rtol=0, atol=5e-3)  # norms are stored in 16 bits
     assert spy.statistics[0] == {} and spy.statistics[1].keys() == {
         f"mlp.{name}_proj" for name in ("gate", "up", "down")
     }
-    torch.testing.assert_close(spy.leaving[1], states(restored(llama), windows()[:11])[2], rtol=0, atol=5e-3)
+    torch.testing.assert_close(spy.leaving[1], states_of_blocks(restored(llama), windows()[:11])[2], rtol=0, atol=5e-3)
 
 
 def test_blocks_behind_the_last_chosen_layer_are_not_run(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -605,9 +601,9 @@ def test_a_quantized_block_computes_with_what_is_stored(llama: Path, monkeypatch
     blocks: list[nn.Module] = []
     advance = Propagation.advance
 
-    def noting(work: Propagation, block: nn.Module, call: BlockCall) -> float:
+    def noting(work: Propagation, block: nn.Module) -> float:
         blocks.append(block)
-        return advance(work, block, call)
+        return advance(work, block)
 
     monkeypatch.setattr(Propagation, "advance", noting)
     run(settings(llama))
