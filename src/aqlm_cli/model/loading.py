@@ -11,7 +11,7 @@ transformers' networks take a second to import, and not every command needs one:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -64,26 +64,25 @@ def load_outside(
 def load_without(
     source: ModelSource, paths: Sequence[str], dtype: torch.dtype, device: str | torch.device = "cpu"
 ) -> transformers.PreTrainedModel:
-    """The model with an identity in the place of each module at `paths`, whose weights are not read."""
+    """The model with modules at `paths` that list no weights; theirs are not read."""
     with quiet():
         return _prepared(_load_without(source, load_config(source), paths, dtype), device)
 
 
 def load_block(source: ModelSource, index: int, dtype: torch.dtype, device: str | torch.device = "cpu") -> nn.Module:
     """One block of the model, as `load_network` would give it; nothing else is read."""
-    skeleton, config = load_skeleton(source), load_config(source)
-    kept = find_blocks(skeleton).paths[index]
-    config.tie_word_embeddings = False  # they are left out, too
+    skeleton = load_skeleton(source)
+    path = find_blocks(skeleton).paths[index]
+    # A block may share weights with an earlier one, and the files have them under the name of either.
+    sharing = {name for pair in skeleton.all_tied_weights_keys.items() if _inside(path, pair) for name in pair}
+    kept = [path, *sorted({name.rpartition(".")[0] for name in sharing if not name.startswith(f"{path}.")})]
     with quiet():
-        network = _load_without(source, config, _outside(skeleton, kept), dtype)
-    return _prepared(network.get_submodule(kept), device)
+        network = _load_without(source, load_config(source), [""], dtype, kept)
+    return _prepared(network.get_submodule(path), device)
 
 
-def _outside(network: nn.Module, kept: str) -> list[str]:
-    """Paths of the largest modules with weights that neither hold nor belong to the one at `kept`."""
-    paths = [path for path, module in network.named_modules() if any(True for _ in module.parameters())]
-    ancestors = {kept.rsplit(".", count)[0] for count in range(kept.count(".") + 1)} | {""}
-    return [path for path in paths if path not in ancestors and path.rpartition(".")[0] in ancestors - {kept}]
+def _inside(path: str, names: Iterable[str]) -> bool:
+    return any(name.startswith(f"{path}.") for name in names)
 
 
 def load_skeleton(source: ModelSource) -> transformers.PreTrainedModel:
@@ -209,11 +208,15 @@ def _load(source: ModelSource, dtype: torch.dtype, **options: Any) -> transforme
 
 
 def _load_without(
-    source: ModelSource, config: transformers.PreTrainedConfig, paths: Sequence[str], dtype: torch.dtype
+    source: ModelSource,
+    config: transformers.PreTrainedConfig,
+    paths: Sequence[str],
+    dtype: torch.dtype,
+    kept: Collection[str] = (),
 ) -> transformers.PreTrainedModel:
     from aqlm_cli.model.leave_out import leaving_out
 
-    config.quantization_config = leaving_out(paths)
+    config.quantization_config = leaving_out(paths, kept)
     return _load(source, dtype, config=config)
 
 
