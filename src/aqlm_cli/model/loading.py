@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 import transformers
@@ -22,14 +22,13 @@ from torch import nn
 from aqlm_cli.blocks import count_parameters, find_blocks, replace_module
 from aqlm_cli.errors import AqlmError, ModelError, shortened
 from aqlm_cli.model.bounds import MOST_PARTS, NUMBERS_PER_BYTE, PARAMETERS_PER_TENSOR, at_most, refuse_hostile
+from aqlm_cli.model.names import places_of_codes
 from aqlm_cli.sources import ModelSource, StoredTensor, has_weights, model_config, tensor_index
 from aqlm_cli.storage import TensorLayout
 from aqlm_kernels import AdditiveLinear, from_checkpoint
 
 Module = TypeVar("Module", bound=nn.Module)
-
-LAYER_TENSORS = ("codes", "codebooks", "scales", "bias")
-"""What an AQLM checkpoint may hold of one layer."""
+Network: TypeAlias = transformers.PreTrainedModel
 
 
 def load_network(
@@ -222,21 +221,24 @@ def _load_without(
 
 def _load_coded(source: ModelSource, dtype: torch.dtype) -> transformers.PreTrainedModel:
     config, stored = load_config(source), tensor_index(source.directory)
-    plain = dict(_skeleton(source, config).named_modules())
-    paths = sorted(name.removesuffix(".codes") for name in stored if name.endswith(".codes"))
-    layers = {path: _additive_linear(source, plain.get(path), path, stored) for path in paths}
-    network = _load_without(source, config, paths, dtype)
+    skeleton = _skeleton(source, config)
+    plain, places = dict(skeleton.named_modules()), places_of_codes(skeleton, stored)
+    layers = {path: _additive_linear(source, plain.get(path), path, names, stored) for path, names in places.items()}
+    network = _load_without(source, config, sorted(places), dtype)
     for path, layer in layers.items():
         replace_module(network, path, layer)
     return network
 
 
 def _additive_linear(
-    source: ModelSource, plain: nn.Module | None, path: str, stored: Mapping[str, StoredTensor]
+    source: ModelSource,
+    plain: nn.Module | None,
+    path: str,
+    names: Mapping[str, str],
+    stored: Mapping[str, StoredTensor],
 ) -> AdditiveLinear:
-    """The layer that takes the place of `plain` at `path`."""
-    names = [name for name in LAYER_TENSORS if f"{path}.{name}" in stored]
-    tensors = {name: stored[f"{path}.{name}"].read(f"{path}.{name}") for name in names}
+    """The layer that takes the place of `plain` at `path`; `names` are those of its tensors in the files."""
+    tensors = {last: stored[name].read(name) for last, name in names.items()}
     if not isinstance(plain, nn.Linear) or not {"codebooks", "scales"} <= tensors.keys():
         raise ModelError(f"{source.name} has codes for {path}, which is no linear layer that they could restore")
     matrix = from_checkpoint(tensors)
