@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from aqlm_cli import checkpoint
-from aqlm_cli.blocks import count_parameters, describe_layers
-from aqlm_cli.errors import ArtifactError, QuantizationError, StorageError
+from aqlm_cli.blocks import count_parameters, describe_layers, find_blocks
+from aqlm_cli.errors import ArtifactError, PlanError, QuantizationError, StorageError
 from aqlm_cli.events import Event
 from aqlm_cli.methods import CompressedMatrix, rtn
 from aqlm_cli.model import load_network, resolve
@@ -83,6 +83,13 @@ def quantized_run(
     if config is not None:
         path = directory / "config.json"
         path.write_text(json.dumps({**json.loads(path.read_text()), **config}))
+    return quantized_model(directory, tmp_path, scheme, mixed, skip)
+
+
+def quantized_model(
+    directory: Path, tmp_path: Path, scheme: str = "2x8g8", mixed: str | None = None, skip: Sequence[str] = ()
+) -> tuple[RunDirectory, Plan]:
+    """The run of a model that is there."""
     source = resolve(str(directory))
     network = load_network(source, torch.float32)
     plan = make_plan(describe_layers(network), count_parameters(network), parse_scheme(scheme), skip, [])
@@ -100,8 +107,8 @@ def quantized_run(
     )
     run = open_run(tmp_path / "run", run_config)
     with run.stage("quantized", "quantized", {"scheme": scheme}, {"model": source.identity}) as stage:
-        for index in range(network.config.num_hidden_layers):
-            block = {path: matrix for path, matrix in matrices(plan).items() if f".{index}." in path}
+        for index, prefix in enumerate(find_blocks(network).paths):
+            block = {path: matrix for path, matrix in matrices(plan).items() if path.startswith(f"{prefix}.")}
             tensors = {
                 f"{path}.{name}": part for path, matrix in block.items() for name, part in matrix.tensors().items()
             }
@@ -121,9 +128,11 @@ def packed(run: RunDirectory, format: str | None = None, overwrite: bool = False
 
 def with_weights_written_out(run: RunDirectory, plan: Plan) -> nn.Module:
     """The original in float16 with each quantized weight replaced by its definition, and the tuned norm."""
-    network = load_network(resolve(run.config.model), torch.float16).float()
+    network = load_network(resolve(run.config.model), torch.float32)
+    for parameter in network.parameters():  # also those that transformers would keep in 32 bits
+        parameter.data = parameter.data.half().float()
     for path, matrix in matrices(plan).items():
-        network.get_submodule(path).weight.data = matrix.dequantize()
+        network.get_submodule(path).weight = nn.Parameter(matrix.dequantize())  # of its own, though it was shared
     if NORM in dict(network.named_parameters()):
         network.get_parameter(NORM).data = TUNED_NORM
     return network
@@ -393,7 +402,7 @@ def test_a_run_that_is_not_quantized_says_how_to_do_it(tmp_path: Path) -> None:
 
 def test_layers_of_several_schemes_are_refused_before_anything_is_written(tmp_path: Path) -> None:
     run, _ = quantized_run(tmp_path, mixed="1x8g8")
-    with pytest.raises(ArtifactError, match=r"1x8g8, 2x8g8.*--format dense"):
+    with pytest.raises(PlanError, match=r"1x8g8, 2x8g8.*--format dense"):
         packed(run)
     assert not (run.path / "packed.partial").exists()
     assert packed(run, "dense").scheme == "1x8g8, 2x8g8"
