@@ -520,18 +520,6 @@ def test_a_hub_model_is_known_by_its_commit(tmp_path: Path, find: Any, monkeypat
     assert asked[0]["revision"] == "v2"
 
 
-def test_neither_pickles_nor_code_are_fetched_unasked(
-    tmp_path: Path, find: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked = snapshot(tiny_models.save("llama", tmp_path / "model"), monkeypatch)
-    find("someone/Tiny")
-    find("someone/Tiny", trust_remote_code=True)
-    without, with_code = (set(options["allow_patterns"]) for options in asked)
-    assert "*.safetensors" in without
-    assert not any(pattern in ("*", "*.bin", "*.pt", "*.py") for pattern in without)
-    assert with_code - without == {"*.py"}
-
-
 ANSWER = MagicMock()  # of whichever HTTP library the hub's client uses
 
 

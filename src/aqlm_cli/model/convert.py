@@ -21,8 +21,9 @@ from aqlm_cli.errors import AqlmError, ModelError
 from aqlm_cli.model.bounds import at_most
 from aqlm_cli.model.gguf_header import check_header
 from aqlm_cli.model.loading import first_line, quiet, without_weights
-from aqlm_cli.sources import WEIGHTS, GgufFile, ModelSource, cached_digest, directory_source
+from aqlm_cli.sources import GgufFile, ModelSource, cached_digest, directory_source
 from aqlm_cli.storage import TensorLayout, storage_errors, stream_tensors, write_file
+from aqlm_cli.weight_files import WEIGHTS
 
 
 def gguf_source(found: GgufFile, cache: Path) -> ModelSource:
