@@ -29,9 +29,9 @@ import pytest
 import tiny_models
 import torch
 import yaml
+from gguf_files import write_gguf
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from test_model import write_gguf
 
 from aqlm_cli.artifacts import MANIFEST
 from aqlm_cli.errors import AqlmError
