@@ -32,8 +32,8 @@ from aqlm_cli.model import ModelSource, load_skeleton, plan_of_checkpoint, resol
 from aqlm_cli.plan import Plan, Target, make_plan
 from aqlm_cli.report import PlanReport
 from aqlm_cli.scheme import AdditiveScheme, Scheme, parse_scheme
-from aqlm_cli.sources import has_weights
 from aqlm_cli.units import parse_bytes
+from aqlm_cli.weight_files import has_weights
 from aqlm_cli.wording import readable_bytes
 from aqlm_kernels import choose, smallest
 

@@ -10,7 +10,6 @@ from aqlm_cli.model.decoding import Decoding, decoding_of, open_decoding
 from aqlm_cli.model.head import Halves, halves_of
 from aqlm_cli.model.loading import (
     Network,
-    is_coded,
     load_block,
     load_config,
     load_network,
@@ -21,6 +20,7 @@ from aqlm_cli.model.loading import (
     saved_layouts,
 )
 from aqlm_cli.model.names import Placement, names_of_codes, placements, stored_parameters
+from aqlm_cli.model.quantization import is_coded
 from aqlm_cli.model.resolve import Subject, find_subject, original_of, resolve
 from aqlm_cli.model.sampling import open_sampling
 from aqlm_cli.model.tokenizing import open_tokenizer, refuse_unknown_tokens

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from aqlm_cli.errors import ModelError, UsageError
-from aqlm_cli.model.loading import Network, is_coded
+from aqlm_cli.model.loading import Network
 from aqlm_cli.model.names import CODED, places_of_codes
+from aqlm_cli.model.quantization import is_coded
 from aqlm_cli.plan import Layer, Plan, Target
 from aqlm_cli.scheme import AdditiveScheme
 from aqlm_cli.sources import ModelSource, StoredTensor, model_config, tensor_index

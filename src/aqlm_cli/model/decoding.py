@@ -16,8 +16,9 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from aqlm_cli.config import Head
-from aqlm_cli.model.loading import is_coded, load_network
+from aqlm_cli.model.loading import load_network
 from aqlm_cli.model.names import CODED
+from aqlm_cli.model.quantization import is_coded
 from aqlm_cli.sources import ModelSource, model_config, tensor_index
 from aqlm_cli.storage import load_tensors
 from aqlm_kernels import AdditiveLinear, ByteRows, Decoder, DecoderBlock, KernelError, choose, from_checkpoint, smallest

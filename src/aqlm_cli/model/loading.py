@@ -23,8 +23,10 @@ from aqlm_cli.blocks import count_parameters, find_blocks, replace_module
 from aqlm_cli.errors import AqlmError, ModelError, shortened
 from aqlm_cli.model.bounds import MOST_PARTS, NUMBERS_PER_BYTE, PARAMETERS_PER_TENSOR, at_most, refuse_hostile
 from aqlm_cli.model.names import places_of_codes
-from aqlm_cli.sources import ModelSource, StoredTensor, has_weights, model_config, tensor_index
+from aqlm_cli.model.quantization import is_coded, refuse_quantized
+from aqlm_cli.sources import ModelSource, StoredTensor, model_config, tensor_index
 from aqlm_cli.storage import TensorLayout
+from aqlm_cli.weight_files import has_weights
 from aqlm_kernels import AdditiveLinear, from_checkpoint
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -86,7 +88,7 @@ def _inside(path: str, names: Iterable[str]) -> bool:
 
 def load_skeleton(source: ModelSource) -> transformers.PreTrainedModel:
     """The model with modules, names and shapes, and no numbers: all that a plan needs. What is quantized has none."""
-    _refuse_quantized(source)
+    refuse_quantized(source)
     return _skeleton(source, load_config(source))
 
 
@@ -155,24 +157,6 @@ def _skeleton(source: ModelSource, config: transformers.PreTrainedConfig) -> tra
     if files and numbers > NUMBERS_PER_BYTE * size:
         raise ModelError(f"{source.name}: its config.json asks for {numbers} weights, and its files have {size} bytes")
     return network
-
-
-def is_coded(source: ModelSource) -> bool:
-    """Whether it is an AQLM checkpoint."""
-    return _quantization(source) == "aqlm"
-
-
-def _refuse_quantized(source: ModelSource) -> None:
-    if _quantization(source) is not None:
-        raise ModelError(
-            f"{source.name} is quantized already, with {_quantization(source)}; use the model it was made from"
-        )
-
-
-def _quantization(source: ModelSource) -> str | None:
-    """What config.json says of how weights are stored; None for ordinary ones."""
-    settings = model_config(source).get("quantization_config")
-    return str(settings.get("quant_method")) if isinstance(settings, dict) else None
 
 
 def first_line(error: Exception) -> str:
