@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 from aqlm_cli import checkpoint
 from aqlm_cli.blocks import count_parameters, describe_layers, find_blocks
 from aqlm_cli.errors import ArtifactError, PlanError, QuantizationError, StorageError
-from aqlm_cli.events import Event
+from aqlm_cli.events import Event, Warned
 from aqlm_cli.methods import CompressedMatrix, rtn
 from aqlm_cli.model import load_network, resolve
 from aqlm_cli.plan import Plan, Target, make_plan
@@ -384,6 +384,52 @@ def test_a_value_out_of_the_range_of_float16_is_refused_with_its_name(tmp_path: 
     with pytest.raises(QuantizationError, match=r"model\.norm\.weight reaches 1e\+06"):
         packed(run)
     assert run.artifact("packed") is None
+
+
+def scaled(monkeypatch: pytest.MonkeyPatch, size: float) -> None:
+    """From here on all matrices are so much larger."""
+    ordinary = random_matrix
+
+    def other(target: Target) -> CompressedMatrix:
+        matrix = ordinary(target)
+        assert isinstance(matrix, AdditiveMatrix)
+        return AdditiveMatrix(matrix.codes, size**0.5 * matrix.codebooks, size**0.5 * matrix.scales)
+
+    monkeypatch.setitem(globals(), "random_matrix", other)
+
+
+def test_weights_that_float16_cannot_hold_are_refused_in_the_dense_format(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scaled(monkeypatch, 2.0**22)
+    run, _ = quantized_run(tmp_path)
+    assert packed(run).format == "transformers"
+    with pytest.raises(QuantizationError, match=r"weight reaches .* too much for torch\.float16; use a bfloat16 copy"):
+        packed(run, "dense", overwrite=True)
+
+
+@pytest.mark.parametrize(("dtype", "warned"), [("float32", True), ("bfloat16", False)])
+def test_weights_that_lose_bits_in_float16_are_told_of(
+    dtype: str, warned: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scaled(monkeypatch, 2.0**-20)
+    run, plan = quantized_run(tmp_path, dtype=dtype)
+    events: list[Event] = []
+    tensors = load_file(pack(run.path, "dense", False, events.append).directory / "model.safetensors")
+    warnings = [event.message for event in events if isinstance(event, Warned)]
+    assert len(warnings) == warned
+    if warned:
+        worst = max(
+            float(
+                (
+                    (tensors[f"{path}.weight"].double() - one.dequantize().double()).norm()
+                    / one.dequantize().double().norm()
+                )
+                ** 2
+            )
+            for path, one in matrices(plan).items()
+        )
+        assert f"adds {worst:.2g} to its relative error ({len(plan.quantized)} such layers)" in warnings[0]
 
 
 def test_a_model_that_has_changed_since_is_refused(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -274,6 +275,54 @@ def test_the_errors_told_are_those_of_the_states(
             float((output - target).norm() ** 2 / target.norm() ** 2), rel=1e-4
         )
         assert 0 < event.gain < 1
+
+
+@pytest.fixture
+def loud_and_quiet(llama: Path, tmp_path: Path) -> Path:
+    """The same network: its values are 2^-24 of the ordinary ones, and what reads them makes up for it."""
+    directory = shutil.copytree(llama, tmp_path / "loud-and-quiet")
+    tensors = load_file(llama / "model.safetensors")
+    for name in tensors:
+        factor = {"v_proj": 2.0**-24, "o_proj": 2.0**24}.get(name.split(".")[-2], 1.0)
+        tensors[name] = factor * tensors[name]
+    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+    return directory
+
+
+def test_the_errors_reported_are_those_of_the_packed_file(
+    loud_and_quiet: Path, in_float32: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tasks: dict[str, layers.Task] = {}
+
+    def noting(given: list[layers.Task], *rest: Any) -> Any:
+        tasks.update({task.path: task for task in given})
+        return layers.compress_all(given, *rest)
+
+    monkeypatch.setattr(stage, "compress_all", noting)
+    run(settings(loud_and_quiet, fit={**FIT, "epochs": 0}))
+    packed = load_file(pack(Path("run"), None, False, lambda event: None).directory / "model.safetensors")
+    reported = quantized().manifest.results["layers"]
+    assert reported.keys() == tasks.keys()
+    for path, task in tasks.items():
+        codes, books = packed[f"{path}.codes"].long() % 16, packed[f"{path}.codebooks"].double()
+        sums = sum(books[m, codes[..., m], 0] for m in range(2)).flatten(1)  # type: ignore[union-attr]
+        difference = packed[f"{path}.scales"].double().flatten(1) * sums - task.weight.double()
+        moment, weight = task.statistics.second_moment.double(), task.weight.double()
+        error = float((difference @ moment * difference).sum() / (weight @ moment * weight).sum())
+        assert reported[path]["relative_error"] == pytest.approx(error, rel=0.01)
+
+
+def test_weights_beyond_the_range_of_float16_are_quantized_fitted_and_packed_as_ordinary_ones(
+    llama: Path, loud_and_quiet: Path, in_float32: None
+) -> None:
+    errors = []
+    for model in (llama, loud_and_quiet):
+        run(settings(model, fit={**FIT, "epochs": 2}), f"run-{model.name}")
+        packed = pack(Path(f"run-{model.name}"), None, False, lambda event: None).directory
+        wanted = load_network(resolve(str(llama)), torch.float32)(tiny_models.token_ids()).logits
+        found = load_network(resolve(str(packed)), torch.float32)(tiny_models.token_ids()).logits
+        errors.append(float((found - wanted).norm() / wanted.norm()))
+    assert errors[1] == pytest.approx(errors[0], rel=0.1)
 
 
 def test_fitting_lowers_the_error_of_every_block(llama: Path) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from aqlm_cli.config import FitConfig
 from aqlm_cli.errors import QuantizationError
-from aqlm_cli.tuning.block import BlockData, fit_block, round_to_16_bits, tuned_parameters
+from aqlm_cli.tuning.block import BlockData, fit_block, round_block, round_to_16_bits, tuned_parameters
 from aqlm_cli.walk import BlockInput
 from aqlm_kernels import AdditiveLinear, AdditiveMatrix
 
@@ -319,3 +319,24 @@ def test_a_tuned_value_that_float16_cannot_hold_is_refused_by_name() -> None:
     block.norm.weight.data[2] = 1e6
     with pytest.raises(QuantizationError, match=r"norm\.weight: a value is out of the range of float16"):
         round_to_16_bits(tuned_parameters(block))
+
+
+def test_what_was_fitted_is_brought_into_the_range_of_float16_before_it_is_rounded() -> None:
+    block = quantized()
+    block.first.codebooks.data *= 2.0**21
+    block.first.scales.data *= 2.0**-21
+    before = state(block)
+    wanted = block.first.matrix.dequantize()
+    round_block(block)
+    torch.testing.assert_close(block.first.matrix.dequantize(), wanted, rtol=1e-3, atol=0)
+    assert all(torch.equal(tensor, tensor.half().float()) for tensor in tuned_parameters(block).values())
+    assert changed(before, state(block)) >= {"first.codebooks", "first.scales"}
+
+
+def test_fitting_goes_the_same_way_wherever_the_power_of_two_lies() -> None:
+    blocks = [quantized() for _ in range(2)]
+    blocks[1].first.codebooks.data *= 2.0**-8
+    blocks[1].first.scales.data *= 2.0**8
+    errors = [fit(block) for block in blocks]
+    assert errors[1] == pytest.approx(errors[0], rel=1e-4) and errors[0][1] < errors[0][0]
+    torch.testing.assert_close(*(block.first.matrix.dequantize() for block in blocks), rtol=1e-3, atol=1e-5)

@@ -33,7 +33,7 @@ from aqlm_cli.quantized import (
 )
 from aqlm_cli.storage import save_tensors
 from aqlm_cli.team import Team
-from aqlm_cli.tuning.block import round_to_16_bits, tuned_parameters
+from aqlm_cli.tuning.block import round_block, round_to_16_bits, tuned_parameters
 from aqlm_cli.tuning.distill import Distillation, Training, begin
 from aqlm_kernels import AdditiveLinear
 
@@ -61,8 +61,8 @@ class Pupil:
 
     def round(self) -> None:
         """To the 16 bits in which all of it will be stored."""
-        for _, block in self.blocks.values():
-            round_to_16_bits(tuned_parameters(block))
+        for prefix, block in self.blocks.values():
+            round_block(block, prefix)
         round_to_16_bits(self.outside)
 
     def save(self, directory: Path) -> None:

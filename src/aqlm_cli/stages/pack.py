@@ -16,8 +16,8 @@ from typing import Any
 from aqlm_cli.artifacts import Artifact, remedy
 from aqlm_cli.checkpoint import Entry, total_bytes, write_checkpoint
 from aqlm_cli.errors import ArtifactError
-from aqlm_cli.events import Emit, Noted
-from aqlm_cli.export import QuantizedLayer, packed_checkpoint, quantized_layers
+from aqlm_cli.events import Emit, Noted, Warned
+from aqlm_cli.export import QuantizedLayer, narrowing_losses, packed_checkpoint, quantized_layers
 from aqlm_cli.forecast import Cost
 from aqlm_cli.layout import WITH_CODES, Layout
 from aqlm_cli.memory import peak_memory_bytes, reset_peak_memory
@@ -51,6 +51,14 @@ def pack(
     reset_peak_memory()
     contents = _collect(run, quantized, settings["format"])
     config = contents.config(quantized)
+    if losses := narrowing_losses(contents.layers, contents.layout):
+        path, loss = max(losses.items(), key=lambda entry: entry[1])
+        emit(
+            Warned(
+                f"the weights of {path} are so small that float16 adds {loss:.2g} to its relative error"
+                f" ({len(losses)} such layers); use a bfloat16 copy of the model"
+            )
+        )
     with run.stage("packed", "packed", settings, parents) as stage:
         write_checkpoint(stage.directory, contents.entries)
         save_support_files(contents.source, stage.directory)

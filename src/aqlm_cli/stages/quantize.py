@@ -41,7 +41,7 @@ from aqlm_cli.seeds import generator
 from aqlm_cli.stage_reports import QuantizeReport, restored
 from aqlm_cli.storage import disk_bytes
 from aqlm_cli.survey import Survey, plan_report, planned_work, survey, within_limits
-from aqlm_cli.tuning.block import BlockData, fit_block, round_to_16_bits, tuned_parameters
+from aqlm_cli.tuning.block import BlockData, fit_block, round_block
 from aqlm_cli.unfinished import Unfinished
 from aqlm_cli.wording import plain
 from aqlm_kernels import AdditiveLinear
@@ -138,7 +138,7 @@ def _quantize_block(work: _Work, states: Propagation, block: nn.Module) -> dict[
     gain = _fit(work, states, block)
     give_back_memory()
     if compressed:  # what is stored is stored in 16 bits
-        round_to_16_bits(tuned_parameters(block))
+        round_block(block, states.path)
     error = states.advance(block)
     if compressed:
         matrices = {path: one.matrix for path, one in compressed.items()}

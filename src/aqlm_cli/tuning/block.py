@@ -120,6 +120,18 @@ def fit_block(
 
 
 @torch.no_grad()
+def round_block(block: nn.Module, prefix: str = "") -> None:
+    """All that is tuned of the block at `prefix`, to the 16 bits in which it will be stored.
+
+    First the codebooks and scales of each layer are brought into the range of float16, which fitting may have left.
+    """
+    for module in block.modules():
+        if isinstance(module, AdditiveLinear):
+            module.balance()
+    round_to_16_bits(tuned_parameters(block, prefix))
+
+
+@torch.no_grad()
 def round_to_16_bits(parameters: Mapping[str, nn.Parameter]) -> None:
     """What is tuned is stored as float16; whatever comes after must see it as it will be."""
     for name, parameter in parameters.items():
