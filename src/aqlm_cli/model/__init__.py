@@ -22,6 +22,7 @@ from aqlm_cli.model.loading import (
 from aqlm_cli.model.resolve import Subject, find_subject, original_of, resolve
 from aqlm_cli.model.sampling import open_sampling
 from aqlm_cli.model.tokenizing import open_tokenizer, refuse_unknown_tokens
+from aqlm_cli.model.tying import untie_stored
 from aqlm_cli.sources import ModelSource, end_tokens, model_config, save_support_files, tensor_index
 
 __all__ = [
@@ -53,4 +54,5 @@ __all__ = [
     "save_support_files",
     "saved_layouts",
     "tensor_index",
+    "untie_stored",
 ]

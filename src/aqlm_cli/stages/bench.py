@@ -44,6 +44,7 @@ from aqlm_cli.model import (
 )
 from aqlm_cli.model.shapes import empty_network, random_network, random_packed_network
 from aqlm_cli.products import measure_product, relative_error
+from aqlm_cli.pupil import names_in_files
 from aqlm_cli.scheme import AdditiveScheme
 from aqlm_cli.speed_report import BenchReport, BenchRow, ProductRow
 from aqlm_kernels import AdditiveLinear, KernelError, read_bandwidth
@@ -226,12 +227,15 @@ def _originals(source: ModelSource, ids: Tensor, prompt: int) -> list[Contender]
 def _packed(source: ModelSource, ids: Tensor, settings: BenchConfig) -> Contender:
     written_out = decoding_of(_written_out(load_network(source, torch.float32)), len(ids))
     exact = run_pass(written_out, ids, settings.prompt).logits
-    size = sum(tensor.bytes for tensor in tensor_index(source.directory).values())
+    stored = tensor_index(source.directory)
+    size = sum(tensor.bytes for tensor in stored.values())
     network = load_network(source, torch.float32)
     decoding = decoding_of(network, len(ids), settings.backend, settings.head)
     found = run_pass(decoding, ids, settings.prompt).logits
     error = relative_error(found, exact)
-    return Contender("packed", decoding, size, size - _unread(network, settings.head), error, _coded_layers(network))
+    twice = sum(stored[name].bytes for names in names_in_files(network, stored).values() for name in names[1:])
+    read = size - _unread(network, settings.head) - twice
+    return Contender("packed", decoding, size, read, error, _coded_layers(network))
 
 
 def _coded_layers(network: nn.Module) -> tuple[AdditiveLinear, ...]:
