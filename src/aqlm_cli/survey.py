@@ -32,6 +32,7 @@ from aqlm_cli.model import (
     ModelSource,
     load_skeleton,
     plan_of_checkpoint,
+    refuse_too_long,
     resolve,
     saved_layouts,
     tensor_index,
@@ -60,7 +61,10 @@ def survey(config: RunConfig, with_weights: bool = True) -> Survey:
     Raises ConfigError where the settings ask for other codes than those of the checkpoint that they name.
     """
     source = resolve(config.model, config.revision, config.trust_remote_code, with_weights=with_weights)
-    network, section = load_skeleton(source), config.quantize
+    section = config.quantize
+    if section.checkpoint is None:  # else no text is read
+        refuse_too_long(source, config.calibrate.sequence_length, "--sequence-length")
+    network = load_skeleton(source)
     there = tensor_index(source.directory) if has_weights(source.directory) else None
     untie_stored(network, there or ())
     layers, count = describe_layers(network), count_parameters(network)

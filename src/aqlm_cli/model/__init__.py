@@ -19,6 +19,7 @@ from aqlm_cli.model.loading import (
     load_without,
     saved_layouts,
 )
+from aqlm_cli.model.positions import refuse_longer_than_stated, refuse_too_long
 from aqlm_cli.model.resolve import Subject, find_subject, original_of, resolve
 from aqlm_cli.model.sampling import open_sampling
 from aqlm_cli.model.tokenizing import open_tokenizer, refuse_unknown_tokens
@@ -49,6 +50,8 @@ __all__ = [
     "open_tokenizer",
     "original_of",
     "plan_of_checkpoint",
+    "refuse_longer_than_stated",
+    "refuse_too_long",
     "refuse_unknown_tokens",
     "resolve",
     "save_support_files",

@@ -27,7 +27,6 @@ from torch import Tensor, nn
 
 from aqlm_cli.blocks import count_parameters, replace_module
 from aqlm_cli.config import BenchConfig, Head
-from aqlm_cli.errors import ModelError
 from aqlm_cli.events import Advanced, Emit, Noted, StageStarted
 from aqlm_cli.figures import draw_speed
 from aqlm_cli.llama_cpp import LlamaModel, find_llama_models
@@ -39,7 +38,7 @@ from aqlm_cli.model import (
     is_coded,
     load_network,
     load_tokenizer,
-    model_config,
+    refuse_longer_than_stated,
     tensor_index,
 )
 from aqlm_cli.model.shapes import empty_network, random_network, random_packed_network
@@ -190,9 +189,7 @@ def _llama_models(settings: BenchConfig) -> list[Contender]:
 
 
 def _random_ids(source: ModelSource, length: int, seed: int) -> Tensor:
-    longest = model_config(source).get("max_position_embeddings")
-    if longest is not None and length > longest:
-        raise ModelError(f"{source.name} reads {longest} tokens, not {length}; lower --prompt or --tokens")
+    refuse_longer_than_stated(source, length, "--prompt or --tokens")
     vocabulary = len(load_tokenizer(source))
     return torch.randint(vocabulary, (length,), generator=torch.Generator().manual_seed(seed))
 
