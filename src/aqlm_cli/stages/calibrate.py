@@ -27,7 +27,7 @@ from aqlm_cli.errors import QuantizationError
 from aqlm_cli.events import Advanced, Emit, Noted, StageStarted
 from aqlm_cli.forecast import Cost
 from aqlm_cli.memory import peak_memory_bytes, reset_peak_memory
-from aqlm_cli.model import ModelSource, load_block, load_tokenizer, refuse_unknown_tokens, resolve
+from aqlm_cli.model import ModelSource, load_block, load_tokenizer, refuse_too_long, refuse_unknown_tokens, resolve
 from aqlm_cli.propagation import entering_states, walk_through
 from aqlm_cli.runs import open_run
 from aqlm_cli.stage_reports import CalibrationReport, restored
@@ -45,6 +45,7 @@ def calibrate(
     `planned` is what it was thought to take, to stand beside what it took.
     """
     source = resolve(config.model, config.revision, config.trust_remote_code)
+    refuse_too_long(source, config.calibrate.sequence_length, "--sequence-length")
     run = open_run(run_directory, config, overwrite)
     settings = {**config.calibrate.model_dump(mode="json"), "seed": config.seed}
     parents = {"model": source.identity}

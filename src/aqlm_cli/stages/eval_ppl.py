@@ -89,9 +89,7 @@ def window_losses(network: nn.Module, ids: Tensor) -> Iterator[float]:  # ids [w
 
 
 def _windows(source: ModelSource, text: str, sequence_length: int, windows: int | None) -> Tensor:  # [windows, length]
-    longest = model.model_config(source).get("max_position_embeddings")
-    if longest is not None and sequence_length > longest:
-        raise DataError(f"{source.name} reads {longest} tokens, not {sequence_length}; lower --sequence-length")
+    model.refuse_longer_than_stated(source, sequence_length, "--sequence-length")
     ids = data.evaluation_windows(text, sequence_length, model.load_tokenizer(source))[:windows]
     if len(ids) < 2:
         raise DataError(f"one window of {text} gives no standard error; lower --sequence-length or raise --windows")
