@@ -7,6 +7,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet
 import pytest
 import tiny_models
 import torch
@@ -74,13 +75,6 @@ def test_the_tokens_are_those_of_transformers(template: str, messages: list[dict
     assert found == own.encode(rendered, add_special_tokens=False)
     assert own.decode(found) == rendered
     assert found.count(own.bos_token_id) == rendered.count("<bos>")
-
-
-def test_the_tokens_are_those_of_transformers_with_a_real_template() -> None:
-    own: Any = load_tokenizer(resolve("smollm2-135m"))
-    chat = chat_of("a.jsonl: record 1", MESSAGES)
-    assert chat_ids(chat, own) == own.apply_chat_template(MESSAGES, tokenize=True, return_dict=False)
-    assert own.decode(chat_ids(chat, own)).startswith("<|im_start|>system\nBe <eos> brief.<|im_end|>\n<|im_start|>user")
 
 
 def test_the_older_form_gives_the_same_tokens() -> None:
@@ -201,14 +195,10 @@ def test_a_template_that_begins_as_the_documents_are_joined_begins_once(tmp_path
 # ------------------------------------------------------------------------------------------------------------- commands
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
-def test_calibrate_finetune_and_eval_ppl_say_which_file_goes_through_the_template(run_file: Path, kind: str) -> None:
-    import pyarrow.parquet
-
-    name, records = chats(Path("chat.jsonl"), 200)
-    if kind == "parquet":
-        name = "chat.parquet"
-        pyarrow.parquet.write_table(pyarrow.table({"text": records}), name)
+def test_calibrate_finetune_and_eval_ppl_say_which_file_goes_through_the_template(run_file: Path) -> None:
+    _, records = chats(Path("chat.jsonl"), 200)
+    name = "chat.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": records}), name)
     said = f"{name}: 200 chats, which go through the tokenizer's chat template"
     made = run("quantize", "--config", "run.yaml", "--data", f"{name}:8", "--out", "run")
     assert made.exit_code == 0 and said in made.output
