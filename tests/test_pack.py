@@ -378,6 +378,9 @@ def test_the_card_shows_a_perplexity_of_this_quantized_model_only(tmp_path: Path
     path.write_text(json.dumps(report))
     card = (packed(run).directory / "README.md").read_text()
     assert "wiki.txt, 9 windows of 64 tokens | 23.46 ± 0.50, original 20.00 ± 0.40" in card
+    path.write_text(json.dumps({**report, "bos": True}))
+    card = (packed(run, overwrite=True).directory / "README.md").read_text()
+    assert "9 windows of 64 tokens, each with a beginning token | 23.46" in card
     path.write_text(json.dumps({**report, "quantized": "that of another"}))
     assert "perplexity" not in (packed(run, overwrite=True).directory / "README.md").read_text()
 

@@ -113,6 +113,7 @@ def model_card(facts: CardFacts) -> str:
 
 def _perplexity_row(report: Mapping[str, Any]) -> str:
     windows = f"{report['windows']} windows of {report['sequence_length']} tokens"
+    windows += ", each with a beginning token" if report.get("bos") else ""
     measured = f"{report['perplexity']:.2f} ± {report['stderr']:.2f}"
     original = report["original"]
     beside = f", original {original['perplexity']:.2f} ± {original['stderr']:.2f}" if original else ""

@@ -191,7 +191,9 @@ def measure(target: str, config: RunConfig, windows: int | None, emit: Emit) -> 
     subject, section = _subject(target, config, emit), config.eval_ppl
     with _logged_of(subject, "eval-ppl", emit) as both:
         return {
-            text: eval_ppl(subject, text, section.sequence_length, section.dtype, windows, config.device, both)
+            text: eval_ppl(
+                subject, text, section.sequence_length, section.dtype, windows, config.device, both, section.bos
+            )
             for text in section.data
         }
 
