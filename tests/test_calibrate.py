@@ -124,7 +124,11 @@ def test_16_bit_products_change_little(model: Path, monkeypatch: pytest.MonkeyPa
 def test_its_progress_counts_the_blocks(model: Path) -> None:
     events: list[Event] = []
     run(settings(model), events=events)
-    assert events == [StageStarted("calibrate", 2, "block"), Advanced("calibrate", 1), Advanced("calibrate", 2)]
+    assert events == [
+        each
+        for stage in ("check", "calibrate")
+        for each in (StageStarted(stage, 2, "block"), Advanced(stage, 1), Advanced(stage, 2))
+    ]
 
 
 # ------------------------------------------------------------------------------------------------------ what is reused

@@ -369,7 +369,7 @@ def test_blocks_behind_the_last_chosen_layer_are_not_run(llama: Path, monkeypatc
     run(settings(llama, only=[r"model\.layers\.0\..*q_proj"]), events=events)
     assert len(spy.entering) == 1
     assert files().keys() == {"block-000.safetensors"}
-    assert events[0] == StageStarted("quantize", 1, "block")
+    assert StageStarted("quantize", 1, "block") in events
 
 
 @pytest.mark.parametrize(

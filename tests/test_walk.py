@@ -213,7 +213,7 @@ class LeavesOneOut(Toy):
     ("kind", "reason"),
     [
         (HeadOfAllBlocks, "its logits are not those of the model"),
-        (StateOfItsOwn, "block 2 would be given another args.1"),
+        (StateOfItsOwn, "block 2 would be given another mask than"),
         (LeavesOneOut, "leaves blocks out"),
     ],
 )

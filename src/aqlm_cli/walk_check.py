@@ -8,6 +8,7 @@ not see, is refused by name before any work.
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -56,11 +57,9 @@ def unlike_windows(ids: Tensor, windows: int) -> Tensor:
     tokens = ids.flatten()
     length = min(ids.shape[1], LENGTH)
     rows = torch.stack([tokens.roll(-shift * (len(tokens) // windows)) for shift in range(windows)])[:, :length]
-    kinds = tokens.unique()
-    for row in range(1, windows):
-        if any(torch.equal(rows[row], other) for other in rows[:row]):
-            place = int(torch.searchsorted(kinds, rows[row, row % length]))
-            rows[row, row % length] = kinds[(place + row) % len(kinds)]
+    if len(rows.unique(dim=0)) < windows:  # the text repeats itself: count in the tokens that it has
+        kinds, numbers = tokens.unique(), torch.arange(windows)[:, None]
+        rows = kinds[numbers // len(kinds) ** torch.arange(length).clamp(max=8) % len(kinds)]
     return rows
 
 
@@ -155,9 +154,10 @@ def _difference(walk: Walk, seen: _Seen, ids: Tensor) -> str | None:
         hidden = walk.entering(ids)
         for index, wanted in enumerate(seen.given):
             given = walk.given(index, ids, hidden, handed)
-            place = _first_unlike(dict(leaves({"args": given.args, "kwargs": given.kwargs})), wanted)
-            if place is not None:
-                return f"block {index} would be given another {place} than the model gives it"
+            path = _first_unlike(dict(leaves({"args": given.args, "kwargs": given.kwargs})), wanted)
+            if path is not None:
+                name = _argument(walk.blocks.modules[index], path)
+                return f"block {index} would be given another {name} than the model gives it"
             returned = {
                 name: tensor.movedim(walk.form.batch_dims[name], 0) for name, tensor in seen.returned[index].items()
             }
@@ -174,11 +174,19 @@ def _needed(returned: Mapping[str, Tensor], form: Form) -> dict[str, Tensor]:
     return {name: returned[name] for name, (root, place, *_) in paths.items() if root != "out" or place in form.needed}
 
 
-def _first_unlike(given: Mapping[Path, Tensor], wanted: Mapping[Path, Tensor]) -> str | None:
-    for path in wanted.keys() | given.keys():
+def _first_unlike(given: Mapping[Path, Tensor], wanted: Mapping[Path, Tensor]) -> Path | None:
+    for path in [*wanted, *(given.keys() - wanted.keys())]:
         if path not in given or path not in wanted or not _alike(given[path], wanted[path]):
-            return ".".join(map(str, path[1:]))
+            return path
     return None
+
+
+def _argument(block: nn.Module, path: Path) -> str:
+    """The name of the parameter of the block's forward that holds the tensor, and the keys inside of it."""
+    root, first, *inner = path
+    names = list(inspect.signature(block.forward).parameters)
+    name = names[first] if root == "args" and isinstance(first, int) and first < len(names) else first
+    return ".".join(map(str, [name, *inner]))
 
 
 def _alike(one: Tensor, other: Tensor) -> bool:
