@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from aqlm_cli.blocks import find_blocks
 from aqlm_cli.errors import PlanError
 from aqlm_cli.model import Network, Placement, names_of_codes, placements
 from aqlm_cli.scheme import AdditiveScheme, Scheme
@@ -89,9 +90,15 @@ def _slots(
             for parameter, layout in parts.items():
                 name = placement.stored[0] if placement.convert is None else parameter
                 written[parameter] = (name, layout, placement)
+    original = {parameter: (layout, origin) for parameter, (_, layout, origin) in written.items()}
+    # The files have a tensor of several blocks once. Where it differs from block to block now, each has its own.
     tensors = network.state_dict()
-    for parameter in changed - written.keys():  # the files have it once for several layers, and it differs now
+    for parameter in changed - written.keys():
         written[parameter] = (parameter, TensorLayout(torch.float16, tuple(tensors[parameter].shape)), None)
+    for parameter, sharing in _shared(network).items():
+        if parameter not in written and sharing & changed:
+            for name in sharing & original.keys():
+                written[parameter] = (parameter, *original[name])
     bases = names_of_codes(network, {path: written[f"{path}.weight"][0] for path in coded})
     for parameter, (name, layout, origin) in written.items():
         path, _, last = parameter.rpartition(".")
@@ -102,6 +109,16 @@ def _slots(
             # `quantize` rounds what it fits to float16, and the format wants the bias beside codes in float16.
             dtype = torch.float16 if parameter in fitted or path in coded else _narrow(layout.dtype)
             yield name, Slot(TensorLayout(dtype, layout.shape), parameter, origin)
+
+
+def _shared(network: Network) -> dict[str, set[str]]:
+    """For each parameter of a block that is also another block's all of its names."""
+    inside = f"{find_blocks(network).path}."
+    groups: dict[str, set[str]] = {}
+    for name, first in network.all_tied_weights_keys.items():
+        if name.startswith(inside) and first.startswith(inside):
+            groups.setdefault(first, {first}).add(name)
+    return {name: group for group in groups.values() for name in group}
 
 
 def _narrow(dtype: torch.dtype) -> torch.dtype:

@@ -1,4 +1,4 @@
-"""Whether transformers will load a packed checkpoint: tried on the meta device, with names and shapes alone.
+"""Whether transformers will load a packed checkpoint: tried on the meta device, and with numbers where it is small.
 
 The `aqlm` inference package puts a module of its own in the place of each linear layer that has codes. It has no
 `weight`, and a family that looks for one while it loads or computes fails. The package need not be installed for a
@@ -19,15 +19,25 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from aqlm_cli.blocks import replace_module
-from aqlm_cli.model.loading import first_line, quiet
+from aqlm_cli.blocks import count_parameters, replace_module
+from aqlm_cli.model.loading import first_line, load_config, load_network, quiet, without_weights
+from aqlm_cli.model.names import CODED
+from aqlm_cli.sources import ModelSource, model_config, tensor_index
 from aqlm_cli.storage import TensorLayout
+from aqlm_kernels import from_checkpoint
 
 TRIAL = "aqlm-cli-trial"
 """The name under which transformers knows `Trial`."""
 
-TOKENS = 4
-"""Of the forward that is tried; what looks for a weight does so whatever the text."""
+TOKENS = 40
+"""Of the forward that is tried: more than what our own kernels read by tables of 16 bits."""
+
+SMALL = 32_000_000
+"""Weights of a network that is loaded twice, in 32 bits, to see whether both compute the same."""
+
+SAME = 1e-3
+"""Relative difference of one token's logits; sums in another order make less than 1e-5 of it, and seldom choose another
+expert."""
 
 EXCEPTIONS = "linear_weights_not_to_quantize"
 
@@ -101,7 +111,12 @@ def _load(
     kind: Any = type(network)
     with quiet():
         loaded, report = kind.from_pretrained(
-            None, config=config, state_dict=state, device_map={"": "meta"}, output_loading_info=True
+            None,
+            config=config,
+            state_dict=state,
+            dtype=torch.bfloat16,  # in which products of grouped experts are known without numbers
+            device_map={"": "meta"},
+            output_loading_info=True,
         )
     return loaded, sorted([*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])])
 
@@ -110,13 +125,53 @@ def _load(
 def _run(loaded: transformers.PreTrainedModel) -> None:
     """Compute without numbers as far as that goes; only a look for a weight counts."""
     ids = torch.zeros((1, TOKENS), dtype=torch.long, device="meta")
+    # Most families look at the numbers to make a mask, and take one of four dimensions as it is.
+    for masks in {}, {"attention_mask": torch.zeros((1, 1, TOKENS, TOKENS), dtype=torch.bool, device="meta")}:
+        try:
+            with quiet():
+                loaded(input_ids=ids, use_cache=False, **masks)
+        except NoWeightError:
+            raise
+        except Exception:  # what depends on numbers
+            continue
+
+
+def disagreement(packed: ModelSource) -> str | None:
+    """How what transformers makes of a packed checkpoint differs from what we do; None where it does not.
+
+    On the meta device, and for a small one also by the logits of some tokens.
+    """
+    said, stored = model_config(packed).get("quantization_config"), tensor_index(packed.directory)
+    network = without_weights(load_config(packed), packed.trust_remote_code)
+    reason = refusal(network, {name: tensor.layout for name, tensor in stored.items()}, said, ())
+    if reason is not None or count_parameters(network) > SMALL:
+        return reason
+    words = max(1, network.config.get_text_config().vocab_size // 2)  # what stands for pictures and the like comes last
+    ids = torch.randint(0, words, (1, TOKENS), generator=torch.Generator().manual_seed(0))
     try:
-        with quiet():
-            loaded(input_ids=ids, use_cache=False)
-    except NoWeightError:
-        raise
-    except Exception:  # what depends on numbers, such as the choice of an expert
-        return
+        theirs, ours = _logits(_load_numbers(packed, said), ids), _logits(load_network(packed, torch.float32), ids)
+    except Exception as error:  # as above
+        return f"transformers {transformers.__version__} fails on it: {first_line(error)}"
+    apart = (theirs - ours).norm(dim=-1) > SAME * ours.norm(dim=-1)  # [1, TOKENS]
+    return "transformers computes something else with it than aqlm" if apart.float().mean() > 0.5 else None
+
+
+def _load_numbers(packed: ModelSource, quantization: Mapping[str, Any] | None) -> nn.Module:
+    config = load_config(packed)
+    if quantization is not None:
+        config.quantization_config = {**quantization, "quant_method": TRIAL}
+    with quiet():
+        loaded: nn.Module = transformers.AutoModelForCausalLM.from_pretrained(
+            packed.directory, config=config, dtype=torch.float32, trust_remote_code=packed.trust_remote_code
+        )
+    return loaded.eval()
+
+
+@torch.no_grad()
+def _logits(network: nn.Module, ids: Tensor) -> Tensor:
+    with quiet():
+        logits: Tensor = network(input_ids=ids, use_cache=False).logits
+    return logits.float()
 
 
 class CodedLinear(nn.Module):
@@ -144,7 +199,10 @@ class CodedLinear(nn.Module):
         return super().__getattr__(name)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x.new_empty((*x.shape[:-1], self.out_features))
+        if x.is_meta:
+            return x.new_empty((*x.shape[:-1], self.out_features))
+        matrix = from_checkpoint({name: getattr(self, name) for name in CODED})
+        return nn.functional.linear(x, matrix.dequantize().to(x.dtype), self.bias)
 
 
 @register_quantization_config(TRIAL)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from aqlm_cli.wording import plain, text_name
 def pack(
     run_directory: Path, format: str | None, overwrite: bool, emit: Emit, planned: Cost | None = None
 ) -> PackReport:
-    """Write `packed/` of a run, in the given format or else in that of its run file; read it back and compare.
+    """Write `packed/` of a run, in the given format or else in that of its run file; read it back, load it, compare.
 
     Raises ArtifactError where there is nothing to pack or the model is no longer the one that was quantized, and
     PlanError where the format cannot hold it.
@@ -63,6 +63,7 @@ def pack(
         write_checkpoint(stage.directory, contents.entries)
         save_support_files(contents.source, stage.directory)
         write_file(stage.directory / "config.json", json.dumps(config, indent=2, sort_keys=True).encode())
+        _refuse_what_does_not_load(contents, stage.directory, settings["format"])
         write_file(stage.directory / "README.md", model_card(_card_facts(run, quantized, contents)).encode())
         packed = stage.publish(contents.results())
     # Told, and not kept: the same quantized model gives the same manifest, too.
@@ -132,6 +133,15 @@ def _collect(run: RunDirectory, quantized: Artifact, format: str) -> Contents:
         raise ArtifactError(f"{quantized.directory} is damaged (its files hold other layers than its plan); {way_out}")
     layout, entries = packed_checkpoint(source, quantized, layers, plan.schemes, format)
     return Contents(source, plan, layers, layout, entries)
+
+
+def _refuse_what_does_not_load(contents: Contents, directory: Path, format: str) -> None:
+    from aqlm_cli.model.trial import disagreement  # takes seconds to import, as a network does
+
+    reason = disagreement(replace(contents.source, name=str(directory), directory=directory, known_identity=None))
+    if reason is not None:
+        way_out = "use --format dense" if contents.layout.quantization else "the model cannot be packed"
+        raise ArtifactError(f"{directory} is not published in the format {format}: {reason}; {way_out}")
 
 
 def _card_facts(run: RunDirectory, quantized: Artifact, contents: Contents) -> CardFacts:
