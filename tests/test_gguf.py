@@ -58,7 +58,7 @@ LLAMA_3_1 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "or
 
 
 @pytest.mark.parametrize(
-    "scaling", [{}, {"factor": 32.0}, {"high_freq_factor": 2.0, "factor": 4.0}, {"low_freq_factor": 2.0}]
+    "scaling", [{}, {"factor": 32.0}, {"high_freq_factor": 2.0, "factor": 4.0}, {"low_freq_factor": 1.5}]
 )
 @pytest.mark.parametrize("length", [64, 8192])
 @pytest.mark.parametrize("head", [16, 64, 128])

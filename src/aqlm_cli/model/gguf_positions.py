@@ -213,8 +213,8 @@ def llama3_scalings(factors: Array, base: float, length: int | None) -> Iterator
 
     With w the wavelengths, F the factor, L the original length of context, l and h the factors of low and high
     frequencies, the factors are 1 where w < L/h, F where w > L/l, and between 1 / ((1 - s) / F + s) with
-    s = (L/w - l) / (h - l). Only L/l and h/l matter, so l = 1 here. Between, 1/factor is linear in 1/w: F known, two
-    wavelengths there give L and h; with one, h is guessed; with none, L as well.
+    s = (L/w - l) / (h - l). Only L/l and h/l matter, so l = 1 where L is an integer then. Between, 1/factor is linear
+    in 1/w: F known, two wavelengths there give L and h; with one, h is guessed; with none, L as well.
     """
     pairs = len(factors)
     if not (pairs and np.isfinite(factors).all() and (factors > 0).all() and factors.max() > 1):
@@ -235,19 +235,15 @@ def llama3_scalings(factors: Array, base: float, length: int | None) -> Iterator
                 continue
             highs = [_rounded(1 - 1 / start), float(1 - 1 / start)]
         for high in highs:
-            lengths = [
-                *([] if length is None else [length]),
-                8192,
-                *LENGTHS,
-                math.floor(_first_scaled(factors, wavelengths)),
-            ]
+            contexts = [(context, 1.0) for context in (length or 8192, *LENGTHS, math.floor(first))]
             if len(inverse):
-                lengths = [round(float(np.mean((shares * (high - 1) + 1) / inverse)))]
-            for context in lengths:
+                exact = float(np.mean((shares * (high - 1) + 1) / inverse))  # L/l
+                contexts = [(round(exact), 1.0), (length or 8192, (length or 8192) / exact)]
+            for context, low in contexts:
                 yield {
                     "factor": factor,
-                    "low_freq_factor": 1.0,
-                    "high_freq_factor": high,
+                    "low_freq_factor": low,
+                    "high_freq_factor": high * low,
                     "original_max_position_embeddings": context,
                 }
 
