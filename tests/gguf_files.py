@@ -47,7 +47,7 @@ def write_gguf(
         if architecture == "llama" and ("q_proj" in name or "k_proj" in name):
             groups = heads if "q_proj" in name else kv_heads
             weight = weight.reshape(groups, 2, -1, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
-        if "gemma" in architecture and "norm" in name:
+        if architecture in ("gemma2", "gemma3") and "norm" in name:
             weight = weight + 1
         stem, _, last = name.rpartition(".")
         known = f"{names.get_name(stem)}.{last}" if names.get_name(stem) else name

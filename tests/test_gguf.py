@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import commands
 import gguf
 import numpy as np
 import pytest
@@ -240,24 +241,34 @@ def test_positions_that_no_config_says_are_refused(
         find(tmp_path / "tiny.gguf")
 
 
-def test_layers_of_a_window_keep_a_base_of_their_own(tmp_path: Path, find: Any) -> None:
+@pytest.mark.parametrize(("layers", "scalar"), [(6, 32), (62, 16)])
+def test_a_gemma_has_the_bases_of_its_windows_and_the_scale_of_its_size(
+    layers: int, scalar: int, tmp_path: Path, find: Any
+) -> None:
     parameters = {
         "sliding_attention": {"rope_type": "default", "rope_theta": 5000.0},
         "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
     }
-    shape = {**tiny_models.FAMILIES["gemma3_text"], "num_hidden_layers": 6, "layer_types": None, "sliding_window": 16}
-    original = save(tmp_path / "original", "gemma3_text", **{**shape, "rope_parameters": parameters})
+    shape = {**tiny_models.SHAPE, "layer_types": None, "sliding_window": 16, "head_dim": 32}
+    given = {"num_hidden_layers": layers, "query_pre_attn_scalar": scalar, "rope_parameters": parameters}
+    original = save(tmp_path / "original", "gemma3_text", **{**shape, **given})
     settings = {
         "rope.freq_base": 1e6,
         "rope.freq_base_swa": 5000.0,
         "rope.scaling.type": "linear",
         "rope.scaling.factor": 8.0,
-        "attention.key_length": 16,
+        "attention.key_length": 32,
         "attention.sliding_window": 16,
+        ".tokenizer.ggml.padding_token_id": 0,
     }
     write_gguf(original, tmp_path / "tiny.gguf", F32, "gemma3", settings)
     source = find(tmp_path / "tiny.gguf")
     assert model_config(source)["rope_parameters"] == parameters
+    assert model_config(source)["query_pre_attn_scalar"] == scalar
+    if layers == 6:
+        assert errors_of(original, source, 100) < 1e-5
+        other = AutoModelForCausalLM.from_pretrained(original, query_pre_attn_scalar=16).eval()
+        assert relative_error(logits(other, 100), logits(load_network(source, torch.float32), 100)) > 1e-3
 
 
 # --------------------------------------------------------------------------------------------------------------- parts
@@ -479,3 +490,27 @@ def test_named_chat_templates_of_a_file_are_kept(tmp_path: Path, find: Any) -> N
     )
     default = tiny_models.byte_tokenizer().chat_template
     assert load_tokenizer(find(tmp_path / "tiny.gguf")).chat_template == {"default": default, "rag": "R"}
+
+
+def test_packed_of_a_run_from_a_gguf_is_an_ordinary_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, find: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run_file = commands.save_run_file(tmp_path)
+    original = save(tmp_path / "original")
+    write_gguf(original, tmp_path / "tiny.gguf", F32, **{"rope_freqs.weight": torch.tensor([1.0] * 4 + [8.0] * 4)})
+    run_file.write_text(run_file.read_text().replace("model: tiny", "model: tiny.gguf\npack: {format: dense}"))
+    for command in (
+        ["quantize", "--config", str(run_file), "--out", "made", "--method", "rtn", "--scheme", "int4g32"],
+        ["pack", "made"],
+    ):
+        done = commands.run(*command)
+        assert done.exit_code == 0, done.output
+    packed = tmp_path / "made" / "packed"
+    assert "quantization_config" not in (packed / "config.json").read_text()
+    parameters = model_config(find(tmp_path / "tiny.gguf"))["rope_parameters"]
+    assert parameters["rope_type"] == "llama3" and model_config(find(packed))["rope_parameters"] == parameters
+    network = AutoModelForCausalLM.from_pretrained(packed).eval()
+    network.save_pretrained(tmp_path / "again")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again").eval()
+    assert torch.equal(logits(again), logits(network))

@@ -162,7 +162,8 @@ def _candidates(found: FilePositions, given: Parameters, config: PreTrainedConfi
 
 
 def _head_dim(config: PreTrainedConfig) -> int:
-    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+    own = config.to_dict()  # of what may differ between layers a config gives no attribute
+    return int(own.get("head_dim") or own["hidden_size"] // own["num_attention_heads"])
 
 
 def _longrope(found: FilePositions, config: PreTrainedConfig) -> Parameters:
