@@ -114,11 +114,16 @@ def set_positions(found: FilePositions, config: PreTrainedConfig, network: PreTr
     odd = [key for key in UNREAD if found.settings.get(f"rope.scaling.{key}", 1.0) != 1.0]
     if odd:
         raise ModelError(f"{found.name} has rope.scaling.{odd[0]}, which transformers does not know; {WAY_OUT}")
+    with np.errstate(all="ignore"):  # a factor may be 0, and then agrees with nothing
+        _fit(found, config, type(rotary))
+
+
+def _fit(found: FilePositions, config: PreTrainedConfig, rotary: type[nn.Module]) -> None:
     given = config.rope_parameters
     nested = "full_attention" in given
     for parameters in _candidates(found, given["full_attention"] if nested else given, config):
         config.rope_parameters = parameters if not nested else _for_layers(found, given, parameters)
-        if _agrees(found, type(rotary)(config), config, parameters):
+        if _agrees(found, rotary(config), config, parameters):
             return
     what = next(iter(found.factors)) if found.factors else f"rope.scaling.type {found.kind}"
     raise ModelError(f"{found.name}: no positions of {config.model_type} in transformers are as {what} says; {WAY_OUT}")
