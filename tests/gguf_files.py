@@ -12,8 +12,11 @@ import gguf
 import numpy as np
 import tiny_models
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from aqlm_cli.model import ModelSource, load_network
 
 F32 = gguf.GGMLQuantizationType.F32
 Q2_0 = 42
@@ -47,7 +50,7 @@ def write_gguf(
         if architecture == "llama" and ("q_proj" in name or "k_proj" in name):
             groups = heads if "q_proj" in name else kv_heads
             weight = weight.reshape(groups, 2, -1, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
-        if "gemma" in architecture and "norm" in name:
+        if architecture in ("gemma2", "gemma3") and "norm" in name:
             weight = weight + 1
         stem, _, last = name.rpartition(".")
         known = f"{names.get_name(stem)}.{last}" if names.get_name(stem) else name
@@ -120,3 +123,27 @@ def llama3_factors(pairs: int, base: float, scaling: Mapping[str, float]) -> Ten
     wavelengths = 2 * math.pi * base ** (torch.arange(pairs, dtype=torch.float32) / pairs)
     share = ((length / wavelengths - low) / (high - low)).clamp(0, 1)  # 1 keeps a frequency, 0 divides it by the factor
     return 1 / ((1 - share) / factor + share)
+
+
+def save_halved(directory: Path, family: str = "llama", **settings: Any) -> Path:
+    """A tiny model whose weights are numbers of float16, so that nothing is rounded on the way."""
+    tiny_models.save(family, directory, vocab_size=259, **settings)
+    halved = {name: tensor.half().float() for name, tensor in load_file(directory / "model.safetensors").items()}
+    save_file(halved, directory / "model.safetensors", {"format": "pt"})
+    return directory
+
+
+def logits(network: Any, length: int = 200) -> Tensor:
+    """Of positions in which every pair has turned, and the scaled ones too little or too far if they are not scaled."""
+    found: Tensor = network(tiny_models.token_ids(1, length)).logits
+    return found
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    return ((found - expected).norm() / expected.norm()).item()
+
+
+def errors_of(original: Path, source: ModelSource, length: int = 200) -> float:
+    """Of the converted model beside transformers' own forward of the original, in float32."""
+    expected = logits(AutoModelForCausalLM.from_pretrained(original, dtype=torch.float32).eval(), length)
+    return relative_error(logits(load_network(source, torch.float32), length), expected)

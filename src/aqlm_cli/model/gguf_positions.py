@@ -114,11 +114,16 @@ def set_positions(found: FilePositions, config: PreTrainedConfig, network: PreTr
     odd = [key for key in UNREAD if found.settings.get(f"rope.scaling.{key}", 1.0) != 1.0]
     if odd:
         raise ModelError(f"{found.name} has rope.scaling.{odd[0]}, which transformers does not know; {WAY_OUT}")
+    with np.errstate(all="ignore"):  # a factor may be 0, and then agrees with nothing
+        _fit(found, config, type(rotary))
+
+
+def _fit(found: FilePositions, config: PreTrainedConfig, rotary: type[nn.Module]) -> None:
     given = config.rope_parameters
     nested = "full_attention" in given
     for parameters in _candidates(found, given["full_attention"] if nested else given, config):
         config.rope_parameters = parameters if not nested else _for_layers(found, given, parameters)
-        if _agrees(found, type(rotary)(config), config, parameters):
+        if _agrees(found, rotary(config), config, parameters):
             return
     what = next(iter(found.factors)) if found.factors else f"rope.scaling.type {found.kind}"
     raise ModelError(f"{found.name}: no positions of {config.model_type} in transformers are as {what} says; {WAY_OUT}")
@@ -162,7 +167,8 @@ def _candidates(found: FilePositions, given: Parameters, config: PreTrainedConfi
 
 
 def _head_dim(config: PreTrainedConfig) -> int:
-    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+    own = config.to_dict()  # of what may differ between layers a config gives no attribute
+    return int(own.get("head_dim") or own["hidden_size"] // own["num_attention_heads"])
 
 
 def _longrope(found: FilePositions, config: PreTrainedConfig) -> Parameters:
@@ -213,8 +219,8 @@ def llama3_scalings(factors: Array, base: float, length: int | None) -> Iterator
 
     With w the wavelengths, F the factor, L the original length of context, l and h the factors of low and high
     frequencies, the factors are 1 where w < L/h, F where w > L/l, and between 1 / ((1 - s) / F + s) with
-    s = (L/w - l) / (h - l). Only L/l and h/l matter, so l = 1 here. Between, 1/factor is linear in 1/w: F known, two
-    wavelengths there give L and h; with one, h is guessed; with none, L as well.
+    s = (L/w - l) / (h - l). Only L/l and h/l matter, so l = 1 where L is an integer then. Between, 1/factor is linear
+    in 1/w: F known, two wavelengths there give L and h; with one, h is guessed; with none, L as well.
     """
     pairs = len(factors)
     if not (pairs and np.isfinite(factors).all() and (factors > 0).all() and factors.max() > 1):
@@ -235,14 +241,15 @@ def llama3_scalings(factors: Array, base: float, length: int | None) -> Iterator
                 continue
             highs = [_rounded(1 - 1 / start), float(1 - 1 / start)]
         for high in highs:
-            lengths = [*([] if length is None else [length]), 8192, *LENGTHS, math.floor(first)]
+            contexts = [(context, 1.0) for context in (length or 8192, *LENGTHS, math.floor(first))]
             if len(inverse):
-                lengths = [round(float(np.mean((shares * (high - 1) + 1) / inverse)))]
-            for context in lengths:
+                exact = float(np.mean((shares * (high - 1) + 1) / inverse))  # L/l
+                contexts = [(round(exact), 1.0), (length or 8192, (length or 8192) / exact)]
+            for context, low in contexts:
                 yield {
                     "factor": factor,
-                    "low_freq_factor": 1.0,
-                    "high_freq_factor": high,
+                    "low_freq_factor": low,
+                    "high_freq_factor": high * low,
                     "original_max_position_embeddings": context,
                 }
 

@@ -17,8 +17,15 @@ BIASES: Mapping[str, str] = {
 """Switches of a config, and the tensors that are there where they are on."""
 
 
+BLOCKS_OF_27B: Mapping[str, int] = {"gemma2": 46, "gemma3_text": 62}
+"""Their one size whose attention is scaled by the width: no file says so, and llama.cpp goes by this, too."""
+
+
 def set_shapes(settings: Mapping[str, Any], tensors: Sequence[GgufTensor], config: PreTrainedConfig) -> None:
-    """Biases are told by their tensors; a head may have another size than the width by the count of heads."""
+    """Biases are told by their tensors; a head may have another size than the width by the count of heads.
+
+    So may what attention is scaled by, which transformers leaves at the value of one model.
+    """
     own = config.to_dict()
     for switch, name in BIASES.items():
         if own.get(switch) is False and any(re.fullmatch(name, tensor.name) for tensor in tensors):
@@ -26,6 +33,10 @@ def set_shapes(settings: Mapping[str, Any], tensors: Sequence[GgufTensor], confi
     length = settings.get("attention.key_length")
     if "head_dim" in own and "global_head_dim" not in own and isinstance(length, int):
         config.head_dim = length
+    if config.model_type in BLOCKS_OF_27B:
+        by_width = config.num_hidden_layers == BLOCKS_OF_27B[config.model_type]
+        scalar = config.hidden_size // config.num_attention_heads if by_width else config.head_dim
+        config.query_pre_attn_scalar = scalar
 
 
 def zero_biases(missing: Collection[str], stored: Sequence[GgufTensor]) -> set[str]:
