@@ -186,8 +186,8 @@ SPECIAL: Mapping[str, Mapping[str, Any]] = {
     },
     "roberta": ROBERTA,
     "roc_bert": {
-        **{"pronunciation_vocab_size": 32, "pronunciation_embed_dim": HEAD},
-        **{"shape_vocab_size": 32, "shape_embed_dim": HEAD},
+        **{"pronunciation_vocab_size": VOCABULARY, "pronunciation_embed_dim": HEAD},
+        **{"shape_vocab_size": VOCABULARY, "shape_embed_dim": HEAD},
     },
     "roberta-prelayernorm": ROBERTA,
     "xlm": {"causal": True},

@@ -2,23 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future
 from pathlib import Path
 
 import families
 import pytest
-import tiny_models
-import torch
-from transformers import AutoModelForCausalLM
+from examination import Outcome
+from family_table import examining, head, line_of
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-ELSEWHERE = {"emu3": "AutoModelForCausalLM finds none of the names in the files of the model with eyes"}
-"""Families that transformers itself does not load as it saved them."""
+PAGE = Path(__file__).parent.parent / "docs" / "models.md"
 
 
-@torch.no_grad()
+@pytest.fixture(scope="module")
+def outcomes(request: pytest.FixtureRequest) -> Iterator[Mapping[str, Future[Outcome]]]:
+    """Of the families whose test was chosen."""
+    chosen = [item.callspec.params["family"] for item in request.session.items if "outcomes" in item.fixturenames]
+    with examining(chosen) as found:
+        yield found
+
+
 @pytest.mark.parametrize("family", families.ALL)
-def test_a_tiny_model_is_loaded_as_it_was_saved(family: str, tmp_path: Path) -> None:
-    network = families.save(family, tmp_path)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
-    ids = tiny_models.token_ids()
-    same = torch.equal(network(ids, use_cache=False).logits, loaded(ids, use_cache=False).logits)
-    assert same == (family not in ELSEWHERE)
+def test_a_family_is_right_or_refused_and_the_page_of_models_says_so(
+    family: str, outcomes: Mapping[str, Future[Outcome]]
+) -> None:
+    """The walk is the network; what is packed is what the codes stand for, whoever loads it, and in either format."""
+    outcome = outcomes[family].result()
+    assert outcome.fault is None, outcome.fault
+    assert line_of(outcome) in PAGE.read_text().splitlines(), "`make docs-models` writes docs/models.md anew"
+
+
+def test_the_page_of_models_names_every_family_that_transformers_knows() -> None:
+    page = PAGE.read_text()
+    listed = [line.split(" | ")[0].removeprefix("| ") for line in page.splitlines() if line.startswith("| ")]
+    assert page.startswith(head())
+    assert listed == ["family", *sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)]
