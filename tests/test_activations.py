@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from aqlm_cli.activations import Activations, autocast, compute_dtype, run_block
-from aqlm_cli.blocks import BlockCall
 from aqlm_cli.errors import ArtifactError, StorageError
+from aqlm_cli.walk import BlockInput
 
 CPU = torch.device("cpu")
 
@@ -105,7 +105,8 @@ def test_a_place_that_is_not_there_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_products_are_in_the_type_asked_and_the_residual_stream_is_float32(dtype: torch.dtype) -> None:
     block, hidden = Block(), torch.randn(2, 3, 8)
-    output = run_block(block, BlockCall((), {}, None, batch=1), hidden, dtype)
+    output, handed = run_block(block, BlockInput.alone(hidden), dtype)
+    assert not handed
     assert block.seen == [(torch.float32, dtype)]
     assert output.dtype == torch.float32 and not output.requires_grad
     torch.testing.assert_close(output, block(hidden).detach(), rtol=0, atol=1e-6 if dtype == torch.float32 else 0.05)

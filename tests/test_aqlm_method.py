@@ -231,6 +231,62 @@ def test_what_is_no_number_is_refused(bad: float, recipe: str) -> None:
         quantize(weight, LayerStatistics(moment, 1000), settings=settings)
 
 
+# ------------------------------------------------------------------------------------- weights that float16 cannot hold
+
+
+def stored_row_errors(matrix: AdditiveMatrix, weight: Tensor, moment: Tensor) -> Tensor:
+    """Of each row, relative, from float16 codebooks and scales and W = scale * sum of entries, in float64."""
+    books, scales = matrix.codebooks.half().double(), matrix.scales.half().double()
+    sums = sum(books[m][matrix.codes[..., m].long()] for m in range(len(books))).flatten(1)  # type: ignore[union-attr]
+    difference, weight, moment = scales[:, None] * sums - weight.double(), weight.double(), moment.double()
+    return (difference @ moment * difference).sum(1) / (weight @ moment * weight).sum(1)
+
+
+@pytest.mark.parametrize("recipe", ["ldlq", "published"])
+@pytest.mark.parametrize("size", [1e-10, 1e-7, 1e4, 6e4, 1e7])
+def test_small_and_large_weights_are_stored_as_ordinary_ones_are(size: float, recipe: str) -> None:
+    weight, statistics = layer()
+    settings = QUICK.model_copy(update={"recipe": recipe, "adam_steps": 20})
+    ordinary, other = (quantize(one, statistics, settings=settings) for one in (weight, size * weight))
+    expected = stored_row_errors(ordinary, weight, statistics.second_moment)
+    found = stored_row_errors(other, size * weight, statistics.second_moment)
+    assert float(found.mean()) == pytest.approx(float(expected.mean()), rel=0.15)
+    assert found.max() < 2 * expected.max()
+
+
+@pytest.mark.parametrize("least", [1e-7, 1e-9])
+def test_rows_of_very_different_sizes_are_all_stored(least: float) -> None:
+    weight, statistics = layer()
+    sizes = torch.logspace(math.log10(least), 0, ROWS)[torch.randperm(ROWS, generator=torch.Generator().manual_seed(0))]
+    other = sizes[:, None] * weight
+    found = stored_row_errors(quantize(other, statistics, "2x6g4"), other, statistics.second_moment)
+    # The codebooks are made for the large rows, which is where errors cost.
+    assert (
+        found.max()
+        < 20 * stored_row_errors(quantize(weight, statistics, "2x6g4"), weight, statistics.second_moment).max()
+    )
+
+
+def test_rows_of_zeros_among_small_ones_are_stored_as_zeros() -> None:
+    weight, statistics = layer()
+    weight *= 1e-7
+    weight[3] = weight[40] = 0
+    weight[7], weight[7, 9] = torch.zeros(FEATURES), 1e-7  # a row with a single number
+    found = quantize(weight, statistics).stored().dequantize()
+    assert (found[[3, 40]] == 0).all()
+    assert float((found[7, 9] - weight[7, 9]).abs()) < 1e-7 and found[7].isfinite().all()
+
+
+def test_an_ordinary_matrix_is_searched_and_stored_as_it_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, statistics = layer()
+    weight[5] = 0
+    found = quantize(0.02 * weight, statistics, settings=QUICK).stored()
+    monkeypatch.setattr(aqlm, "balanced", lambda matrix: matrix)
+    monkeypatch.setattr(aqlm, "_unit", lambda weight: 1.0)
+    expected = quantize(0.02 * weight, statistics, settings=QUICK).stored()
+    assert all(torch.equal(tensor, expected.tensors()[name]) for name, tensor in found.tensors().items())
+
+
 # ---------------------------------------------------------------------------------------------------------- its parts
 
 

@@ -29,17 +29,18 @@ import pytest
 import tiny_models
 import torch
 import yaml
+from gguf_files import write_gguf
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from test_model import write_gguf
 
 from aqlm_cli.artifacts import MANIFEST
 from aqlm_cli.errors import AqlmError
 from aqlm_cli.model import load_network, load_skeleton, resolve, tensor_index
 from aqlm_cli.run_file import build_config, dump_yaml
 from aqlm_cli.runs import DIRECTORIES, open_run, read_run
-from aqlm_cli.sources import WEIGHTS, ModelSource
+from aqlm_cli.sources import ModelSource
 from aqlm_cli.storage import load_tensors, read_metadata, save_tensors, write_file
+from aqlm_cli.weight_files import WEIGHTS
 from aqlm_kernels import KernelError
 
 SECONDS = 10

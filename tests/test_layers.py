@@ -110,12 +110,24 @@ def test_every_layer_is_reported_once_from_the_callers_thread() -> None:
     assert {thread for _, thread in reported} == {threading.get_ident()}
 
 
-def test_the_error_reported_is_that_of_the_matrix_returned() -> None:
-    for one in compress(TASKS).values():
-        layer = next(task for task in TASKS if task.path == one.path)
-        expected = layer.statistics.relative_error(layer.weight, one.matrix.dequantize())
-        assert one.relative_error == pytest.approx(expected, rel=1e-6) and 0 < expected < 1
+@pytest.mark.parametrize("size", [1.0, 1e-7, 1e-12, 3e-14, 6e4])
+@pytest.mark.parametrize(("method", "scheme"), [("aqlm", "2x4g8"), ("rtn", "int2g16")])
+def test_the_error_reported_is_that_of_the_matrix_in_16_bits(size: float, method: str, scheme: str) -> None:
+    tasks = [Task(one.path, size * one.weight, one.statistics, parse_scheme(scheme)) for one in TASKS]
+    for layer, one in zip(tasks, (compress(tasks, method)[layer.path] for layer in tasks), strict=True):
+        tensors = one.matrix.tensors()
+        tensors |= {name: tensors[name].half() for name in tensors.keys() & {"codebooks", "scales"}}
+        restored = type(one.matrix).from_tensors(tensors).dequantize(torch.float64)
+        difference, moment = restored - layer.weight.double(), layer.statistics.second_moment.double()
+        weight = layer.weight.double()
+        expected = (difference @ moment * difference).sum() / (weight @ moment * weight).sum()
+        assert one.relative_error == pytest.approx(float(expected), rel=1e-3) and 0 < expected < 1
         assert one.seconds > 0
+
+
+def test_weights_that_no_pair_of_float16_numbers_reaches_are_refused_by_name() -> None:
+    with pytest.raises(QuantizationError, match=r"^block\.q: its weights are too large .* --skip"):
+        compress([task("q", 1e12 * TASKS[0].weight)])
 
 
 @pytest.mark.parametrize(("method", "scheme"), [("aqlm", "2x4g8"), ("rtn", "int2g16")])

@@ -14,6 +14,7 @@ import numba
 import pytest
 import tiny_models
 import torch
+from gguf_files import write_gguf
 from huggingface_hub import errors as hub
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -24,10 +25,6 @@ from aqlm_cli.blocks import (
     count_parameters,
     describe_layers,
     find_blocks,
-    first_inputs,
-    last_logits,
-    record_calls,
-    replace_module,
 )
 from aqlm_cli.errors import ArtifactError, ModelError
 from aqlm_cli.model import (
@@ -44,6 +41,7 @@ from aqlm_cli.model import (
 )
 from aqlm_cli.run_file import build_config
 from aqlm_cli.runs import open_run
+from aqlm_cli.walk_check import open_walk
 from aqlm_kernels import AdditiveLinear
 
 TEXT = "Prices rose by 12 %; naïve?\n"
@@ -99,15 +97,15 @@ def test_block_by_block_a_model_has_the_weights_and_the_logits_of_the_whole(
     blocks = find_blocks(network)
     absent = {name for name, parameter in network.named_parameters() if parameter.is_meta}
     assert absent == {name for name, _ in whole.named_parameters() if name.startswith(blocks.path + ".")}
-    replace_module(network, blocks.paths[0], load_block(source, 0, torch.float32))
-    calls, hidden = record_calls(network, ids), first_inputs(network, ids)
-    for index, call in enumerate(calls):
+    walk = open_walk(network, lambda index: load_block(source, index, torch.float32), ids)
+    hidden, handed = walk.entering(ids), {}
+    for index in range(len(blocks.paths)):
         block = load_block(source, index, torch.float32)
         there = dict(find_blocks(whole).modules[index].named_parameters())
         assert there.keys() == dict(block.named_parameters()).keys()
         assert all(torch.equal(parameter, there[name]) for name, parameter in block.named_parameters())
-        hidden = call(block, hidden)
-    assert torch.equal(last_logits(network, calls, ids, hidden), whole(input_ids=ids, use_cache=False).logits)
+        hidden, handed = walk.given(index, ids, hidden, handed).run(block)
+    assert torch.equal(walk.logits(ids, hidden, handed), whole(input_ids=ids, use_cache=False).logits)
 
 
 def test_a_block_is_found_in_the_shard_that_has_it(tmp_path: Path, find: Any) -> None:
@@ -331,47 +329,6 @@ def test_a_run_of_a_revision_is_opened_though_it_lies_on_this_disk(tmp_path: Pat
 # ----------------------------------------------------------------------------------------------------------------- GGUF
 
 
-def write_gguf(original: Path, path: Path, kind: gguf.GGMLQuantizationType, **extra: Tensor) -> None:
-    """A tiny Llama as llama.cpp's converter writes it: matrices of one kind, rows of q and k in its rotary order."""
-    config, tokenizer = model_config(sources.directory_source(original, path.parent)), tiny_models.byte_tokenizer()
-    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_context_length(config["max_position_embeddings"])
-    writer.add_embedding_length(config["hidden_size"])
-    writer.add_block_count(config["num_hidden_layers"])
-    writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_head_count(heads)
-    writer.add_head_count_kv(kv_heads)
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_rope_freq_base(10000.0)
-    writer.add_vocab_size(config["vocab_size"])
-    writer.add_license("mit")
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("default")
-    writer.add_token_list([*tokenizer.convert_ids_to_tokens(range(len(tokenizer))), "ĀĀ"])
-    writer.add_token_types([1] * 256 + [3] * 2 + [1])
-    writer.add_token_merges(["Ā Ā"])  # two bytes of zero: there must be a merge, and this one no text needs
-    writer.add_bos_token_id(256)
-    writer.add_eos_token_id(257)
-    writer.add_chat_template(tokenizer.chat_template)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config["num_hidden_layers"])
-    for name, tensor in {**load_file(original / "model.safetensors"), **extra}.items():
-        weight = tensor.numpy()
-        if "q_proj" in name or "k_proj" in name:
-            groups = heads if "q_proj" in name else kv_heads
-            weight = weight.reshape(groups, 2, -1, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
-        stem, _, last = name.rpartition(".")
-        known = f"{names.get_name(stem)}.{last}" if names.get_name(stem) else name
-        if weight.ndim == 2:
-            writer.add_tensor(known, gguf.quantize(weight, kind), raw_dtype=kind)
-        else:
-            writer.add_tensor(known, weight)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
 @pytest.mark.parametrize(
     ("kind", "dtype"),
     [
@@ -424,7 +381,7 @@ def test_a_gguf_that_cannot_be_converted_leaves_nothing_behind(tmp_path: Path, f
     original = tiny_models.save("llama", tmp_path / "original", vocab_size=259)
     for name, extra, reason in [
         ("huge", {"model.norm.weight": torch.full((64,), 1e6)}, "output_norm.weight holds values"),
-        ("strange", {"rope_freqs.weight": torch.ones(8)}, "holds rope_freqs.weight, for which llama"),
+        ("strange", {"rope_other.weight": torch.ones(8)}, "holds rope_other.weight, for which llama"),
     ]:
         write_gguf(original, tmp_path / f"{name}.gguf", gguf.GGMLQuantizationType.F16, **extra)
         with pytest.raises(ModelError, match=reason):
@@ -518,18 +475,6 @@ def test_a_hub_model_is_known_by_its_commit(tmp_path: Path, find: Any, monkeypat
         "Tiny",
     )
     assert asked[0]["revision"] == "v2"
-
-
-def test_neither_pickles_nor_code_are_fetched_unasked(
-    tmp_path: Path, find: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked = snapshot(tiny_models.save("llama", tmp_path / "model"), monkeypatch)
-    find("someone/Tiny")
-    find("someone/Tiny", trust_remote_code=True)
-    without, with_code = (set(options["allow_patterns"]) for options in asked)
-    assert "*.safetensors" in without
-    assert not any(pattern in ("*", "*.bin", "*.pt", "*.py") for pattern in without)
-    assert with_code - without == {"*.py"}
 
 
 ANSWER = MagicMock()  # of whichever HTTP library the hub's client uses

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from aqlm_cli import checkpoint
-from aqlm_cli.blocks import count_parameters, describe_layers
-from aqlm_cli.errors import ArtifactError, QuantizationError, StorageError
-from aqlm_cli.events import Event
+from aqlm_cli.blocks import count_parameters, describe_layers, find_blocks
+from aqlm_cli.errors import ArtifactError, PlanError, QuantizationError, StorageError
+from aqlm_cli.events import Event, Warned
 from aqlm_cli.methods import CompressedMatrix, rtn
 from aqlm_cli.model import load_network, resolve
 from aqlm_cli.plan import Plan, Target, make_plan
@@ -83,6 +83,13 @@ def quantized_run(
     if config is not None:
         path = directory / "config.json"
         path.write_text(json.dumps({**json.loads(path.read_text()), **config}))
+    return quantized_model(directory, tmp_path, scheme, mixed, skip)
+
+
+def quantized_model(
+    directory: Path, tmp_path: Path, scheme: str = "2x8g8", mixed: str | None = None, skip: Sequence[str] = ()
+) -> tuple[RunDirectory, Plan]:
+    """The run of a model that is there."""
     source = resolve(str(directory))
     network = load_network(source, torch.float32)
     plan = make_plan(describe_layers(network), count_parameters(network), parse_scheme(scheme), skip, [])
@@ -100,8 +107,8 @@ def quantized_run(
     )
     run = open_run(tmp_path / "run", run_config)
     with run.stage("quantized", "quantized", {"scheme": scheme}, {"model": source.identity}) as stage:
-        for index in range(network.config.num_hidden_layers):
-            block = {path: matrix for path, matrix in matrices(plan).items() if f".{index}." in path}
+        for index, prefix in enumerate(find_blocks(network).paths):
+            block = {path: matrix for path, matrix in matrices(plan).items() if path.startswith(f"{prefix}.")}
             tensors = {
                 f"{path}.{name}": part for path, matrix in block.items() for name, part in matrix.tensors().items()
             }
@@ -121,9 +128,11 @@ def packed(run: RunDirectory, format: str | None = None, overwrite: bool = False
 
 def with_weights_written_out(run: RunDirectory, plan: Plan) -> nn.Module:
     """The original in float16 with each quantized weight replaced by its definition, and the tuned norm."""
-    network = load_network(resolve(run.config.model), torch.float16).float()
+    network = load_network(resolve(run.config.model), torch.float32)
+    for parameter in network.parameters():  # also those that transformers would keep in 32 bits
+        parameter.data = parameter.data.half().float()
     for path, matrix in matrices(plan).items():
-        network.get_submodule(path).weight.data = matrix.dequantize()
+        network.get_submodule(path).weight = nn.Parameter(matrix.dequantize())  # of its own, though it was shared
     if NORM in dict(network.named_parameters()):
         network.get_parameter(NORM).data = TUNED_NORM
     return network
@@ -377,6 +386,52 @@ def test_a_value_out_of_the_range_of_float16_is_refused_with_its_name(tmp_path: 
     assert run.artifact("packed") is None
 
 
+def scaled(monkeypatch: pytest.MonkeyPatch, size: float) -> None:
+    """From here on all matrices are so much larger."""
+    ordinary = random_matrix
+
+    def other(target: Target) -> CompressedMatrix:
+        matrix = ordinary(target)
+        assert isinstance(matrix, AdditiveMatrix)
+        return AdditiveMatrix(matrix.codes, size**0.5 * matrix.codebooks, size**0.5 * matrix.scales)
+
+    monkeypatch.setitem(globals(), "random_matrix", other)
+
+
+def test_weights_that_float16_cannot_hold_are_refused_in_the_dense_format(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scaled(monkeypatch, 2.0**22)
+    run, _ = quantized_run(tmp_path)
+    assert packed(run).format == "transformers"
+    with pytest.raises(QuantizationError, match=r"weight reaches .* too much for torch\.float16; use a bfloat16 copy"):
+        packed(run, "dense", overwrite=True)
+
+
+@pytest.mark.parametrize(("dtype", "warned"), [("float32", True), ("bfloat16", False)])
+def test_weights_that_lose_bits_in_float16_are_told_of(
+    dtype: str, warned: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scaled(monkeypatch, 2.0**-20)
+    run, plan = quantized_run(tmp_path, dtype=dtype)
+    events: list[Event] = []
+    tensors = load_file(pack(run.path, "dense", False, events.append).directory / "model.safetensors")
+    warnings = [event.message for event in events if isinstance(event, Warned)]
+    assert len(warnings) == warned
+    if warned:
+        worst = max(
+            float(
+                (
+                    (tensors[f"{path}.weight"].double() - one.dequantize().double()).norm()
+                    / one.dequantize().double().norm()
+                )
+                ** 2
+            )
+            for path, one in matrices(plan).items()
+        )
+        assert f"adds {worst:.2g} to its relative error ({len(plan.quantized)} such layers)" in warnings[0]
+
+
 def test_a_model_that_has_changed_since_is_refused(tmp_path: Path) -> None:
     run, _ = quantized_run(tmp_path)
     tensors = load_file(Path(run.config.model) / "model.safetensors")
@@ -393,7 +448,7 @@ def test_a_run_that_is_not_quantized_says_how_to_do_it(tmp_path: Path) -> None:
 
 def test_layers_of_several_schemes_are_refused_before_anything_is_written(tmp_path: Path) -> None:
     run, _ = quantized_run(tmp_path, mixed="1x8g8")
-    with pytest.raises(ArtifactError, match=r"1x8g8, 2x8g8.*--format dense"):
+    with pytest.raises(PlanError, match=r"1x8g8, 2x8g8.*--format dense"):
         packed(run)
     assert not (run.path / "packed.partial").exists()
     assert packed(run, "dense").scheme == "1x8g8, 2x8g8"

@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,11 @@ import tiny_models
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from walks import states_of_blocks, walk_of
 
 from aqlm_cli.activations import Activations, run_block
 from aqlm_cli.artifacts import Artifact, open_artifact
-from aqlm_cli.blocks import BlockCall, find_blocks, first_inputs, linears, record_calls
+from aqlm_cli.blocks import find_blocks, linears
 from aqlm_cli.config import RunConfig
 from aqlm_cli.errors import ArtifactError, PlanError, QuantizationError, StorageError
 from aqlm_cli.events import Advanced, BlockQuantized, Event, LayerQuantized, Noted, StageStarted, Warned
@@ -114,14 +116,6 @@ def windows() -> Tensor:
     return ids[torch.randperm(len(ids), generator=generator(0, "windows"))]
 
 
-def states(network: nn.Module, ids: Tensor) -> list[Tensor]:
-    """What enters each block, and what leaves the last one."""
-    entering = [first_inputs(network, ids)]
-    for block, call in zip(find_blocks(network).modules, record_calls(network, ids[:1]), strict=True):
-        entering.append(run_block(block, call, entering[-1], torch.float32))
-    return entering
-
-
 # ------------------------------------------------------------------------------------------------------- end to end
 
 
@@ -153,7 +147,8 @@ def test_every_family_goes_from_text_to_a_checkpoint_that_computes_alike(
     done = [event for event in events if isinstance(event, LayerQuantized)]
     assert sorted(event.path for event in done) == sorted(paths)
     assert [event.index for event in events if isinstance(event, BlockQuantized)] == list(range(len(blocks.paths)))
-    assert events[0] == StageStarted("quantize", len(blocks.paths), "block")
+    assert events[0] == StageStarted("check", len(blocks.paths), "block")
+    assert StageStarted("quantize", len(blocks.paths), "block") in events
     assert events[-1] == Advanced("quantize", len(blocks.paths))
 
 
@@ -196,15 +191,15 @@ class Spy:
         self.counts: list[tuple[int, int, int]] = []
         measure, advance = Propagation.measure, Propagation.advance
 
-        def measuring(work: Propagation, block: nn.Module, call: BlockCall, paths: Any) -> dict[str, LayerStatistics]:
+        def measuring(work: Propagation, block: nn.Module, paths: Any) -> dict[str, LayerStatistics]:
             self.entering.append(whole(work.hidden))
             self.counts.append((len(work.hidden), work.measured, work.fitted))
-            self.statistics.append(measure(work, block, call, paths))
+            self.statistics.append(measure(work, block, paths))
             self.targets.append(whole(work.targets))
             return self.statistics[-1]
 
-        def advancing(work: Propagation, block: nn.Module, call: BlockCall) -> float:
-            error = advance(work, block, call)
+        def advancing(work: Propagation, block: nn.Module) -> float:
+            error = advance(work, block)
             self.leaving.append(whole(work.targets))
             return error
 
@@ -220,8 +215,8 @@ def test_each_block_is_quantized_on_what_the_quantized_ones_before_it_put_out(
     spy = Spy(monkeypatch)
     run(settings(model))
     count = spy.counts[0][0]
-    ours = states(restored(model), windows()[:count])
-    theirs = states(load_network(resolve(str(model)), torch.float32), windows()[:count])
+    ours = states_of_blocks(restored(model), windows()[:count])
+    theirs = states_of_blocks(load_network(resolve(str(model)), torch.float32), windows()[:count])
     torch.testing.assert_close(spy.entering[0], theirs[0])
     for index, (entering, leaving) in enumerate(zip(spy.entering, spy.leaving, strict=True)):
         bound = 1e-4 * float(ours[index + 1].abs().max())
@@ -236,9 +231,10 @@ def test_targets_are_what_the_original_block_makes_of_the_same_inputs(
     spy = Spy(monkeypatch)
     run(settings(llama))
     network = load_network(resolve(str(llama)), torch.float32)
-    calls = record_calls(network, windows()[:1])
-    for index, (block, call) in enumerate(zip(find_blocks(network).modules, calls, strict=True)):
-        expected = run_block(block, call, spy.entering[index], torch.float32)
+    ids = windows()[: len(spy.entering[0])]
+    walk = walk_of(network, ids)
+    for index, block in enumerate(find_blocks(network).modules):
+        expected, _ = run_block(block, walk.given(index, ids, spy.entering[index], {}), torch.float32)
         torch.testing.assert_close(spy.targets[index], expected, rtol=0, atol=1e-4)
 
 
@@ -248,8 +244,9 @@ def test_statistics_are_of_the_measured_windows_and_shared_where_inputs_are(
     spy = Spy(monkeypatch)
     run(settings(llama))
     network = load_network(resolve(str(llama)), torch.float32)
-    calls = record_calls(network, windows()[:1])
     _, measured, _ = spy.counts[0]
+    ids = windows()[:measured]
+    walk = walk_of(network, ids)
     for index, block in enumerate(find_blocks(network).modules):
         found = spy.statistics[index]
         shared = [found[f"self_attn.{name}_proj"].second_moment for name in "qkv"]
@@ -258,7 +255,7 @@ def test_statistics_are_of_the_measured_windows_and_shared_where_inputs_are(
         inputs: list[Tensor] = []
         down = block.get_submodule("mlp.down_proj")
         down.register_forward_pre_hook(lambda _, given, inputs=inputs: inputs.append(given[0]))
-        run_block(block, calls[index], spy.entering[index][:measured], torch.float32)
+        run_block(block, walk.given(index, ids, spy.entering[index][:measured], {}), torch.float32)
         x = inputs[0].flatten(0, 1).double()
         assert found["mlp.down_proj"].tokens == len(x) == measured * LENGTH
         torch.testing.assert_close(
@@ -278,6 +275,54 @@ def test_the_errors_told_are_those_of_the_states(
             float((output - target).norm() ** 2 / target.norm() ** 2), rel=1e-4
         )
         assert 0 < event.gain < 1
+
+
+@pytest.fixture
+def loud_and_quiet(llama: Path, tmp_path: Path) -> Path:
+    """The same network: its values are 2^-24 of the ordinary ones, and what reads them makes up for it."""
+    directory = shutil.copytree(llama, tmp_path / "loud-and-quiet")
+    tensors = load_file(llama / "model.safetensors")
+    for name in tensors:
+        factor = {"v_proj": 2.0**-24, "o_proj": 2.0**24}.get(name.split(".")[-2], 1.0)
+        tensors[name] = factor * tensors[name]
+    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+    return directory
+
+
+def test_the_errors_reported_are_those_of_the_packed_file(
+    loud_and_quiet: Path, in_float32: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tasks: dict[str, layers.Task] = {}
+
+    def noting(given: list[layers.Task], *rest: Any) -> Any:
+        tasks.update({task.path: task for task in given})
+        return layers.compress_all(given, *rest)
+
+    monkeypatch.setattr(stage, "compress_all", noting)
+    run(settings(loud_and_quiet, fit={**FIT, "epochs": 0}))
+    packed = load_file(pack(Path("run"), None, False, lambda event: None).directory / "model.safetensors")
+    reported = quantized().manifest.results["layers"]
+    assert reported.keys() == tasks.keys()
+    for path, task in tasks.items():
+        codes, books = packed[f"{path}.codes"].long() % 16, packed[f"{path}.codebooks"].double()
+        sums = sum(books[m, codes[..., m], 0] for m in range(2)).flatten(1)  # type: ignore[union-attr]
+        difference = packed[f"{path}.scales"].double().flatten(1) * sums - task.weight.double()
+        moment, weight = task.statistics.second_moment.double(), task.weight.double()
+        error = float((difference @ moment * difference).sum() / (weight @ moment * weight).sum())
+        assert reported[path]["relative_error"] == pytest.approx(error, rel=0.01)
+
+
+def test_weights_beyond_the_range_of_float16_are_quantized_fitted_and_packed_as_ordinary_ones(
+    llama: Path, loud_and_quiet: Path, in_float32: None
+) -> None:
+    errors = []
+    for model in (llama, loud_and_quiet):
+        run(settings(model, fit={**FIT, "epochs": 2}), f"run-{model.name}")
+        packed = pack(Path(f"run-{model.name}"), None, False, lambda event: None).directory
+        wanted = load_network(resolve(str(llama)), torch.float32)(tiny_models.token_ids()).logits
+        found = load_network(resolve(str(packed)), torch.float32)(tiny_models.token_ids()).logits
+        errors.append(float((found - wanted).norm() / wanted.norm()))
+    assert errors[1] == pytest.approx(errors[0], rel=0.1)
 
 
 def test_fitting_lowers_the_error_of_every_block(llama: Path) -> None:
@@ -311,12 +356,12 @@ def test_layers_that_are_not_chosen_stay_as_they_are(
     run(settings(llama, **choice))
     assert matrices().keys() == {f"model.layers.1.mlp.{name}_proj" for name in ("gate", "up", "down")}
     assert files().keys() == {"block-001.safetensors"}
-    theirs = states(load_network(resolve(str(llama)), torch.float32), windows()[: spy.counts[0][0]])
+    theirs = states_of_blocks(load_network(resolve(str(llama)), torch.float32), windows()[: spy.counts[0][0]])
     torch.testing.assert_close(spy.entering[1], theirs[1], rtol=0, atol=5e-3)  # norms are stored in 16 bits
     assert spy.statistics[0] == {} and spy.statistics[1].keys() == {
         f"mlp.{name}_proj" for name in ("gate", "up", "down")
     }
-    torch.testing.assert_close(spy.leaving[1], states(restored(llama), windows()[:11])[2], rtol=0, atol=5e-3)
+    torch.testing.assert_close(spy.leaving[1], states_of_blocks(restored(llama), windows()[:11])[2], rtol=0, atol=5e-3)
 
 
 def test_blocks_behind_the_last_chosen_layer_are_not_run(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -605,9 +650,9 @@ def test_a_quantized_block_computes_with_what_is_stored(llama: Path, monkeypatch
     blocks: list[nn.Module] = []
     advance = Propagation.advance
 
-    def noting(work: Propagation, block: nn.Module, call: BlockCall) -> float:
+    def noting(work: Propagation, block: nn.Module) -> float:
         blocks.append(block)
-        return advance(work, block, call)
+        return advance(work, block)
 
     monkeypatch.setattr(Propagation, "advance", noting)
     run(settings(llama))

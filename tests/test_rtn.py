@@ -96,3 +96,31 @@ def test_small_weights_are_rounded_on_the_grid_that_is_stored() -> None:
     weight = 2e-5 * random()
     ordinary, small = rounded(random()).dequantize() - random(), rounded(weight).dequantize() - weight
     assert small.norm() / weight.norm() < 1.1 * ordinary.norm() / random().norm()
+
+
+def row_errors(matrix: UniformMatrix, weight: Tensor) -> Tensor:
+    """Squared and relative, from what is stored, by the definition."""
+    steps = matrix.levels.double() - matrix.zeros.double().repeat_interleave(16, 1)
+    found = 2.0 ** int(matrix.exponent) * matrix.scales.double().repeat_interleave(16, 1) * steps
+    return ((found - weight.double()).norm(dim=1) / weight.double().norm(dim=1)).square()
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-10, 1e-7, 1e-4, 1e4, 1e6, 1e30])
+def test_small_and_large_weights_are_met_as_ordinary_ones_are(size: float) -> None:
+    weight = random()
+    ordinary, other = rounded(weight, bits=4), rounded(size * weight, bits=4)
+    assert int(ordinary.exponent) == 0
+    torch.testing.assert_close(row_errors(other, size * weight), row_errors(ordinary, weight), rtol=0.05, atol=0)
+
+
+def test_small_rows_beside_large_ones_are_met_where_one_exponent_serves_both() -> None:
+    sizes = torch.tensor([1e-7, 1.0]).repeat(10)[:, None]
+    expected = row_errors(rounded(random(), bits=4), random())
+    found = row_errors(rounded(sizes * random(), bits=4), sizes * random())
+    torch.testing.assert_close(found, expected, rtol=0.05, atol=0)
+
+
+def test_a_matrix_stored_without_an_exponent_has_none() -> None:
+    matrix = rounded(random())
+    tensors = {name: tensor for name, tensor in matrix.tensors().items() if name != "exponent"}
+    assert torch.equal(UniformMatrix.from_tensors(tensors).dequantize(), matrix.dequantize())

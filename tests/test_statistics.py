@@ -179,3 +179,12 @@ def test_the_relative_error_is_that_of_the_outputs() -> None:
 def test_where_no_input_reaches_the_weight_there_is_no_error() -> None:
     statistics = LayerStatistics(torch.zeros(FEATURES, FEATURES), 100)
     assert statistics.relative_error(random(3, FEATURES), torch.zeros(3, FEATURES)) == 0
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e30])
+def test_the_relative_error_does_not_depend_on_the_size_of_the_weights(size: float) -> None:
+    weight, moment = random(5, FEATURES), torch.eye(FEATURES)
+    approximation = weight + 0.1 * random(5, FEATURES, seed=1)
+    expected = LayerStatistics(moment, 1).relative_error(weight, approximation)
+    found = LayerStatistics(moment, 1).relative_error(size * weight, size * approximation)
+    assert found == pytest.approx(expected, rel=1e-4) and found > 0.001

@@ -1,7 +1,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
@@ -9,16 +10,24 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from aqlm_cli.blocks import BlockCall
 from aqlm_cli.config import FitConfig
 from aqlm_cli.errors import QuantizationError
-from aqlm_cli.tuning.block import BlockData, fit_block, round_to_16_bits, tuned_parameters
+from aqlm_cli.tuning.block import BlockData, fit_block, round_block, round_to_16_bits, tuned_parameters
+from aqlm_cli.walk import BlockInput
 from aqlm_kernels import AdditiveLinear, AdditiveMatrix
 
 WINDOWS, LENGTH, WIDTH = 24, 10, 16
 TRAINING, HELD_OUT = torch.arange(16), torch.arange(16, WINDOWS)
-CALL = BlockCall((), {}, None, batch=1)
 CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True, eq=False)
+class KnownData(BlockData):
+    inputs: Tensor  # [windows, L, d]
+
+
+def given_of(inputs: Tensor) -> Callable[[Tensor], BlockInput]:
+    return lambda windows: BlockInput.alone(inputs[windows])
 
 
 def random(*shape: int, seed: int) -> Tensor:
@@ -58,9 +67,9 @@ def original() -> Any:
     return Block(layer)
 
 
-def block_data(dtype: torch.dtype = torch.float32, per_token: bool = False) -> BlockData:
+def block_data(dtype: torch.dtype = torch.float32, per_token: bool = False) -> KnownData:
     inputs = random(WINDOWS, LENGTH, WIDTH, seed=5)
-    return BlockData(inputs, original()(inputs).detach(), CALL, dtype, CPU, per_token)
+    return KnownData(given_of(inputs), original()(inputs).detach(), dtype, CPU, per_token, inputs)
 
 
 def settings(**changes: Any) -> FitConfig:
@@ -301,7 +310,7 @@ def test_fitted_per_token_a_token_of_great_energy_does_not_drown_the_others() ->
 @pytest.mark.parametrize("per_token", [False, True])
 def test_targets_of_zero_have_no_error_and_can_be_fitted_to(per_token: bool) -> None:
     data = block_data()
-    silent = BlockData(data.inputs, torch.zeros_like(data.targets), CALL, torch.float32, CPU, per_token)
+    silent = BlockData(data.given, torch.zeros_like(data.targets), torch.float32, CPU, per_token)
     assert fit(quantized(), data=silent) == (0, 0)
 
 
@@ -310,3 +319,24 @@ def test_a_tuned_value_that_float16_cannot_hold_is_refused_by_name() -> None:
     block.norm.weight.data[2] = 1e6
     with pytest.raises(QuantizationError, match=r"norm\.weight: a value is out of the range of float16"):
         round_to_16_bits(tuned_parameters(block))
+
+
+def test_what_was_fitted_is_brought_into_the_range_of_float16_before_it_is_rounded() -> None:
+    block = quantized()
+    block.first.codebooks.data *= 2.0**21
+    block.first.scales.data *= 2.0**-21
+    before = state(block)
+    wanted = block.first.matrix.dequantize()
+    round_block(block)
+    torch.testing.assert_close(block.first.matrix.dequantize(), wanted, rtol=1e-3, atol=0)
+    assert all(torch.equal(tensor, tensor.half().float()) for tensor in tuned_parameters(block).values())
+    assert changed(before, state(block)) >= {"first.codebooks", "first.scales"}
+
+
+def test_fitting_goes_the_same_way_wherever_the_power_of_two_lies() -> None:
+    blocks = [quantized() for _ in range(2)]
+    blocks[1].first.codebooks.data *= 2.0**-8
+    blocks[1].first.scales.data *= 2.0**8
+    errors = [fit(block) for block in blocks]
+    assert errors[1] == pytest.approx(errors[0], rel=1e-4) and errors[0][1] < errors[0][0]
+    torch.testing.assert_close(*(block.first.matrix.dequantize() for block in blocks), rtol=1e-3, atol=1e-5)

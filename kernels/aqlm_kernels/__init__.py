@@ -9,6 +9,7 @@ Knows torch, numpy, numba and, where there is a GPU, triton only. What a caller 
 from aqlm_kernels.accelerate import accelerate
 from aqlm_kernels.additive import AdditiveMatrix
 from aqlm_kernels.backends import BACKENDS, Backend, choose, matmul, smallest
+from aqlm_kernels.balance import balanced, balancing_shift
 from aqlm_kernels.checkpoint import from_checkpoint, to_checkpoint
 from aqlm_kernels.cpu.bandwidth import read_bandwidth
 from aqlm_kernels.cpu.decoder import Decoder, DecoderBlock
@@ -28,6 +29,8 @@ __all__ = [
     "KernelError",
     "PackedMatrix",
     "accelerate",
+    "balanced",
+    "balancing_shift",
     "choose",
     "from_checkpoint",
     "matmul",

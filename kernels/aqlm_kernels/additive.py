@@ -63,6 +63,11 @@ class AdditiveMatrix:
         """W [out, in]; see the function `dequantize`."""
         return dequantize(self.codes, self.codebooks, self.scales, dtype)
 
+    def stored(self) -> AdditiveMatrix:
+        """What is left of it in a checkpoint: codebooks and scales rounded to float16, infinite where out of range."""
+        rounded = (tensor.to(torch.float16).to(tensor.dtype) for tensor in (self.codebooks, self.scales))
+        return AdditiveMatrix(self.codes, *rounded)
+
     def bits(self) -> int:
         """Stored bits: codes at log2(K) bits each, codebooks and scales at 16."""
         return self.codes.numel() * self.codebook_bits + 16 * (self.codebooks.numel() + self.scales.numel())

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from aqlm_kernels import additive, checkpoint, ops
 from aqlm_kernels.additive import AdditiveMatrix
+from aqlm_kernels.balance import balancing_shift
 from aqlm_kernels.errors import KernelError
 from aqlm_kernels.packed import PackedMatrix
 
@@ -80,6 +81,14 @@ class AdditiveLinear(nn.Module):
     def matrix(self) -> AdditiveMatrix:
         """The present values; they share memory with the parameters."""
         return AdditiveMatrix(self.codes, self.codebooks.detach(), self.scales.detach())
+
+    @torch.no_grad()
+    def balance(self) -> None:
+        """Bring codebooks and scales into the range of float16, in place and without a change of W (balance.py)."""
+        shift = balancing_shift(self.codebooks, self.scales)
+        if shift:
+            self.codebooks.mul_(2.0**shift)
+            self.scales.mul_(2.0**-shift)
 
     def packed(self) -> PackedMatrix:
         """The present values in the product kernels' order: made at the first call, and again after a change."""

@@ -1,21 +1,23 @@
-"""Hidden states between two blocks: too many for memory, so they live in a file and are touched a batch at a time."""
+"""States between two blocks: too many for memory, so they live in files and are touched a batch at a time."""
 
 from __future__ import annotations
 
 import math
 import os
+import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from aqlm_cli.blocks import BlockCall, first_inputs
 from aqlm_cli.errors import ArtifactError
-from aqlm_cli.storage import storage_errors
+from aqlm_cli.storage import load_tensors, save_tensors, storage_errors
+from aqlm_cli.walk import BlockInput
 
 
 class Activations:
-    """Hidden states `[windows, L, d]` float32 in the file at `path`, read and written some windows at a time.
+    """Hidden states `[windows, ..., d]`, float32, in the file at `path`, read and written some windows at a time.
 
     Read and not mapped: pages of a mapped file count as memory of the process, and would all be there in the end.
     """
@@ -40,7 +42,7 @@ class Activations:
         return self.shape[0]
 
     def __getitem__(self, windows: Tensor) -> Tensor:
-        """Of the windows with these numbers, `[b, L, d]`."""
+        """Of the windows with these numbers, `[b, ..., d]`."""
         values = torch.empty(len(windows), *self.shape[1:])
         for row, place in zip(values, self._places(windows), strict=True):
             if os.preadv(self._file.fileno(), [row.numpy()], place) != row.nbytes:
@@ -56,13 +58,39 @@ class Activations:
         return [4 * math.prod(self.shape[1:]) * window for window in windows.tolist()]
 
 
-def entering_states(network: nn.Module, ids: Tensor, batch: int, device: torch.device, path: Path) -> Activations:
-    """What enters the first block for the token ids `[windows, L]`, in a new file at `path`; no block is computed."""
-    features = first_inputs(network, ids[:1, :1].to(device)).shape[2]
-    states = Activations.create(path, (*ids.shape, features))
-    for chosen in torch.arange(len(ids)).split(batch):
-        states[chosen] = first_inputs(network, ids[chosen].to(device)).float().cpu()
-    return states
+class Handed:
+    """What blocks hand on beside hidden states, in a file for each window; no file where they hand on nothing."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    def __getitem__(self, windows: Tensor) -> dict[str, Tensor]:
+        """By name, of the windows with these numbers, which come first in each tensor."""
+        if not self.directory.is_dir():
+            return {}
+        rows = [load_tensors(self._file(window)) for window in windows.tolist()]
+        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+
+    def __setitem__(self, windows: Tensor, handed: Mapping[str, Tensor]) -> None:
+        if handed:
+            with storage_errors(self.directory):
+                self.directory.mkdir(exist_ok=True)
+            for place, window in enumerate(windows.tolist()):
+                save_tensors(self._file(window), {name: tensor[place].cpu() for name, tensor in handed.items()})
+
+    def remove(self) -> None:
+        with storage_errors(self.directory):
+            if self.directory.is_dir():
+                shutil.rmtree(self.directory)
+
+    def rename(self, directory: Path) -> None:
+        """They are complete."""
+        with storage_errors(directory):
+            if self.directory.is_dir():
+                self.directory.rename(directory)
+
+    def _file(self, window: int) -> Path:
+        return self.directory / f"window-{window:06d}.safetensors"
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:
@@ -79,7 +107,8 @@ def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
 
 
 @torch.no_grad()
-def run_block(block: nn.Module, call: BlockCall, hidden: Tensor, dtype: torch.dtype) -> Tensor:
-    """The block's output `[b, L, d]` in float32."""
-    with autocast(hidden.device, dtype):
-        return call(block, hidden).float()
+def run_block(block: nn.Module, given: BlockInput, dtype: torch.dtype) -> tuple[Tensor, dict[str, Tensor]]:
+    """The block's output `[b, L, d]` in float32, and what it hands on to later ones."""
+    with autocast(given.device, dtype):
+        output, handed = given.run(block)
+    return output.float(), handed

@@ -102,6 +102,7 @@ def quantize(
     method: options.Method = None,
     skip: options.Skip = None,
     only: options.Only = None,
+    format: options.Format = None,
     data: options.CalibrationData = None,
     sequences: options.Sequences = None,
     sequence_length: options.SequenceLength = None,
@@ -140,6 +141,7 @@ def quantize(
             **options.limits(max_memory, max_disk),
             "calibrate": {"data": data, "sequences": sequences, "sequence_length": sequence_length},
             "quantize": {"method": method, "scheme": options.chosen_scheme(bits, scheme), "skip": skip, "only": only},
+            "pack": {"format": format},
         },
     )
     with Screen(json, quiet, verbose) as screen:
@@ -162,6 +164,7 @@ def plan(
     method: options.Method = None,
     skip: options.Skip = None,
     only: options.Only = None,
+    format: options.Format = None,
     data: options.CalibrationData = None,
     sequences: options.Sequences = None,
     sequence_length: options.SequenceLength = None,
@@ -195,6 +198,7 @@ def plan(
             **options.limits(max_memory, max_disk),
             "calibrate": {"data": data, "sequences": sequences, "sequence_length": sequence_length},
             "quantize": {"method": method, "scheme": options.chosen_scheme(bits, scheme), "skip": skip, "only": only},
+            "pack": {"format": format},
         },
     )
     with Screen(json) as screen:
@@ -206,7 +210,7 @@ def plan(
 @app.command()
 def pack(
     run: options.Run,
-    format: Annotated[str | None, typer.Option(help="transformers, or dense: an ordinary 16-bit checkpoint.")] = None,
+    format: options.Format = None,
     overwrite: options.Overwrite = False,
     json: options.Json = False,
     quiet: options.Quiet = False,

@@ -7,10 +7,10 @@ must be for a kind of matrix that package has no form for.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import TypeAlias
 
 import torch
@@ -19,11 +19,13 @@ from torch import Tensor
 from aqlm_cli.artifacts import Artifact
 from aqlm_cli.checkpoint import Entry
 from aqlm_cli.errors import ModelError, QuantizationError
+from aqlm_cli.layout import Layout, Slot, lay_out
 from aqlm_cli.methods import CompressedMatrix
+from aqlm_cli.model import ModelSource, Placement, load_skeleton, tensor_index
 from aqlm_cli.quantized import OUTSIDE, block_files, matrix_kinds, read_matrix
-from aqlm_cli.scheme import AdditiveScheme, Scheme
-from aqlm_cli.sources import StoredTensor, tensor_index
-from aqlm_cli.storage import TensorLayout, read_tensor, tensor_names
+from aqlm_cli.scheme import Scheme
+from aqlm_cli.sources import StoredTensor
+from aqlm_cli.storage import read_tensor, tensor_names
 from aqlm_kernels import AdditiveMatrix, to_checkpoint
 
 # A matrix, and the 16-bit type of the weight it replaces -> tensors by the last part of their name.
@@ -47,6 +49,11 @@ EXPORTERS: Mapping[str, Mapping[str, Exporter]] = {
 """Format -> kind of matrix -> how it is written."""
 
 
+SEEN_LOSS = 1e-5
+"""Of the energy of a matrix: more than rounding to 16 bits takes where float16 has all its bits, 3e-8 to 1e-7, and less
+than the error of any scheme."""
+
+
 @dataclass(frozen=True)
 class QuantizedLayer:
     """One matrix of a quantized model and how it will be exported."""
@@ -60,9 +67,6 @@ class QuantizedLayer:
     def matrix(self) -> CompressedMatrix:
         return read_matrix(self.quantized, self.file, self.path, self.kind)
 
-    def exported(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        return {f"{self.path}.{name}": tensor for name, tensor in self.export(self.matrix(), dtype).items()}
-
 
 def quantized_layers(quantized: Artifact, format: str) -> list[QuantizedLayer]:
     """Every quantized matrix, in the order of the blocks."""
@@ -73,79 +77,96 @@ def quantized_layers(quantized: Artifact, format: str) -> list[QuantizedLayer]:
     ]
 
 
-def checkpoint_layouts(
-    original: Mapping[str, TensorLayout], schemes: Mapping[str, Scheme], format: str, tuned: Collection[str]
-) -> dict[str, TensorLayout]:
-    """The tensors of the checkpoint by name, from those of the model's files and what happens to the layers by path.
-
-    `tuned` names the norms and biases that are fitted. Nothing is read: this is also how a plan knows the size.
-    """
-    layouts: dict[str, TensorLayout] = {}
-    for name, stored in original.items():
-        path, _, last = name.rpartition(".")
-        scheme = schemes.get(path)
-        coded = isinstance(scheme, AdditiveScheme) and EXPORTERS[format]["additive"] is as_codes
-        if isinstance(scheme, AdditiveScheme) and coded and last == "weight":
-            layouts.update({f"{path}.{key}": layout for key, layout in _coded(stored.shape, scheme).items()})
-        else:
-            # `quantize` rounds what it fits to float16, and the format wants the bias beside codes in float16.
-            wide = stored.dtype in (torch.float32, torch.float64)  # 16 bits for these; bfloat16 and integers stay
-            dtype = torch.float16 if wide or coded or name in tuned else stored.dtype
-            layouts[name] = TensorLayout(dtype, stored.shape)
-    return layouts
-
-
-def _coded(shape: tuple[int, ...], scheme: AdditiveScheme) -> dict[str, TensorLayout]:
-    rows, columns = shape
-    codes = torch.int8 if scheme.codebook_bits <= 8 else torch.int16
-    entries = (scheme.num_codebooks, scheme.codebook_size, 1, scheme.group_size)
-    return {
-        "codes": TensorLayout(codes, (rows, columns // scheme.group_size, scheme.num_codebooks)),
-        "codebooks": TensorLayout(torch.float16, entries),
-        "scales": TensorLayout(torch.float16, (rows, 1, 1, 1)),
+def packed_checkpoint(
+    source: ModelSource,
+    quantized: Artifact,
+    layers: Sequence[QuantizedLayer],
+    schemes: Mapping[str, Scheme],
+    format: str,
+) -> tuple[Layout, dict[str, Entry]]:
+    """The whole checkpoint by name: from the model at `source`, and from what was quantized."""
+    stored, by_path = tensor_index(source.directory), {layer.path: layer for layer in layers}
+    network = load_skeleton(source)
+    tuned = _tuned_parameters(set(network.state_dict()), quantized, by_path)
+    layouts = {name: tensor.layout for name, tensor in stored.items()}
+    layout = lay_out(network, layouts, schemes, format, tuned)
+    entries = {
+        name: Entry(slot.layout, _reader(name, slot, stored, by_path, tuned)) for name, slot in layout.slots.items()
     }
+    return layout, entries
 
 
-def checkpoint_entries(
-    directory: Path, quantized: Artifact, layers: Sequence[QuantizedLayer], schemes: Mapping[str, Scheme], format: str
-) -> dict[str, Entry]:
-    """The whole checkpoint by name: from the model in `directory`, and from what was quantized."""
-    original, by_path = tensor_index(directory), {layer.path: layer for layer in layers}
-    tuned = _tuned_parameters(original, quantized, by_path)
-    entries = {}
-    stored = {name: tensor.layout for name, tensor in original.items()}
-    for name, layout in checkpoint_layouts(stored, schemes, format, tuned).items():
-        path, _, last = name.rpartition(".")
-        if path in by_path and last != "bias":
-            read = partial(_exported, by_path[path], layout.dtype, name)
-        else:
-            read = partial(_narrowed, tuned.get(name, partial(original[name].read, name)), layout.dtype, name)
-        entries[name] = Entry(layout, read)
-    return entries
+def _reader(
+    name: str,
+    slot: Slot,
+    stored: Mapping[str, StoredTensor],
+    by_path: Mapping[str, QuantizedLayer],
+    tuned: Mapping[str, Callable[[], Tensor]],
+) -> Callable[[], Tensor]:
+    parameter, placement = slot.parameter, slot.placement
+    if parameter is None:
+        return partial(_narrowed, partial(stored[name].read, name), slot.layout.dtype, name)
+    path, _, last = parameter.rpartition(".")
+    if path in by_path and last != "bias":
+        return partial(_exported, by_path[path], last, slot.layout.dtype)
+    if parameter in tuned:
+        return partial(_narrowed, tuned[parameter], slot.layout.dtype, name)
+    assert placement is not None  # what is neither quantized nor fitted is the original's
+    return partial(_narrowed, partial(_original, parameter, placement, stored), slot.layout.dtype, name)
+
+
+def _original(parameter: str, placement: Placement, stored: Mapping[str, StoredTensor]) -> Tensor:
+    if placement.convert is None:
+        (name,) = placement.stored
+        return stored[name].read(name)
+    return placement.convert(lambda name: stored[name].read(name))[parameter].contiguous()
 
 
 def _tuned_parameters(
-    original: Mapping[str, StoredTensor], quantized: Artifact, by_path: Mapping[str, QuantizedLayer]
+    parameters: Collection[str], quantized: Artifact, by_path: Mapping[str, QuantizedLayer]
 ) -> dict[str, Callable[[], Tensor]]:
     """Norms and biases, and what else learnt with the quantized matrices: they take the place of the original's.
 
-    Also makes sure that everything in the quantized model finds its place: a model whose files name a tensor otherwise
-    than its modules do would lose it.
+    Also makes sure that everything in the quantized model is of a layer or one of the network's `parameters`.
     """
     tuned: dict[str, Callable[[], Tensor]] = {}
     outside = [OUTSIDE] if OUTSIDE in quantized.manifest.files else []
     for file in map(quantized.path, [*block_files(quantized), *outside]):
         for name in tensor_names(file):
-            path = name.rpartition(".")[0]
-            if name in original:
+            if name in parameters:
                 tuned[name] = partial(read_tensor, file, name)
-            elif f"{path}.weight" not in original or path not in by_path:
-                raise ModelError(f"the model's files have no tensor for {name}; save the model with save_pretrained")
+            elif name.rpartition(".")[0] not in by_path:
+                raise ModelError(f"{file} holds {name}, for which the model's network has no place; quantize it anew")
     return tuned
 
 
-def _exported(layer: QuantizedLayer, dtype: torch.dtype, name: str) -> Tensor:
-    return layer.exported(dtype)[name]
+def narrowing_losses(layers: Sequence[QuantizedLayer], layout: Layout) -> dict[str, float]:
+    """By path, of the matrices written as float16 weights, what that adds to their relative error, where it shows.
+
+    float16 has all of its bits from 6e-5 on, and the error of a smaller weight grows as the weight falls.
+    """
+    dtypes = {slot.parameter: slot.layout.dtype for slot in layout.slots.values()}
+    losses: dict[str, float] = {}
+    for layer in layers:
+        if dtypes.get(f"{layer.path}.weight") != torch.float16:
+            continue
+        weight = layer.matrix().dequantize()
+        unit = float(weight.abs().max()) or 1.0
+        loss = float((weight - weight.half()).div_(unit).norm() / weight.div_(unit).norm()) ** 2
+        if SEEN_LOSS < loss < math.inf:  # and what overflows is refused when it is read
+            losses[layer.path] = loss
+    return losses
+
+
+def _exported(layer: QuantizedLayer, last: str, dtype: torch.dtype) -> Tensor:
+    """What stands for it under `last`, the last part of a tensor's name."""
+    tensor = layer.export(layer.matrix(), dtype)[last]
+    if tensor.is_floating_point() and not tensor.isfinite().all():
+        largest = float(layer.matrix().dequantize().abs().max())
+        raise QuantizationError(
+            f"{layer.path}.{last} reaches {largest:.4g}, too much for {dtype}; use a bfloat16 copy of the model"
+        )
+    return tensor
 
 
 def _narrowed(read: Callable[[], Tensor], dtype: torch.dtype, name: str) -> Tensor:

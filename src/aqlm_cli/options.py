@@ -57,6 +57,9 @@ Only = Annotated[
     list[str] | None, typer.Option(metavar="REGEX", help="Quantize no other layers than these; may be repeated.")
 ]
 
+Format = Annotated[
+    str | None, typer.Option(help="Of the packed checkpoint: transformers, or dense, an ordinary one in 16 bits.")
+]
 CalibrationData = Annotated[
     str | None, typer.Option(help="Text to fit to: c4, wikitext2, redpajama, builtin or files; c4:96,notes.txt:32.")
 ]

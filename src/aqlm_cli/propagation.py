@@ -9,23 +9,30 @@ so that an interruption costs one block at most.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from importlib import metadata
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from aqlm_cli.activations import Activations, compute_dtype, entering_states, run_block
+from aqlm_cli.activations import Activations, Handed, compute_dtype, run_block
 from aqlm_cli.artifacts import Artifact
-from aqlm_cli.blocks import BlockCall, find_blocks, first_inputs, observe_inputs, record_calls, replace_module
+from aqlm_cli.blocks import find_blocks, observe_inputs
 from aqlm_cli.config import RunConfig
+from aqlm_cli.events import Advanced, Emit, StageStarted
 from aqlm_cli.forecast import measured_windows
 from aqlm_cli.methods.statistics import LayerStatistics, SecondMoment
 from aqlm_cli.model import ModelSource, load_block, load_outside
 from aqlm_cli.seeds import generator
 from aqlm_cli.storage import load_tensors, publish_file, storage_errors
 from aqlm_cli.unfinished import Unfinished
+from aqlm_cli.walk import BlockInput, Walk
+from aqlm_cli.walk_check import open_walk
+
+CHECK = "check"
+"""The name by which the check of a walk is told."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,17 +40,32 @@ class Propagation:
     """`hidden` is what enters the block `index`; the first `fitted` windows, and those after `measured`, have
     targets."""
 
+    walk: Walk
     work: Unfinished
     index: int
-    hidden: Activations  # [windows, L, d]
-    targets: Activations  # [windows, L, d], the original block's outputs; made by `measure`, and used up by `advance`
+    ids: Tensor  # [windows, L]
+    hidden: Activations  # [windows, ..., d]
+    targets: Activations  # likewise, the original block's outputs; made by `measure`, and used up by `advance`
     measured: int  # windows whose inputs make the second moments; those after them are held out
     fitted: int  # windows that a block is fitted to, at most `measured`
     batch: int
     dtype: torch.dtype  # of the products
-    device: torch.device
 
-    def measure(self, block: nn.Module, call: BlockCall, paths: Iterable[str]) -> dict[str, LayerStatistics]:
+    @property
+    def device(self) -> torch.device:
+        return self.walk.device
+
+    @property
+    def path(self) -> str:
+        """Of the block."""
+        return self.walk.paths[self.index]
+
+    def given(self, windows: Tensor) -> BlockInput:
+        """All that the block is given for the windows with these numbers."""
+        handed = Handed(self.work.handed(self.index))[windows]
+        return self.walk.given(self.index, self.ids[windows], self.hidden[windows], handed)
+
+    def measure(self, block: nn.Module, paths: Iterable[str]) -> dict[str, LayerStatistics]:
         """Run the original block for `targets`, and for H of each of its layers in `paths`.
 
         Layers that share their inputs share one object.
@@ -57,78 +79,90 @@ class Propagation:
 
         with observe_inputs(block, collect):
             for chosen in self._batches(0, self.measured):
-                self.targets[chosen] = self._run(block, call, chosen)
+                self.targets[chosen] = self._run(block, chosen)[0]
         for chosen in self._batches(self.measured, len(self.hidden)):
-            self.targets[chosen] = self._run(block, call, chosen)
+            self.targets[chosen] = self._run(block, chosen)[0]
         found: dict[str, LayerStatistics] = {}
         while moments:  # sums are large, and so are their means: not all of both at once
             sharing, moment = moments.popitem()
             found.update(dict.fromkeys(sharing, moment.statistics()))
         return found
 
-    def advance(self, block: nn.Module, call: BlockCall) -> float:
+    def advance(self, block: nn.Module) -> float:
         """Run the quantized block; the squared error of what it puts out in the fitted windows, relative."""
         error = energy = 0.0
+        handed_on = Handed(self.work.handing)
+        handed_on.remove()  # what an interruption left
         for chosen in self._batches(0, len(self.hidden)):
-            output, target = self._run(block, call, chosen), self.targets[chosen]
+            output, handed = self._run(block, chosen)
+            target = self.targets[chosen]
             fitted = chosen < self.fitted
             error += float((output[fitted] - target[fitted]).square().sum(dtype=torch.float64))
             energy += float(target[fitted].square().sum(dtype=torch.float64))
             self.targets[chosen] = output
+            handed_on[chosen] = handed
         return error / energy if energy > 0 else 0.0
 
     def next(self) -> Propagation:
         """At the block after this one, which is finished from here on: what was put out is what enters."""
+        following = Handed(self.work.handed(self.index + 1))
+        following.remove()
+        Handed(self.work.handing).rename(following.directory)
         publish_file(self.work.targets, self.work.hidden(self.index + 1))
         with storage_errors(self.work.targets):
             self.work.hidden(self.index).replace(self.work.targets)  # its space serves again
+        Handed(self.work.handed(self.index)).remove()
         return replace(self, index=self.index + 1, hidden=self.targets, targets=self.hidden)
 
     def _batches(self, first: int, last: int) -> Iterable[Tensor]:
         return torch.arange(first, last).split(self.batch) if first < last else ()  # split gives a part even of nothing
 
-    def _run(self, block: nn.Module, call: BlockCall, windows: Tensor) -> Tensor:
-        return run_block(block, call, self.hidden[windows].to(self.device), self.dtype).cpu()
+    def _run(self, block: nn.Module, windows: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        output, handed = run_block(block, self.given(windows), self.dtype)
+        return output.cpu(), handed
 
 
-@dataclass(frozen=True, eq=False)
-class Route:
-    """The blocks of a model by path, and what the model gives each besides its hidden states."""
+def walk_through(source: ModelSource, ids: Tensor, device: torch.device, emit: Emit) -> Walk:
+    """Through the blocks of a model, which are not in memory; `ids` `[windows, L]` are text to check it with.
 
-    paths: tuple[str, ...]
-    calls: Sequence[BlockCall]
-
-    def last(self, layers: Iterable[str]) -> int:
-        """The last block that holds one of the layers with these paths."""
-        names = list(layers)
-        return max(i for i, path in enumerate(self.paths) if any(name.startswith(path + ".") for name in names))
-
-
-def route_of(source: ModelSource, ids: Tensor, device: torch.device) -> tuple[nn.Module, Route]:
-    """For windows as long as those of the token ids `[windows, L]`; and the network, which has only its first block."""
+    Raises ModelError for a family that cannot be quantized block by block.
+    """
     network = load_outside(source, torch.float32, device)
-    paths = find_blocks(network).paths
-    replace_module(network, paths[0], load_block(source, 0, torch.float32, device))
-    return network, Route(paths, record_calls(network, ids[:1].to(device)))
+    blocks = len(find_blocks(network).paths)
+    emit(StageStarted(CHECK, blocks, "block"))
+
+    def load(index: int) -> nn.Module:
+        return load_block(source, index, torch.float32, device)
+
+    return open_walk(network, load, ids, lambda done: emit(Advanced(CHECK, done)))
 
 
 def start_propagation(
-    source: ModelSource, ids: Tensor, measured: int, config: RunConfig, work: Unfinished
-) -> tuple[Route, Propagation]:
+    source: ModelSource, ids: Tensor, measured: int, config: RunConfig, work: Unfinished, emit: Emit
+) -> Propagation:
     """The states of the token ids `[windows, L]` at the first block that is not finished."""
     section, device, index = config.quantize, torch.device(config.device), work.blocks
-    network, route = route_of(source, ids, device)
+    walk = walk_through(source, ids, device, emit)
+    shape = (len(ids), *walk.entering(ids[:1]).shape[1:])
     if not work.hidden(index).exists():
-        entering_states(network, ids, section.batch, device, work.targets)
+        entering_states(walk, ids, section.batch, work.targets)
         publish_file(work.targets, work.hidden(index))
-    shape = (*ids.shape, first_inputs(network, ids[:1, :1].to(device)).shape[2])
     hidden = Activations(work.hidden(index), shape)
     with storage_errors(work.directory):
         for old in set(work.directory.glob("hidden-*.activations")) - {work.hidden(index)}:
             old.unlink()  # an interruption came between two renames
+    for directory in set(work.directory.glob("handed-*")) - {work.handed(index)}:
+        Handed(directory).remove()
     targets, fitted = Activations.create(work.targets, shape), min(section.fit.sequences, measured)
-    dtype = compute_dtype(device)
-    return route, Propagation(work, index, hidden, targets, measured, fitted, section.batch, dtype, device)
+    return Propagation(walk, work, index, ids, hidden, targets, measured, fitted, section.batch, compute_dtype(device))
+
+
+def entering_states(walk: Walk, ids: Tensor, batch: int, path: Path) -> Activations:
+    """What enters the first block for the token ids `[windows, L]`, in a new file at `path`; no block is computed."""
+    states = Activations.create(path, (len(ids), *walk.entering(ids[:1]).shape[1:]))
+    for chosen in torch.arange(len(ids)).split(batch):
+        states[chosen] = walk.entering(ids[chosen]).float().cpu()
+    return states
 
 
 def mixed_windows(config: RunConfig, calibration: Artifact) -> tuple[Tensor, int]:

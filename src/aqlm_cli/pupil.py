@@ -21,7 +21,7 @@ from aqlm_cli.artifacts import Artifact
 from aqlm_cli.blocks import find_blocks
 from aqlm_cli.config import FinetuneConfig
 from aqlm_cli.errors import ModelError, QuantizationError, UsageError
-from aqlm_cli.model import ModelSource, attend_blockwise, halves_of, load_network, tensor_index
+from aqlm_cli.model import ModelSource, attend_blockwise, halves_of, load_network, stored_parameters
 from aqlm_cli.quantized import (
     OUTSIDE,
     block_file,
@@ -33,7 +33,7 @@ from aqlm_cli.quantized import (
 )
 from aqlm_cli.storage import save_tensors
 from aqlm_cli.team import Team
-from aqlm_cli.tuning.block import round_to_16_bits, tuned_parameters
+from aqlm_cli.tuning.block import round_block, round_to_16_bits, tuned_parameters
 from aqlm_cli.tuning.distill import Distillation, Training, begin
 from aqlm_kernels import AdditiveLinear
 
@@ -43,7 +43,7 @@ class Pupil:
     start: Artifact
     blocks: Mapping[str, tuple[str, nn.Module]]  # those in which anything is quantized, by the file of each
     outside: Mapping[str, nn.Parameter]  # what learns beside them, by name
-    names: Mapping[str, list[str]]  # of each of these, those that the original's files have for it
+    names: Mapping[str, list[str]]  # of each of these, those for which the original's files have it
     data: Distillation
 
     def begin(self, settings: FinetuneConfig) -> Training:
@@ -61,8 +61,8 @@ class Pupil:
 
     def round(self) -> None:
         """To the 16 bits in which all of it will be stored."""
-        for _, block in self.blocks.values():
-            round_to_16_bits(tuned_parameters(block))
+        for prefix, block in self.blocks.values():
+            round_block(block, prefix)
         round_to_16_bits(self.outside)
 
     def save(self, directory: Path) -> None:
@@ -99,7 +99,7 @@ def load_pupil(
     if not settings.embeddings:
         still = {id(parameter) for parameter in head}
         outside = {name: one for name, one in outside.items() if one.ndim == 1 and id(one) not in still}
-    names = names_in_files(student, tensor_index(source.directory))
+    names = names_in_files(student, stored_parameters(student, source))
     if nameless := [name for name in outside if not names[name]]:
         raise ModelError(f"the model's files have no tensor for {nameless[0]}; save the model with save_pretrained")
     for index, (prefix, block) in enumerate(zip(found.paths, found.modules, strict=True)):

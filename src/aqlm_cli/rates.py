@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from aqlm_cli.activations import compute_dtype, run_block
-from aqlm_cli.blocks import BlockCall, linears, replace_module
+from aqlm_cli.blocks import linears, replace_module
 from aqlm_cli.config import RunConfig
 from aqlm_cli.durations import Rates
 from aqlm_cli.forecast import ModelShape, Work
@@ -29,6 +29,7 @@ from aqlm_cli.methods.statistics import LayerStatistics, SecondMoment
 from aqlm_cli.scheme import AdditiveScheme, Scheme, parse_scheme
 from aqlm_cli.storage import digest_file, load_tensors, save_tensors
 from aqlm_cli.tuning.block import BlockData, fit_block
+from aqlm_cli.walk import BlockInput
 from aqlm_kernels import AdditiveLinear, AdditiveMatrix
 
 WIDTHS = (576, 1536)
@@ -40,8 +41,6 @@ SMALL = 1_000_000
 SAMPLES = ((384, 512), (384, 1536))
 """Shapes that stand for all others."""
 
-CALL = BlockCall((), {}, None, batch=1)
-
 
 def measure_rates(model: ModelShape, work: Work, config: RunConfig, character: float) -> Rates:
     """`character` is how long one of text takes to read."""
@@ -51,12 +50,12 @@ def measure_rates(model: ModelShape, work: Work, config: RunConfig, character: f
     rng = torch.Generator().manual_seed(0)
     hidden = torch.randn(2, work.length, block.width, generator=rng).to(device)
     dtype = compute_dtype(device)
-    forward = _best(lambda: run_block(block, CALL, hidden, dtype))
+    forward = _best(lambda: run_block(block, BlockInput.alone(hidden), dtype))
     x = torch.randn(tokens, block.down.in_features, generator=rng).to(device)
     moment = _best(lambda: SecondMoment(x.shape[1], device).add(x.to(dtype)))
     matrices, weight, coupling = _compression(model, work, config, scheme, rng)
     _compress_block(block, scheme, rng)
-    quantized_forward = _best(lambda: run_block(block, CALL, hidden, dtype))
+    quantized_forward = _best(lambda: run_block(block, BlockInput.alone(hidden), dtype))
     per_pass = weights * tokens
     return Rates(
         forward=forward / per_pass,
@@ -168,7 +167,11 @@ def _step(block: _Block, work: Work, config: RunConfig, judging: float, rng: tor
     device = torch.device(config.device)
     steps = 2
     windows = torch.randn(steps * work.fit.batch + 1, work.length, block.width, generator=rng)
-    data = BlockData(windows, windows, CALL, compute_dtype(device), device, per_token=work.fit.error == "per_token")
+
+    def given(chosen: Tensor) -> BlockInput:
+        return BlockInput.alone(windows[chosen].to(device))
+
+    data = BlockData(given, windows, compute_dtype(device), device, per_token=work.fit.error == "per_token")
     training, held_out = torch.arange(len(windows) - 1), torch.tensor([len(windows) - 1])
     once = work.fit.model_copy(update={"epochs": 1})
     seconds = _best(lambda: fit_block(block, data, training, held_out, once, rng))

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import snapshot_download
+from huggingface_hub import list_repo_files, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -29,9 +29,20 @@ from huggingface_hub.errors import (
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from aqlm_cli.errors import ModelError, StorageError, shortened
+from aqlm_cli.errors import ModelError, StorageError
 from aqlm_cli.run_file import parse_yaml
-from aqlm_cli.storage import DTYPES, TensorLayout, digest_file, read_tensor, write_file
+from aqlm_cli.storage import DTYPES, TensorLayout, digest_file, read_tensor, storage_errors, write_file
+from aqlm_cli.support_files import FETCHED, TEMPLATES, support_files
+from aqlm_cli.weight_files import (
+    has_weights,
+    holds_weights,
+    read_settings,
+    refuse_adapter,
+    weight_files,
+    why_no_config,
+    why_no_weights,
+    with_index,
+)
 
 
 @dataclass(frozen=True)
@@ -53,8 +64,9 @@ class ModelSource:
         if self.known_identity is not None:
             return self.known_identity
         suffixes = {".safetensors", ".json", ".jinja", ".model", ".txt", ".py"}
-        files = sorted(path for path in self.directory.iterdir() if path.suffix in suffixes)
-        parts = [f"{path.name} {cached_digest(path, self.cache)}\n" for path in files]
+        names = {path.name for path in self.directory.iterdir() if path.suffix in suffixes}
+        names |= {path.as_posix() for path in support_files(self.directory)}
+        parts = [f"{name} {cached_digest(self.directory / name, self.cache)}\n" for name in sorted(names)]
         return f"sha256:{hashlib.sha256(''.join(parts).encode()).hexdigest()}"
 
 
@@ -83,19 +95,6 @@ ALIASES: Mapping[str, EmbeddedModel] = {
         base_model="HuggingFaceTB/SmolLM2-135M-Instruct",
     )
 }
-
-WEIGHTS = "model.safetensors"
-WEIGHTS_INDEX = "model.safetensors.index.json"
-SUPPORT_FILES = (
-    "tokenizer*",
-    "vocab*",
-    "merges.txt",
-    "added_tokens.json",
-    "special_tokens_map.json",
-    "chat_template*",
-    "generation_config.json",
-)
-"""What a checkpoint needs beside weights and config: tokenizer, chat template, settings for generation."""
 
 
 def default_cache() -> Path:
@@ -129,20 +128,30 @@ def find_gguf(name: str) -> GgufFile | None:
 def directory_source(directory: Path, cache: Path) -> ModelSource:
     """A model that lies on this disk."""
     if not (directory / "config.json").is_file():
-        raise ModelError(f"{directory} has no config.json, so it is not a Hugging Face model")
-    return _with_card(str(directory), directory, cache, None, directory.resolve().name, base_model=None)
+        raise ModelError(why_no_config(directory))
+    refuse_adapter(str(directory), directory)
+    indexed = with_index(directory, cache)
+    if holds_weights(indexed):  # a directory without any can still be planned for
+        weight_files(indexed)
+    return _with_card(str(directory), indexed, cache, None, directory.resolve().name, base_model=None)
 
 
 def hub_source(
     name: str, revision: str | None, cache: Path, with_code: bool = False, with_weights: bool = True
 ) -> ModelSource:
     """A repository of the hub, fetched or taken from the hub's own cache; only safetensors, never pickles."""
-    wanted = ["*.json", "*.jinja", "*.model", "*.txt", "README.md"]
-    wanted += [*(["*.py"] if with_code else []), *(["*.safetensors"] if with_weights else [])]
+    wanted = [*FETCHED, "README.md", *(["*.py"] if with_code else []), *(["*.safetensors"] if with_weights else [])]
     try:
         # Folders of a repository hold the same weights for other programs, and so does Mistral's consolidated file.
         fetched = snapshot_download(
             name, revision=revision, allow_patterns=wanted, ignore_patterns=["*/*", "consolidated*"]
+        )
+        # In the hub's patterns `*` is any text, slashes too: no one call takes a single folder and no other.
+        snapshot_download(
+            name,
+            revision=Path(fetched).name,
+            allow_patterns=[f"{TEMPLATES}/*.jinja"],
+            ignore_patterns=[f"{TEMPLATES}/*/*"],
         )
     except GatedRepoError as error:
         raise ModelError(
@@ -161,7 +170,18 @@ def hub_source(
         ) from error
     directory = Path(fetched)  # .../snapshots/COMMIT
     identity = f"hub:{name}@{directory.name}"
+    refuse_adapter(name, directory)
+    directory = with_index(directory, cache)
+    if with_weights and not has_weights(directory):
+        raise ModelError(why_no_weights(name, _files_on_the_hub(name, directory.name), here=False))
     return _with_card(name, directory, cache, identity, short_name=name.rpartition("/")[2], base_model=name)
+
+
+def _files_on_the_hub(name: str, commit: str) -> list[str]:
+    """Those in the top folder; none where the hub does not answer a second time."""
+    with suppress(HfHubHTTPError, ConnectionError):
+        return [file for file in list_repo_files(name, revision=commit) if "/" not in file]
+    return []
 
 
 def _with_card(
@@ -237,19 +257,10 @@ class StoredTensor:
         return read_tensor(self.file, name)
 
 
-def has_weights(directory: Path) -> bool:
-    return (directory / WEIGHTS_INDEX).is_file() or (directory / WEIGHTS).is_file()
-
-
 def tensor_index(directory: Path) -> dict[str, StoredTensor]:
     """Every tensor of a model directory by name; no weight is read."""
-    index, there = directory / WEIGHTS_INDEX, {path.name for path in directory.iterdir() if path.is_file()}
-    files = _files_of_index(index) if index.is_file() else [WEIGHTS]
     found: dict[str, StoredTensor] = {}
-    for name in files:
-        path = directory / Path(name).name  # never outside of the directory, whatever the index says
-        if path.name not in there:
-            raise ModelError(f"{directory} has no {shortened(name)}; only weights in safetensors are read")
+    for path in weight_files(directory):
         try:
             with safe_open(path, framework="pt") as opened:
                 for tensor in opened.keys():  # noqa: SIM118 - not a dict
@@ -260,38 +271,23 @@ def tensor_index(directory: Path) -> dict[str, StoredTensor]:
     return found
 
 
-def _files_of_index(index: Path) -> list[str]:
-    files = _settings(index).get("weight_map")
-    if not (isinstance(files, dict) and all(isinstance(name, str) for name in files.values())):
-        raise ModelError(f"{index} does not say in which file each tensor lies; fetch the model again")
-    return sorted(set(files.values()))
-
-
 def model_config(source: ModelSource) -> dict[str, Any]:
     """The content of config.json."""
-    return _settings(source.directory / "config.json")
+    return read_settings(source.directory / "config.json")
 
 
 def end_tokens(source: ModelSource) -> set[int]:
     """Those that end a text, as generation_config.json says, or else config.json."""
     path = source.directory / "generation_config.json"
-    ends = (_settings(path) if path.is_file() else model_config(source)).get("eos_token_id")
+    ends = (read_settings(path) if path.is_file() else model_config(source)).get("eos_token_id")
     return {end for end in (ends if isinstance(ends, list) else [ends]) if isinstance(end, int)}
 
 
-def _settings(path: Path) -> dict[str, Any]:
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"{path} cannot be read ({error}); fetch the model, or pack the run, again") from error
-    if not isinstance(settings, dict):
-        raise ModelError(f"{path} holds no settings of a model; fetch the model again")
-    return settings
-
-
 def save_support_files(source: ModelSource, directory: Path) -> None:
-    """Copy tokenizer, chat template and generation settings, as they are; with remote code also the code."""
-    patterns = [*SUPPORT_FILES, *(["*.py"] if source.trust_remote_code else [])]
-    for path in sorted({path for pattern in patterns for path in source.directory.glob(pattern)}):
-        if path.is_file():
-            write_file(directory / path.name, path.read_bytes())
+    """Copy what tokenizer, processor and generation read, as it is; with remote code also the code."""
+    code = sorted(source.directory.glob("*.py")) if source.trust_remote_code else []
+    names = [*support_files(source.directory), *(path.relative_to(source.directory) for path in code)]
+    for name in names:
+        with storage_errors(directory / name):
+            (directory / name).parent.mkdir(parents=True, exist_ok=True)
+        write_file(directory / name, (source.directory / name).read_bytes())

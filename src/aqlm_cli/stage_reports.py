@@ -81,7 +81,8 @@ class CalibrationReport(StageReport):
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizeReport(StageReport):
-    """`mean_relative_error` is the geometric mean over the layers of tr(dW H dW^T) / tr(W H W^T)."""
+    """`mean_relative_error` is the geometric mean over the layers of tr(dW H dW^T) / tr(W H W^T), in 16 bits and before
+    blocks are fitted."""
 
     model: str
     scheme: str

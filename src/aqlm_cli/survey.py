@@ -16,7 +16,6 @@ from aqlm_cli.blocks import count_parameters, describe_layers, find_blocks
 from aqlm_cli.checkpoint import checkpoint_bytes
 from aqlm_cli.config import QuantizeConfig, RunConfig
 from aqlm_cli.errors import ConfigError, PlanError
-from aqlm_cli.export import checkpoint_layouts
 from aqlm_cli.forecast import (
     BlockShape,
     ModelShape,
@@ -27,13 +26,14 @@ from aqlm_cli.forecast import (
     within_memory,
     work_of,
 )
+from aqlm_cli.layout import lay_out
 from aqlm_cli.mixture import share_windows
 from aqlm_cli.model import ModelSource, load_skeleton, plan_of_checkpoint, resolve, saved_layouts, tensor_index
 from aqlm_cli.plan import Plan, Target, make_plan
 from aqlm_cli.report import PlanReport
 from aqlm_cli.scheme import AdditiveScheme, Scheme, parse_scheme
-from aqlm_cli.sources import has_weights
 from aqlm_cli.units import parse_bytes
+from aqlm_cli.weight_files import has_weights
 from aqlm_cli.wording import readable_bytes
 from aqlm_kernels import choose, smallest
 
@@ -49,7 +49,8 @@ class Survey:
 def survey(config: RunConfig, with_weights: bool = True) -> Survey:
     """Of the model that the settings name; `with_weights` False fetches none from the hub.
 
-    Raises ConfigError where the settings ask for other codes than those of the checkpoint that they name.
+    Raises ConfigError where the settings ask for other codes than those of the checkpoint that they name, and PlanError
+    where what comes of them could not be packed.
     """
     source = resolve(config.model, config.revision, config.trust_remote_code, with_weights=with_weights)
     network, section = load_skeleton(source), config.quantize
@@ -57,12 +58,12 @@ def survey(config: RunConfig, with_weights: bool = True) -> Survey:
     if section.checkpoint is None:
         plan = make_plan(layers, count, parse_scheme(section.scheme), section.skip, section.only)
     else:
-        plan = plan_of_checkpoint(checkpoint_of(config), source, layers, count)
+        plan = plan_of_checkpoint(checkpoint_of(config), source, network, layers, count)
         _refuse_other_codes(section, str(plan.scheme))
     there = tensor_index(source.directory) if has_weights(source.directory) else None
     stored = saved_layouts(network) if there is None else {name: tensor.layout for name, tensor in there.items()}
-    layouts = checkpoint_layouts(stored, plan.schemes, config.pack.format, _fitted(network, plan))
-    return Survey(source, plan, model_shape(network, plan), checkpoint_bytes(layouts))
+    layout = lay_out(network, stored, plan.schemes, config.pack.format, _fitted(network, plan))
+    return Survey(source, plan, model_shape(network, plan), checkpoint_bytes(layout.tensors))
 
 
 def _refuse_other_codes(section: QuantizeConfig, scheme: str) -> None:

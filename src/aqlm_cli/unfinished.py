@@ -3,6 +3,7 @@
 In `quantized.partial/work/`, beside the files of the finished blocks:
 
     hidden-007.activations    what enters block 7. That this file exists means that blocks 0 to 6 are finished
+    handed-007/               what the blocks before it hand on beside hidden states, in families where they do
     targets.activations       what the original block makes of it; worthless after an interruption
     block-006.json            what was measured of a finished block
     <path>.safetensors        a finished matrix of the present block, before the block is fitted
@@ -41,6 +42,15 @@ class Unfinished:
     def hidden(self, block: int) -> Path:
         """The states that enter a block."""
         return self.directory / f"hidden-{block:03d}.activations"
+
+    def handed(self, block: int) -> Path:
+        """What enters a block beside the states."""
+        return self.directory / f"handed-{block:03d}"
+
+    @property
+    def handing(self) -> Path:
+        """The same of the next block, while it is made."""
+        return self.directory / "handed.partial"
 
     @property
     def targets(self) -> Path:

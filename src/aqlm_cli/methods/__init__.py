@@ -1,8 +1,8 @@
 """The methods: a weight matrix and what is known of its inputs go in, a compressed matrix comes out.
 
-A compressed matrix is a frozen record with the members `kind`, `tensors()`, `from_tensors()`, `dequantize()` and
-`bits()`. A new method is one file, one row in `METHODS`, and, where its matrices are of a new kind, one row in
-`MATRIX_KINDS`.
+A compressed matrix is a frozen record with the members `kind`, `tensors()`, `from_tensors()`, `dequantize()`,
+`stored()` and `bits()`. A new method is one file, one row in `METHODS`, and, where its matrices are of a new kind, one
+row in `MATRIX_KINDS`.
 """
 
 from __future__ import annotations

@@ -11,13 +11,15 @@ the codes are found from scratch for the new codebooks. Against AQLM's own proce
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from aqlm_cli.codesearch import CodeSearch, code_search, sum_of_entries
 from aqlm_cli.config import SearchConfig
 from aqlm_cli.errors import QuantizationError
-from aqlm_cli.methods.codebooks import Approximation, improve_codebooks, improve_scales
+from aqlm_cli.methods.codebooks import Approximation, improve_codebooks, improve_scales, starting_scales
 from aqlm_cli.methods.feedback import Rounder, sweep
 from aqlm_cli.methods.kmeans import residual_kmeans
 from aqlm_cli.methods.published import quantize_as_published
@@ -30,22 +32,39 @@ from aqlm_cli.methods.statistics import (
     most_active_first,
 )
 from aqlm_cli.scheme import AdditiveScheme, Scheme
-from aqlm_kernels import AdditiveMatrix
+from aqlm_kernels import AdditiveMatrix, balanced
 
 
 @torch.no_grad()
 def quantize(
     weight: Tensor, statistics: LayerStatistics, scheme: Scheme, rng: torch.Generator, settings: SearchConfig
 ) -> AdditiveMatrix:
-    """Compress W `[out, in]` float32. Raises QuantizationError where W or H hold NaN or infinity."""
+    """Compress W `[out, in]` float32, with codebooks and scales in the range of float16 as far as there is such a pair.
+
+    Raises QuantizationError where W or H hold NaN or infinity.
+    """
     assert isinstance(scheme, AdditiveScheme)
     if not bool(weight.isfinite().all()):
         raise QuantizationError("the weight holds NaN or infinite values; the model is damaged")
     if not bool(statistics.second_moment.isfinite().all()):
         raise QuantizationError("its inputs hold NaN or infinite values; the model is damaged or overflows")
     recipe = {"ldlq": _quantize, "published": quantize_as_published}[settings.recipe]
-    found = recipe(weight, statistics, scheme, rng, settings)
-    return AdditiveMatrix(codes=found.codes, codebooks=found.codebooks, scales=found.scales)
+    unit = _unit(weight)
+    found = recipe(weight / unit, statistics, scheme, rng, settings)
+    scales = (unit * found.scales).masked_fill((weight == 0).all(dim=1), 0)
+    return balanced(AdditiveMatrix(codes=found.codes, codebooks=found.codebooks, scales=scales))
+
+
+ORDINARY = 2.0**-10, 2.0**10
+"""The search squares weights, and some of its thresholds and rates are absolute: for largest weights between these."""
+
+
+def _unit(weight: Tensor) -> float:
+    """1 for ordinary weights, else the power of two next above the largest, by which float32 divides exactly."""
+    largest = float(weight.abs().max())
+    if largest == 0 or ORDINARY[0] <= largest <= ORDINARY[1]:
+        return 1.0
+    return float(2.0 ** min(max(math.frexp(largest)[1], -126), 126))
 
 
 def _quantize(
@@ -83,7 +102,7 @@ def _start(
     search: CodeSearch,
 ) -> Approximation:
     """Row norms as scales, and k-means weighted by the diagonal of the LDL."""
-    scales = weight.norm(dim=1) + 1e-9  # a row of zeros must not divide by zero
+    scales = starting_scales(weight)
     codes, codebooks = residual_kmeans(
         (weight / scales[:, None]).view(len(weight), -1, scheme.group_size),
         scales.square(),

@@ -29,6 +29,12 @@ class Approximation:
     scales: Tensor  # [out] float32
 
 
+def starting_scales(weight: Tensor) -> Tensor:
+    """Row norms `[out]`; no row of zeros divides by zero."""
+    norms = weight.norm(dim=1)
+    return torch.where((norms > 0) & (norms < 1e-6), norms, norms + 1e-9)  # which would be felt in the norms left out
+
+
 def improve_codebooks(
     weights: Tensor,  # [out, in], divided by the scales
     damped: Tensor,  # H [in, in]

@@ -35,8 +35,8 @@ class Task:
 class Compressed:
     path: str
     weights: int  # how many the matrix stands for
-    matrix: CompressedMatrix
-    relative_error: float
+    matrix: CompressedMatrix  # in float32, for the block may be fitted before it is rounded
+    relative_error: float  # of the matrix rounded to the 16 bits of a checkpoint
     seconds: float
 
 
@@ -59,7 +59,7 @@ def compress_all(
             matrix = method(task.weight, task.statistics, task.scheme, generator(seed, task.path), settings)
         except QuantizationError as error:
             raise QuantizationError(f"{task.path}: {error}") from error
-        relative_error = task.statistics.relative_error(task.weight, matrix.dequantize())
+        relative_error = task.statistics.relative_error(task.weight, _stored(matrix, task.path).dequantize())
         if not math.isfinite(relative_error):
             raise QuantizationError(f"{task.path}: its error is {relative_error}; another seed or scheme may help")
         return Compressed(task.path, task.weight.numel(), matrix, relative_error, time.monotonic() - started)
@@ -81,6 +81,16 @@ def compress_all(
             pool.shutdown(cancel_futures=True)
     torch.set_num_threads(threads)  # where torch is built without OpenMP it keeps one number for all Python threads
     return results
+
+
+def _stored(matrix: CompressedMatrix, path: str) -> CompressedMatrix:
+    """In the 16 bits in which it will be stored. Raises QuantizationError where they cannot hold it."""
+    stored = matrix.stored()
+    if not all(bool(tensor.isfinite().all()) for tensor in stored.tensors().values()):
+        raise QuantizationError(
+            f"{path}: its weights are too large for codebooks or scales in float16; leave it out with --skip"
+        )
+    return stored
 
 
 def _safely_parallel(workers: int) -> int:

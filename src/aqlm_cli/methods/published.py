@@ -13,7 +13,7 @@ from torch import Tensor
 
 from aqlm_cli.codesearch import CodeSearch, code_search
 from aqlm_cli.config import SearchConfig
-from aqlm_cli.methods.codebooks import Approximation
+from aqlm_cli.methods.codebooks import Approximation, starting_scales
 from aqlm_cli.methods.feedback import sweep
 from aqlm_cli.methods.kmeans import residual_kmeans
 from aqlm_cli.methods.statistics import Feedback, LayerStatistics, diagonal_blocks
@@ -39,7 +39,7 @@ def quantize_as_published(
 def _start(
     weight: Tensor, scheme: AdditiveScheme, rng: torch.Generator, settings: SearchConfig, search: CodeSearch
 ) -> Approximation:
-    scales = weight.norm(dim=1) + 1e-9  # a row of zeros must not divide by zero
+    scales = starting_scales(weight)
     rows = (weight / scales[:, None]).view(len(weight), -1, scheme.group_size)  # [out, n, g]
     codes, codebooks = residual_kmeans(
         rows,

@@ -9,7 +9,7 @@ from aqlm_cli.model.coded import plan_of_checkpoint
 from aqlm_cli.model.decoding import Decoding, decoding_of, open_decoding
 from aqlm_cli.model.head import Halves, halves_of
 from aqlm_cli.model.loading import (
-    is_coded,
+    Network,
     load_block,
     load_config,
     load_network,
@@ -19,6 +19,8 @@ from aqlm_cli.model.loading import (
     load_without,
     saved_layouts,
 )
+from aqlm_cli.model.names import Placement, names_of_codes, placements, stored_parameters
+from aqlm_cli.model.quantization import is_coded
 from aqlm_cli.model.resolve import Subject, find_subject, original_of, resolve
 from aqlm_cli.model.sampling import open_sampling
 from aqlm_cli.model.tokenizing import open_tokenizer, refuse_unknown_tokens
@@ -28,6 +30,8 @@ __all__ = [
     "Decoding",
     "Halves",
     "ModelSource",
+    "Network",
+    "Placement",
     "Subject",
     "attend_blockwise",
     "decoding_of",
@@ -43,14 +47,17 @@ __all__ = [
     "load_tokenizer",
     "load_without",
     "model_config",
+    "names_of_codes",
     "open_decoding",
     "open_sampling",
     "open_tokenizer",
     "original_of",
+    "placements",
     "plan_of_checkpoint",
     "refuse_unknown_tokens",
     "resolve",
     "save_support_files",
     "saved_layouts",
+    "stored_parameters",
     "tensor_index",
 ]

@@ -5,20 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from aqlm_cli.errors import ModelError, UsageError
-from aqlm_cli.model.loading import is_coded
+from aqlm_cli.model.loading import Network
+from aqlm_cli.model.names import CODED, places_of_codes
+from aqlm_cli.model.quantization import is_coded
 from aqlm_cli.plan import Layer, Plan, Target
 from aqlm_cli.scheme import AdditiveScheme
 from aqlm_cli.sources import ModelSource, StoredTensor, model_config, tensor_index
 
 
 def plan_of_checkpoint(
-    checkpoint: ModelSource, original: ModelSource, layers: Sequence[Layer], parameters: int
+    checkpoint: ModelSource, original: ModelSource, network: Network, layers: Sequence[Layer], parameters: int
 ) -> Plan:
     """The plan by which the layers of the original became those of the checkpoint, whoever followed it.
 
-    `layers` are those in the original's blocks, and it has so many `parameters` in all. Raises ModelError where there
-    can be no such plan: no codes at all, codes outside of these layers or of other shapes, or of several schemes, which
-    the format could not name again.
+    `network` is the original's, `layers` are those in its blocks, and it has so many `parameters` in all. Raises
+    ModelError where there can be no such plan: no codes at all, codes outside of these layers or of other shapes, or of
+    several schemes, which the format could not name again.
     """
     if not is_coded(checkpoint):
         raise ModelError(
@@ -32,14 +34,17 @@ def plan_of_checkpoint(
             "made from with --teacher"
         )
     stored = tensor_index(checkpoint.directory)
-    coded = {name.removesuffix(".codes") for name in stored if name.endswith(".codes")}
-    outside = sorted(coded - {layer.path for layer in layers if layer.reason is None})
+    coded = {
+        path: {last: stored[name] for last, name in names.items()}
+        for path, names in places_of_codes(network, stored).items()
+    }
+    outside = sorted(coded.keys() - {layer.path for layer in layers if layer.reason is None})
     if outside:
         raise ModelError(
             f"{checkpoint.name} has codes for {outside[0]}, and only those of linear layers in the blocks of "
             f"{original.name} can be taken over"
         )
-    schemes = {layer.path: _scheme(checkpoint, layer, stored) for layer in layers if layer.path in coded}
+    schemes = {layer.path: _scheme(checkpoint, layer, coded[layer.path]) for layer in layers if layer.path in coded}
     names = sorted({str(scheme) for scheme in schemes.values()})
     if len(names) != 1:
         raise ModelError(f"{checkpoint.name} has layers of {len(names)} schemes ({', '.join(names)}); it must have one")
@@ -51,10 +56,9 @@ def plan_of_checkpoint(
     return Plan(tuple(targets), parameters - sum(target.weights for target in targets))
 
 
-def _scheme(checkpoint: ModelSource, layer: Layer, stored: Mapping[str, StoredTensor]) -> AdditiveScheme:
+def _scheme(checkpoint: ModelSource, layer: Layer, tensors: Mapping[str, StoredTensor]) -> AdditiveScheme:
     """That of one layer, by the shapes of its tensors (aqlm_kernels/checkpoint.py)."""
-    names = [name for name in ("codes", "codebooks", "scales") if f"{layer.path}.{name}" in stored]
-    shapes = {name: list(stored[f"{layer.path}.{name}"].shape) for name in names}
+    shapes = {name: list(tensors[name].shape) for name in CODED if name in tensors}
     found = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
     try:
         (_, groups, _), (num_codebooks, size, _, group_size) = shapes["codes"], shapes["codebooks"]
@@ -66,7 +70,7 @@ def _scheme(checkpoint: ModelSource, layer: Layer, stored: Mapping[str, StoredTe
         "codebooks": [num_codebooks, scheme.codebook_size, 1, group_size],
         "scales": [layer.out_features, 1, 1, 1],
     }
-    bias = f"{layer.path}.bias" in stored
+    bias = "bias" in tensors
     if shapes != wanted or groups * group_size != layer.in_features or bias != layer.bias:
         raise ModelError(
             f"{checkpoint.name}: {layer.path} has {found} and {'a' if bias else 'no'} bias, and the original there "

@@ -16,7 +16,9 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from aqlm_cli.config import Head
-from aqlm_cli.model.loading import LAYER_TENSORS, is_coded, load_network
+from aqlm_cli.model.loading import load_network
+from aqlm_cli.model.names import CODED
+from aqlm_cli.model.quantization import is_coded
 from aqlm_cli.sources import ModelSource, model_config, tensor_index
 from aqlm_cli.storage import load_tensors
 from aqlm_kernels import AdditiveLinear, ByteRows, Decoder, DecoderBlock, KernelError, choose, from_checkpoint, smallest
@@ -137,7 +139,7 @@ class Parts(NamedTuple):
         tensors = {name: tensor for file in files for name, tensor in load_tensors(file).items()}
         layers = {}
         for path in [name.removesuffix(".codes") for name in tensors if name.endswith(".codes")]:
-            own = {name: tensors.pop(f"{path}.{name}") for name in LAYER_TENSORS if f"{path}.{name}" in tensors}
+            own = {name: tensors.pop(f"{path}.{name}") for name in (*CODED, "bias") if f"{path}.{name}" in tensors}
             if {"codebooks", "scales"} <= own.keys():
                 layers[path] = AdditiveLinear(from_checkpoint(own), own.get("bias")).requires_grad_(False)
         return cls(config, layers, tensors)

@@ -10,8 +10,11 @@ follow.
 
 from __future__ import annotations
 
+import itertools
+import math
 import mmap
 import struct
+from dataclasses import dataclass
 from pathlib import Path
 
 from aqlm_cli.errors import ModelError
@@ -19,45 +22,106 @@ from aqlm_cli.errors import ModelError
 MOST_VALUES = 4_000_000
 """Of all settings together; gguf's reader takes 600 bytes for each. The largest vocabularies have a third as many."""
 
+MOST_DIMENSIONS = 4
+
 # Their codes in the file, as `struct` has them.
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 
+_KEPT = ("split.no", "split.count", "split.tensors.count", "general.alignment")
+"""Settings that say how to read the file, and not what is in it."""
 
-def check_header(path: Path) -> int:
-    """The number of tensors in the file; ModelError if its header does not fit into it."""
+
+@dataclass(frozen=True)
+class GgufTensor:
+    """A tensor as the header names it."""
+
+    path: Path  # of the file that holds it
+    name: str
+    shape: tuple[int, ...]  # as torch has it: GGUF counts the dimensions from the last
+    kind: int  # the code of its type
+    start: int  # of its bytes, in the file
+    room: int  # bytes up to the next tensor, or to the end of the file
+    alignment: int  # that of the file: room may be longer than its bytes by less than this
+
+    @property
+    def count(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class GgufHeader:
+    path: Path
+    settings: bytes  # all keys and values, as they stand in the file
+    settings_count: int
+    numbers: dict[str, int]  # those of _KEPT, and the count of blocks as "block_count"
+    tensors: tuple[GgufTensor, ...]
+    alignment: int
+
+
+def read_header(path: Path) -> GgufHeader:
+    """ModelError if the header does not fit into the file."""
     try:
         with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            return _Header(data).walk()
+            return _Walk(path, data).header()
     except (OSError, ValueError, struct.error) as error:  # ValueError: an empty file; struct.error: its end
         raise ModelError(f"{path} cannot be converted: it is no whole GGUF file ({error})") from error
 
 
-class _Header:
-    def __init__(self, data: mmap.mmap) -> None:
-        self._data, self._position, self._values, self._order = data, 0, 0, "<"
+class _Walk:
+    def __init__(self, path: Path, data: mmap.mmap) -> None:
+        self._path, self._data, self._position, self._values = path, data, 0, 0
+        self._numbers: dict[str, int] = {}
 
-    def walk(self) -> int:
+    def header(self) -> GgufHeader:
         if self._bytes(4) != b"GGUF":
             raise ValueError("it does not begin with GGUF")
-        if self._number("I") & 0xFFFF == 0:  # a version, written by a machine of the other byte order
-            self._order = ">"
+        version = self._number("I")
+        if version & 0xFFFF == 0:
+            raise ModelError(f"{self._path} is big-endian; run `gguf-convert-endian {self._path} little`, then use it")
+        if version not in (2, 3):
+            raise ValueError(f"version {version}, where 2 and 3 are read")
         tensors, settings = self._count(least=24), self._count(least=13)
+        begin = self._position
         for _ in range(settings):
-            self._setting(tensors)
-        for _ in range(tensors):
-            self._bytes(self._count(least=1))
-            self._bytes(8 * self._number("I") + struct.calcsize("I"))
-            if self._number("Q") > len(self._data):
-                raise ValueError("a tensor beyond its end")
-        return tensors
+            self._setting()
+        kept = self._data[begin : self._position]
+        infos = [self._tensor() for _ in range(tensors)]
+        alignment = self._numbers.get("general.alignment", 32)
+        if alignment <= 0 or alignment & (alignment - 1) or alignment > len(self._data):
+            raise ValueError(f"an alignment of {alignment}")
+        return GgufHeader(self._path, kept, settings, self._numbers, self._placed(infos, alignment), alignment)
 
-    def _setting(self, tensors: int) -> None:
+    def _placed(self, infos: list[tuple[str, tuple[int, ...], int, int]], alignment: int) -> tuple[GgufTensor, ...]:
+        """The tensors, each with the room up to what follows it."""
+        start, end = -(-self._position // alignment) * alignment, len(self._data)
+        places = sorted({start + offset for *_, offset in infos} | {end})
+        following = dict(itertools.pairwise(places))
+        rooms = {place: following.get(place, end) - place for place in places}
+        return tuple(
+            GgufTensor(self._path, name, shape, kind, start + offset, rooms[start + offset], alignment)
+            for name, shape, kind, offset in infos
+        )
+
+    def _tensor(self) -> tuple[str, tuple[int, ...], int, int]:
+        name = self._bytes(self._count(least=1)).decode()
+        dimensions = self._number("I")
+        if dimensions > MOST_DIMENSIONS:
+            raise ValueError(f"{dimensions} dimensions of a tensor")
+        shape = tuple(reversed([self._number("Q") for _ in range(dimensions)]))
+        kind, offset = self._number("I"), self._number("Q")
+        if offset > len(self._data):
+            raise ValueError("a tensor beyond its end")
+        return name, shape, kind, offset
+
+    def _setting(self) -> None:
         key, kind = self._bytes(self._count(least=1)), self._number("I")
         if kind in _NUMBERS:
-            value = self._number(_NUMBERS[kind])
-            if key.endswith(b".block_count") and value > tensors:
-                raise ValueError(f"{value} blocks, {tensors} tensors")
+            value, name = self._number(_NUMBERS[kind]), key.decode(errors="replace")
+            if name in _KEPT:
+                self._numbers[name] = value
+            elif name.endswith(".block_count"):
+                self._numbers["block_count"] = max(value, self._numbers.get("block_count", 0))
         elif kind == _ARRAY:
             self._array()
         else:
@@ -88,7 +152,7 @@ class _Header:
         return count
 
     def _number(self, kind: str) -> int:
-        (value,) = struct.unpack(self._order + kind, self._bytes(struct.calcsize(kind)))
+        (value,) = struct.unpack("<" + kind, self._bytes(struct.calcsize("<" + kind)))
         return int(value) if kind not in "fd" else 0
 
     def _bytes(self, count: int) -> bytes:

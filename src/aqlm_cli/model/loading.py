@@ -11,9 +11,9 @@ transformers' networks take a second to import, and not every command needs one:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 import transformers
@@ -22,14 +22,15 @@ from torch import nn
 from aqlm_cli.blocks import count_parameters, find_blocks, replace_module
 from aqlm_cli.errors import AqlmError, ModelError, shortened
 from aqlm_cli.model.bounds import MOST_PARTS, NUMBERS_PER_BYTE, PARAMETERS_PER_TENSOR, at_most, refuse_hostile
-from aqlm_cli.sources import ModelSource, StoredTensor, has_weights, model_config, tensor_index
+from aqlm_cli.model.names import places_of_codes
+from aqlm_cli.model.quantization import is_coded, refuse_quantized
+from aqlm_cli.sources import ModelSource, StoredTensor, model_config, tensor_index
 from aqlm_cli.storage import TensorLayout
+from aqlm_cli.weight_files import has_weights
 from aqlm_kernels import AdditiveLinear, from_checkpoint
 
 Module = TypeVar("Module", bound=nn.Module)
-
-LAYER_TENSORS = ("codes", "codebooks", "scales", "bias")
-"""What an AQLM checkpoint may hold of one layer."""
+Network: TypeAlias = transformers.PreTrainedModel
 
 
 def load_network(
@@ -64,31 +65,30 @@ def load_outside(
 def load_without(
     source: ModelSource, paths: Sequence[str], dtype: torch.dtype, device: str | torch.device = "cpu"
 ) -> transformers.PreTrainedModel:
-    """The model with an identity in the place of each module at `paths`, whose weights are not read."""
+    """The model with modules at `paths` that list no weights; theirs are not read."""
     with quiet():
         return _prepared(_load_without(source, load_config(source), paths, dtype), device)
 
 
 def load_block(source: ModelSource, index: int, dtype: torch.dtype, device: str | torch.device = "cpu") -> nn.Module:
     """One block of the model, as `load_network` would give it; nothing else is read."""
-    skeleton, config = load_skeleton(source), load_config(source)
-    kept = find_blocks(skeleton).paths[index]
-    config.tie_word_embeddings = False  # they are left out, too
+    skeleton = load_skeleton(source)
+    path = find_blocks(skeleton).paths[index]
+    # A block may share weights with an earlier one, and the files have them under the name of either.
+    sharing = {name for pair in skeleton.all_tied_weights_keys.items() if _inside(path, pair) for name in pair}
+    kept = [path, *sorted({name.rpartition(".")[0] for name in sharing if not name.startswith(f"{path}.")})]
     with quiet():
-        network = _load_without(source, config, _outside(skeleton, kept), dtype)
-    return _prepared(network.get_submodule(kept), device)
+        network = _load_without(source, load_config(source), [""], dtype, kept)
+    return _prepared(network.get_submodule(path), device)
 
 
-def _outside(network: nn.Module, kept: str) -> list[str]:
-    """Paths of the largest modules with weights that neither hold nor belong to the one at `kept`."""
-    paths = [path for path, module in network.named_modules() if any(True for _ in module.parameters())]
-    ancestors = {kept.rsplit(".", count)[0] for count in range(kept.count(".") + 1)} | {""}
-    return [path for path in paths if path not in ancestors and path.rpartition(".")[0] in ancestors - {kept}]
+def _inside(path: str, names: Iterable[str]) -> bool:
+    return any(name.startswith(f"{path}.") for name in names)
 
 
 def load_skeleton(source: ModelSource) -> transformers.PreTrainedModel:
     """The model with modules, names and shapes, and no numbers: all that a plan needs. What is quantized has none."""
-    _refuse_quantized(source)
+    refuse_quantized(source)
     return _skeleton(source, load_config(source))
 
 
@@ -159,24 +159,6 @@ def _skeleton(source: ModelSource, config: transformers.PreTrainedConfig) -> tra
     return network
 
 
-def is_coded(source: ModelSource) -> bool:
-    """Whether it is an AQLM checkpoint."""
-    return _quantization(source) == "aqlm"
-
-
-def _refuse_quantized(source: ModelSource) -> None:
-    if _quantization(source) is not None:
-        raise ModelError(
-            f"{source.name} is quantized already, with {_quantization(source)}; use the model it was made from"
-        )
-
-
-def _quantization(source: ModelSource) -> str | None:
-    """What config.json says of how weights are stored; None for ordinary ones."""
-    settings = model_config(source).get("quantization_config")
-    return str(settings.get("quant_method")) if isinstance(settings, dict) else None
-
-
 def first_line(error: Exception) -> str:
     return shortened(str(error).strip().partition("\n")[0] or type(error).__name__, 300)
 
@@ -209,31 +191,38 @@ def _load(source: ModelSource, dtype: torch.dtype, **options: Any) -> transforme
 
 
 def _load_without(
-    source: ModelSource, config: transformers.PreTrainedConfig, paths: Sequence[str], dtype: torch.dtype
+    source: ModelSource,
+    config: transformers.PreTrainedConfig,
+    paths: Sequence[str],
+    dtype: torch.dtype,
+    kept: Collection[str] = (),
 ) -> transformers.PreTrainedModel:
     from aqlm_cli.model.leave_out import leaving_out
 
-    config.quantization_config = leaving_out(paths)
+    config.quantization_config = leaving_out(paths, kept)
     return _load(source, dtype, config=config)
 
 
 def _load_coded(source: ModelSource, dtype: torch.dtype) -> transformers.PreTrainedModel:
     config, stored = load_config(source), tensor_index(source.directory)
-    plain = dict(_skeleton(source, config).named_modules())
-    paths = sorted(name.removesuffix(".codes") for name in stored if name.endswith(".codes"))
-    layers = {path: _additive_linear(source, plain.get(path), path, stored) for path in paths}
-    network = _load_without(source, config, paths, dtype)
+    skeleton = _skeleton(source, config)
+    plain, places = dict(skeleton.named_modules()), places_of_codes(skeleton, stored)
+    layers = {path: _additive_linear(source, plain.get(path), path, names, stored) for path, names in places.items()}
+    network = _load_without(source, config, sorted(places), dtype)
     for path, layer in layers.items():
         replace_module(network, path, layer)
     return network
 
 
 def _additive_linear(
-    source: ModelSource, plain: nn.Module | None, path: str, stored: Mapping[str, StoredTensor]
+    source: ModelSource,
+    plain: nn.Module | None,
+    path: str,
+    names: Mapping[str, str],
+    stored: Mapping[str, StoredTensor],
 ) -> AdditiveLinear:
-    """The layer that takes the place of `plain` at `path`."""
-    names = [name for name in LAYER_TENSORS if f"{path}.{name}" in stored]
-    tensors = {name: stored[f"{path}.{name}"].read(f"{path}.{name}") for name in names}
+    """The layer that takes the place of `plain` at `path`; `names` are those of its tensors in the files."""
+    tensors = {last: stored[name].read(name) for last, name in names.items()}
     if not isinstance(plain, nn.Linear) or not {"codebooks", "scales"} <= tensors.keys():
         raise ModelError(f"{source.name} has codes for {path}, which is no linear layer that they could restore")
     matrix = from_checkpoint(tensors)

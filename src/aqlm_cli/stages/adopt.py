@@ -18,7 +18,7 @@ from aqlm_cli.config import RunConfig
 from aqlm_cli.errors import ModelError
 from aqlm_cli.events import Advanced, Emit, Noted, StageStarted, Warned
 from aqlm_cli.memory import peak_memory_bytes, reset_peak_memory
-from aqlm_cli.model import ModelSource, load_config, load_network, load_without, tensor_index
+from aqlm_cli.model import ModelSource, load_config, load_network, load_without, stored_parameters
 from aqlm_cli.pupil import names_in_files, outside_blocks
 from aqlm_cli.quantized import OUTSIDE, block_file, save_block
 from aqlm_cli.runs import open_run
@@ -95,7 +95,7 @@ def fitting_network(config: RunConfig, known: Survey) -> tuple[nn.Module, dict[s
         owner = checkpoint if alone[0] in there else source
         raise ModelError(f"{checkpoint.name} was not made from {source.name}: only {owner.name} has {alone[0]}")
     outside, learnt = outside_blocks(network), dict[str, Tensor]()
-    names = names_in_files(original, tensor_index(source.directory))
+    names = names_in_files(original, stored_parameters(original, source))
     for name in sorted(there):
         if there[name].shape != wanted[name].shape:
             shapes = f"{list(there[name].shape)} there and {list(wanted[name].shape)} in {source.name}"

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from aqlm_cli.activations import autocast, compute_dtype, entering_states, run_block
+from aqlm_cli.activations import Handed, autocast, compute_dtype, run_block
 from aqlm_cli.artifacts import Stage
-from aqlm_cli.blocks import last_logits, linears
+from aqlm_cli.blocks import linears
 from aqlm_cli.config import RunConfig
 from aqlm_cli.data import calibration_windows
 from aqlm_cli.errors import QuantizationError
@@ -28,7 +28,7 @@ from aqlm_cli.events import Advanced, Emit, Noted, StageStarted
 from aqlm_cli.forecast import Cost
 from aqlm_cli.memory import peak_memory_bytes, reset_peak_memory
 from aqlm_cli.model import ModelSource, load_block, load_tokenizer, refuse_unknown_tokens, resolve
-from aqlm_cli.propagation import route_of
+from aqlm_cli.propagation import entering_states, walk_through
 from aqlm_cli.runs import open_run
 from aqlm_cli.stage_reports import CalibrationReport, restored
 from aqlm_cli.storage import disk_bytes, save_tensors
@@ -94,18 +94,23 @@ def _teacher_statistics(
     With one block's weights in memory at a time, and hidden states in a file in `work`.
     """
     dtype = compute_dtype(device)
-    network, route = route_of(source, ids, device)
-    _refuse_damaged(network, "")
+    walk = walk_through(source, ids, device, emit)
+    _refuse_damaged(walk.network, "")
     windows = torch.arange(len(ids)).split(1)
-    hidden = entering_states(network, ids, 1, device, work / "hidden.activations")
-    emit(StageStarted(STAGE, len(route.paths), "block"))
+    hidden = entering_states(walk, ids, 1, work / "hidden.activations")
+    handed, handing = Handed(work / "handed"), Handed(work / "handed.partial")
+    emit(StageStarted(STAGE, len(walk.paths), "block"))
     moments: dict[str, Tensor] = {}
-    for index, prefix in enumerate(route.paths):
+    for index, prefix in enumerate(walk.paths):
         block = load_block(source, index, torch.float32, device)
         _refuse_damaged(block, prefix)
         with _mean_squares(block, prefix, ids.numel()) as sums:
             for window in windows:
-                hidden[window] = run_block(block, route.calls[index], hidden[window].to(device), dtype).cpu()
+                given = walk.given(index, ids[window], hidden[window], handed[window])
+                output, handing[window] = run_block(block, given, dtype)
+                hidden[window] = output.cpu()
+        handed.remove()
+        handing.rename(handed.directory)
         for path, entries in sums.items():
             if not bool(entries.isfinite().all()):
                 raise QuantizationError(f"{path}: its inputs hold NaN or infinite values; the model overflows")
@@ -114,7 +119,7 @@ def _teacher_statistics(
     total = 0.0
     for window in windows:
         with autocast(device, dtype):
-            logits = last_logits(network, route.calls, ids[window].to(device), hidden[window].to(device))[0]
+            logits = walk.logits(ids[window], hidden[window], handed[window])[0]
         total += float(F.cross_entropy(logits[:-1].float(), ids[window][0, 1:].to(device)))
     if not math.isfinite(total):
         raise QuantizationError("the loss of the original model is not finite; its activations overflow")

@@ -16,15 +16,15 @@ from typing import Any
 from aqlm_cli.artifacts import Artifact, remedy
 from aqlm_cli.checkpoint import Entry, total_bytes, write_checkpoint
 from aqlm_cli.errors import ArtifactError
-from aqlm_cli.events import Emit, Noted
-from aqlm_cli.export import QuantizedLayer, as_codes, checkpoint_entries, quantized_layers
+from aqlm_cli.events import Emit, Noted, Warned
+from aqlm_cli.export import QuantizedLayer, narrowing_losses, packed_checkpoint, quantized_layers
 from aqlm_cli.forecast import Cost
+from aqlm_cli.layout import WITH_CODES, Layout
 from aqlm_cli.memory import peak_memory_bytes, reset_peak_memory
 from aqlm_cli.model import ModelSource, model_config, original_of, save_support_files
 from aqlm_cli.model_card import CardFacts, model_card
-from aqlm_cli.plan import HEAD, Plan
+from aqlm_cli.plan import Plan
 from aqlm_cli.runs import RunDirectory, read_run
-from aqlm_cli.scheme import AdditiveScheme
 from aqlm_cli.stage_reports import PackReport, restored
 from aqlm_cli.storage import disk_bytes, write_file
 from aqlm_cli.wording import plain, text_name
@@ -35,8 +35,8 @@ def pack(
 ) -> PackReport:
     """Write `packed/` of a run, in the given format or else in that of its run file; read it back and compare.
 
-    Raises ArtifactError where there is nothing to pack, where the model is no longer the one that was quantized, or
-    where the layers have more schemes than the format can name.
+    Raises ArtifactError where there is nothing to pack or the model is no longer the one that was quantized, and
+    PlanError where the format cannot hold it.
     """
     started = time.monotonic()
     run = read_run(run_directory)
@@ -51,6 +51,14 @@ def pack(
     reset_peak_memory()
     contents = _collect(run, quantized, settings["format"])
     config = contents.config(quantized)
+    if losses := narrowing_losses(contents.layers, contents.layout):
+        path, loss = max(losses.items(), key=lambda entry: entry[1])
+        emit(
+            Warned(
+                f"the weights of {path} are so small that float16 adds {loss:.2g} to its relative error"
+                f" ({len(losses)} such layers); use a bfloat16 copy of the model"
+            )
+        )
     with run.stage("packed", "packed", settings, parents) as stage:
         write_checkpoint(stage.directory, contents.entries)
         save_support_files(contents.source, stage.directory)
@@ -71,12 +79,8 @@ class Contents:
     source: ModelSource
     plan: Plan
     layers: Sequence[QuantizedLayer]
+    layout: Layout
     entries: Mapping[str, Entry]
-
-    @property
-    def coded(self) -> list[str]:
-        """Paths of the layers that keep their codes; the others become ordinary weights."""
-        return [layer.path for layer in self.layers if layer.export is as_codes]
 
     def scheme(self) -> str:
         return ", ".join(sorted({str(target.scheme) for target in self.plan.quantized}))
@@ -84,17 +88,13 @@ class Contents:
     def stored_bits(self) -> float:
         """Bits in these files of one weight of a quantized layer."""
         replaced = {layer.path for layer in self.layers}
-        parts = {name: name.rpartition(".") for name in self.entries}
-        bytes = sum(
-            self.entries[name].layout.bytes
-            for name, (path, _, last) in parts.items()
-            if path in replaced and last != "bias"
-        )
+        slots = [(slot.layout.bytes, (slot.parameter or "").rpartition(".")) for slot in self.layout.slots.values()]
+        bytes = sum(size for size, (path, _, last) in slots if path in replaced and last != "bias")
         return 8 * bytes / sum(target.weights for target in self.plan.quantized)
 
     def results(self) -> dict[str, Any]:
         return {
-            "format": "transformers" if self.coded else "dense",
+            "format": "dense" if self.layout.quantization is None else WITH_CODES,
             "scheme": self.scheme(),
             "nominal_bits": self.plan.stored_bits,
             "stored_bits": self.stored_bits(),
@@ -118,35 +118,9 @@ class Contents:
                 if target.scheme is not None
             },
         }
-        if self.coded:
-            config["quantization_config"] = self._quantization_config()
+        if self.layout.quantization is not None:
+            config["quantization_config"] = self.layout.quantization
         return config
-
-    def _quantization_config(self) -> dict[str, Any]:
-        coded = set(self.coded)
-        schemes = {target.scheme for target in self.plan.quantized if target.path in coded}
-        scheme = next(iter(schemes))
-        if len(schemes) > 1 or not isinstance(scheme, AdditiveScheme):
-            raise ArtifactError(
-                f"the layers have the schemes {self.scheme()}, and the format `transformers` can name one additive "
-                "scheme for all; use --format dense"
-            )
-        # transformers 4 looks for the names of weights in this list, transformers 5 for those of modules, which in some
-        # families are not those in the files. A tied head has no tensor there at all, and would be taken for a
-        # quantized layer if it were not named.
-        kept = {HEAD, *(target.path for target in self.plan.skipped)} | {
-            name.removesuffix(".weight")
-            for name, entry in self.entries.items()
-            if name.endswith(".weight") and len(entry.layout.shape) == 2
-        }
-        return {
-            "quant_method": "aqlm",
-            "num_codebooks": scheme.num_codebooks,
-            "nbits_per_codebook": scheme.codebook_bits,
-            "in_group_size": scheme.group_size,
-            "out_group_size": 1,
-            "linear_weights_not_to_quantize": sorted({*kept, *(f"{path}.weight" for path in kept)}),
-        }
 
 
 def _collect(run: RunDirectory, quantized: Artifact, format: str) -> Contents:
@@ -156,8 +130,8 @@ def _collect(run: RunDirectory, quantized: Artifact, format: str) -> Contents:
     if {layer.path for layer in layers} != {target.path for target in plan.quantized}:
         way_out = remedy(quantized.directory, "quantized")
         raise ArtifactError(f"{quantized.directory} is damaged (its files hold other layers than its plan); {way_out}")
-    entries = checkpoint_entries(source.directory, quantized, layers, plan.schemes, format)
-    return Contents(source, plan, layers, entries)
+    layout, entries = packed_checkpoint(source, quantized, layers, plan.schemes, format)
+    return Contents(source, plan, layers, layout, entries)
 
 
 def _card_facts(run: RunDirectory, quantized: Artifact, contents: Contents) -> CardFacts:
@@ -173,7 +147,7 @@ def _card_facts(run: RunDirectory, quantized: Artifact, contents: Contents) -> C
         bytes=results["bytes"],
         layers=results["layers"],
         data=_calibration_text(run),
-        needs_package=bool(contents.coded),
+        needs_package=contents.layout.quantization is not None,
         perplexities=_perplexities(run, quantized),
     )
 

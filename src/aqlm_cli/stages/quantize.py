@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from aqlm_cli.artifacts import Artifact, Stage
-from aqlm_cli.blocks import BlockCall, linears
+from aqlm_cli.blocks import linears
 from aqlm_cli.config import RunConfig
 from aqlm_cli.errors import ArtifactError, QuantizationError
 from aqlm_cli.events import Advanced, BlockQuantized, Emit, LayerQuantized, Noted, StageStarted, Warned
@@ -41,7 +41,7 @@ from aqlm_cli.seeds import generator
 from aqlm_cli.stage_reports import QuantizeReport, restored
 from aqlm_cli.storage import disk_bytes
 from aqlm_cli.survey import Survey, plan_report, planned_work, survey, within_limits
-from aqlm_cli.tuning.block import BlockData, fit_block, round_to_16_bits, tuned_parameters
+from aqlm_cli.tuning.block import BlockData, fit_block, round_block
 from aqlm_cli.unfinished import Unfinished
 from aqlm_cli.wording import plain
 from aqlm_kernels import AdditiveLinear
@@ -112,15 +112,15 @@ def _quantize_blocks(
     if config.quantize.fit.epochs and measured == len(ids):
         emit(Warned("there is one window of text only, so none can be held out and blocks are not fitted; add text"))
     source, schemes, unfinished = known.source, known.plan.schemes, Unfinished(stage.work)
-    route, states = start_propagation(source, ids, measured, config, unfinished)
-    last = route.last(schemes)
+    states = start_propagation(source, ids, measured, config, unfinished, emit)
+    last = states.walk.last(list(schemes))
     if unfinished.blocks:
         emit(Noted(f"{stage.directory} holds {unfinished.blocks} of {last + 1} blocks, going on after them"))
     emit(StageStarted(STAGE, last + 1, "block", done=unfinished.blocks))
     work = _Work(config, schemes, planned_work(config, known.shape).workers, stage, unfinished, emit)
     for index in range(states.index, last + 1):
         block = load_block(source, index, torch.float32, states.device)
-        layers = _quantize_block(work, states, route.paths[index], block, route.calls[index])
+        layers = _quantize_block(work, states, block)
         seconds = time.monotonic() - started
         taken = {"memory_bytes": peak_memory_bytes(), "disk_bytes": disk_bytes(stage.directory.parent)}
         unfinished.record(index, {"layers": layers, "seconds": seconds, **taken})
@@ -130,21 +130,19 @@ def _quantize_blocks(
     return [unfinished.recorded(index) for index in range(last + 1)]
 
 
-def _quantize_block(
-    work: _Work, states: Propagation, prefix: str, block: nn.Module, call: BlockCall
-) -> dict[str, dict[str, float]]:
+def _quantize_block(work: _Work, states: Propagation, block: nn.Module) -> dict[str, dict[str, float]]:
     """One block, start to end, and what was measured of its layers."""
     started = time.monotonic()
-    compressed = _compress(work, states, prefix, block, call)
+    compressed = _compress(work, states, block)
     give_back_memory()
-    gain = _fit(work, states, prefix, block, call)
+    gain = _fit(work, states, block)
     give_back_memory()
     if compressed:  # what is stored is stored in 16 bits
-        round_to_16_bits(tuned_parameters(block))
-    error = states.advance(block, call)
+        round_block(block, states.path)
+    error = states.advance(block)
     if compressed:
         matrices = {path: one.matrix for path, one in compressed.items()}
-        save_block(work.stage.directory / block_file(states.index), prefix, block, matrices)
+        save_block(work.stage.directory / block_file(states.index), states.path, block, matrices)
         work.emit(BlockQuantized(states.index, error, gain, time.monotonic() - started))
     give_back_memory()
     return {
@@ -152,14 +150,12 @@ def _quantize_block(
     }
 
 
-def _compress(
-    work: _Work, states: Propagation, prefix: str, block: nn.Module, call: BlockCall
-) -> dict[str, Compressed]:
+def _compress(work: _Work, states: Propagation, block: nn.Module) -> dict[str, Compressed]:
     """Put the compressed layers into the block; each of them by its path in the model."""
-    section = work.config.quantize
+    section, prefix = work.config.quantize, states.path
     # Paths inside the block, as the block knows them.
     chosen = {path: layer for path, layer in linears(block, "").items() if f"{prefix}.{path}" in work.schemes}
-    statistics = states.measure(block, call, chosen)
+    statistics = states.measure(block, chosen)
     give_back_memory()
     for path in chosen:
         if path not in statistics:
@@ -178,7 +174,7 @@ def _compress(
     return compressed
 
 
-def _fit(work: _Work, states: Propagation, prefix: str, block: nn.Module, call: BlockCall) -> float:
+def _fit(work: _Work, states: Propagation, block: nn.Module) -> float:
     """Fit what is additive in the block; the share of its held-out error that this removed."""
     settings = work.config.quantize.fit
     if (
@@ -187,11 +183,9 @@ def _fit(work: _Work, states: Propagation, prefix: str, block: nn.Module, call: 
         or not any(isinstance(module, AdditiveLinear) for module in block.modules())
     ):
         return 0.0
-    data = BlockData(
-        states.hidden, states.targets, call, states.dtype, states.device, per_token=settings.error == "per_token"
-    )
+    data = BlockData(states.given, states.targets, states.dtype, states.device, per_token=settings.error == "per_token")
     training, held_out = torch.arange(states.fitted), torch.arange(states.measured, len(states.hidden))
-    before, after = fit_block(block, data, training, held_out, settings, generator(work.config.seed, prefix))
+    before, after = fit_block(block, data, training, held_out, settings, generator(work.config.seed, states.path))
     return 1 - after / before if before > 0 else 0.0
 
 

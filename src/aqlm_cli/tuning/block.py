@@ -13,37 +13,36 @@ but this one.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from aqlm_cli.activations import Activations, autocast, run_block
-from aqlm_cli.blocks import BlockCall
 from aqlm_cli.config import FitConfig
 from aqlm_cli.errors import QuantizationError
 from aqlm_cli.tuning.descent import copied, put_back, root_mean_square, share_of_rate
+from aqlm_cli.walk import BlockInput
 from aqlm_kernels import AdditiveLinear
 
 
 @dataclass(frozen=True, eq=False)
 class BlockData:
-    """A block's inputs and the outputs wanted for them, `[windows, L, d]` each; `call` gives it its other arguments."""
+    """What a block is given for the windows with some numbers, and the outputs wanted, `[windows, ..., d]`."""
 
-    inputs: Tensor | Activations
+    given: Callable[[Tensor], BlockInput]
     targets: Tensor | Activations
-    call: BlockCall
     dtype: torch.dtype  # of the products
     device: torch.device
     per_token: bool  # errors are relative to each token's own target; False: to that of all tokens
 
     def error(self, output: Tensor, target: Tensor) -> Tensor:
-        """Of each token, `[b, L]` of `[b, L, d]`."""
-        square = (output - target).square().mean(2)
+        """Of each token, `[b, ...]` of `[b, ..., d]`."""
+        square = (output - target).square().mean(-1)
         if not self.per_token:
             return square
-        energy = target.square().mean(2)
+        energy = target.square().mean(-1)
         return square / torch.where(energy > 0, energy, 1.0)
 
     def relative_error(self, block: nn.Module, windows: Tensor, batch: int) -> float:
@@ -51,7 +50,7 @@ class BlockData:
         error = energy = 0.0
         for chosen in windows.split(batch):
             target = self.targets[chosen].to(self.device)
-            output = run_block(block, self.call, self.inputs[chosen].to(self.device), self.dtype)
+            output, _ = run_block(block, self.given(chosen), self.dtype)
             error += float(self.error(output, target).sum(dtype=torch.float64))
             energy += self._energy(target)
         return error / energy if energy > 0 else 0.0
@@ -83,7 +82,7 @@ def fit_block(
     """
     parameters = tuned_parameters(block)
     steps_per_epoch = math.ceil(len(training) / settings.batch)
-    tokens = training.numel() * data.targets.shape[1]
+    tokens = training.numel() * math.prod(data.targets.shape[1:-1])
     energy = data.energy(training, settings.batch) / tokens or 1.0
     optimizer = torch.optim.Adam(
         [{"params": [parameter], "lr": _rate(parameter, settings)} for parameter in parameters.values()],
@@ -100,8 +99,9 @@ def fit_block(
         parameter.requires_grad_(True)
     for _ in range(settings.epochs):
         for chosen in _shuffled(training, settings.batch, rng):
+            given = data.given(chosen)
             with autocast(data.device, data.dtype):
-                output = data.call(block, data.inputs[chosen].to(data.device))
+                output = given(block)
             loss = data.error(output.float(), data.targets[chosen].to(data.device)).mean() / energy
             optimizer.zero_grad()
             loss.backward()
@@ -117,6 +117,18 @@ def fit_block(
     for parameter in parameters.values():
         parameter.requires_grad_(False)
     return before, best
+
+
+@torch.no_grad()
+def round_block(block: nn.Module, prefix: str = "") -> None:
+    """All that is tuned of the block at `prefix`, to the 16 bits in which it will be stored.
+
+    First the codebooks and scales of each layer are brought into the range of float16, which fitting may have left.
+    """
+    for module in block.modules():
+        if isinstance(module, AdditiveLinear):
+            module.balance()
+    round_to_16_bits(tuned_parameters(block, prefix))
 
 
 @torch.no_grad()

@@ -1,0 +1,59 @@
+"""Which files of a model's directory its tokenizer and its processor read: they are packed, fetched and digested.
+
+transformers names most of them in `vocab_files_names` of its tokenizers (a test goes over all of them). A tokenizer
+with code of its own names its files as it likes, and in practice by the patterns below. All lie in the top folder, but
+for the chat templates beside the default one, which have a folder.
+"""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+from pathlib import Path, PurePosixPath
+
+TEMPLATES = "additional_chat_templates"
+"""The folder in which transformers keeps a tokenizer's named chat templates, as `NAME.jinja`."""
+
+NAMES = (
+    "*tokenizer*",
+    "*vocab*",
+    "*merges*",
+    "*.model",  # sentencepiece, and tiktoken's `tiktoken.model`
+    "*.spm",
+    "*.tiktoken",
+    "tekken.json",
+    "bpe.codes",
+    "dict.txt",
+    "byte_maps.json",
+    "emoji.json",
+    "normalizer.json",
+    "word_*.json",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "chat_template*",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+    "processor_config.json",
+)
+"""Names in the top folder: tokenizer, chat template, settings for generation, processor of a model that also sees."""
+
+NEVER = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".py", ".pyc"}
+"""Weights and code are not among them, whatever they are called."""
+
+FETCHED = ("*.json", "*.jinja", "*.txt", "*.model", "*.model.v*", "*.spm", "*.tiktoken", "*.codes", "*.tokenizer")
+"""Patterns of the hub for what is small: these files, config.json and the index of the weights."""
+
+
+def is_support_file(relative: str) -> bool:
+    """Whether a file at this path, written with slashes and relative to the model's directory, is one of them."""
+    path = PurePosixPath(relative)
+    if path.parent == PurePosixPath(TEMPLATES):
+        return path.suffix == ".jinja"
+    return "/" not in relative and path.suffix not in NEVER and any(fnmatchcase(relative, name) for name in NAMES)
+
+
+def support_files(directory: Path) -> list[Path]:
+    """Those in the directory, relative to it and in order."""
+    found = [*directory.iterdir(), *(directory / TEMPLATES).glob("*")]
+    relative = sorted(path.relative_to(directory) for path in found if path.is_file())
+    return [path for path in relative if is_support_file(path.as_posix())]
