@@ -24,20 +24,18 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
+from walks import logits_of_walk
 
-from aqlm_cli.activations import run_block
-from aqlm_cli.blocks import find_blocks, first_inputs, last_logits
+from aqlm_cli.blocks import find_blocks
 from aqlm_cli.config import RunConfig, SearchConfig
 from aqlm_cli.errors import AqlmError, PlanError
 from aqlm_cli.events import Event
 from aqlm_cli.methods import METHODS
 from aqlm_cli.methods.statistics import LayerStatistics
-from aqlm_cli.model import load_block, load_network, resolve
+from aqlm_cli.model import load_network, resolve
 from aqlm_cli.plan import Plan
-from aqlm_cli.propagation import route_of
 from aqlm_cli.run_file import build_config
 from aqlm_cli.scheme import AdditiveScheme
-from aqlm_cli.sources import ModelSource
 from aqlm_cli.stages.calibrate import calibrate
 from aqlm_cli.stages.pack import pack
 from aqlm_cli.stages.quantize import quantize
@@ -106,7 +104,7 @@ def _examined(family: str, directory: Path) -> Outcome:
 
 
 class Trial:
-    """The steps of an examination, in order. Each raises what the program raises, and AssertionError on a wrong result."""
+    """The steps of an examination, in order; AssertionError where a result is wrong."""
 
     def __init__(self, family: str, directory: Path) -> None:
         self.directory, self.model, self.run = directory, directory / "model", directory / "run"
@@ -138,7 +136,7 @@ class Trial:
         assert abs(report.loss - loss) < LOSS, f"calibrate finds a loss of {report.loss}, transformers {loss}"
 
     def walk(self) -> None:
-        found = walk_logits(resolve(str(self.model)), tiny_models.token_ids(WINDOWS))
+        found = logits_of_walk(self.network, tiny_models.token_ids(WINDOWS), batch=2)
         same("the walk through the blocks", found, self.wanted)
 
     @torch.no_grad()
@@ -163,11 +161,8 @@ class Trial:
 
     def pack_codes(self) -> None:
         directory = pack(self.run, "transformers", True, unheard).directory
-        same(
-            "what is packed, loaded by ours",
-            logits_of(load_network(resolve(str(directory)), torch.float32)),
-            self.wanted_of_codes,
-        )
+        ours = load_network(resolve(str(directory)), torch.float32)
+        same("what is packed, loaded by ours", logits_of(ours), self.wanted_of_codes)
         stock, report = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, output_loading_info=True)
         assert not report["missing_keys"], f"stock transformers finds no {sorted(report['missing_keys'])}"
         same("what is packed, loaded by stock transformers", logits_of(stock.eval()), self.wanted_of_codes)
@@ -203,19 +198,6 @@ def nearest(
     entries = groups[torch.randint(len(groups), (scheme.codebook_size,), generator=rng)]
     codes = torch.cdist(groups, entries).argmin(1).view(len(weight), -1, 1)
     return AdditiveMatrix(codes, entries[None], scales)
-
-
-@torch.no_grad()
-def walk_logits(source: ModelSource, ids: Tensor) -> Tensor:
-    """Logits `[windows, L, vocabulary]` of a walk through the blocks: the first window by itself, then the others."""
-    device, batches = torch.device("cpu"), [ids[:1], ids[1:]]
-    network, route = route_of(source, ids, device)
-    hidden = [first_inputs(network, batch) for batch in batches]
-    for index, call in enumerate(route.calls):
-        block = load_block(source, index, torch.float32, device)
-        hidden = [run_block(block, call, part, torch.float32) for part in hidden]
-    pairs = zip(batches, hidden, strict=True)
-    return torch.cat([last_logits(network, route.calls, batch, part) for batch, part in pairs])
 
 
 @torch.no_grad()

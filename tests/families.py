@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from tiny_models import WINDOW, byte_tokenizer
-from torch import nn
+from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -246,9 +246,18 @@ def network_of(config: PreTrainedConfig) -> nn.Module:
         torch.manual_seed(0)
         network = (AutoModelForImageTextToText if whole else AutoModelForCausalLM).from_config(config)
         for tensor in network.state_dict(keep_vars=True).values():
-            if tensor.is_floating_point() and (tensor.ndim < 2 or float(tensor.detach().float().std()) < 0.05):
-                tensor.data += 0.1 * torch.randn(tensor.shape)
+            if tensor.is_floating_point():
+                _randomise(tensor.data)
     return network.float().eval().requires_grad_(False)
+
+
+def _randomise(tensor: Tensor) -> None:
+    """Move vectors, and what begins at zero or one; what no initialisation has touched holds any numbers at all."""
+    noise = 0.1 * torch.randn(tensor.shape)
+    if not bool(tensor.isfinite().all()) or float(tensor.abs().max()) > 1e4:
+        tensor.copy_(noise)
+    elif tensor.ndim < 2 or float(tensor.float().std()) < 0.05:
+        tensor += noise
 
 
 def save(family: str, directory: Path) -> nn.Module:

@@ -1,17 +1,18 @@
-"""docs/models.md: what becomes of every family. `python tests/family_table.py docs/models.md` writes it anew."""
+"""docs/models.md: what becomes of every family. `python tests/family_table.py docs/models.md` writes it anew; with
+names of families after it, the lines of these alone."""
 
 from __future__ import annotations
 
 import multiprocessing
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
 import families
 import transformers
-from examination import Outcome, examine
+from examination import SAME, Outcome, examine
 
 PAGE = """# Models
 
@@ -43,15 +44,20 @@ def line_of(outcome: Outcome) -> str:
     return f"| {outcome.family} | {outcome.blocks} | {share} | {packed} | {remark} |"
 
 
-def page_of(outcomes: Iterable[Outcome]) -> str:
-    lines = {outcome.family: line_of(outcome) for outcome in outcomes}
-    lines |= {family: f"| {family} | | | not tried | {reason} |" for family, reason in families.UNBUILT.items()}
-    return head() + "".join(f"{lines[family]}\n" for family in sorted(lines))
+def page_of(lines: Mapping[str, str]) -> str:
+    """Of lines by family."""
+    unbuilt = {family: f"| {family} | | | not tried | {reason} |" for family, reason in families.UNBUILT.items()}
+    found = {**lines, **unbuilt}
+    return head() + "".join(f"{found[family]}\n" for family in sorted(found))
+
+
+def lines_of(page: str) -> dict[str, str]:
+    """Those of a page, by family."""
+    lines = page.split("|---|---|---|---|---|\n")[1].splitlines()
+    return {line.split(" | ")[0].removeprefix("| "): line for line in lines}
 
 
 def head() -> str:
-    from examination import SAME
-
     return PAGE.format(version=transformers.__version__, same=SAME)
 
 
@@ -62,14 +68,14 @@ def examining(chosen: Iterable[str]) -> Iterator[dict[str, Future[Outcome]]]:
         yield {family: pool.submit(examine, family) for family in chosen}
 
 
-def main() -> None:
-    with examining(families.ALL) as outcomes:
-        found = [outcome.result() for outcome in outcomes.values()]
-    Path(sys.argv[1]).write_text(page_of(found))
-    for outcome in found:
-        if outcome.fault:
-            print(f"{outcome.family}:\n{outcome.fault}", file=sys.stderr)
+def main(page: Path, chosen: Sequence[str]) -> None:
+    lines = lines_of(page.read_text()) if chosen else {}
+    with examining(chosen or families.ALL) as outcomes:
+        for family, outcome in outcomes.items():
+            lines[family] = line_of(outcome.result())
+            print(outcome.result().fault or lines[family], flush=True)
+    page.write_text(page_of(lines))
 
 
 if __name__ == "__main__":
-    main()
+    main(Path(sys.argv[1]), sys.argv[2:])
