@@ -16,13 +16,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from aqlm_cli.artifacts import open_artifact
 from aqlm_cli.blocks import find_blocks, linears
 from aqlm_cli.config import RunConfig
-from aqlm_cli.data import calibration_windows
 from aqlm_cli.errors import ArtifactError, DataError, QuantizationError, StorageError
 from aqlm_cli.events import Advanced, Event, Noted, StageStarted
 from aqlm_cli.run_file import build_config
 from aqlm_cli.stage_reports import CalibrationReport
 from aqlm_cli.stages import calibrate as stage
 from aqlm_cli.stages.calibrate import calibrate
+from aqlm_cli.windows import calibration_windows
 
 WINDOWS, LENGTH = 12, 32
 

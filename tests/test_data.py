@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import gzip
 import json
 import random
 import time
@@ -8,16 +7,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import pyarrow
-import pyarrow.parquet
 import pytest
 import torch
 from torch import Tensor
 
-from aqlm_cli import data
-from aqlm_cli.data import calibration_windows, documents, evaluation_windows
+from aqlm_cli import data, windows
+from aqlm_cli.data import documents
 from aqlm_cli.errors import DataError
+from aqlm_cli.events import Event, Noted
 from aqlm_cli.mixture import Source, parse_sources
+from aqlm_cli.windows import calibration_windows, evaluation_windows
 
 BOS, EOS, FIRST_LETTER = 0, 1, 2
 
@@ -25,14 +24,23 @@ BOS, EOS, FIRST_LETTER = 0, 1, 2
 class Letters:
     """One token a character; a begin-of-text token where a tokenizer would put one by default."""
 
+    bos_token_id: int | None = BOS
     eos_token_id: int | None = EOS
+    chat_template = None
 
-    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         return [BOS] * add_special_tokens + [FIRST_LETTER + ord(letter) for letter in text]
+
+    def apply_chat_template(self, conversation: Any, *, tokenize: bool, return_dict: bool) -> list[int]:
+        raise NotImplementedError
 
 
 class WithoutEnd(Letters):
     eos_token_id = None
+
+
+class WithoutMarks(WithoutEnd):
+    bos_token_id = None
 
 
 def spell(tokens: Tensor) -> str:
@@ -135,9 +143,16 @@ def test_text_shorter_than_one_window_to_evaluate_on_is_an_error(tmp_path: Path)
         evaluation_windows(path, 10, Letters())
 
 
-def test_a_tokenizer_without_end_of_text_is_refused() -> None:
-    with pytest.raises(DataError, match="end-of-text"):
-        calibration_windows("builtin", 1, 10, 0, WithoutEnd())
+@pytest.mark.parametrize(
+    ("tokenizer", "between", "told"), [(WithoutEnd(), "<", "its beginning token"), (WithoutMarks(), "", "nothing")]
+)
+def test_without_an_end_of_text_token_documents_are_joined_by_the_beginning_token_or_nothing(
+    tmp_path: Path, tokenizer: Letters, between: str, told: str
+) -> None:
+    path, events = json_lines(tmp_path / "letters.jsonl", ["aaa", "aaa", "aaa"]), list[Event]()
+    found = calibration_windows(path, 1, 9, 0, tokenizer, emit=events.append)
+    assert spell(found.ids) == between.join(["aaa"] * 3)[:9]
+    assert events == [Noted(f"the model's tokenizer has no end-of-text token; {told} stands between documents")]
 
 
 # --------------------------------------------------------------------------------------------------------- evaluation
@@ -151,7 +166,7 @@ def test_evaluation_joins_documents_by_two_newlines_tokenizes_once_and_drops_the
 def test_c4_is_drawn_exactly_as_in_gptq(monkeypatch: pytest.MonkeyPatch) -> None:
     letters = random.Random(3)
     texts = ["".join(letters.choices("abcdefgh", k=letters.randrange(1, 40))) for _ in range(50)]
-    monkeypatch.setattr(data, "documents", lambda name, split: texts)
+    monkeypatch.setattr(windows, "documents", lambda name, split, emit: texts)
     found = evaluation_windows("c4", 20, Letters())
     random.seed(0)
     expected = []
@@ -166,7 +181,7 @@ def test_c4_is_drawn_exactly_as_in_gptq(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_c4_without_a_document_longer_than_the_window_ends_in_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data, "documents", lambda name, split: ["short", "shorter"])
+    monkeypatch.setattr(windows, "documents", lambda name, split, emit: ["short", "shorter"])
     with pytest.raises(DataError, match="longer than 20 tokens"):
         evaluation_windows("c4", 20, Letters())
 
@@ -177,60 +192,6 @@ def test_builtin_text_is_there_and_its_last_fifth_is_kept_for_evaluation() -> No
     sizes = [sum(map(len, texts)) for texts in (calibration, evaluation)]
     assert sum(sizes) > 300_000
     assert 0.1 < sizes[1] / sum(sizes) <= 0.2
-
-
-# ---------------------------------------------------------------------------------------------------------- local files
-
-# U+2028 ends a line for str.splitlines, not for JSON.
-TEXTS = ["first\u2028document", "", "second\n\ndocument"]
-
-
-@pytest.mark.parametrize("kind", ["jsonl", "json", "jsonl.gz", "json.gz", "list.json", "parquet"])
-def test_every_kind_of_file_gives_the_same_documents(tmp_path: Path, kind: str) -> None:
-    path = tmp_path / f"texts.{kind}"
-    records = [{"id": number, "text": text} for number, text in enumerate(TEXTS)]
-    lines = "\n".join(json.dumps(record, ensure_ascii=False) for record in records).encode()
-    if kind == "parquet":
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), path)
-    elif kind == "list.json":
-        path.write_text(json.dumps(records, indent=1), encoding="utf-8")
-    else:
-        path.write_bytes(gzip.compress(lines) if kind.endswith("gz") else lines)
-    assert documents(str(path), "calibration") == documents(str(path), "evaluation") == TEXTS
-
-
-def test_plain_text_is_one_document(tmp_path: Path) -> None:
-    path = tmp_path / "notes.txt"
-    path.write_text("one\n\ntwo", encoding="utf-8")
-    assert documents(str(path), "calibration") == ["one\n\ntwo"]
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "reason"),
-    [
-        ("a.json.gz", b"not gzip", "cannot read"),
-        ("a.json.gz", gzip.compress(b'{"text": "a"}' * 99)[:-12], "cannot read"),
-        ("a.txt", b"\xff\xfe\xff", "cannot read"),
-        ("a.jsonl", b'{"text": "a"}\n{"text"', "neither one JSON record a line nor a JSON list"),
-        ("a.jsonl", b'{"text": "a"}\n{"content": "b"}', "record 2 has no key `text`"),
-        ("a.jsonl", b'"a"', "record 1"),
-        ("a.parquet", b"not parquet", "column `text`"),
-        ("a.csv", b"text\na", r"must end in \.txt"),
-    ],
-)
-def test_a_file_that_cannot_be_read_is_one_line_with_its_name(
-    tmp_path: Path, name: str, content: bytes, reason: str
-) -> None:
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(DataError, match=reason) as error:
-        documents(str(tmp_path / name), "calibration")
-    assert name in str(error.value) and "\n" not in str(error.value)
-
-
-def test_parquet_without_a_text_column_is_refused(tmp_path: Path) -> None:
-    pyarrow.parquet.write_table(pyarrow.table({"content": ["a"]}), tmp_path / "a.parquet")
-    with pytest.raises(DataError, match="column `text`"):
-        documents(str(tmp_path / "a.parquet"), "calibration")
 
 
 def test_an_unknown_source_names_those_there_are() -> None:

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numba
 import pytest
 import tiny_models
 import torch
@@ -19,7 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from aqlm_cli import checkpoint
 from aqlm_cli.blocks import count_parameters, describe_layers, find_blocks
-from aqlm_cli.errors import ArtifactError, PlanError, QuantizationError, StorageError
+from aqlm_cli.errors import ArtifactError, ModelError, PlanError, QuantizationError, StorageError
 from aqlm_cli.events import Event, Warned
 from aqlm_cli.methods import CompressedMatrix, rtn
 from aqlm_cli.model import load_network, resolve
@@ -152,28 +153,34 @@ def config_json(directory: Path) -> dict[str, Any]:
     return found
 
 
-STOCK = """
+AFTER_LOADING = """
 import sys, torch
-from transformers import AutoModelForCausalLM
-torch.set_num_threads(1)
-for directory in sys.argv[2:]:
-    network = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-    ids = torch.load(sys.argv[1], weights_only=True)
-    with torch.no_grad():
-        torch.save(network(ids, use_cache=False).logits, directory + "/../stock-logits.pt")
-    assert network.generate(ids[:1], max_new_tokens=4, do_sample=False).shape[1] == ids.shape[1] + 4
+model = model if model.dtype == torch.float32 else model.float()  # where the card takes the type of the files
+with torch.no_grad():
+    torch.save(model(torch.load(sys.argv[1], weights_only=True), use_cache=False).logits, {logits!r})
 """
 
 
 def stock_logits(directories: Sequence[Path], tmp_path: Path) -> list[Tensor]:
-    """Logits by transformers and the `aqlm` package as they are; in a process with one thread, as that package's
-    product is wrong with more."""
+    """Logits by transformers and the `aqlm` package as they are, where the model cards' own lines have loaded them.
+
+    In a process in which nothing is set, so that it has all of the machine's threads but for what a card does.
+    """
     torch.save(tiny_models.token_ids(), tmp_path / "ids.pt")
-    command = [sys.executable, "-c", STOCK, str(tmp_path / "ids.pt"), *map(str, directories)]
-    environment = {**os.environ, "NUMBA_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+    script = "\n".join(_lines_of_the_card(directory) for directory in directories)
+    environment = {name: value for name, value in os.environ.items() if "THREADS" not in name}
+    command = [sys.executable, "-c", script, str(tmp_path / "ids.pt")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Once upon a time") == len(directories)
     return [torch.load(directory / "../stock-logits.pt", weights_only=True) for directory in directories]
+
+
+def _lines_of_the_card(directory: Path) -> str:
+    code = (directory / "README.md").read_text().split("## Loading")[1].split("```python\n")[1].split("```")[0]
+    assert code.count("PATH_OR_ID") == 2
+    logits = str(directory / "../stock-logits.pt")
+    return code.replace("PATH_OR_ID", str(directory)) + AFTER_LOADING.format(logits=logits)
 
 
 CASES: list[dict[str, Any]] = [
@@ -195,6 +202,38 @@ def test_stock_transformers_computes_and_generates_from_what_is_packed(tmp_path:
     for case, directory, stock in zip(CASES, directories, stock_logits(directories, tmp_path), strict=True):
         ours = logits(load_network(resolve(str(directory)), torch.float32))
         assert relative_rms(stock, ours) < 1e-3, case
+
+
+@pytest.mark.parametrize("square", [True, False])
+def test_the_inference_package_spoils_what_is_saved_after_a_product_and_ours_does_not(
+    square: bool, tmp_path: Path
+) -> None:
+    """aqlm 1.1.7 transposes codes in place; those of keys and values are square here, 8 outputs by 64 / 8 groups."""
+    skip = [r"(?!.*[kv]_proj).*"] if square else ["lm_head"]
+    run, _ = quantized_run(tmp_path, skip=skip, num_attention_heads=8, num_key_value_heads=1)
+    directory, threads = packed(run).directory, numba.get_num_threads()
+    ours = load_network(resolve(str(directory)), torch.float32)
+    before = {name: tensor.clone() for name, tensor in ours.named_buffers()}
+    wanted = logits(ours)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in ours.named_buffers())
+    numba.set_num_threads(1)  # its threads add into one vector
+    try:
+        stock = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+        stock.save_pretrained(tmp_path / "before")
+        assert relative_rms(logits(stock), wanted) < 1e-3
+        stock.save_pretrained(tmp_path / "after")
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / "before", dtype=torch.float32).eval()
+        assert relative_rms(logits(again), wanted) < 1e-3
+        if not square:
+            with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+                AutoModelForCausalLM.from_pretrained(tmp_path / "after", dtype=torch.float32)
+            with pytest.raises(ModelError, match=r"codes of model\.layers\.0\.\S+ are transposed"):
+                load_network(resolve(str(tmp_path / "after")), torch.float32)
+        else:
+            again = AutoModelForCausalLM.from_pretrained(tmp_path / "after", dtype=torch.float32).eval()
+            assert relative_rms(logits(again), wanted) > 0.01
+    finally:
+        numba.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("family", [*tiny_models.FAMILIES, *tiny_models.WITH_EXPERTS])
@@ -339,6 +378,9 @@ def test_the_card_shows_a_perplexity_of_this_quantized_model_only(tmp_path: Path
     path.write_text(json.dumps(report))
     card = (packed(run).directory / "README.md").read_text()
     assert "wiki.txt, 9 windows of 64 tokens | 23.46 ± 0.50, original 20.00 ± 0.40" in card
+    path.write_text(json.dumps({**report, "bos": True}))
+    card = (packed(run, overwrite=True).directory / "README.md").read_text()
+    assert "9 windows of 64 tokens, each with a beginning token | 23.46" in card
     path.write_text(json.dumps({**report, "quantized": "that of another"}))
     assert "perplexity" not in (packed(run, overwrite=True).directory / "README.md").read_text()
 

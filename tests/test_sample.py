@@ -15,13 +15,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 from typer.testing import Result
 
-from aqlm_cli.data import calibration_windows
 from aqlm_cli.errors import DataError
 from aqlm_cli.events import Advanced, Event, StageStarted
 from aqlm_cli.mixture import sampled_windows
 from aqlm_cli.model import load_tokenizer, resolve
 from aqlm_cli.runs import read_run
 from aqlm_cli.stages import sample as stage
+from aqlm_cli.windows import calibration_windows
 
 SECTION = """
 finetune: {steps: 2, batch: 2, windows_at_once: 2, sequence_length: 16, held_out: 2, evaluate_every: 2, keep_every: 1}

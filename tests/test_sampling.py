@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -37,8 +37,8 @@ def chances(texts: int, length: int, seed: int = 0) -> Tensor:
     return torch.rand(texts, length, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
-def write(sampling: Sampling, drawn: Tensor) -> Tensor:
-    return sampling.texts(drawn, lambda tokens: None)
+def write(sampling: Sampling, drawn: Tensor, opening: Sequence[int] = ()) -> Tensor:
+    return sampling.texts(drawn, lambda tokens: None, opening)
 
 
 def rigged(sampling: Sampling, probabilities: Tensor) -> Sampling:
@@ -57,22 +57,28 @@ def rigged(sampling: Sampling, probabilities: Tensor) -> Sampling:
     return Sampling(network, torch.arange(vocabulary))
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen3", "gemma2", "gemma3_text", "phi3", "gpt_neox", "opt"])
+FAMILIES = ["llama", "mistral", "qwen3", "gemma2", "gemma3_text", "phi3", "gpt_neox", "opt"]
+
+
+@pytest.mark.parametrize(
+    ("family", "opening"), [*((family, []) for family in FAMILIES), ("llama", [256]), ("gemma2", [256, 7])]
+)
 def test_with_a_cache_come_the_tokens_that_the_whole_text_calls_for(
-    family: str, opened: Callable[..., Sampling], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    family: str, opening: list[int], opened: Callable[..., Sampling], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Longer than a sliding window. The reference reads the text from its beginning for every token."""
     monkeypatch.setattr(module, "ROOM", 8)  # which is enlarged several times
-    drawn, sampling = chances(3, 2 * tiny_models.WINDOW), opened(family)
-    found = write(sampling, drawn)
+    drawn, sampling, given = chances(3, 2 * tiny_models.WINDOW), opened(family), len(opening)
+    found = write(sampling, drawn, opening)
+    assert found.shape == drawn.shape
     network: Any = load_network(resolve(str(tmp_path / family)), torch.float32)
     for row, text in enumerate(found):
-        assert text[0] == int(drawn[row, 0] * 256)
-        for place in range(1, len(text)):
+        assert text[: given + 1].tolist() == [*opening, int(drawn[row, given] * 256)]
+        for place in range(given + 1, len(text)):
             logits = network(text[None, :place]).logits[0, -1]
             sums = logits.double().softmax(0).cumsum(0)
-            likeliest = int(logits.argmax())
-            assert text[place] == (likeliest if place <= LIKELIEST else int((sums <= drawn[row, place]).sum())), place
+            drawn_now = int((sums <= drawn[row, place]).sum())
+            assert text[place] == (int(logits.argmax()) if place - given <= LIKELIEST else drawn_now), place
 
 
 def test_every_family_whose_attention_is_torchs_own_takes_the_faster_one(opened: Callable[..., Sampling]) -> None:

@@ -55,6 +55,7 @@ def calibrate(
     data: options.CalibrationData = None,
     sequences: options.Sequences = None,
     sequence_length: options.SequenceLength = None,
+    bos: options.Bos = None,
     seed: options.Seed = None,
     revision: options.Revision = None,
     trust_remote_code: options.RemoteCode = None,
@@ -81,7 +82,7 @@ def calibrate(
         config,
         {
             **options.machine_flags(model, revision, trust_remote_code, seed, device, threads),
-            "calibrate": {"data": data, "sequences": sequences, "sequence_length": sequence_length},
+            "calibrate": {"data": data, "sequences": sequences, "sequence_length": sequence_length, "bos": bos},
         },
     )
     with Screen(json, quiet, verbose) as screen:
@@ -106,6 +107,7 @@ def quantize(
     data: options.CalibrationData = None,
     sequences: options.Sequences = None,
     sequence_length: options.SequenceLength = None,
+    bos: options.Bos = None,
     seed: options.Seed = None,
     revision: options.Revision = None,
     trust_remote_code: options.RemoteCode = None,
@@ -139,7 +141,7 @@ def quantize(
         {
             **options.machine_flags(model, revision, trust_remote_code, seed, device, threads),
             **options.limits(max_memory, max_disk),
-            "calibrate": {"data": data, "sequences": sequences, "sequence_length": sequence_length},
+            "calibrate": {"data": data, "sequences": sequences, "sequence_length": sequence_length, "bos": bos},
             "quantize": {"method": method, "scheme": options.chosen_scheme(bits, scheme), "skip": skip, "only": only},
             "pack": {"format": format},
         },
@@ -168,6 +170,7 @@ def plan(
     data: options.CalibrationData = None,
     sequences: options.Sequences = None,
     sequence_length: options.SequenceLength = None,
+    bos: options.Bos = None,
     revision: options.Revision = None,
     trust_remote_code: options.RemoteCode = None,
     device: options.Device = None,
@@ -196,7 +199,7 @@ def plan(
         {
             **options.machine_flags(model, revision, trust_remote_code, None, device, threads),
             **options.limits(max_memory, max_disk),
-            "calibrate": {"data": data, "sequences": sequences, "sequence_length": sequence_length},
+            "calibrate": {"data": data, "sequences": sequences, "sequence_length": sequence_length, "bos": bos},
             "quantize": {"method": method, "scheme": options.chosen_scheme(bits, scheme), "skip": skip, "only": only},
             "pack": {"format": format},
         },

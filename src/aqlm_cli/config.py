@@ -41,12 +41,14 @@ class CalibrateConfig(Section):
     """Text to fit to, cut into windows of `sequence_length` tokens.
 
     `sequences` windows in all; None: the sum of the sources' own counts, or DEFAULT_SEQUENCES where none has one.
-    `statistics_sequences` of them measure the second moments of every layer's inputs.
+    `statistics_sequences` of them measure the second moments of every layer's inputs. `bos`: each window begins with
+    the beginning-of-text token; None: where the tokenizer puts it before a text by itself.
     """
 
     data: str = "c4"
     sequences: Positive | None = None
     sequence_length: Annotated[int, Field(ge=2)] = 1024
+    bos: bool | None = None
     statistics_sequences: Positive = 16
 
 
@@ -146,18 +148,19 @@ class CodesConfig(Section):
 class FinetuneConfig(Section):
     """Teaching the quantized model by the original: `steps` of `batch` windows of `sequence_length` tokens.
 
-    `data` and `sequences` are as in `calibrate`, with `self` for text sampled from the original; None: its text. A
-    `time_budget`, such as 2h, is turned into `steps` when a run is begun. `windows_at_once` go through the model
-    together: fewer need less memory; `checkpointing` computes each block again in the backward, which needs less
-    still. With `optimizer` adam, `learning_rate` is in units of the root mean square that each tensor has at first,
-    with lamb in units of its present norm; it falls as half a cosine to `final_rate` of itself. `embeddings` lets them,
-    and the head, learn as well. `held_out` windows judge, every `evaluate_every` steps; `patience` such judgements
-    without gain end it. What was trained is kept on the disk every `keep_every` steps.
+    `data`, `sequences` and `bos` are as in `calibrate`, with `self` for text sampled from the original; None: its text,
+    and `bos` as there. A `time_budget`, such as 2h, is turned into `steps` when a run is begun. `windows_at_once` go
+    through the model together: fewer need less memory; `checkpointing` computes each block again in the backward, which
+    needs less still. With `optimizer` adam, `learning_rate` is in units of the root mean square that each tensor has at
+    first, with lamb in units of its present norm; it falls as half a cosine to `final_rate` of itself. `embeddings`
+    lets them, and the head, learn as well. `held_out` windows judge, every `evaluate_every` steps; `patience` such
+    judgements without gain end it. What was trained is kept on the disk every `keep_every` steps.
     """
 
     data: str | None = None
     sequences: Positive | None = None
     sequence_length: Annotated[int, Field(ge=2)] = 512
+    bos: bool | None = None
     steps: Positive = 400
     time_budget: str | None = None
     batch: Positive = 4
@@ -185,8 +188,11 @@ class PackConfig(Section):
 
 
 class EvalConfig(Section):
+    """`bos` as in `calibrate`; false is what GPTQ does."""
+
     data: Names = ("wikitext2",)
     sequence_length: Annotated[int, Field(ge=2)] = 2048
+    bos: bool | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
 
 

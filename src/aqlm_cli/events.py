@@ -68,3 +68,7 @@ class Warned:
 
 Event: TypeAlias = StageStarted | Advanced | LayerQuantized | BlockQuantized | Noted | Warned
 Emit: TypeAlias = Callable[[Event], None]
+
+
+def silent(_: Event) -> None:
+    """For whoever wants to be told nothing."""

@@ -16,6 +16,7 @@ def eval_ppl(
     target: options.Target,
     data: Annotated[str | None, typer.Option(help="wikitext2, c4, builtin or a file.")] = None,
     sequence_length: options.SequenceLength = None,
+    bos: options.Bos = None,
     windows: Annotated[int | None, typer.Option(min=2, help="Only the first so many; all, if not given.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
     revision: options.Revision = None,
@@ -28,7 +29,8 @@ def eval_ppl(
 ) -> None:
     """Measure perplexity; of a run, beside the original's.
 
-    The protocol is GPTQ's: windows without overlap, every token but a window's first scored.
+    The protocol is GPTQ's: windows without overlap, every token but a window's first scored. Where the tokenizer puts a
+    beginning token before a text, each window has one, which GPTQ's have not: --no-bos compares with published figures.
 
     \b
     Example:
@@ -40,7 +42,7 @@ def eval_ppl(
         target,
         {
             **options.machine_flags(None, revision, trust_remote_code, None, device, threads),
-            "eval_ppl": {"data": data and [data], "sequence_length": sequence_length, "dtype": dtype},
+            "eval_ppl": {"data": data and [data], "sequence_length": sequence_length, "bos": bos, "dtype": dtype},
         },
     )
     with Screen(json, quiet, verbose) as screen:

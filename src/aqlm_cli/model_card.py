@@ -30,18 +30,43 @@ TEMPLATE = """\
 {perplexities}
 ## Loading
 
-{requirements}
+{loading}"""
+
+DENSE = """\
+An ordinary 16-bit checkpoint: `pip install transformers`.
+
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("PATH_OR_ID", dtype="auto")
 tokenizer = AutoTokenizer.from_pretrained("PATH_OR_ID")
+inputs = tokenizer("Once upon a time", return_tensors="pt").to(model.device)
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0]))
 ```
 """
 
-PACKAGE_NEEDED = """\
-`pip install transformers accelerate "aqlm[cpu]==1.1.7"` (`aqlm[gpu]` with an NVIDIA GPU). On a CPU load with
-`dtype=torch.float32` and call `torch.set_num_threads(1)`: that version's product is wrong with several threads.
+CODED = """\
+On a CPU, `pip install transformers accelerate "aqlm[cpu]==1.1.7"`:
+
+```python
+import os
+
+os.environ["NUMBA_NUM_THREADS"] = "1"  # before anything imports Numba
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("PATH_OR_ID", dtype=torch.float32)
+tokenizer = AutoTokenizer.from_pretrained("PATH_OR_ID")
+inputs = tokenizer("Once upon a time", return_tensors="pt").to(model.device)
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0]))
+```
+
+- `NUMBA_NUM_THREADS=1` is needed: in the CPU product of aqlm 1.1.7 all of Numba's threads add into one vector, and with
+  more than one thread logits are wrong. `torch.set_num_threads` does not reach these threads.
+- To save the model again, load it anew first: at its first product on a CPU that version transposes `codes` in place,
+  and what is saved afterwards does not load, or loads and is wrong.
+- With an NVIDIA GPU install `aqlm[gpu]==1.1.7` and load with `dtype="auto", device_map="cuda"`; there neither applies.
 """
 
 
@@ -82,12 +107,13 @@ def model_card(facts: CardFacts) -> str:
         size=readable_bytes(facts.bytes),
         data=facts.data,
         perplexities="".join(_perplexity_row(report) for report in facts.perplexities),
-        requirements=PACKAGE_NEEDED if facts.needs_package else "An ordinary 16-bit checkpoint.\n",
+        loading=CODED if facts.needs_package else DENSE,
     )
 
 
 def _perplexity_row(report: Mapping[str, Any]) -> str:
     windows = f"{report['windows']} windows of {report['sequence_length']} tokens"
+    windows += ", each with a beginning token" if report.get("bos") else ""
     measured = f"{report['perplexity']:.2f} ± {report['stderr']:.2f}"
     original = report["original"]
     beside = f", original {original['perplexity']:.2f} ± {original['stderr']:.2f}" if original else ""

@@ -65,6 +65,14 @@ CalibrationData = Annotated[
 ]
 Sequences = Annotated[int | None, typer.Option(help="Windows of text in all, where --data counts none.")]
 SequenceLength = Annotated[int | None, typer.Option(help="Tokens in a window.")]
+Bos = Annotated[
+    bool | None,
+    typer.Option(
+        "--bos/--no-bos",
+        help="Begin every window with the beginning token; if not given, as the tokenizer does by itself.",
+        show_default=False,
+    ),
+]
 
 Seed = Annotated[int | None, typer.Option(help="Of all randomness.")]
 Device = Annotated[str | None, typer.Option(help="cpu, or cuda where there is one.")]

@@ -26,7 +26,7 @@ from aqlm_cli.openmp import forbid_nested_loops
 from aqlm_cli.report import GenerationReport, PlanReport, Record, VerifyReport
 from aqlm_cli.runs import RunDirectory, find_artifact, is_run, read_run, refuse_other_directory
 from aqlm_cli.scheme import AdditiveScheme, parse_scheme
-from aqlm_cli.settings import default_run_directory, settings_for, settings_of_run, settings_to_finetune
+from aqlm_cli.settings import default_run_directory, refuse_lengths, settings_for, settings_of_run, settings_to_finetune
 from aqlm_cli.speed_report import BenchReport
 from aqlm_cli.stage_reports import AdoptReport, CalibrationReport, PackReport, QuantizeReport
 from aqlm_cli.stages.adopt import adopt, fitting_network
@@ -191,7 +191,9 @@ def measure(target: str, config: RunConfig, windows: int | None, emit: Emit) -> 
     subject, section = _subject(target, config, emit), config.eval_ppl
     with _logged_of(subject, "eval-ppl", emit) as both:
         return {
-            text: eval_ppl(subject, text, section.sequence_length, section.dtype, windows, config.device, both)
+            text: eval_ppl(
+                subject, text, section.sequence_length, section.dtype, windows, config.device, both, section.bos
+            )
             for text in section.data
         }
 
@@ -270,6 +272,7 @@ def verify_run(run_directory: Path, emit: Emit) -> VerifyReport:
 
 def run_all(config: RunConfig, run_directory: Path, overwrite: bool, emit: Emit) -> dict[str, Record]:
     """Every stage in order; `finetune` where the settings have a section of that name."""
+    refuse_lengths(config)
     made = quantize_and_pack(config, run_directory, overwrite, emit)
     if "finetune" in config.model_fields_set:
         made |= finetune_run(str(run_directory), config, run_directory, overwrite, emit)

@@ -104,7 +104,10 @@ class Perplexity:
 
 @dataclass(frozen=True)
 class PerplexityReport(Record):
-    """Perplexity of `model` on `data`; `ratio` is to the original's on the same windows, where there is an original."""
+    """Perplexity of `model` on `data`; `ratio` is to the original's on the same windows, where there is an original.
+
+    `bos`: each window begins with a beginning-of-text token. Figures with and without it do not compare.
+    """
 
     model: str
     data: str
@@ -115,6 +118,7 @@ class PerplexityReport(Record):
     dtype: str
     original: Perplexity | None
     ratio: float | None
+    bos: bool = False
 
     def table(self) -> Table:
         columns = ("model", "data", "windows x tokens", "type", "perplexity", "ratio")
@@ -127,7 +131,7 @@ class PerplexityReport(Record):
             table.add_row(
                 Text(name),
                 Text(text_name(self.data)),
-                f"{self.windows} x {self.sequence_length}",
+                f"{self.windows} x {self.sequence_length}" + (", bos" if self.bos else ""),
                 self.dtype,
                 f"{found.perplexity:.3f} ± {found.stderr:.3f}",
                 ratio,

@@ -8,7 +8,7 @@ from typing import Any
 
 from aqlm_cli.config import QuantizeConfig, RunConfig
 from aqlm_cli.errors import ArtifactError, UsageError
-from aqlm_cli.model import resolve
+from aqlm_cli.model import refuse_longer_than_stated, refuse_too_long, resolve
 from aqlm_cli.run_file import build_config
 from aqlm_cli.runs import is_run, read_run
 from aqlm_cli.scheme import SCHEMES_BY_BITS, parse_scheme
@@ -21,6 +21,15 @@ def default_run_directory(config: RunConfig) -> Path:
     label = str(scheme) if bits is None else f"{bits:g}bit"
     source = resolve(config.model, config.revision, config.trust_remote_code)
     return Path("runs") / f"{source.short_name}-{label}"
+
+
+def refuse_lengths(config: RunConfig) -> None:
+    """ModelError for windows that the last stages of a run file would find longer than the model reads."""
+    source = resolve(config.model, config.revision, config.trust_remote_code)
+    if "finetune" in config.model_fields_set:
+        refuse_too_long(source, config.finetune.sequence_length, "finetune.sequence_length")
+    refuse_longer_than_stated(source, config.eval_ppl.sequence_length, "eval_ppl.sequence_length")
+    refuse_longer_than_stated(source, config.bench.prompt + config.bench.tokens, "bench.prompt or bench.tokens")
 
 
 def settings_of_run(directory: Path, flags: Mapping[str, Any]) -> RunConfig:
@@ -46,7 +55,7 @@ def settings_to_finetune(
     """Those of the run at `target`, and that run; given a teacher or a place, of a new run that begins with its codes.
 
     The flags of the section beat the preset, which beats the run file; steps take the place of its time budget. Raises
-    ArtifactError where nothing says what the original is.
+    ArtifactError where nothing says what the original is, and ModelError for windows longer than it reads.
     """
     if teacher is None and not is_run(Path(target)):
         raise ArtifactError(
@@ -57,6 +66,8 @@ def settings_to_finetune(
         config, directory = build_config(None, read_run(Path(target)).file, flags, preset), Path(target)
     else:
         config, directory = _settings_to_adopt(target, teacher, out, flags, preset)
+    source = resolve(config.model, config.revision, config.trust_remote_code)
+    refuse_too_long(source, config.finetune.sequence_length, "--sequence-length")
     if section["steps"] is None:
         return config, directory
     tuned = config.finetune.model_copy(update={"time_budget": None})

@@ -58,19 +58,25 @@ def restored(kind: type[Report], directory: Path, results: Mapping[str, Any]) ->
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrationReport(StageReport):
-    """`loss` is the model's mean negative log likelihood on the windows, in nats a token; `sources` counts windows."""
+    """`loss` is the model's mean negative log likelihood on the windows, in nats a token; `sources` counts windows, and
+    `bos` says that each begins with a beginning-of-text token."""
 
     windows: int
     sequence_length: int
     tokens: int
     loss: float
     sources: Mapping[str, int]
+    bos: bool = False
 
     def table(self) -> Table:
         return facts(
             "calibration",
             [
-                ("windows", f"{self.windows} of {self.sequence_length} tokens ({self.tokens} tokens)"),
+                (
+                    "windows",
+                    f"{self.windows} of {self.sequence_length} tokens ({self.tokens} tokens)"
+                    + (", each with a beginning token" if self.bos else ""),
+                ),
                 ("from", ", ".join(f"{text_name(source)} ({windows})" for source, windows in self.sources.items())),
                 ("loss of the model", f"{self.loss:.4f} nats a token"),
                 *self.costs(),

@@ -28,7 +28,16 @@ from aqlm_cli.forecast import (
 )
 from aqlm_cli.layout import lay_out
 from aqlm_cli.mixture import share_windows
-from aqlm_cli.model import ModelSource, load_skeleton, plan_of_checkpoint, resolve, saved_layouts, tensor_index
+from aqlm_cli.model import (
+    ModelSource,
+    load_skeleton,
+    plan_of_checkpoint,
+    refuse_too_long,
+    resolve,
+    saved_layouts,
+    tensor_index,
+    untie_stored,
+)
 from aqlm_cli.plan import Plan, Target, make_plan
 from aqlm_cli.report import PlanReport
 from aqlm_cli.scheme import AdditiveScheme, Scheme, parse_scheme
@@ -53,14 +62,18 @@ def survey(config: RunConfig, with_weights: bool = True) -> Survey:
     where what comes of them could not be packed.
     """
     source = resolve(config.model, config.revision, config.trust_remote_code, with_weights=with_weights)
-    network, section = load_skeleton(source), config.quantize
+    section = config.quantize
+    if section.checkpoint is None:  # else no text is read
+        refuse_too_long(source, config.calibrate.sequence_length, "--sequence-length")
+    network = load_skeleton(source)
+    there = tensor_index(source.directory) if has_weights(source.directory) else None
+    untie_stored(network, there or ())
     layers, count = describe_layers(network), count_parameters(network)
     if section.checkpoint is None:
         plan = make_plan(layers, count, parse_scheme(section.scheme), section.skip, section.only)
     else:
         plan = plan_of_checkpoint(checkpoint_of(config), source, network, layers, count)
         _refuse_other_codes(section, str(plan.scheme))
-    there = tensor_index(source.directory) if has_weights(source.directory) else None
     stored = saved_layouts(network) if there is None else {name: tensor.layout for name, tensor in there.items()}
     layout = lay_out(network, stored, plan.schemes, config.pack.format, _fitted(network, plan))
     return Survey(source, plan, model_shape(network, plan), checkpoint_bytes(layout.tensors))

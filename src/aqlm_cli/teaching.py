@@ -25,6 +25,7 @@ def finetune(
     ] = None,
     sequences: options.Sequences = None,
     sequence_length: options.SequenceLength = None,
+    bos: options.Bos = None,
     steps: Annotated[int | None, typer.Option(help="How many.")] = None,
     time_budget: Annotated[str | None, typer.Option(help="Such as 2h or 90m: as many steps as fit.")] = None,
     batch: Annotated[int | None, typer.Option(help="Windows of a step.")] = None,
@@ -58,7 +59,7 @@ def finetune(
         raise UsageError("--steps and --time-budget exclude each other; give one of them")
     section: dict[str, Any] = {"data": data, "sequences": sequences, "sequence_length": sequence_length}
     section |= {"steps": steps, "time_budget": time_budget, "batch": batch, "learning_rate": learning_rate}
-    section |= {"codes": {"share": codes}, "embeddings": embeddings}
+    section |= {"codes": {"share": codes}, "embeddings": embeddings, "bos": bos}
     machine = {"device": device, "threads": threads}
     settings, run = pipeline.settings_to_finetune(target, teacher, out, machine, preset, section)
     with Screen(json, quiet, verbose) as screen:

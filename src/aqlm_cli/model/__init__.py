@@ -20,10 +20,12 @@ from aqlm_cli.model.loading import (
     saved_layouts,
 )
 from aqlm_cli.model.names import Placement, names_of_codes, placements, stored_parameters
+from aqlm_cli.model.positions import refuse_longer_than_stated, refuse_too_long
 from aqlm_cli.model.quantization import is_coded
 from aqlm_cli.model.resolve import Subject, find_subject, original_of, resolve
 from aqlm_cli.model.sampling import open_sampling
 from aqlm_cli.model.tokenizing import open_tokenizer, refuse_unknown_tokens
+from aqlm_cli.model.tying import untie_stored
 from aqlm_cli.sources import ModelSource, end_tokens, model_config, save_support_files, tensor_index
 
 __all__ = [
@@ -54,10 +56,13 @@ __all__ = [
     "original_of",
     "placements",
     "plan_of_checkpoint",
+    "refuse_longer_than_stated",
+    "refuse_too_long",
     "refuse_unknown_tokens",
     "resolve",
     "save_support_files",
     "saved_layouts",
     "stored_parameters",
     "tensor_index",
+    "untie_stored",
 ]

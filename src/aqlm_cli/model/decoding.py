@@ -31,6 +31,7 @@ NETWORK_IN = ("mlp.gate_proj", "mlp.up_proj")
 NETWORK_OUT = "mlp.down_proj"
 LINEARS = len((*ATTENTION_IN, ATTENTION_OUT, *NETWORK_IN, NETWORK_OUT))  # of a block
 NORMS = ("input", "post_attention")
+EMBEDDINGS, LAST = "model.embed_tokens.weight", "lm_head.weight"
 COUNTS = (
     "hidden_size",
     "intermediate_size",
@@ -134,7 +135,10 @@ class Parts(NamedTuple):
 
     @classmethod
     def read(cls, source: ModelSource, config: Any) -> Parts:
-        """Of an AQLM checkpoint; what it lacks is lacking here."""
+        """Of an AQLM checkpoint; what it lacks is lacking here, but for one of two tensors that config.json ties.
+
+        Two that are both stored stay two: transformers ties them only where they are equal, which changes no number.
+        """
         files = {stored.file for stored in tensor_index(source.directory).values()}
         tensors = {name: tensor for file in files for name, tensor in load_tensors(file).items()}
         layers = {}
@@ -142,6 +146,9 @@ class Parts(NamedTuple):
             own = {name: tensors.pop(f"{path}.{name}") for name in (*CODED, "bias") if f"{path}.{name}" in tensors}
             if {"codebooks", "scales"} <= own.keys():
                 layers[path] = AdditiveLinear(from_checkpoint(own), own.get("bias")).requires_grad_(False)
+        for name, other in ((EMBEDDINGS, LAST), (LAST, EMBEDDINGS)) if config.tie_word_embeddings else ():
+            if other in tensors:
+                tensors.setdefault(name, tensors[other])
         return cls(config, layers, tensors)
 
 
@@ -234,11 +241,7 @@ def _other_shapes(config: Any) -> dict[str, tuple[int, ...]]:
     d, vocabulary = config.hidden_size, config.vocab_size
     norms = [f"{block}.{name}_layernorm.weight" for block in _block_paths(config) for name in NORMS]
     shapes: dict[str, tuple[int, ...]] = dict.fromkeys([*norms, "model.norm.weight"], (d,))
-    return {**shapes, "model.embed_tokens.weight": (vocabulary, d), _head_name(config): (vocabulary, d)}
-
-
-def _head_name(config: Any) -> str:
-    return "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
+    return {**shapes, EMBEDDINGS: (vocabulary, d), LAST: (vocabulary, d)}
 
 
 def _head_size(config: Any) -> int:
@@ -247,12 +250,11 @@ def _head_size(config: Any) -> int:
 
 def _decoder(parts: Parts, room: int, planes: int, head: Head) -> Decoder:
     config, tensors = parts.config, parts.tensors
-    weight = tensors[_head_name(config)]
     return Decoder(
         [_block(parts, block) for block in _block_paths(config)],
-        embeddings=tensors["model.embed_tokens.weight"],
+        embeddings=tensors[EMBEDDINGS],
         norm=tensors["model.norm.weight"],
-        head=ByteRows.of(weight) if head == "int8" else narrowest(weight),
+        head=ByteRows.of(tensors[LAST]) if head == "int8" else narrowest(tensors[LAST]),
         angles=_angles(config, room),
         key_heads=config.num_key_value_heads,
         epsilon=config.rms_norm_eps,

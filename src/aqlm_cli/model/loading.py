@@ -225,6 +225,12 @@ def _additive_linear(
     tensors = {last: stored[name].read(name) for last, name in names.items()}
     if not isinstance(plain, nn.Linear) or not {"codebooks", "scales"} <= tensors.keys():
         raise ModelError(f"{source.name} has codes for {path}, which is no linear layer that they could restore")
+    groups = plain.in_features // tensors["codebooks"].shape[-1]
+    if tuple(tensors["codes"].shape[:2]) == (groups, plain.out_features) != (plain.out_features, groups):
+        raise ModelError(
+            f"{source.name}: the codes of {path} are transposed, as the package aqlm leaves them after a product on a "
+            "CPU; load the checkpoint that it was saved from"
+        )
     matrix = from_checkpoint(tensors)
     found, wanted = (matrix.out_features, matrix.in_features), (plain.out_features, plain.in_features)
     if found != wanted:

@@ -7,7 +7,7 @@ of one length.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,22 +39,27 @@ class Sampling:
     beginnings: Tensor  # ids that a text may begin with
 
     @torch.inference_mode()
-    def texts(self, chances: Tensor, written: Callable[[int], None]) -> Tensor:
+    def texts(self, chances: Tensor, written: Callable[[int], None], opening: Sequence[int] = ()) -> Tensor:
         """Token ids `[b, L]`, each text by its own numbers of `chances` `[b, L]`, float64 and even in [0, 1).
 
-        `written` is told how many tokens each step has brought.
+        Each is `opening`, of p tokens, and L - p tokens that follow it. `written` is told how many tokens each step has
+        brought.
         """
         model: Any = self.network
+        chances = chances[:, len(opening) :]
         tokens = self.beginnings[(chances[:, 0] * len(self.beginnings)).long()]  # [b]
-        texts, cache = [tokens], None
-        written(len(tokens))
+        given = torch.tensor(opening, dtype=tokens.dtype, device=tokens.device).repeat(len(tokens), 1)  # [b, p]
+        texts, cache = [*given.unbind(1), tokens], None
+        read = torch.stack(texts, 1)
+        written(read.numel())
         for place in range(1, chances.shape[1]):
-            out = model(input_ids=tokens[:, None], past_key_values=cache, use_cache=True, logits_to_keep=1)
+            out = model(input_ids=read, past_key_values=cache, use_cache=True, logits_to_keep=1)
             logits, cache = out.logits[:, -1], out.past_key_values
             if place == 1 and isinstance(cache, DynamicCache) and model.config._attn_implementation == ATTENTION:
                 cache.layers = [Roomy.of(layer) if type(layer) is DynamicLayer else layer for layer in cache.layers]
             tokens = logits.argmax(1) if place <= LIKELIEST else _drawn(logits, chances[:, place])
             texts.append(tokens)
+            read = tokens[:, None]
             written(len(tokens))
         return torch.stack(texts, 1)
 

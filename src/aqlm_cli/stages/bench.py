@@ -27,7 +27,6 @@ from torch import Tensor, nn
 
 from aqlm_cli.blocks import count_parameters, replace_module
 from aqlm_cli.config import BenchConfig, Head
-from aqlm_cli.errors import ModelError
 from aqlm_cli.events import Advanced, Emit, Noted, StageStarted
 from aqlm_cli.figures import draw_speed
 from aqlm_cli.llama_cpp import LlamaModel, find_llama_models
@@ -39,11 +38,12 @@ from aqlm_cli.model import (
     is_coded,
     load_network,
     load_tokenizer,
-    model_config,
+    refuse_longer_than_stated,
     tensor_index,
 )
 from aqlm_cli.model.shapes import empty_network, random_network, random_packed_network
 from aqlm_cli.products import measure_product, relative_error
+from aqlm_cli.pupil import names_in_files
 from aqlm_cli.scheme import AdditiveScheme
 from aqlm_cli.speed_report import BenchReport, BenchRow, ProductRow
 from aqlm_kernels import AdditiveLinear, KernelError, read_bandwidth
@@ -189,9 +189,7 @@ def _llama_models(settings: BenchConfig) -> list[Contender]:
 
 
 def _random_ids(source: ModelSource, length: int, seed: int) -> Tensor:
-    longest = model_config(source).get("max_position_embeddings")
-    if longest is not None and length > longest:
-        raise ModelError(f"{source.name} reads {longest} tokens, not {length}; lower --prompt or --tokens")
+    refuse_longer_than_stated(source, length, "--prompt or --tokens")
     vocabulary = len(load_tokenizer(source))
     return torch.randint(vocabulary, (length,), generator=torch.Generator().manual_seed(seed))
 
@@ -226,12 +224,15 @@ def _originals(source: ModelSource, ids: Tensor, prompt: int) -> list[Contender]
 def _packed(source: ModelSource, ids: Tensor, settings: BenchConfig) -> Contender:
     written_out = decoding_of(_written_out(load_network(source, torch.float32)), len(ids))
     exact = run_pass(written_out, ids, settings.prompt).logits
-    size = sum(tensor.bytes for tensor in tensor_index(source.directory).values())
+    stored = tensor_index(source.directory)
+    size = sum(tensor.bytes for tensor in stored.values())
     network = load_network(source, torch.float32)
     decoding = decoding_of(network, len(ids), settings.backend, settings.head)
     found = run_pass(decoding, ids, settings.prompt).logits
     error = relative_error(found, exact)
-    return Contender("packed", decoding, size, size - _unread(network, settings.head), error, _coded_layers(network))
+    twice = sum(stored[name].bytes for names in names_in_files(network, stored).values() for name in names[1:])
+    read = size - _unread(network, settings.head) - twice
+    return Contender("packed", decoding, size, read, error, _coded_layers(network))
 
 
 def _coded_layers(network: nn.Module) -> tuple[AdditiveLinear, ...]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -22,16 +22,16 @@ from aqlm_cli.activations import Handed, autocast, compute_dtype, run_block
 from aqlm_cli.artifacts import Stage
 from aqlm_cli.blocks import linears
 from aqlm_cli.config import RunConfig
-from aqlm_cli.data import calibration_windows
 from aqlm_cli.errors import QuantizationError
 from aqlm_cli.events import Advanced, Emit, Noted, StageStarted
 from aqlm_cli.forecast import Cost
 from aqlm_cli.memory import peak_memory_bytes, reset_peak_memory
-from aqlm_cli.model import ModelSource, load_block, load_tokenizer, refuse_unknown_tokens, resolve
+from aqlm_cli.model import ModelSource, load_block, load_tokenizer, refuse_too_long, refuse_unknown_tokens, resolve
 from aqlm_cli.propagation import entering_states, walk_through
 from aqlm_cli.runs import open_run
 from aqlm_cli.stage_reports import CalibrationReport, restored
 from aqlm_cli.storage import disk_bytes, save_tensors
+from aqlm_cli.windows import TextTokenizer, beginning, calibration_windows, settings_of_text
 from aqlm_cli.wording import plain
 
 STAGE = "calibrate"
@@ -45,27 +45,37 @@ def calibrate(
     `planned` is what it was thought to take, to stand beside what it took.
     """
     source = resolve(config.model, config.revision, config.trust_remote_code)
+    refuse_too_long(source, config.calibrate.sequence_length, "--sequence-length")
+    tokenizer = load_tokenizer(source)
+    opening = beginning(tokenizer, config.calibrate.bos)
     run = open_run(run_directory, config, overwrite)
-    settings = {**config.calibrate.model_dump(mode="json"), "seed": config.seed}
+    settings = {**settings_of_text(config.calibrate, bool(opening)), "seed": config.seed}
     parents = {"model": source.identity}
     calibration = run.reusable("calibration", "calibration", settings, parents, overwrite)
     if calibration is None:
         with run.stage("calibration", "calibration", settings, parents) as stage:
             stage.work.mkdir()
-            results = _measure(config, source, stage, emit)
+            results = _measure(config, source, tokenizer, opening, stage, emit)
             calibration = stage.publish({**results, "planned": plain(planned)})
     else:
         emit(Noted(f"{calibration.directory} is there already, made from the same model and text"))
     return restored(CalibrationReport, calibration.directory, calibration.manifest.results)
 
 
-def _measure(config: RunConfig, source: ModelSource, stage: Stage, emit: Emit) -> dict[str, object]:
+def _measure(
+    config: RunConfig,
+    source: ModelSource,
+    tokenizer: TextTokenizer,
+    opening: Sequence[int],
+    stage: Stage,
+    emit: Emit,
+) -> dict[str, object]:
     """Write the windows and the moments; return the fields of the report."""
     started = time.monotonic()
     reset_peak_memory()
-    section = config.calibrate
+    section, length = config.calibrate, config.calibrate.sequence_length
     windows = calibration_windows(
-        section.data, section.sequences, section.sequence_length, config.seed, load_tokenizer(source)
+        section.data, section.sequences, length, config.seed, tokenizer, opening=opening, emit=emit
     )
     refuse_unknown_tokens(source, windows.ids)
     save_tensors(stage.directory / "windows.safetensors", {"ids": windows.ids.to(torch.int32)})
@@ -75,10 +85,11 @@ def _measure(config: RunConfig, source: ModelSource, stage: Stage, emit: Emit) -
     save_tensors(stage.directory / "second_moments.safetensors", moments)
     return {
         "windows": len(windows.ids),
-        "sequence_length": section.sequence_length,
+        "sequence_length": length,
         "tokens": windows.ids.numel(),
         "loss": loss,
         "sources": dict(Counter(windows.sources)),
+        "bos": bool(opening),
         "seconds": time.monotonic() - started,
         "memory_bytes": peak_memory_bytes(),
         "disk_bytes": disk_bytes(stage.directory.parent),

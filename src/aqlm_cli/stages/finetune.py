@@ -20,9 +20,8 @@ from torch import Tensor
 
 from aqlm_cli.artifacts import Artifact, Stage
 from aqlm_cli.config import RunConfig
-from aqlm_cli.data import calibration_windows
 from aqlm_cli.errors import ArtifactError, DataError, UsageError
-from aqlm_cli.events import Advanced, Emit, Noted, StageStarted
+from aqlm_cli.events import Advanced, Emit, Noted, StageStarted, silent
 from aqlm_cli.figures import draw_curve
 from aqlm_cli.memory import peak_memory_bytes, reset_peak_memory
 from aqlm_cli.mixture import sampled_windows
@@ -36,6 +35,7 @@ from aqlm_cli.storage import disk_bytes, load_tensors, read_metadata, save_tenso
 from aqlm_cli.team import Team
 from aqlm_cli.tuning.distill import Training, one_step, train
 from aqlm_cli.units import parse_duration
+from aqlm_cli.windows import beginning, calibration_windows, recut, settings_of_text
 
 STAGE = "finetune"
 
@@ -54,21 +54,25 @@ def finetune(config: RunConfig, run_directory: Path, overwrite: bool, emit: Emit
     run.refuse_outdated(start)
     if config.finetune.batch % team.size:
         raise UsageError(f"--batch {config.finetune.batch} is not the same for each of {team.size} processes")
-    config, timed = _with_known_steps(config, run.known_settings("finetuned", overwrite))
-    found = run.reusable("finetuned", "quantized", *_made_with(config, source, start), overwrite)
+    bos = _begins(config, source, run)
+    config, timed = _with_known_steps(config, bos, run.known_settings("finetuned", overwrite))
+    found = run.reusable("finetuned", "quantized", *_made_with(config, bos, source, start), overwrite)
     if found is not None:
         team.told({"goes_on": False})
         emit(Noted(f"{found.directory} is there already, made with the same settings"))
         return _reported(run, found)
-    run.goes_on("finetuned", *_made_with(config, source, start), machine, overwrite)  # or is refused before it loads
+    run.goes_on(
+        "finetuned", *_made_with(config, bos, source, start), machine, overwrite
+    )  # or is refused before it loads
     team.told({"goes_on": True, "timed": timed, "steps": config.finetune.steps})
     reset_peak_memory()
-    pupil = _load(config, source, start, run, team)
+    pupil = _load(config, source, start, run, team, emit)
     training = pupil.begin(config.finetune)
     if not timed:
         config = _with_steps(config, pupil, training)
         emit(Noted(f"{config.finetune.time_budget} are {config.finetune.steps} steps"))
-    with run.resumed_stage("finetuned", "quantized", *_made_with(config, source, start), machine, overwrite) as stage:
+    made_with = _made_with(config, bos, source, start)
+    with run.resumed_stage("finetuned", "quantized", *made_with, machine, overwrite) as stage:
         run.keep_finetune_settings(config.finetune)
         _train(config, pupil, training, stage, emit)
         pupil.save(stage.directory)
@@ -98,7 +102,7 @@ def follow(config: RunConfig, run_directory: Path, team: Team) -> None:
     start = run.own("quantized", "quantized")
     assert start is not None
     config = _of_steps(config, begun["steps"])
-    pupil = _load(config, original_of(run), start, run, team)
+    pupil = _load(config, original_of(run), start, run, team, silent)
     training = pupil.begin(config.finetune)
     if not begun["timed"]:
         config = _with_steps(config, pupil, training)
@@ -110,8 +114,10 @@ def follow(config: RunConfig, run_directory: Path, team: Team) -> None:
     pupil.data.held_out_divergence(config.finetune.windows_at_once)
 
 
-def _made_with(config: RunConfig, source: ModelSource, start: Artifact) -> tuple[dict[str, object], dict[str, str]]:
-    settings = {**config.finetune.model_dump(mode="json"), "seed": config.seed}
+def _made_with(
+    config: RunConfig, bos: bool, source: ModelSource, start: Artifact
+) -> tuple[dict[str, object], dict[str, str]]:
+    settings = {**settings_of_text(config.finetune, bos), "seed": config.seed}
     parents = {kind: start.manifest.parents[kind] for kind in ("calibration",) if kind in start.manifest.parents}
     if not parents and config.finetune.data is None:  # the codes were found elsewhere, but this text is learnt from
         parents["calibration"] = read_run(start.directory.parent).current("calibration").digest
@@ -130,12 +136,26 @@ def _reported(run: RunDirectory, made: Artifact) -> FinetuneReport:
 # ------------------------------------------------------------------------------------------------------------- settings
 
 
-def _with_known_steps(config: RunConfig, known: Mapping[str, Any]) -> tuple[RunConfig, bool]:
+def _begins(config: RunConfig, source: ModelSource, run: RunDirectory) -> bool:
+    """Whether the windows begin with a beginning token; those of calibration go on as they are."""
+    section = config.finetune
+    if section.bos is not None:
+        return section.bos
+    if section.data is None:
+        return _bos_of(run.current("calibration"))
+    return bool(beginning(load_tokenizer(source), None))
+
+
+def _bos_of(calibration: Artifact) -> bool:
+    return bool(calibration.manifest.settings.get("bos"))
+
+
+def _with_known_steps(config: RunConfig, bos: bool, known: Mapping[str, Any]) -> tuple[RunConfig, bool]:
     """With the steps that the time budget came to when this was begun; whether no steps have to be timed for that."""
     section = config.finetune
     if section.time_budget is None:
         return config, True
-    asked = {**section.model_dump(mode="json"), "seed": config.seed}
+    asked = {**settings_of_text(section, bos), "seed": config.seed}
     steps = known.get("steps")
     if not isinstance(steps, int) or {**asked, "steps": steps} != dict(known):
         return config, False
@@ -168,23 +188,26 @@ def _of_steps(config: RunConfig, steps: int) -> RunConfig:
 # ------------------------------------------------------------------------------------------------------------- training
 
 
-def _load(config: RunConfig, source: ModelSource, start: Artifact, run: RunDirectory, team: Team) -> Pupil:
-    text, held_out = _text(config, source, run)
+def _load(config: RunConfig, source: ModelSource, start: Artifact, run: RunDirectory, team: Team, emit: Emit) -> Pupil:
+    text, held_out = _text(config, source, run, emit)
     return load_pupil(source, start, config.finetune, text, held_out, torch.device(config.device), team)
 
 
-def _text(config: RunConfig, source: ModelSource, run: RunDirectory) -> tuple[Tensor, Tensor]:
+def _text(config: RunConfig, source: ModelSource, run: RunDirectory, emit: Emit) -> tuple[Tensor, Tensor]:
     """Token ids `[windows, L]` to learn from, and those to judge by, mixed so that both hold text of all sources."""
     section, length = config.finetune, config.finetune.sequence_length
     if section.data is None and section.sequences is not None:
         raise UsageError("--sequences counts windows of --data; give that, too")
+    tokenizer = load_tokenizer(source)
+    opening = beginning(tokenizer, _begins(config, source, run))
     if section.data is None:
-        tokens = _stored(run, "calibration").flatten()
-        ids = tokens[: len(tokens) // length * length].view(-1, length)
+        before = beginning(tokenizer, _bos_of(run.current("calibration")))
+        ids = recut(_stored(run, "calibration"), length, before, opening)
     else:
         sampled = _stored(run, "text") if sampled_windows(section.data, section.sequences) else None
-        tokenizer = load_tokenizer(source)
-        ids = calibration_windows(section.data, section.sequences, length, config.seed, tokenizer, sampled).ids
+        ids = calibration_windows(
+            section.data, section.sequences, length, config.seed, tokenizer, sampled, opening=opening, emit=emit
+        ).ids
         refuse_unknown_tokens(source, ids)
     ids = ids[torch.randperm(len(ids), generator=generator(config.seed, STAGE))]
     if len(ids) <= section.held_out:

@@ -10,7 +10,14 @@ from torch import Tensor
 from aqlm_cli.config import Head
 from aqlm_cli.errors import DataError
 from aqlm_cli.events import Emit, Noted
-from aqlm_cli.model import Subject, end_tokens, open_decoding, open_tokenizer, refuse_unknown_tokens
+from aqlm_cli.model import (
+    Subject,
+    end_tokens,
+    open_decoding,
+    open_tokenizer,
+    refuse_too_long,
+    refuse_unknown_tokens,
+)
 from aqlm_cli.report import GenerationReport
 
 
@@ -36,6 +43,7 @@ def generate(
     if ids.numel() == 0:
         raise DataError("the prompt has no token; give some text with --prompt")
     refuse_unknown_tokens(source, ids)
+    refuse_too_long(source, len(ids) + max_new_tokens - 1, "--tokens, or shorten --prompt")  # the last is not read
     emit(Noted(f"generating with {source.directory}"))
     decoding = open_decoding(source, len(ids) + max_new_tokens, backend, head, device)
     ends = end_tokens(source)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from aqlm_cli.config import RunConfig
-from aqlm_cli.data import documents
+from aqlm_cli.data import builtin_texts
 from aqlm_cli.durations import calibration_seconds, packing_seconds, quantization_seconds
 from aqlm_cli.errors import ModelError
 from aqlm_cli.events import Emit, Noted
@@ -80,7 +80,7 @@ def _seconds_a_character(source: ModelSource) -> float:
         tokenizer = load_tokenizer(source)
     except ModelError:
         return 0.0
-    text = "\n".join(documents("builtin", "calibration"))[:TEXT_SAMPLE]
+    text = "\n".join(builtin_texts("calibration"))[:TEXT_SAMPLE]
     started = time.perf_counter()
     tokenizer.encode(text, add_special_tokens=False)
     return (time.perf_counter() - started) / len(text)

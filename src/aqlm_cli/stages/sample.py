@@ -7,7 +7,7 @@ all else is redone, and other settings make it anew without being asked.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -19,10 +19,11 @@ from aqlm_cli.errors import ArtifactError
 from aqlm_cli.events import Advanced, Emit, Noted, StageStarted
 from aqlm_cli.memory import peak_memory_bytes, reset_peak_memory
 from aqlm_cli.mixture import sampled_windows
-from aqlm_cli.model import ModelSource, open_sampling, original_of
+from aqlm_cli.model import ModelSource, load_tokenizer, open_sampling, original_of
 from aqlm_cli.runs import RunDirectory, read_run
 from aqlm_cli.seeds import generator
 from aqlm_cli.storage import digest_file, save_tensors
+from aqlm_cli.windows import beginning
 
 STAGE = "sample"
 
@@ -36,10 +37,12 @@ many lie in memory beside the model, before finetuning needs it for a second one
 def sample(config: RunConfig, run_directory: Path, overwrite: bool, emit: Emit) -> None:
     """Write `text/`, unless it is there or `finetune` will not come to read it."""
     run, section = read_run(run_directory), config.finetune
-    if not _will_be_read(run, config, overwrite):
-        return
     source, windows = original_of(run), sampled_windows(section.data, section.sequences)
+    opening = beginning(load_tokenizer(source), section.bos)
+    if not _will_be_read(run, config, bool(opening), overwrite):
+        return
     settings = {"windows": windows, "sequence_length": section.sequence_length, "seed": config.seed}
+    settings |= {"bos": True} if opening else {}
     parents = {"model": source.identity}
     if _is_there(run, settings, parents):
         emit(Noted(f"{run.path / 'text'} is there already, sampled with the same settings"))
@@ -47,12 +50,12 @@ def sample(config: RunConfig, run_directory: Path, overwrite: bool, emit: Emit) 
     with run.stage("text", "text", settings, parents) as stage:
         reset_peak_memory()
         started = time.monotonic()
-        ids = _windows(config, source, windows, emit)
+        ids = _windows(config, source, windows, opening, emit)
         save_tensors(stage.directory / WINDOWS, {"ids": ids.to(torch.int32)})
         stage.publish({"seconds": time.monotonic() - started, "memory_bytes": peak_memory_bytes()})
 
 
-def _will_be_read(run: RunDirectory, config: RunConfig, overwrite: bool) -> bool:
+def _will_be_read(run: RunDirectory, config: RunConfig, bos: bool, overwrite: bool) -> bool:
     """Before it reads any text, `finetune` reuses or refuses what is finished, and refuses what began with another."""
     if overwrite:
         return True
@@ -60,7 +63,7 @@ def _will_be_read(run: RunDirectory, config: RunConfig, overwrite: bool) -> bool
         return False
     text = config.finetune.model_dump(mode="json", include={"data", "sequences", "sequence_length"})
     begun = run.known_settings("finetuned", overwrite)
-    return not begun or begun.items() >= {**text, "seed": config.seed}.items()
+    return not begun or ({"bos": False, **begun}).items() >= {**text, "bos": bos, "seed": config.seed}.items()
 
 
 def _is_there(run: RunDirectory, settings: Mapping[str, object], parents: Mapping[str, str]) -> bool:
@@ -74,7 +77,7 @@ def _is_there(run: RunDirectory, settings: Mapping[str, object], parents: Mappin
         return False
 
 
-def _windows(config: RunConfig, source: ModelSource, windows: int, emit: Emit) -> Tensor:
+def _windows(config: RunConfig, source: ModelSource, windows: int, opening: Sequence[int], emit: Emit) -> Tensor:
     """Token ids `[windows, L]`; what chance brings to a window depends on the seed and its number alone."""
     length, device = config.finetune.sequence_length, torch.device(config.device)
     names = [f"{STAGE} {number}" for number in range(windows)]
@@ -92,4 +95,4 @@ def _windows(config: RunConfig, source: ModelSource, windows: int, emit: Emit) -
             emit(Advanced(STAGE, done, f"{tokens / (time.monotonic() - started):.0f} tokens/s"))
 
     parts = torch.stack(draws).to(device).split(max(1, AT_ONCE // length))
-    return torch.cat([sampling.texts(part, written).cpu() for part in parts])
+    return torch.cat([sampling.texts(part, written, opening).cpu() for part in parts])
