@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: setup demo test check fmt bench soak
+.PHONY: setup demo test check docs-models fmt bench soak
 
 setup: $(INSTALLED)
 
@@ -30,6 +30,10 @@ check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# What becomes of every family of models that transformers knows.
+docs-models: setup
+	$(BIN)/python tests/family_table.py docs/models.md
 
 fmt: setup
 	$(BIN)/ruff check --fix .
