@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from aqlm_cli import propagation
 from aqlm_cli.artifacts import open_artifact
 from aqlm_cli.blocks import find_blocks, linears
 from aqlm_cli.config import RunConfig
@@ -20,7 +21,6 @@ from aqlm_cli.errors import ArtifactError, DataError, QuantizationError, Storage
 from aqlm_cli.events import Advanced, Event, Noted, StageStarted
 from aqlm_cli.run_file import build_config
 from aqlm_cli.stage_reports import CalibrationReport
-from aqlm_cli.stages import calibrate as stage
 from aqlm_cli.stages.calibrate import calibrate
 from aqlm_cli.windows import calibration_windows
 
@@ -43,7 +43,7 @@ def texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stage, "compute_dtype", lambda device: torch.float32)
+    monkeypatch.setattr(propagation, "compute_dtype", lambda device: torch.float32)
 
 
 def settings(model: Path, seed: int = 0, **section: Any) -> RunConfig:
@@ -111,7 +111,7 @@ def test_the_loss_is_the_models_own_on_the_windows_measured(model: Path, in_floa
 def test_16_bit_products_change_little(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = []
     for dtype in torch.float32, torch.bfloat16:
-        monkeypatch.setattr(stage, "compute_dtype", lambda device, dtype=dtype: dtype)
+        monkeypatch.setattr(propagation, "compute_dtype", lambda device, dtype=dtype: dtype)
         report = run(settings(model), overwrite=True)
         found.append((report.loss, load_file("run/calibration/second_moments.safetensors")))
     (loss, moments), (rounded_loss, rounded) = found

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +16,7 @@ from walks import inputs_of_blocks, logits_of_walk, walk_of
 
 from aqlm_cli.blocks import find_blocks
 from aqlm_cli.errors import ModelError
-from aqlm_cli.walk_check import unlike_windows
+from aqlm_cli.walk_check import open_walk, unlike_windows
 
 
 def load(family: str, directory: Path) -> nn.Module:
@@ -220,6 +221,38 @@ class LeavesOneOut(Toy):
 def test_a_family_that_the_walk_does_not_compute_is_refused(kind: type[Toy], reason: str) -> None:
     with pytest.raises(ModelError, match=f"{kind.__name__} .*{reason}"):
         walk_of(kind().requires_grad_(False), ids_of(4))
+
+
+class Refusing(Toy):
+    """Reads texts of a multiple of 64 tokens alone."""
+
+    def forward(self, input_ids: Tensor, use_cache: bool) -> CausalLMOutput:
+        if input_ids.shape[1] % 64:
+            raise ValueError("the length must be a multiple of 64")
+        return super().forward(input_ids, use_cache)
+
+
+def test_a_forward_that_fails_on_text_is_one_line_with_its_reason() -> None:
+    with pytest.raises(ModelError, match=r"Refusing fails on 3 windows of 24 tokens .*multiple of 64"):
+        walk_of(Refusing().requires_grad_(False), ids_of(4))
+
+
+class MixedTypes(Toy):
+    """Its second block adds products in the type asked for to zeros in float32, as the experts of some families."""
+
+    class Block(Toy.Block):
+        def forward(self, hidden: Tensor, mask: Tensor, flag: bool) -> tuple[Tensor, None]:
+            product = self.linear(hidden)
+            return torch.zeros_like(hidden).index_add_(0, torch.arange(len(hidden)), product), None
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [(Toy, torch.bfloat16), (MixedTypes, torch.float32)])
+def test_products_are_in_float32_where_a_block_computes_with_nothing_else(kind: type[Toy], dtype: torch.dtype) -> None:
+    network = kind().requires_grad_(False)
+    network.blocks[1] = kind.Block().requires_grad_(False)
+    copies = copy.deepcopy(network.blocks)
+    assert open_walk(network, copies.__getitem__, ids_of(4), torch.bfloat16).dtype == dtype
+    assert open_walk(network, copies.__getitem__, ids_of(4), torch.float32).dtype == torch.float32
 
 
 @pytest.mark.parametrize("text", [[5] * 8 + [6], list(range(9)), [1, 2] * 40, [3, 3, 4]])

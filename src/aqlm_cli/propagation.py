@@ -49,7 +49,11 @@ class Propagation:
     measured: int  # windows whose inputs make the second moments; those after them are held out
     fitted: int  # windows that a block is fitted to, at most `measured`
     batch: int
-    dtype: torch.dtype  # of the products
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the products."""
+        return self.walk.dtype
 
     @property
     def device(self) -> torch.device:
@@ -134,7 +138,7 @@ def walk_through(source: ModelSource, ids: Tensor, device: torch.device, emit: E
     def load(index: int) -> nn.Module:
         return load_block(source, index, torch.float32, device)
 
-    return open_walk(network, load, ids, lambda done: emit(Advanced(CHECK, done)))
+    return open_walk(network, load, ids, compute_dtype(device), lambda done: emit(Advanced(CHECK, done)))
 
 
 def start_propagation(
@@ -154,7 +158,7 @@ def start_propagation(
     for directory in set(work.directory.glob("handed-*")) - {work.handed(index)}:
         Handed(directory).remove()
     targets, fitted = Activations.create(work.targets, shape), min(section.fit.sequences, measured)
-    return Propagation(walk, work, index, ids, hidden, targets, measured, fitted, section.batch, compute_dtype(device))
+    return Propagation(walk, work, index, ids, hidden, targets, measured, fitted, section.batch)
 
 
 def entering_states(walk: Walk, ids: Tensor, batch: int, path: Path) -> Activations:

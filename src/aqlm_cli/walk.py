@@ -95,6 +95,7 @@ class Walk:
     network: nn.Module
     blocks: Blocks
     form: Form
+    dtype: torch.dtype = torch.float32  # of the products in its blocks
 
     @property
     def paths(self) -> tuple[str, ...]:

@@ -8,10 +8,11 @@ not see, is refused by name before any work.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -25,6 +26,9 @@ TOLERANCE = 1e-5
 """Of every tensor that a block is given, and of the logits, relative to the tensor's largest entry. The same code on
 the same numbers gives the same bits; what is allowed for is a sum in another order."""
 
+FOREIGN_ERRORS = (TypeError, ValueError, LookupError, AttributeError, RuntimeError, AssertionError)
+"""By which a family's own code says that it cannot go on."""
+
 LENGTH = 24
 """Tokens of a window that is compared, at most."""
 
@@ -36,20 +40,23 @@ def open_walk(
     network: nn.Module,
     load: Callable[[int], nn.Module],
     ids: Tensor,
+    dtype: torch.dtype = torch.float32,
     watch: Callable[[int], None] = lambda blocks: None,
 ) -> Walk:
     """The walk through `network`, whose blocks need no weights: `load` gives each by its index, in float32.
 
-    `ids` `[windows, L]` are text, of which some windows are compared; `watch` is told how many blocks are done. Raises
-    ModelError for a family whose blocks cannot be called one after another.
+    `ids` `[windows, L]` are text, of which some windows are compared; `watch` is told how many blocks are done.
+    Products will be in `dtype`, or in float32 where a block does not compute with other ones. Raises ModelError for a
+    family whose blocks cannot be called one after another.
     """
     blocks = find_blocks(network)
     for windows in WINDOWS:
         chosen = unlike_windows(ids, windows).to(_device(network))
-        seen = _forward(network, blocks, load, chosen, watch)
+        seen = _forward(network, blocks, load, chosen, dtype, watch)
         if not seen.ambiguous(windows):
             break
-    return _checked(network, blocks, seen, seen.batch_dims(windows), chosen)
+    walk = _checked(network, blocks, seen, seen.batch_dims(windows), chosen)
+    return replace(walk, dtype=dtype if all(seen.computes) else torch.float32)
 
 
 def unlike_windows(ids: Tensor, windows: int) -> Tensor:
@@ -73,6 +80,7 @@ class _Seen:
     given: list[dict[Path, Tensor]] = field(default_factory=list)  # every tensor in the arguments
     returned: list[dict[str, Tensor]] = field(default_factory=list)  # hidden states and what is handed on, by name
     lengths: list[int | None] = field(default_factory=list)  # of the tuple that the block returns
+    computes: list[bool] = field(default_factory=list)  # whether the block does with products in the type asked for
     logits: list[Tensor] = field(default_factory=list)  # one, when all is done
 
     @property
@@ -92,7 +100,12 @@ class _Seen:
 
 
 def _forward(
-    network: nn.Module, blocks: Blocks, load: Callable[[int], nn.Module], ids: Tensor, watch: Callable[[int], None]
+    network: nn.Module,
+    blocks: Blocks,
+    load: Callable[[int], nn.Module],
+    ids: Tensor,
+    dtype: torch.dtype,
+    watch: Callable[[int], None],
 ) -> _Seen:
     """The model's own forward on the token ids `[b, L]`, with each block loaded as it is called."""
     seen = _Seen()
@@ -102,8 +115,9 @@ def _forward(
             again = "runs its blocks more than once" if number < len(seen.given) else "leaves blocks out"
             raise ModelError(f"{family_of(network)} {again}, so it cannot be quantized block by block; not supported")
         seen.given.append(_copies(args, kwargs))
-        before = dict(shared_tensors(args, kwargs))
-        returned = load(number)(*args, **kwargs)
+        before, block = dict(shared_tensors(args, kwargs)), load(number)
+        seen.computes.append(dtype == torch.float32 or _computes(block, dtype, args, kwargs))
+        returned = block(*args, **kwargs)
         seen.lengths.append(len(returned) if isinstance(returned, (tuple, list)) else None)
         tensors = {_name("out", place): value for place, value in enumerate(elements_of(returned))}
         tensors |= {name: one for name, one in shared_tensors(args, kwargs) if before.get(name) is not one}
@@ -111,11 +125,28 @@ def _forward(
         watch(number + 1)
         return returned
 
-    with torch.no_grad(), standing_in(blocks, compute):
-        seen.logits.append(network(input_ids=ids, use_cache=False).logits)
+    try:
+        with torch.no_grad(), standing_in(blocks, compute):
+            seen.logits.append(network(input_ids=ids, use_cache=False).logits)
+    except FOREIGN_ERRORS as error:
+        reason = f"{type(error).__name__}: {shortened(str(error), 300)}"
+        shape = f"{len(ids)} windows of {ids.shape[1]} tokens"
+        raise ModelError(f"{family_of(network)} fails on {shape} ({reason}); it is not supported") from error
     if len(seen.given) < len(blocks.modules):
         raise ModelError(f"{family_of(network)} finishes without calling all of its blocks; it is not supported")
     return seen
+
+
+def _computes(block: nn.Module, dtype: torch.dtype, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Whether the block computes with products in `dtype`: some mix the types of what they add up."""
+    own_args, own_kwargs = copy.deepcopy((args, dict(kwargs)))
+    device = next(tensor.device for _, tensor in leaves((args, kwargs)))
+    try:
+        with torch.autocast(device.type, dtype):
+            block(*own_args, **own_kwargs)
+    except RuntimeError:
+        return False
+    return True
 
 
 def _copies(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[Path, Tensor]:
@@ -164,7 +195,7 @@ def _difference(walk: Walk, seen: _Seen, ids: Tensor) -> str | None:
             carried = {name: tensor for name, tensor in handed.items() if name in given.carried}
             hidden, handed = returned.pop(HIDDEN), carried | _needed(returned, walk.form)
         logits = walk.logits(ids, hidden, handed)
-    except (TypeError, ValueError, LookupError, AttributeError, RuntimeError, AssertionError) as error:
+    except FOREIGN_ERRORS as error:
         return f"its forward fails without its blocks ({type(error).__name__}: {shortened(str(error))})"
     return None if _alike(logits, seen.logits[0]) else "its logits are not those of the model"
 

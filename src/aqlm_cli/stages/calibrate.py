@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from aqlm_cli.activations import Handed, autocast, compute_dtype, run_block
+from aqlm_cli.activations import Handed, autocast, run_block
 from aqlm_cli.artifacts import Stage
 from aqlm_cli.blocks import linears
 from aqlm_cli.config import RunConfig
@@ -104,7 +104,6 @@ def _teacher_statistics(
 
     With one block's weights in memory at a time, and hidden states in a file in `work`.
     """
-    dtype = compute_dtype(device)
     walk = walk_through(source, ids, device, emit)
     _refuse_damaged(walk.network, "")
     windows = torch.arange(len(ids)).split(1)
@@ -118,7 +117,7 @@ def _teacher_statistics(
         with _mean_squares(block, prefix, ids.numel()) as sums:
             for window in windows:
                 given = walk.given(index, ids[window], hidden[window], handed[window])
-                output, handing[window] = run_block(block, given, dtype)
+                output, handing[window] = run_block(block, given, walk.dtype)
                 hidden[window] = output.cpu()
         handed.remove()
         handing.rename(handed.directory)
@@ -129,7 +128,7 @@ def _teacher_statistics(
         emit(Advanced(STAGE, index + 1))
     total = 0.0
     for window in windows:
-        with autocast(device, dtype):
+        with autocast(device, walk.dtype):
             logits = walk.logits(ids[window], hidden[window], handed[window])[0]
         total += float(F.cross_entropy(logits[:-1].float(), ids[window][0, 1:].to(device)))
     if not math.isfinite(total):
