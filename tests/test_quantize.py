@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -441,15 +442,48 @@ def test_of_two_windows_one_is_held_out(llama: Path, monkeypatch: pytest.MonkeyP
     assert spy.counts == [(2, 1, 1)] * len(spy.counts) and spy.counts
 
 
-def test_a_layer_that_no_text_reaches_is_refused_by_name(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def without_q(*arguments: Any) -> dict[str, LayerStatistics]:
-        found = measure(*arguments)
-        return {path: statistics for path, statistics in found.items() if "q_proj" not in path}
+@pytest.fixture
+def unreached(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """`unreached(text)`: no text reaches the layers with this in their path."""
 
-    measure = Propagation.measure
-    monkeypatch.setattr(Propagation, "measure", without_q)
-    with pytest.raises(QuantizationError, match=r"model\.layers\.0\.self_attn\.q_proj: no text ever reaches it"):
+    def leave(text: str) -> None:
+        def without(*arguments: Any) -> dict[str, LayerStatistics]:
+            found = measure(*arguments)
+            return {path: statistics for path, statistics in found.items() if text not in path}
+
+        measure = Propagation.measure
+        monkeypatch.setattr(Propagation, "measure", without)
+
+    return leave
+
+
+def test_a_layer_that_no_text_reaches_stays_as_it_is(llama: Path, unreached: Callable[[str], None]) -> None:
+    events: list[Event] = []
+    unreached("q_proj")
+    report = run(settings(llama), events=events)
+    assert [event.message for event in events if isinstance(event, Warned)] == [
+        f"model.layers.{block}.self_attn.q_proj stays in 16 bits: no text reaches it; add text to quantize it"
+        for block in range(2)
+    ]
+    plan = Plan.from_json(quantized().manifest.results["plan"])
+    assert {target.path: target.reason for target in plan.skipped} == {
+        f"model.layers.{block}.self_attn.q_proj": "no text reaches it" for block in range(2)
+    }
+    assert report.layers == len(matrices()) == 12
+    pack(Path("run"), None, False, lambda event: None)
+    packed, original = (
+        load_network(resolve("run/packed"), torch.float32),
+        load_network(resolve(str(llama)), torch.float32),
+    )
+    kept = packed.get_submodule("model.layers.1.self_attn.q_proj").weight
+    assert torch.equal(kept, original.get_submodule("model.layers.1.self_attn.q_proj").weight.half().float())
+
+
+def test_text_that_reaches_no_layer_is_refused(llama: Path, unreached: Callable[[str], None]) -> None:
+    unreached("proj")
+    with pytest.raises(QuantizationError, match="nothing is quantized: no text reaches it"):
         run(settings(llama))
+    assert not Path("run/quantized").exists()
 
 
 def test_a_calibration_of_another_model_is_refused(llama: Path, tmp_path: Path) -> None:

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from aqlm_cli.errors import PlanError, UsageError
@@ -122,6 +122,13 @@ class Plan:
     def bytes_after(self) -> int:
         """The tensors of the packed checkpoint."""
         return BYTES_PER_FLOAT * self.other_parameters + sum(target.bytes_after for target in self.targets)
+
+    def leaving(self, paths: Collection[str], reason: str) -> Plan:
+        """The same plan but that the layers at `paths` stay in 16 bits."""
+        targets = (
+            replace(target, scheme=None, reason=reason) if target.path in paths else target for target in self.targets
+        )
+        return replace(self, targets=tuple(targets))
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for a manifest; `from_json` is the inverse."""

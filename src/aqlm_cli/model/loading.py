@@ -58,7 +58,7 @@ def load_outside(
     paths = find_blocks(skeleton).paths
     network = load_without(source, paths, dtype, device)
     for path in paths:
-        replace_module(network, path, skeleton.get_submodule(path).eval())
+        replace_module(network, path, skeleton.get_submodule(path).eval().to("meta"))  # XLNet makes its own in memory
     return network
 
 

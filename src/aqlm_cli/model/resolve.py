@@ -91,7 +91,10 @@ def _check_language_model(source: ModelSource) -> None:
     causal = getattr(transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None), "__name__", None)
     named = config.architectures
     names = [str(name) for name in named] if isinstance(named, list) and named else [str(causal or config.model_type)]
-    if not any(name == causal or name.endswith("ForCausalLM") for name in names):
+    # Of a model that sees or hears as well, the decoder is what transformers makes of its config.
+    wider = causal is not None and not config.is_encoder_decoder
+    endings = ("ForCausalLM", "ForConditionalGeneration") if wider else ("ForCausalLM",)
+    if not any(name == causal or name.endswith(endings) for name in names):
         raise ModelError(
             f"{source.name} is not a decoder-only language model but {', '.join(names)}; choose one that generates text"
         )

@@ -48,6 +48,9 @@ from aqlm_kernels import AdditiveLinear
 
 STAGE = "quantize"
 
+UNREACHED = "no text reaches it"
+"""The reason of a layer that stays as it is: an expert that no token was sent to, attention to an absent encoder."""
+
 
 def quantize(
     config: RunConfig, run_directory: Path, overwrite: bool, emit: Emit, planned: Cost | None = None
@@ -75,6 +78,9 @@ def quantize(
     with run.resumed_stage("quantized", "quantized", settings, parents, machine_of(config), overwrite) as stage:
         found = _quantize_blocks(config, known, calibration, stage, emit)
         layers = {path: measured for block in found for path, measured in block["layers"].items()}
+        if not layers:
+            raise QuantizationError(f"nothing is quantized: {UNREACHED}; add text, or choose other layers")
+        plan = plan.leaving(plan.schemes.keys() - layers.keys(), UNREACHED)
         report = plan_report(config, plan).as_json()
         del report["skipped"], report["kernel"], report["schemes"]
         errors = [layer["relative_error"] for layer in layers.values() if layer["relative_error"] > 0]
@@ -157,9 +163,9 @@ def _compress(work: _Work, states: Propagation, block: nn.Module) -> dict[str, C
     chosen = {path: layer for path, layer in linears(block, "").items() if f"{prefix}.{path}" in work.schemes}
     statistics = states.measure(block, chosen)
     give_back_memory()
-    for path in chosen:
-        if path not in statistics:
-            raise QuantizationError(f"{prefix}.{path}: no text ever reaches it; add text, or leave it out with --skip")
+    for path in chosen.keys() - statistics.keys():
+        work.emit(Warned(f"{prefix}.{path} stays in 16 bits: {UNREACHED}; add text to quantize it"))
+    chosen = {path: layer for path, layer in chosen.items() if path in statistics}
     kept = {path: work.unfinished.kept(f"{prefix}.{path}") for path in chosen}
     tasks = [
         Task(f"{prefix}.{path}", layer.weight.detach(), statistics[path], work.schemes[f"{prefix}.{path}"])
