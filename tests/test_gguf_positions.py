@@ -220,7 +220,7 @@ def test_positions_that_no_config_says_are_refused(
         find(tmp_path / "tiny.gguf")
 
 
-@pytest.mark.parametrize(("layers", "scalar"), [(6, 32), (62, 16)])
+@pytest.mark.parametrize(("layers", "scalar"), [(2, 32), (6, 32), (62, 16)])
 def test_a_gemma_has_the_bases_of_its_windows_and_the_scale_of_its_size(
     layers: int, scalar: int, tmp_path: Path, find: Any
 ) -> None:

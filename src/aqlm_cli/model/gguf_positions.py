@@ -189,6 +189,8 @@ def _longrope(found: FilePositions, config: PreTrainedConfig) -> Parameters:
 def _agrees(found: FilePositions, rotary: nn.Module, config: PreTrainedConfig, parameters: Parameters) -> bool:
     """Whether transformers turns every pair as the file says: in short texts, in long ones, and as loud."""
     buffers = dict(rotary.named_buffers(recurse=False))
+    if not {"inv_freq", "full_attention_inv_freq"} & buffers.keys() and not found.factors:
+        return True  # so few layers that each has a window
     turned = [(buffers.get("inv_freq", buffers.get("full_attention_inv_freq")), found.factors.get(FACTORS))]
     loudness = getattr(rotary, "attention_scaling", getattr(rotary, "full_attention_attention_scaling", 1.0))
     if found.kind == "longrope":
