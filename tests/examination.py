@@ -26,6 +26,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 from walks import logits_of_walk
 
+from aqlm_cli.artifacts import open_artifact
 from aqlm_cli.blocks import find_blocks
 from aqlm_cli.config import RunConfig, SearchConfig
 from aqlm_cli.errors import AqlmError, PlanError
@@ -90,13 +91,13 @@ def examine(family: str) -> Outcome:
 def _examined(family: str, directory: Path) -> Outcome:
     trial = Trial(family, directory)
     try:
-        plan, reason = trial.plan()
+        reason = trial.why_no_codes()
         trial.calibrate()
     except AqlmError as error:
         return Outcome(family, reason=str(error).replace(f"{trial.model} ", "").replace(str(directory), "..."))
     blocks = len(find_blocks(trial.network).modules)
     trial.walk()
-    trial.quantize(plan)
+    plan = trial.quantize()
     trial.pack_dense()
     if reason is None:
         trial.pack_codes()
@@ -116,12 +117,14 @@ class Trial:
         text.write_text("".join(f"{n} is {n * n % 97}, and {chr(65 + n % 57)} follows {n % 7}. " for n in range(200)))
         self.settings = settings_of(self.model, text)
 
-    def plan(self) -> tuple[Plan, str | None]:
-        """And the reason why packed files cannot hold codes, if that is so; PlanError where they can hold nothing."""
+    def why_no_codes(self) -> str | None:
+        """The reason why packed files cannot hold codes, if that is so; PlanError where they can hold nothing."""
         try:
-            return survey(self.config("transformers")).plan, None
+            survey(self.config("transformers"))
         except PlanError as error:
-            return survey(self.config("dense")).plan, str(error)
+            survey(self.config("dense"))
+            return str(error)
+        return None
 
     def config(self, format: str) -> RunConfig:
         return build_config(None, None, {**self.settings, "pack": {"format": format}})
@@ -140,9 +143,10 @@ class Trial:
         same("the walk through the blocks", found, self.wanted)
 
     @torch.no_grad()
-    def quantize(self, plan: Plan) -> None:
-        """Its codes, decoded by hand, become the weights of the network, and all of that has 16 bits."""
-        quantize(self.config("dense"), self.run, False, unheard)
+    def quantize(self) -> Plan:
+        """What became of each matrix. The codes, decoded by hand, become the weights of the network, all in 16 bits."""
+        report = quantize(self.config("dense"), self.run, False, unheard)
+        plan = Plan.from_json(open_artifact(report.directory, "quantized").manifest.results["plan"])
         stored: dict[str, Tensor] = {}
         for file in sorted((self.run / "quantized").glob("block-*.safetensors")):
             stored |= load_file(file)
@@ -158,6 +162,7 @@ class Trial:
         self.wanted_of_codes = logits_of(self.network)
         changed = distance(self.wanted_of_codes, self.wanted)
         assert changed > 1e3 * SAME, "nothing that was quantized takes part"
+        return plan
 
     def pack_codes(self) -> None:
         directory = pack(self.run, "transformers", True, unheard).directory
