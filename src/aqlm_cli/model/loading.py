@@ -22,6 +22,7 @@ from torch import nn
 from aqlm_cli.blocks import count_parameters, find_blocks, replace_module
 from aqlm_cli.errors import AqlmError, ModelError, shortened
 from aqlm_cli.model.bounds import MOST_PARTS, NUMBERS_PER_BYTE, PARAMETERS_PER_TENSOR, at_most, refuse_hostile
+from aqlm_cli.plain_linear import is_plain
 from aqlm_cli.sources import ModelSource, StoredTensor, has_weights, model_config, tensor_index
 from aqlm_cli.storage import TensorLayout
 from aqlm_kernels import AdditiveLinear, from_checkpoint
@@ -234,7 +235,7 @@ def _additive_linear(
     """The layer that takes the place of `plain` at `path`."""
     names = [name for name in LAYER_TENSORS if f"{path}.{name}" in stored]
     tensors = {name: stored[f"{path}.{name}"].read(f"{path}.{name}") for name in names}
-    if not isinstance(plain, nn.Linear) or not {"codebooks", "scales"} <= tensors.keys():
+    if plain is None or not is_plain(plain) or not {"codebooks", "scales"} <= tensors.keys():
         raise ModelError(f"{source.name} has codes for {path}, which is no linear layer that they could restore")
     matrix = from_checkpoint(tensors)
     found, wanted = (matrix.out_features, matrix.in_features), (plain.out_features, plain.in_features)
