@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import pytest
 
 from aqlm_cli.errors import PlanError, UsageError
-from aqlm_cli.plan import Layer, Plan, make_plan
+from aqlm_cli.plan import ROUTER, Layer, Plan, make_plan
 from aqlm_cli.scheme import Scheme, parse_scheme
 
 LAYERS = [
@@ -76,6 +76,65 @@ def test_a_layer_whose_inputs_do_not_divide_into_groups_is_skipped_with_the_reas
     plan = planned(layers=[*LAYERS, Layer("model.layers.1.mlp.odd", 8, 30, bias=False)])
     assert plan.skipped[0].path == "model.layers.1.mlp.odd"
     assert plan.skipped[0].reason == "30 input features are not a multiple of the group size 8"
+
+
+# --------------------------------------------------------------------------------------- what had better stay as it is
+
+WIDE = [
+    Layer("model.layers.0.attn.q", 2048, 2048, bias=False),
+    Layer("model.layers.0.mlp.up", 4096, 2048, bias=False),
+    Layer("model.layers.0.mlp.small", 2, 2048, bias=False),
+    Layer("model.layers.0.mlp.router", 60, 2048, bias=False, kind=ROUTER),
+    Layer("model.layers.0.mlp.shared_gate", 1, 2048, bias=False, kind=ROUTER),
+]
+
+
+def wide(scheme: str = "2x8g8", skip: Sequence[str] = (), only: Sequence[str] = ()) -> Plan:
+    return make_plan(WIDE, 10**8, parse_scheme(scheme), skip, only)
+
+
+def test_what_the_scheme_would_make_larger_stays_with_that_reason() -> None:
+    plan = wide()
+    reasons = {target.path.rpartition(".")[2]: str(target.reason) for target in plan.skipped}
+    assert reasons.keys() == {"small", "router", "shared_gate"}
+    assert all("2x8g8 and its codebooks would make it larger" in reasons[name] for name in ("small", "shared_gate"))
+    assert reasons["router"].startswith("a router or gate")
+    for target in WIDE[2], WIDE[4]:
+        alone = make_plan([target], target.out_features * 2048, parse_scheme("2x8g8"), [], [".*" + target.path[-5:]])
+        assert alone.bytes_after > alone.bytes_before
+    assert not plan.grown and plan.bytes_after < plan.bytes_before
+
+
+def test_a_scheme_of_smaller_codebooks_takes_what_it_makes_smaller() -> None:
+    assert [path.rpartition(".")[2] for path in paths(wide("2x4g8"))] == ["q", "up", "small"]
+
+
+@pytest.mark.parametrize("scheme", ["2x8g8", "int4g64"])
+def test_routers_stay_unless_they_are_named(scheme: str) -> None:
+    routers = {"model.layers.0.mlp.router", "model.layers.0.mlp.shared_gate"}
+    assert routers.isdisjoint(paths(wide(scheme)))
+    assert routers.isdisjoint(paths(wide(scheme, only=[r".*\.mlp\..*"])))
+    assert set(paths(wide(scheme, only=[r".*shared_gate"]))) == {"model.layers.0.mlp.shared_gate"}
+    assert set(paths(wide(scheme, only=[r".*(router|_gate)"]))) == routers
+    assert set(paths(wide(scheme, only=[r".*(router|up)"]))) == {"model.layers.0.mlp.router", "model.layers.0.mlp.up"}
+    assert routers.isdisjoint(paths(wide(scheme, only=[r".*"], skip=[r".*(router|_gate)"])))
+
+
+def test_named_layers_are_quantized_although_they_grow_and_are_told_of() -> None:
+    plan = wide(only=[r".*(small|up)"])
+    assert [target.path.rpartition(".")[2] for target in plan.grown] == ["small"]
+
+
+def test_a_scheme_too_large_for_the_model_is_applied_as_asked_and_told_of() -> None:
+    gate = Layer("model.layers.0.mlp.gate", 1, 32, bias=False, kind=ROUTER)
+    plan = planned(layers=[*LAYERS, gate])
+    assert plan.grown == plan.quantized and len(plan.quantized) == len(LAYERS)
+    assert [target.path for target in plan.skipped] == [gate.path]
+
+
+def test_routers_alone_are_nothing_to_quantize() -> None:
+    with pytest.raises(PlanError, match=r"nothing is left .* 1 layers: 2x8g8 and its codebooks .* name it with --only"):
+        make_plan(WIDE[4:], 2048, parse_scheme("2x8g8"), [], [])
 
 
 def test_nothing_left_is_refused_with_the_reasons_counted() -> None:

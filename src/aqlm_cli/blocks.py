@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from aqlm_cli.errors import ModelError
-from aqlm_cli.plan import Layer
+from aqlm_cli.plain_linear import is_plain, weight_readers, why_not_plain
+from aqlm_cli.plan import ROUTER, Layer
+from aqlm_cli.routers import router_paths
 
 
 @dataclass(frozen=True)
@@ -51,9 +53,10 @@ def _elements(module: nn.Module) -> int:
 
 
 def linears(block: nn.Module, prefix: str) -> dict[str, nn.Linear]:
-    """Every `nn.Linear` of a block by its full path, in the order in which the block defines them."""
+    """Every linear layer of a block that its product can replace, by its full path, in the order in which the block
+    defines them."""
     found = block.named_modules(prefix=prefix)
-    return {path: module for path, module in found if isinstance(module, nn.Linear)}
+    return {path: module for path, module in found if is_plain(module)}
 
 
 def replace_module(root: nn.Module, path: str, module: nn.Module) -> None:
@@ -66,33 +69,57 @@ def replace_module(root: nn.Module, path: str, module: nn.Module) -> None:
 
 
 def describe_layers(network: nn.Module) -> list[Layer]:
-    """Every matrix inside the blocks as the plan sees it; those that are no `nn.Linear` come with the reason.
+    """Every matrix inside the blocks as the plan sees it; those that cannot be replaced come with the reason.
 
-    Experts fused into one 3-D parameter, GPT-2's `Conv1D` and a router's bare matrix are such: they are listed, so that
-    the plan can say why they stay as they are.
+    Such are experts fused into one 3-D parameter, GPT-2's `Conv1D`, a router's bare matrix or a linear layer with a
+    forward of its own, layers whose weight another module reads, and weights that two layers share: they are listed, so
+    that the plan can say why they stay as they are.
     """
-    blocks = find_blocks(network)
-    layers = []
-    for prefix, block in zip(blocks.paths, blocks.modules, strict=True):
+    found = find_blocks(network)
+    blocks = dict(zip(found.paths, found.modules, strict=True))
+    readers, shared = weight_readers(network, blocks), _shared_weights(network)
+    layers: list[Layer] = []
+    for prefix, block in blocks.items():
+        routers = router_paths(block, prefix)
         for path, module in block.named_modules(prefix=prefix):
-            if isinstance(module, nn.Linear):
-                layers.append(Layer(path, module.out_features, module.in_features, bias=module.bias is not None))
-            else:
+            if not is_plain(module):
                 layers.extend(_other_matrices(path, module))
+                continue
+            reason = shared.get(f"{path}.weight")
+            if path in readers:
+                reason = f"{readers[path]} reads its weight itself"
+            kind = ROUTER if path in routers else "linear"
+            rows, columns = module.weight.shape
+            layers.append(Layer(path, rows, columns, module.bias is not None, kind, reason))
     return layers
 
 
+def _shared_weights(network: nn.Module) -> dict[str, str]:
+    """By name, every parameter that has another name, too; and which."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in network.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return {
+        name: f"its weight is also {next(other for other in group if other != name)}"
+        for group in names.values()
+        for name in group
+        if len(group) > 1
+    }
+
+
 def _other_matrices(path: str, module: nn.Module) -> Iterator[Layer]:
+    why = why_not_plain(module) if isinstance(module, nn.Linear) else None
     for name, parameter in module.named_parameters(recurse=False):
         if parameter.ndim < 2:
             continue
         *rows, columns = parameter.shape
+        held = f"{type(module).__name__} holds it as a tensor of shape {list(parameter.shape)}, not as nn.Linear"
         yield Layer(
             path=path if name == "weight" else f"{path}.{name}",
             out_features=torch.Size(rows).numel(),
             in_features=columns,
             bias=False,
-            reason=f"{type(module).__name__} holds it as a tensor of shape {list(parameter.shape)}, not as nn.Linear",
+            reason=why or held,
         )
 
 

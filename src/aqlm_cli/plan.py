@@ -22,8 +22,15 @@ from aqlm_cli.scheme import BITS_PER_FLOAT, AdditiveScheme, Scheme, parse_scheme
 HEAD = "lm_head"
 """The output head lies outside the blocks and is never a target, so that to skip it is right for every model."""
 
+ROUTER = "router"
+"""The kind of a linear layer that decides where tokens go, or how much of something they get."""
+
 BYTES_PER_FLOAT = BITS_PER_FLOAT // 8
 """Whatever is not quantized is stored in 16 bits."""
+
+LARGER_SHARE = 0.1
+"""Of the weights that can be quantized: a scheme that makes more of them larger was not chosen to save bytes, and is
+applied as asked."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +88,11 @@ class Plan:
     @property
     def quantized(self) -> tuple[Target, ...]:
         return tuple(target for target in self.targets if target.scheme is not None)
+
+    @property
+    def grown(self) -> tuple[Target, ...]:
+        """What is quantized although it becomes larger than in 16 bits."""
+        return tuple(target for target in self.quantized if target.bytes_after > BYTES_PER_FLOAT * target.weights)
 
     @property
     def skipped(self) -> tuple[Target, ...]:
@@ -151,19 +163,55 @@ def make_plan(
 
     `parameters` counts all of the model's.  `skip` and `only` are regular expressions that must match a whole path; one
     that matches no layer is a mistake in spelling and raises PlanError, as does a choice that leaves nothing over.
+
+    Routers, and what the scheme would make larger, stay in 16 bits unless `only` names them.  Where it would make more
+    than LARGER_SHARE of the weights larger, only the routers stay, and `Plan.grown` tells of the rest.
     """
     paths = [layer.path for layer in layers]
     skipping = [_compiled(pattern, [*paths, HEAD], "skip") for pattern in skip]
     choosing = [_compiled(pattern, paths, "only") for pattern in only]
-    targets = []
-    for layer in layers:
-        reason = layer.reason or _unwanted(layer.path, skipping, choosing)
-        reason = reason or scheme.refuses(layer.out_features, layer.in_features)
-        treatment = None if reason else scheme
-        targets.append(Target(layer.path, layer.kind, layer.out_features, layer.in_features, treatment, reason))
+    reasons = {
+        layer.path: layer.reason
+        or _unwanted(layer.path, skipping, choosing)
+        or scheme.refuses(layer.out_features, layer.in_features)
+        for layer in layers
+    }
+    open_layers = [layer for layer in layers if reasons[layer.path] is None]
+    better_left = {layer.path: why for layer in open_layers if (why := _better_left(layer, scheme))}
+    ordinary = {layer.path: layer.out_features * layer.in_features for layer in open_layers if layer.kind != ROUTER}
+    if sum(ordinary[path] for path in ordinary.keys() & better_left) > LARGER_SHARE * sum(ordinary.values()):
+        better_left = {path: why for path, why in better_left.items() if path not in ordinary}
+    named = _named(choosing, [layer.path for layer in open_layers], better_left)
+    reasons |= {path: why for path, why in better_left.items() if path not in named}
+    targets = tuple(_target(layer, scheme, reasons[layer.path]) for layer in layers)
     if all(target.scheme is None for target in targets):
         raise PlanError(f"nothing is left to quantize with {scheme}: {_counted(target.reason for target in targets)}")
-    return Plan(tuple(targets), parameters - sum(target.weights for target in targets))
+    return Plan(targets, parameters - sum(target.weights for target in targets))
+
+
+def _target(layer: Layer, scheme: Scheme, reason: str | None) -> Target:
+    treatment = None if reason else scheme
+    return Target(layer.path, layer.kind, layer.out_features, layer.in_features, treatment, reason)
+
+
+def _better_left(layer: Layer, scheme: Scheme) -> str | None:
+    """Why a layer that could be quantized had better stay in 16 bits, or None."""
+    target = _target(layer, scheme, None)
+    if target.bytes_after > BYTES_PER_FLOAT * target.weights:
+        return f"{scheme} and its codebooks would make it larger than it is; name it with --only to quantize it"
+    if layer.kind == ROUTER:
+        return "a router or gate, which is small and decides much; name it with --only to quantize it"
+    return None
+
+
+def _named(choosing: Sequence[re.Pattern[str]], paths: Sequence[str], better_left: Mapping[str, str]) -> set[str]:
+    """Those of `better_left` that are asked for: by a pattern with their last name in it, or that matches no others."""
+    found: set[str] = set()
+    for pattern in choosing:
+        matched = {path for path in paths if pattern.fullmatch(path)}
+        alone = matched <= better_left.keys()
+        found |= {path for path in matched if alone or path.rpartition(".")[2] in pattern.pattern}
+    return found
 
 
 def _compiled(pattern: str, paths: Sequence[str], flag: str) -> re.Pattern[str]:

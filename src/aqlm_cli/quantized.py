@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from aqlm_cli.artifacts import Artifact
 from aqlm_cli.blocks import replace_module
 from aqlm_cli.methods import MATRIX_KINDS, CompressedMatrix
+from aqlm_cli.plain_linear import is_plain
 from aqlm_cli.storage import load_tensors, read_metadata, save_tensors
 from aqlm_cli.tuning.block import tuned_parameters
 from aqlm_kernels import AdditiveLinear, AdditiveMatrix
@@ -81,7 +82,7 @@ def restore_block(quantized: Artifact, index: int, prefix: str, block: nn.Module
 def put_matrix(block: nn.Module, path: str, matrix: CompressedMatrix) -> None:
     """Let the linear layer at `path` in the block compute with it: by codes, trainable, where it is additive."""
     layer = block.get_submodule(path)
-    assert isinstance(layer, nn.Linear)
+    assert is_plain(layer)
     device = layer.weight.device  # a matrix that was read comes on the CPU
     if isinstance(matrix, AdditiveMatrix):
         bias = None if layer.bias is None else layer.bias.detach().to(matrix.codes.device)

@@ -24,6 +24,7 @@ from aqlm_cli.errors import AqlmError, ModelError, shortened
 from aqlm_cli.model.bounds import MOST_PARTS, NUMBERS_PER_BYTE, PARAMETERS_PER_TENSOR, at_most, refuse_hostile
 from aqlm_cli.model.names import places_of_codes
 from aqlm_cli.model.quantization import is_coded, refuse_quantized
+from aqlm_cli.plain_linear import is_plain
 from aqlm_cli.sources import ModelSource, StoredTensor, model_config, tensor_index
 from aqlm_cli.storage import TensorLayout
 from aqlm_cli.weight_files import has_weights
@@ -223,7 +224,7 @@ def _additive_linear(
 ) -> AdditiveLinear:
     """The layer that takes the place of `plain` at `path`; `names` are those of its tensors in the files."""
     tensors = {last: stored[name].read(name) for last, name in names.items()}
-    if not isinstance(plain, nn.Linear) or not {"codebooks", "scales"} <= tensors.keys():
+    if plain is None or not is_plain(plain) or not {"codebooks", "scales"} <= tensors.keys():
         raise ModelError(f"{source.name} has codes for {path}, which is no linear layer that they could restore")
     groups = plain.in_features // tensors["codebooks"].shape[-1]
     if tuple(tensors["codes"].shape[:2]) == (groups, plain.out_features) != (plain.out_features, groups):

@@ -12,7 +12,7 @@ from aqlm_cli.config import RunConfig
 from aqlm_cli.data import builtin_texts
 from aqlm_cli.durations import calibration_seconds, packing_seconds, quantization_seconds
 from aqlm_cli.errors import ModelError
-from aqlm_cli.events import Emit, Noted
+from aqlm_cli.events import Emit, Noted, Warned
 from aqlm_cli.forecast import (
     Cost,
     ModelShape,
@@ -28,7 +28,7 @@ from aqlm_cli.memory import available_memory_bytes
 from aqlm_cli.model import ModelSource, load_tokenizer
 from aqlm_cli.rates import measure_rates
 from aqlm_cli.survey import Survey, disk_needed, planned_work
-from aqlm_cli.wording import readable_bytes
+from aqlm_cli.wording import readable_bytes, some
 
 TEXT_SAMPLE = 100_000  # characters
 
@@ -36,6 +36,9 @@ TEXT_SAMPLE = 100_000  # characters
 def forecast(config: RunConfig, known: Survey, directory: Path, emit: Emit) -> ForecastReport:
     """What the stages will take if they write to `directory`."""
     model, work = known.shape, planned_work(config, known.shape)
+    if grown := known.plan.grown:
+        names = some([target.path for target in grown])
+        emit(Warned(f"{known.plan.scheme} and its codebooks take more than 16 bits a weight in {names}"))
     disks = disk_needed(known, work)
     emit(Noted("measuring how fast this machine is"))
     started = time.monotonic()

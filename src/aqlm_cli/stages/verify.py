@@ -12,7 +12,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from torch import nn
 
 from aqlm_cli.artifacts import Artifact, remedy
 from aqlm_cli.errors import ArtifactError
@@ -20,6 +19,7 @@ from aqlm_cli.events import Advanced, Emit, Noted, StageStarted
 from aqlm_cli.methods import METHODS, CompressedMatrix
 from aqlm_cli.methods.layers import Task, compress_all
 from aqlm_cli.model import load_block, original_of
+from aqlm_cli.plain_linear import is_plain
 from aqlm_cli.plan import Plan
 from aqlm_cli.propagation import machine_of, mixed_windows, start_propagation
 from aqlm_cli.quantized import block_file, matrix_kinds, read_matrix, restore_block
@@ -107,7 +107,7 @@ def _both(
     block = load_block(source, index, torch.float32, states.device)
     inside = chosen.removeprefix(states.path + ".")
     layer = block.get_submodule(inside)
-    assert isinstance(layer, nn.Linear)
+    assert is_plain(layer)
     task = Task(chosen, layer.weight, states.measure(block, [inside])[inside], scheme)
     section = config.quantize
     made = compress_all([task], METHODS[section.method], section.search, config.seed, 1, lambda _: None)
