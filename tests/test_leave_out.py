@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from aqlm_cli.blocks import find_blocks, replace_module
-from aqlm_cli.model import load_block, load_network, load_outside, load_without, resolve
+from aqlm_cli.model import BlockLoader, load_network, load_outside, load_without, resolve
 
 STATES: Mapping[str, Any] = {"num_heads": 8, "head_dim": 16, "state_size": 16, "n_groups": 1, "chunk_size": 16}
 MULTIPLIED: Mapping[str, Any] = {
@@ -54,7 +54,7 @@ def test_a_network_of_blocks_loaded_one_by_one_is_the_whole(family: str, tmp_pat
     whole, network = load_network(source, torch.float32), load_outside(source, torch.float32)
     blocks, ids = find_blocks(whole), tiny_models.token_ids()
     for index, path in enumerate(blocks.paths):
-        replace_module(network, path, load_block(source, index, torch.float32))
+        replace_module(network, path, BlockLoader(source, torch.float32)(index))
         assert tensors(network.get_submodule(path)).keys() == tensors(whole.get_submodule(path)).keys()
     assert not any(tensor.is_meta for tensor in tensors(network).values())
     with torch.no_grad():

@@ -28,8 +28,8 @@ from aqlm_cli.blocks import (
 )
 from aqlm_cli.errors import ArtifactError, ModelError
 from aqlm_cli.model import (
+    BlockLoader,
     find_subject,
-    load_block,
     load_network,
     load_outside,
     load_skeleton,
@@ -97,10 +97,10 @@ def test_block_by_block_a_model_has_the_weights_and_the_logits_of_the_whole(
     blocks = find_blocks(network)
     absent = {name for name, parameter in network.named_parameters() if parameter.is_meta}
     assert absent == {name for name, _ in whole.named_parameters() if name.startswith(blocks.path + ".")}
-    walk = open_walk(network, lambda index: load_block(source, index, torch.float32), ids)
+    walk = open_walk(network, BlockLoader(source, torch.float32), ids)
     hidden, handed = walk.entering(ids), {}
     for index in range(len(blocks.paths)):
-        block = load_block(source, index, torch.float32)
+        block = walk.load(index)
         there = dict(find_blocks(whole).modules[index].named_parameters())
         assert there.keys() == dict(block.named_parameters()).keys()
         assert all(torch.equal(parameter, there[name]) for name, parameter in block.named_parameters())
@@ -113,7 +113,7 @@ def test_a_block_is_found_in_the_shard_that_has_it(tmp_path: Path, find: Any) ->
     network = load_network(whole, torch.float32)
     network.save_pretrained(tmp_path / "sharded", max_shard_size="100KB")
     assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 2
-    block = load_block(find(tmp_path / "sharded"), 1, torch.float32)
+    block = BlockLoader(find(tmp_path / "sharded"), torch.float32)(1)
     there = dict(find_blocks(network).modules[1].named_parameters())
     assert all(torch.equal(parameter, there[name]) for name, parameter in block.named_parameters())
 

@@ -24,7 +24,7 @@ from aqlm_cli.config import RunConfig
 from aqlm_cli.events import Advanced, Emit, StageStarted
 from aqlm_cli.forecast import measured_windows
 from aqlm_cli.methods.statistics import LayerStatistics, SecondMoment
-from aqlm_cli.model import ModelSource, load_block, load_outside
+from aqlm_cli.model import BlockLoader, ModelSource, load_outside
 from aqlm_cli.seeds import generator
 from aqlm_cli.storage import load_tensors, publish_file, storage_errors
 from aqlm_cli.unfinished import Unfinished
@@ -134,10 +134,7 @@ def walk_through(source: ModelSource, ids: Tensor, device: torch.device, emit: E
     network = load_outside(source, torch.float32, device)
     blocks = len(find_blocks(network).paths)
     emit(StageStarted(CHECK, blocks, "block"))
-
-    def load(index: int) -> nn.Module:
-        return load_block(source, index, torch.float32, device)
-
+    load = BlockLoader(source, torch.float32, device)
     return open_walk(network, load, ids, compute_dtype(device), lambda done: emit(Advanced(CHECK, done)))
 
 

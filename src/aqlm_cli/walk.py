@@ -90,10 +90,11 @@ class BlockInput:
 
 @dataclass(frozen=True, eq=False)
 class Walk:
-    """`network` needs no weights inside of its blocks."""
+    """`network` needs no weights inside of its blocks, which `load` gives by their index."""
 
     network: nn.Module
     blocks: Blocks
+    load: Callable[[int], nn.Module]
     form: Form
     dtype: torch.dtype = torch.float32  # of the products in its blocks
 

@@ -55,8 +55,9 @@ def open_walk(
         seen = _forward(network, blocks, load, chosen, dtype, watch)
         if not seen.ambiguous(windows):
             break
-    walk = _checked(network, blocks, seen, seen.batch_dims(windows), chosen)
-    return replace(walk, dtype=dtype if all(seen.computes) else torch.float32)
+    form = Form(tuple(seen.lengths), frozenset(), seen.batch_dims(windows))
+    walk = Walk(network, blocks, load, form, dtype if all(seen.computes) else torch.float32)
+    return _checked(walk, seen, chosen)
 
 
 def unlike_windows(ids: Tensor, windows: int) -> Tensor:
@@ -157,25 +158,25 @@ def _copies(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[Path, Tens
 # ---------------------------------------------------------------------------------------- what the walk makes of it
 
 
-def _checked(network: nn.Module, blocks: Blocks, seen: _Seen, batch_dims: Mapping[str, int], ids: Tensor) -> Walk:
+def _checked(walk: Walk, seen: _Seen, ids: Tensor) -> Walk:
     """The walk that hands on the fewest elements of what blocks return, and is what was seen."""
 
-    def differs(needed: frozenset[int]) -> str | None:
-        return _difference(Walk(network, blocks, Form(tuple(seen.lengths), needed, batch_dims)), seen, ids)
+    def handing_on(elements: frozenset[int]) -> Walk:
+        return replace(walk, form=replace(walk.form, needed=elements))
 
-    needed = frozenset[int]()
-    if differs(needed) is not None:
-        needed = seen.elements
-        reason = differs(needed)
-        if reason is not None:
-            raise ModelError(
-                f"{family_of(network)} cannot be quantized block by block: {reason}; it is not supported, use a model "
-                "of another family"
-            )
-        for place in sorted(seen.elements):  # attention weights, say, are returned by many and needed by none
-            if differs(needed - {place}) is None:
-                needed -= {place}
-    return Walk(network, blocks, Form(tuple(seen.lengths), needed, batch_dims))
+    if _difference(walk, seen, ids) is None:
+        return walk
+    needed = seen.elements
+    reason = _difference(handing_on(needed), seen, ids)
+    if reason is not None:
+        raise ModelError(
+            f"{family_of(walk.network)} cannot be quantized block by block: {reason}; it is not supported, use a model "
+            "of another family"
+        )
+    for place in sorted(seen.elements):  # attention weights, say, are returned by many and needed by none
+        if _difference(handing_on(needed - {place}), seen, ids) is None:
+            needed -= {place}
+    return handing_on(needed)
 
 
 def _difference(walk: Walk, seen: _Seen, ids: Tensor) -> str | None:

@@ -9,8 +9,8 @@ from aqlm_cli.model.coded import plan_of_checkpoint
 from aqlm_cli.model.decoding import Decoding, decoding_of, open_decoding
 from aqlm_cli.model.head import Halves, halves_of
 from aqlm_cli.model.loading import (
+    BlockLoader,
     Network,
-    load_block,
     load_config,
     load_network,
     load_outside,
@@ -29,6 +29,7 @@ from aqlm_cli.model.tying import untie_stored
 from aqlm_cli.sources import ModelSource, end_tokens, model_config, save_support_files, tensor_index
 
 __all__ = [
+    "BlockLoader",
     "Decoding",
     "Halves",
     "ModelSource",
@@ -41,7 +42,6 @@ __all__ = [
     "find_subject",
     "halves_of",
     "is_coded",
-    "load_block",
     "load_config",
     "load_network",
     "load_outside",

@@ -51,7 +51,7 @@ def load_network(
 def load_outside(
     source: ModelSource, dtype: torch.dtype, device: str | torch.device = "cpu"
 ) -> transformers.PreTrainedModel:
-    """The model without the weights of its blocks, which have names and shapes alone; `load_block` has the weights.
+    """The model without the weights of its blocks, which have names and shapes alone; `BlockLoader` has the weights.
 
     This is how a model is gone through that is larger than memory.
     """
@@ -71,16 +71,23 @@ def load_without(
         return _prepared(_load_without(source, load_config(source), paths, dtype), device)
 
 
-def load_block(source: ModelSource, index: int, dtype: torch.dtype, device: str | torch.device = "cpu") -> nn.Module:
-    """One block of the model, as `load_network` would give it; nothing else is read."""
-    skeleton = load_skeleton(source)
-    path = find_blocks(skeleton).paths[index]
-    # A block may share weights with an earlier one, and the files have them under the name of either.
-    sharing = {name for pair in skeleton.all_tied_weights_keys.items() if _inside(path, pair) for name in pair}
-    kept = [path, *sorted({name.rpartition(".")[0] for name in sharing if not name.startswith(f"{path}.")})]
-    with quiet():
-        network = _load_without(source, load_config(source), [""], dtype, kept)
-    return _prepared(network.get_submodule(path), device)
+class BlockLoader:
+    """The blocks of a model by their index, each as `load_network` would give it; nothing else is read."""
+
+    def __init__(self, source: ModelSource, dtype: torch.dtype, device: str | torch.device = "cpu") -> None:
+        self._source, self._dtype, self._device = source, dtype, device
+        self._skeleton = load_skeleton(source)
+        self._paths = find_blocks(self._skeleton).paths
+
+    def __call__(self, index: int) -> nn.Module:
+        path = self._paths[index]
+        # A block may share weights with an earlier one, and the files have them under the name of either.
+        tied = self._skeleton.all_tied_weights_keys.items()
+        sharing = {name for pair in tied if _inside(path, pair) for name in pair}
+        kept = [path, *sorted({name.rpartition(".")[0] for name in sharing if not name.startswith(f"{path}.")})]
+        with quiet():
+            network = _load_without(self._source, load_config(self._source), [""], self._dtype, kept)
+        return _prepared(network.get_submodule(path), self._device)
 
 
 def _inside(path: str, names: Iterable[str]) -> bool:

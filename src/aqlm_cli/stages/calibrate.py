@@ -26,7 +26,7 @@ from aqlm_cli.errors import QuantizationError
 from aqlm_cli.events import Advanced, Emit, Noted, StageStarted
 from aqlm_cli.forecast import Cost
 from aqlm_cli.memory import peak_memory_bytes, reset_peak_memory
-from aqlm_cli.model import ModelSource, load_block, load_tokenizer, refuse_too_long, refuse_unknown_tokens, resolve
+from aqlm_cli.model import ModelSource, load_tokenizer, refuse_too_long, refuse_unknown_tokens, resolve
 from aqlm_cli.propagation import entering_states, walk_through
 from aqlm_cli.runs import open_run
 from aqlm_cli.stage_reports import CalibrationReport, restored
@@ -112,7 +112,7 @@ def _teacher_statistics(
     emit(StageStarted(STAGE, len(walk.paths), "block"))
     moments: dict[str, Tensor] = {}
     for index, prefix in enumerate(walk.paths):
-        block = load_block(source, index, torch.float32, device)
+        block = walk.load(index)
         _refuse_damaged(block, prefix)
         with _mean_squares(block, prefix, ids.numel()) as sums:
             for window in windows:

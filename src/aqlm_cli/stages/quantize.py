@@ -32,7 +32,6 @@ from aqlm_cli.forecast import Cost
 from aqlm_cli.memory import give_back_memory, peak_memory_bytes, reset_peak_memory
 from aqlm_cli.methods import METHODS
 from aqlm_cli.methods.layers import Compressed, Task, compress_all
-from aqlm_cli.model import load_block
 from aqlm_cli.propagation import Propagation, machine_of, mixed_windows, start_propagation
 from aqlm_cli.quantized import block_file, put_matrix, save_block
 from aqlm_cli.runs import open_run
@@ -125,7 +124,7 @@ def _quantize_blocks(
     emit(StageStarted(STAGE, last + 1, "block", done=unfinished.blocks))
     work = _Work(config, schemes, planned_work(config, known.shape).workers, stage, unfinished, emit)
     for index in range(states.index, last + 1):
-        block = load_block(source, index, torch.float32, states.device)
+        block = states.walk.load(index)
         layers = _quantize_block(work, states, block)
         seconds = time.monotonic() - started
         taken = {"memory_bytes": peak_memory_bytes(), "disk_bytes": disk_bytes(stage.directory.parent)}

@@ -18,7 +18,7 @@ from aqlm_cli.errors import ArtifactError
 from aqlm_cli.events import Advanced, Emit, Noted, StageStarted
 from aqlm_cli.methods import METHODS, CompressedMatrix
 from aqlm_cli.methods.layers import Task, compress_all
-from aqlm_cli.model import load_block, original_of
+from aqlm_cli.model import original_of
 from aqlm_cli.plain_linear import is_plain
 from aqlm_cli.plan import Plan
 from aqlm_cli.propagation import machine_of, mixed_windows, start_propagation
@@ -99,12 +99,12 @@ def _both(
     index = states.walk.last([chosen])
     emit(StageStarted(chosen, index + 1, "block"))
     for number in range(index):
-        block = load_block(source, number, torch.float32, states.device)
+        block = states.walk.load(number)
         restore_block(quantized, number, states.path, block)
         states.advance(block)
         states = states.next()
         emit(Advanced(chosen, number + 1))
-    block = load_block(source, index, torch.float32, states.device)
+    block = states.walk.load(index)
     inside = chosen.removeprefix(states.path + ".")
     layer = block.get_submodule(inside)
     assert is_plain(layer)
