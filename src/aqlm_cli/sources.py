@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ from torch import Tensor
 
 from aqlm_cli.errors import ModelError, StorageError
 from aqlm_cli.run_file import parse_yaml
-from aqlm_cli.storage import DTYPES, TensorLayout, digest_file, read_tensor, storage_errors, write_file
+from aqlm_cli.storage import DTYPES, TensorLayout, digest_file, publish_file, read_tensor, storage_errors, write_file
 from aqlm_cli.support_files import FETCHED, TEMPLATES, support_files
 from aqlm_cli.weight_files import (
     has_weights,
@@ -95,6 +96,10 @@ ALIASES: Mapping[str, EmbeddedModel] = {
         base_model="HuggingFaceTB/SmolLM2-135M-Instruct",
     )
 }
+
+
+REMEMBERED = 1000
+"""Files whose digests the cache keeps: models and their tokenizers have some ten each."""
 
 
 def default_cache() -> Path:
@@ -217,19 +222,35 @@ def _read_card(path: Path) -> Mapping[str, Any]:
 
 
 def cached_digest(path: Path, cache: Path) -> str:
-    """sha256 of a file, remembered by (path, size, time of change) in `cache`."""
+    """sha256 of a file, remembered by (path, size, time of change) in `cache`, for the last REMEMBERED files."""
     memory = cache / "digests.json"
-    known = json.loads(memory.read_text()) if memory.is_file() else {}
+    known = _remembered(memory)
     key, found = str(path.resolve()), path.stat()
     stamp = [found.st_size, found.st_mtime_ns]
     if key in known and known[key][:2] == stamp:
         return str(known[key][2])
     digest = digest_file(path)
+    known.pop(key, None)
+    latest = dict([*known.items(), (key, [*stamp, digest])][-REMEMBERED:])
     # What cannot be remembered costs time at the next call and nothing else.
     with suppress(StorageError, OSError):
         cache.mkdir(parents=True, exist_ok=True)
-        write_file(memory, json.dumps({**known, key: [*stamp, digest]}).encode())
+        # Under a name of its own at first, for another command may write at the same time.
+        with tempfile.TemporaryDirectory(prefix="digests.", dir=cache) as own:
+            beside = Path(own) / memory.name
+            write_file(beside, json.dumps(latest).encode())
+            publish_file(beside, memory)
     return digest
+
+
+def _remembered(memory: Path) -> dict[str, list[Any]]:
+    """The digests of earlier calls; none where the file cannot be read."""
+    try:
+        known = json.loads(memory.read_text())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    entries = known.items() if isinstance(known, dict) else ()
+    return {key: entry for key, entry in entries if isinstance(entry, list) and len(entry) == 3}
 
 
 # ----------------------------------------------------------------------------------------------- what a directory holds
