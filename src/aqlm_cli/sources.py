@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import json
-import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -30,9 +28,10 @@ from huggingface_hub.errors import (
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from aqlm_cli.errors import ModelError, StorageError
+from aqlm_cli.digests import cached_digest
+from aqlm_cli.errors import ModelError
 from aqlm_cli.run_file import parse_yaml
-from aqlm_cli.storage import DTYPES, TensorLayout, digest_file, publish_file, read_tensor, storage_errors, write_file
+from aqlm_cli.storage import DTYPES, TensorLayout, read_tensor, storage_errors, write_file
 from aqlm_cli.support_files import FETCHED, TEMPLATES, support_files
 from aqlm_cli.weight_files import (
     has_weights,
@@ -96,10 +95,6 @@ ALIASES: Mapping[str, EmbeddedModel] = {
         base_model="HuggingFaceTB/SmolLM2-135M-Instruct",
     )
 }
-
-
-REMEMBERED = 1000
-"""Files whose digests the cache keeps: models and their tokenizers have some ten each."""
 
 
 def default_cache() -> Path:
@@ -216,41 +211,6 @@ def _read_card(path: Path) -> Mapping[str, Any]:
         card = parse_yaml(text.split("---", 2)[1])
         return card if isinstance(card, dict) else {}
     return {}
-
-
-# -------------------------------------------------------------------------------------------------------------- digests
-
-
-def cached_digest(path: Path, cache: Path) -> str:
-    """sha256 of a file, remembered by (path, size, time of change) in `cache`, for the last REMEMBERED files."""
-    memory = cache / "digests.json"
-    known = _remembered(memory)
-    key, found = str(path.resolve()), path.stat()
-    stamp = [found.st_size, found.st_mtime_ns]
-    if key in known and known[key][:2] == stamp:
-        return str(known[key][2])
-    digest = digest_file(path)
-    known.pop(key, None)
-    latest = dict([*known.items(), (key, [*stamp, digest])][-REMEMBERED:])
-    # What cannot be remembered costs time at the next call and nothing else.
-    with suppress(StorageError, OSError):
-        cache.mkdir(parents=True, exist_ok=True)
-        # Under a name of its own at first, for another command may write at the same time.
-        with tempfile.TemporaryDirectory(prefix="digests.", dir=cache) as own:
-            beside = Path(own) / memory.name
-            write_file(beside, json.dumps(latest).encode())
-            publish_file(beside, memory)
-    return digest
-
-
-def _remembered(memory: Path) -> dict[str, list[Any]]:
-    """The digests of earlier calls; none where the file cannot be read."""
-    try:
-        known = json.loads(memory.read_text())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    entries = known.items() if isinstance(known, dict) else ()
-    return {key: entry for key, entry in entries if isinstance(entry, list) and len(entry) == 3}
 
 
 # ----------------------------------------------------------------------------------------------- what a directory holds

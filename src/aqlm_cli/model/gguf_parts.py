@@ -14,9 +14,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from aqlm_cli.digests import cached_digest
 from aqlm_cli.errors import ModelError, shortened
 from aqlm_cli.model.gguf_header import GgufHeader, GgufTensor, read_header
-from aqlm_cli.sources import cached_digest
 from aqlm_cli.weight_files import SHARD
 
 
