@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 from typer.testing import Result
 
-from aqlm_cli import pipeline, sources
+from aqlm_cli import digests, pipeline, sources
 from aqlm_cli.activations import compute_dtype
 from aqlm_cli.durations import _makespan
 from aqlm_cli.errors import PlanError, UsageError
@@ -146,7 +146,7 @@ def test_a_model_of_70_billion_weights_is_planned_from_its_config_alone(
 
 
 def test_no_weight_is_read_for_a_plan(run_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "digest_file", lambda path: pytest.fail(f"{path} was read"))
+    monkeypatch.setattr(digests, "digest_file", lambda path: pytest.fail(f"{path} was read"))
     monkeypatch.setattr(sources, "read_tensor", lambda *_: pytest.fail("a tensor was read"))
     before = sorted(Path().rglob("*"))
     result = run("plan", "--config", "run.yaml")
