@@ -21,6 +21,7 @@ from aqlm_cli import digests, pipeline, sources
 from aqlm_cli.activations import compute_dtype
 from aqlm_cli.durations import _makespan
 from aqlm_cli.errors import PlanError, UsageError
+from aqlm_cli.events import Event, Warned
 from aqlm_cli.forecast import (
     BlockShape,
     ModelShape,
@@ -321,3 +322,14 @@ def test_memory_and_disk_of_a_real_model_are_within_15_percent(tmp_path: Path) -
     report = json.loads(told.stdout)["quantize"]
     for key in ("memory_bytes", "disk_bytes"):
         assert report[key] == pytest.approx(report["planned"][key], rel=0.15), (key, report)
+
+
+@pytest.mark.parametrize(("scheme", "warned"), [("2x8g8", True), ("2x4g8", False)])
+def test_a_scheme_whose_codebooks_outweigh_the_matrices_is_told_of(run_file: Path, scheme: str, warned: bool) -> None:
+    events: list[Event] = []
+    config = build_config(None, run_file, {"quantize": {"scheme": scheme}})
+    stage.forecast(config, survey(config), Path("run"), events.append)
+    warnings = [event.message for event in events if isinstance(event, Warned)]
+    assert len(warnings) == warned
+    if warned:
+        assert warnings[0].startswith(f"{scheme} and its codebooks take more than 16 bits a weight in model.layers.0.")

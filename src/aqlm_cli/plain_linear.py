@@ -62,7 +62,7 @@ def _computes_the_product(module: nn.Linear) -> bool:
     small._parameters = {"weight": nn.Parameter(weight), "bias": None if bias is None else nn.Parameter(bias)}
     try:
         with torch.no_grad(), torch.device("cpu"):
-            found = small(x)
+            found = type(module).forward(small, x)  # no hooks, which are those of the module
     except Exception:  # what a forward of its own may ask for has no bounds
         return False
     expected = F.linear(x, weight, bias)
