@@ -18,6 +18,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from aqlm_cli.model.attention import attend_by, torchs_attention
 from aqlm_cli.model.loading import load_network, load_tokenizer
+from aqlm_cli.model.stepping import Stepping
 from aqlm_cli.sources import ModelSource
 
 LIKELIEST = 4
@@ -46,11 +47,10 @@ class Sampling:
         """
         model: Any = self.network
         tokens = self.beginnings[(chances[:, 0] * len(self.beginnings)).long()]  # [b]
-        texts, cache = [tokens], None
+        texts, stepping = [tokens], Stepping(model)
         written(len(tokens))
         for place in range(1, chances.shape[1]):
-            out = model(input_ids=tokens[:, None], past_key_values=cache, use_cache=True, logits_to_keep=1)
-            logits, cache = out.logits[:, -1], out.past_key_values
+            logits, cache = stepping(tokens[:, None]), stepping.cache
             if place == 1 and isinstance(cache, DynamicCache) and model.config._attn_implementation == ATTENTION:
                 cache.layers = [Roomy.of(layer) if type(layer) is DynamicLayer else layer for layer in cache.layers]
             tokens = logits.argmax(1) if place <= LIKELIEST else _drawn(logits, chances[:, place])
