@@ -168,6 +168,16 @@ def test_a_cache_that_cannot_be_written_is_no_obstacle(tmp_path: Path) -> None:
     assert len(sources.cached_digest(tmp_path / "weights", tmp_path / "cache")) == 64
 
 
+def test_a_damaged_cache_is_begun_anew(tmp_path: Path) -> None:
+    file, cache = tmp_path / "file", tmp_path / "cache"
+    file.write_bytes(b"content")
+    cache.mkdir()
+    (cache / "digests.json").write_text('{"a": [1, 2, "3"]} 3"]}')  # as two processes leave it that write at once
+    digest = sources.cached_digest(file, cache)
+    assert digest == sources.cached_digest(file, tmp_path / "other")
+    assert [entry[2] for entry in json.loads((cache / "digests.json").read_text()).values()] == [digest]
+
+
 def test_licence_and_base_model_are_read_from_the_card(tmp_path: Path, find: Any) -> None:
     directory = tiny_models.save("llama", tmp_path / "model")
     assert (find(directory).licence, find(directory).base_model) == (None, None)

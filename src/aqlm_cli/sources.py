@@ -198,8 +198,9 @@ def _read_card(path: Path) -> Mapping[str, Any]:
 
 def cached_digest(path: Path, cache: Path) -> str:
     """sha256 of a file, remembered by (path, size, time of change) in `cache`."""
-    memory = cache / "digests.json"
-    known = json.loads(memory.read_text()) if memory.is_file() else {}
+    memory, known = cache / "digests.json", {}
+    with suppress(OSError, ValueError):  # missing, or damaged by whatever else wrote to it: then it begins anew
+        known = json.loads(memory.read_text())
     key, found = str(path.resolve()), path.stat()
     stamp = [found.st_size, found.st_mtime_ns]
     if key in known and known[key][:2] == stamp:
