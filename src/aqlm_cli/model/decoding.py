@@ -19,6 +19,7 @@ from aqlm_cli.config import Head
 from aqlm_cli.model.loading import load_network
 from aqlm_cli.model.names import CODED
 from aqlm_cli.model.quantization import is_coded
+from aqlm_cli.model.stepping import Stepping
 from aqlm_cli.sources import ModelSource, model_config, tensor_index
 from aqlm_cli.storage import load_tensors
 from aqlm_kernels import AdditiveLinear, ByteRows, Decoder, DecoderBlock, KernelError, choose, from_checkpoint, smallest
@@ -156,10 +157,10 @@ class _Transformers:
     def __init__(self, network: nn.Module, name: str) -> None:
         self.name = name
         self._network: Any = network
-        self._cache: Any = None
+        self._stepping = Stepping(network)
 
     def read(self, ids: Tensor) -> Tensor:
-        self._cache = None
+        self._stepping = Stepping(self._network)
         return self._forward(ids)
 
     def step(self, token: int) -> Tensor:
@@ -167,10 +168,7 @@ class _Transformers:
 
     @torch.inference_mode()
     def _forward(self, ids: Tensor) -> Tensor:
-        out = self._network(ids[None], past_key_values=self._cache, use_cache=True, logits_to_keep=1)
-        self._cache = out.past_key_values
-        logits: Tensor = out.logits[0, -1].float()
-        return logits
+        return self._stepping(ids[None])[0].float()
 
 
 class _Compiled:

@@ -31,7 +31,7 @@ from aqlm_cli.weight_files import has_weights
 from aqlm_kernels import AdditiveLinear, from_checkpoint
 
 Module = TypeVar("Module", bound=nn.Module)
-Network: TypeAlias = transformers.PreTrainedModel
+Network: TypeAlias = "transformers.PreTrainedModel"  # not imported before there is one
 
 
 def load_network(

@@ -18,6 +18,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from aqlm_cli.model.attention import attend_by, torchs_attention
 from aqlm_cli.model.loading import load_network, load_tokenizer
+from aqlm_cli.model.stepping import Stepping
 from aqlm_cli.sources import ModelSource
 
 LIKELIEST = 4
@@ -49,12 +50,11 @@ class Sampling:
         chances = chances[:, len(opening) :]
         tokens = self.beginnings[(chances[:, 0] * len(self.beginnings)).long()]  # [b]
         given = torch.tensor(opening, dtype=tokens.dtype, device=tokens.device).repeat(len(tokens), 1)  # [b, p]
-        texts, cache = [*given.unbind(1), tokens], None
+        texts, stepping = [*given.unbind(1), tokens], Stepping(model)
         read = torch.stack(texts, 1)
         written(read.numel())
         for place in range(1, chances.shape[1]):
-            out = model(input_ids=read, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            logits, cache = out.logits[:, -1], out.past_key_values
+            logits, cache = stepping(read), stepping.cache
             if place == 1 and isinstance(cache, DynamicCache) and model.config._attn_implementation == ATTENTION:
                 cache.layers = [Roomy.of(layer) if type(layer) is DynamicLayer else layer for layer in cache.layers]
             tokens = logits.argmax(1) if place <= LIKELIEST else _drawn(logits, chances[:, place])
