@@ -4,7 +4,8 @@
 # tensor can be read. One would expect that only this tensor cannot. Q1_0 (41) has a name and opens, and then neither
 # dequantizes nor quantizes.
 #
-# Here: a GGUF with either is refused in a line that says so.
+# Here: the header and both types are read by ourselves; a type that neither gguf nor we can read is refused in a line
+# with its name or number.
 #
 # It printed:
 #   Q1_0: Dequantization for Q1_0 is not yet implemented
