@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import families
 import pytest
 import tiny_models
 import torch
@@ -29,10 +30,14 @@ FAMILIES: Mapping[str, Mapping[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, "blt"])  # the last fails with a cache
 @torch.no_grad()
 def test_a_text_read_part_by_part_has_the_logits_of_the_whole(family: str, tmp_path: Path) -> None:
-    network = load_network(resolve(str(tiny_models.save(family, tmp_path, **FAMILIES[family]))), torch.float32)
+    if family in FAMILIES:
+        tiny_models.save(family, tmp_path, **FAMILIES[family])
+    else:
+        families.save(family, tmp_path)
+    network = load_network(resolve(str(tmp_path)), torch.float32)
     ids = tiny_models.token_ids(2, 16)
     whole, stepping = network(ids, use_cache=False).logits, Stepping(network)
     for first, last in [(0, 10), *((place, place + 1) for place in range(10, 16))]:

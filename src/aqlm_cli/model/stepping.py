@@ -26,6 +26,7 @@ class Stepping:
         self._name = next((name for name in CACHES if name in parameters), None)
         # Some families find the place of a token by the cache of their first layer, which may have no keys.
         self._places = "position_ids" in parameters
+        self._caching = True
 
     def __call__(self, ids: Tensor) -> Tensor:
         """From `[b, T]` to `[b, vocabulary]`."""
@@ -35,7 +36,16 @@ class Stepping:
         kept = {} if self._name is None or self.cache is None else {self._name: self.cache}
         if self._places:
             kept["position_ids"] = torch.arange(first, first + read.shape[1], device=read.device)[None]
-        out = self.network(input_ids=read, use_cache=True, logits_to_keep=1, **kept)
+        out = self._forward(read, kept)
         self.cache = None if self._name is None else getattr(out, self._name, None)
         logits: Tensor = out.logits[:, -1]
         return logits
+
+    def _forward(self, ids: Tensor, kept: dict[str, Any]) -> Any:
+        try:
+            return self.network(input_ids=ids, use_cache=self._caching, logits_to_keep=1, **kept)
+        except AttributeError:  # Blt asks its config for what a cache needs and it has not got
+            if not self._caching or self.cache is not None:
+                raise
+            self._caching = False
+            return self.network(input_ids=ids, use_cache=False, logits_to_keep=1, **kept)
