@@ -12,6 +12,7 @@ import tiny_models
 import torch
 from test_leave_out import FAMILIES as LOOKING
 
+from aqlm_cli.errors import ModelError
 from aqlm_cli.model import load_network, resolve
 from aqlm_cli.model.stepping import Stepping
 
@@ -30,7 +31,7 @@ FAMILIES: Mapping[str, Mapping[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, "blt"])  # the last fails with a cache
+@pytest.mark.parametrize("family", [*FAMILIES, "blt", "hrm_text", "xlstm"])  # the last three fail with a cache
 @torch.no_grad()
 def test_a_text_read_part_by_part_has_the_logits_of_the_whole(family: str, tmp_path: Path) -> None:
     if family in FAMILIES:
@@ -42,3 +43,10 @@ def test_a_text_read_part_by_part_has_the_logits_of_the_whole(family: str, tmp_p
     whole, stepping = network(ids, use_cache=False).logits, Stepping(network)
     for first, last in [(0, 10), *((place, place + 1) for place in range(10, 16))]:
         assert torch.allclose(stepping(ids[:, first:last]), whole[:, last - 1], atol=1e-4), last
+
+
+def test_a_forward_that_fails_without_a_cache_too_is_told(tmp_path: Path) -> None:
+    network = load_network(resolve(str(tiny_models.save("llama", tmp_path))), torch.float32)
+    network.model.norm.forward = lambda hidden: hidden[..., :3]
+    with pytest.raises(ModelError, match=r"family llama .* fails on a text of 4 tokens \(RuntimeError: "):
+        Stepping(network)(tiny_models.token_ids(1, 4))

@@ -10,6 +10,10 @@ LONGEST = 4000
 """Characters of a message; of a longer one the middle is left out."""
 
 
+FOREIGN_ERRORS = (TypeError, ValueError, LookupError, AttributeError, RuntimeError, AssertionError)
+"""By which the forward of a family, which is not ours, says that it cannot go on."""
+
+
 class AqlmError(Exception):
     """Something outside this program is not as it needs to be."""
 

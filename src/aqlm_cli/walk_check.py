@@ -19,15 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from aqlm_cli.blocks import Blocks, find_blocks
-from aqlm_cli.errors import ModelError, shortened
+from aqlm_cli.errors import FOREIGN_ERRORS, ModelError, shortened
 from aqlm_cli.walk import HIDDEN, Form, Path, Walk, elements_of, family_of, leaves, shared_tensors, standing_in
 
 TOLERANCE = 1e-5
 """Of every tensor that a block is given, and of the logits, relative to the tensor's largest entry. The same code on
 the same numbers gives the same bits; what is allowed for is a sum in another order."""
-
-FOREIGN_ERRORS = (TypeError, ValueError, LookupError, AttributeError, RuntimeError, AssertionError)
-"""By which a family's own code says that it cannot go on."""
 
 LENGTH = 24
 """Tokens of a window that is compared, at most."""

@@ -94,7 +94,9 @@ def _check_language_model(source: ModelSource) -> None:
     # Of a model that sees or hears as well, the decoder is what transformers makes of its config.
     wider = causal is not None and not config.is_encoder_decoder
     endings = ("ForCausalLM", "ForConditionalGeneration") if wider else ("ForCausalLM",)
-    if not any(name == causal or name.endswith(endings) for name in names):
+    # What was saved without its head has the head of its embeddings, or lacks one, which is told where it is read.
+    body = getattr(transformers.MODEL_MAPPING.get(type(config), None), "__name__", None) if wider else None
+    if not any(name in (causal, body) or name.endswith(endings) for name in names):
         raise ModelError(
             f"{source.name} is not a decoder-only language model but {', '.join(names)}; choose one that generates text"
         )

@@ -55,8 +55,8 @@ def pack(
         path, loss = max(losses.items(), key=lambda entry: entry[1])
         emit(
             Warned(
-                f"the weights of {path} are so small that float16 adds {loss:.2g} to its relative error"
-                f" ({len(losses)} such layers); use a bfloat16 copy of the model"
+                f"{path} has rows so small that float16 loses {loss:.2g} of one's energy, beside the error of its"
+                f" codes ({len(losses)} such layers); use a bfloat16 copy of the model"
             )
         )
     with run.stage("packed", "packed", settings, parents) as stage:
