@@ -128,6 +128,40 @@ def test_an_index_alone_is_refused_here_and_enough_for_a_plan_of_the_hub(
     assert load_skeleton(find("someone/Tiny", with_weights=False)).num_parameters() > 0
 
 
+@pytest.mark.parametrize("metadata", [{}, {"metadata": None}, {"metadata": []}])
+def test_an_index_without_metadata_is_read_as_with_it(metadata: Any, tmp_path: Path, find: Any) -> None:
+    shards = sharded(tmp_path / "model")
+    expected = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval())
+    path = tmp_path / "model" / "model.safetensors.index.json"
+    path.write_text(json.dumps({"weight_map": json.loads(path.read_text())["weight_map"], **metadata}))
+    before = path.read_bytes()
+    assert torch.equal(logits(load_network(find(tmp_path / "model"), torch.float32)), expected)
+    assert path.read_bytes() == before
+    shards[1].unlink()
+    with pytest.raises(ModelError, match=f"lacks {shards[1].name}, which"):
+        find(tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        (
+            "model-00001-of-99999999999.safetensors",
+            "lacks model-00002-of-99999999999.safetensors and 99999999997 more;",
+        ),
+        (
+            "model-00007-of-99999999999.safetensors",
+            "lacks model-00001-of-99999999999.safetensors and 99999999997 more;",
+        ),
+    ],
+)
+def test_the_shards_that_a_name_counts_are_not_listed(name: str, words: str, tmp_path: Path, find: Any) -> None:
+    directory = tiny_models.save("llama", tmp_path / "model")
+    (directory / "model.safetensors").rename(directory / name)
+    with pytest.raises(ModelError, match=words):
+        find(directory)
+
+
 def test_shards_that_hold_a_tensor_twice_are_refused(tmp_path: Path, find: Any) -> None:
     shards = sharded(tmp_path / "model")
     (tmp_path / "model" / "model.safetensors.index.json").unlink()
