@@ -22,6 +22,7 @@ from torch import nn
 from aqlm_cli.blocks import count_parameters, find_blocks, replace_module
 from aqlm_cli.errors import AqlmError, ModelError, shortened
 from aqlm_cli.model.bounds import MOST_PARTS, NUMBERS_PER_BYTE, PARAMETERS_PER_TENSOR, at_most, refuse_hostile
+from aqlm_cli.model.gaps import why_unfit
 from aqlm_cli.model.names import places_of_codes
 from aqlm_cli.model.quantization import is_coded, refuse_quantized
 from aqlm_cli.plain_linear import is_plain
@@ -184,17 +185,15 @@ def _load(source: ModelSource, dtype: torch.dtype, **options: Any) -> transforme
     settings = {"dtype": dtype, "trust_remote_code": source.trust_remote_code, "use_safetensors": True, **options}
     try:
         loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            source.directory, output_loading_info=True, **settings
+            source.directory, output_loading_info=True, ignore_mismatched_sizes=True, **settings
         )
-    except Exception as error:  # tensors of other shapes are a RuntimeError, and config.json may hold anything
+    except Exception as error:  # config.json may hold anything
         raise ModelError(f"{source.name} cannot be loaded: {first_line(error)}") from error
     network, report = loaded
     assert isinstance(network, transformers.PreTrainedModel)
-    # transformers would fill a gap with random numbers and go on.
-    missing = sorted([*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])])
-    if missing:
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise ModelError(f"{source.name} lacks a fitting tensor {missing[0]}{more}; fetch the model again")
+    fault = why_unfit(report)  # transformers would fill a gap with random numbers and go on
+    if fault is not None:
+        raise ModelError(f"{source.name} {fault}")
     return network
 
 
