@@ -232,3 +232,27 @@ def test_a_tokenizer_behind_a_link_to_nothing_is_refused(tmp_path: Path, find: A
     (directory / "qwen.tiktoken").symlink_to(tmp_path / "gone")
     with pytest.raises(ModelError, match=r"qwen\.tiktoken is a link to nothing"):
         find(directory)
+
+
+# ------------------------------------------------------------------------------------------------- settings that are none
+
+
+@pytest.mark.parametrize("content", ["[]", "null", "3"])
+def test_settings_for_generation_that_are_none_are_told_in_the_plan(content: str, tmp_path: Path) -> None:
+    path = tiny_models.save("llama", tmp_path / "model") / "generation_config.json"
+    path.write_text(content)
+    line = f"error: {path} holds no settings of a model; fetch the model again\n"
+    assert commands.refused("plan", str(tmp_path / "model")) == line
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "tokenizer.json"])
+@pytest.mark.parametrize(
+    ("content", "words"), [("[]", "holds no settings of a model"), ("{", "cannot be read .Expecting property name")]
+)
+def test_the_file_of_a_tokenizer_that_is_damaged_is_named(
+    content: str, words: str, name: str, tmp_path: Path, find: Any
+) -> None:
+    path = tiny_models.save("llama", tmp_path / "model") / name
+    path.write_text(content)
+    with pytest.raises(ModelError, match=f"^{re.escape(str(path))} {words}.*; fetch the model"):
+        load_tokenizer(find(tmp_path / "model"))
