@@ -234,7 +234,7 @@ def test_a_tokenizer_behind_a_link_to_nothing_is_refused(tmp_path: Path, find: A
         find(directory)
 
 
-# ------------------------------------------------------------------------------------------------- settings that are none
+# ----------------------------------------------------------------------------------------------- settings that are none
 
 
 @pytest.mark.parametrize("content", ["[]", "null", "3"])
