@@ -194,8 +194,11 @@ def test_a_directory_of_parquet_files_is_read_as_one(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "reason"),
     [
-        ("a.txt", b"\xff\xfe\xff", "cannot read"),
+        ("a.txt.gz", b"\xff\xfe\xff", "cannot read .* as .txt.gz"),
         ("a.jsonl", b'{"text": "a"}\n{"text"', "neither one JSON record a line nor a JSON list"),
+        ("a.jsonl", b'{"text": "a"}\n' * 500 + b"{bad", "in double quotes at character 2 \\(line 501 of 501\\)"),
+        ("a.json", b'[{"text": "a"},\n{bad}]', "in double quotes at character 18; correct it"),
+        ("a.txt", b"abc\xff", "a.txt is not UTF-8 at byte 3; save it as UTF-8"),
         ("a.jsonl", b'{"text": "a"}\n"a"', "record 2 is a string; write it as"),
         ("a.json", b'["a"]', "record 1 is a string; write it as"),
         ("a.jsonl", b'{"text": "\\ud83d half"}', "record 1 holds half a character"),
@@ -260,3 +263,22 @@ def test_keys_that_a_message_lacks_are_none_of_it_in_any_kind_of_file(tmp_path: 
     path = write(tmp_path / f"chat.{kind}", [{"messages": chat}])
     kept = tuple({key: value for key, value in message.items() if value is not None} for message in chat)
     assert read_texts(path) == [Chat(f"{path}: record 1", kept)]
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.json"])
+def test_a_mark_of_the_byte_order_is_no_text(name: str, tmp_path: Path) -> None:
+    content = {"a.txt": "one", "a.jsonl": '{"text": "one"}\n', "a.json": '[{"text": "one"}]'}[name]
+    (tmp_path / name).write_bytes(content.encode("utf-8-sig"))
+    assert read_texts(tmp_path / name) == ["one"]
+
+
+def test_a_single_record_on_a_single_line_is_one_document(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "one", "id": 7}')
+    assert read_texts(tmp_path / "a.jsonl") == ["one"]
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
+    table = pyarrow.Table.from_arrays([pyarrow.array(["a"]), pyarrow.array(["b"])], names=["text", "text"])
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(DataError, match="has 2 columns `text`; rename all but one"):
+        read_texts(tmp_path / "a.parquet")

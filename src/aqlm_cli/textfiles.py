@@ -71,7 +71,10 @@ def read_texts(path: Path, emit: Emit = silent) -> list[Document]:
 def _decoded(path: Path, kind: str, unpack: Callable[[bytes], bytes] | None) -> str:
     try:
         content = path.read_bytes()
-        return (content if unpack is None else unpack(content)).decode("utf-8")
+        # Some tools of Windows begin a file with a mark of its byte order.
+        return (content if unpack is None else unpack(content)).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 at byte {error.start}; save it as UTF-8") from error
     except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as error:
         form = kind if unpack is None else kind + path.suffix
         raise DataError(f"cannot read {path} as {form}: {error}") from error
@@ -79,15 +82,26 @@ def _decoded(path: Path, kind: str, unpack: Callable[[bytes], bytes] | None) -> 
 
 def _from_json(path: Path, content: str) -> list[Document | None]:
     """One list of records, or one record a line; a line ends at a newline only, as texts hold U+2028 and the like."""
-    try:
-        whole = content.lstrip().startswith("[")
-        records = json.loads(content) if whole else [json.loads(line) for line in content.split("\n") if line.strip()]
-    except (ValueError, RecursionError) as error:  # also a number with more digits than Python reads
-        raise DataError(f"{path} is neither one JSON record a line nor a JSON list: {error}") from error
+    records: list[Any] = []
+    whole = content.lstrip().startswith("[")
+    lines = [content] if whole else content.split("\n")
+    for number, line in enumerate(lines, 1):
+        try:
+            if line.strip():
+                records += json.loads(line) if whole else [json.loads(line)]
+        except (ValueError, RecursionError) as error:  # also a number with more digits than Python reads
+            raise DataError(_no_json(path, number, len(lines), error)) from error
     documents = [_from_record(f"{path}: record {number}", record) for number, record in enumerate(records, 1)]
     if records and not any(key in record for record in records for key in KEYS):
         raise DataError(f"{path}: no record has {_no_key('key', records[0])}")
     return documents
+
+
+def _no_json(path: Path, number: int, lines: int, error: Exception) -> str:
+    place = f" (line {number} of {lines})" if lines > 1 else ""
+    column = f" at character {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else ""
+    reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
+    return f"{path} is neither one JSON record a line nor a JSON list: {reason}{column}{place}; correct it or remove it"
 
 
 def _from_record(place: str, record: Any) -> Document | None:
@@ -126,6 +140,8 @@ def _from_parquet(path: Path) -> list[Document | None]:
         if not columns:
             raise DataError(f"{path} has not {_no_key('column', file.schema.names)}")
         for key in columns:
+            if file.schema.names.count(key) > 1:
+                raise DataError(f"{path} has {file.schema.names.count(key)} columns `{key}`; rename all but one")
             _refuse_column(path, file.schema.field(key))
             values = file.read(columns=[key])[key].to_pylist()
             documents = documents or [None] * len(values)
