@@ -146,6 +146,20 @@ def test_a_model_of_70_billion_weights_is_planned_from_its_config_alone(
     assert "--skip '.*down_proj'" in " ".join(forecast["advice"])
 
 
+@pytest.mark.parametrize(
+    ("command", "kept"),
+    [(("plan", "--json"), "weights.npz"), (("quantize", "--dry-run"), None), (("quantize", "--dry-run"), "Model.ST")],
+)
+def test_a_plan_says_so_where_there_are_no_weights(command: tuple[str, ...], kept: str | None, run_file: Path) -> None:
+    path, arguments = run_file.parent / "tiny" / "model.safetensors", (*command, "--config", str(run_file))
+    line = "warning: tiny holds no model.safetensors; planned from config.json alone\n"
+    whole = run(*arguments)
+    assert whole.exit_code == 0 and line not in whole.output
+    path.unlink() if kept is None else path.rename(path.with_name(kept))
+    alone = run(*arguments)
+    assert alone.exit_code == 0 and alone.output.count(line) == 1
+
+
 def test_no_weight_is_read_for_a_plan(run_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(digests, "digest_file", lambda path: pytest.fail(f"{path} was read"))
     monkeypatch.setattr(sources, "read_tensor", lambda *_: pytest.fail("a tensor was read"))

@@ -101,6 +101,20 @@ def test_a_damaged_part_is_named(tmp_path: Path, find: Any) -> None:
             find(paths[0])
 
 
+@pytest.mark.parametrize("string", [b"llama.rope.freq_base", b"tokenizer.ggml.model", b"<bos>"])
+def test_a_damaged_string_is_told_of_the_file_and_not_of_one_in_the_cache(
+    string: bytes, tmp_path: Path, find: Any
+) -> None:
+    path = tmp_path / "tiny.gguf"
+    write_gguf(save_halved(tmp_path / "original"), path, F32)
+    assert string in path.read_bytes()
+    path.write_bytes(path.read_bytes().replace(string, b"\xff" + string[1:], 1))
+    with pytest.raises(ModelError) as told:
+        find(path)
+    reason = "'utf-8' codec can't decode byte 0xff in position 0: invalid start byte"
+    assert str(told.value) == f"the settings of {path} are damaged ({reason}); fetch it again"
+
+
 def test_a_file_that_is_named_as_a_part_and_is_whole_is_read(tmp_path: Path, find: Any) -> None:
     original = save_halved(tmp_path / "original")
     write_gguf(original, tmp_path / "tiny-00001-of-00001.gguf", F32)

@@ -536,11 +536,16 @@ def test_a_kind_of_model_that_needs_its_own_code_is_refused_without_the_flag(tmp
         ({"text_config": {"n_layers": 10**9}}, "n_layers 1000000000, more than any model has"),
         ({"attn_implementation": "someone/kernel"}, "code from the hub"),
         ({"attn_implementation": {"text": "someone/kernel"}}, "code from the hub"),
-        ({"num_attention_heads": 0}, "integer modulo by zero"),
-        ({"hidden_act": "strange"}, "makes no network"),
-        ({"id2label": 5}, "does not know"),
-        ({"rope_parameters": {"rope_type": "\x1b[31m"}}, "cannot be loaded|makes no network|does not know"),
-        ({"intermediate_size": 64}, "cannot be loaded"),
+        ({"num_attention_heads": 0}, "has a value that transformers .* refuses: integer modulo by zero"),
+        ({"hidden_size": "64"}, "refuses: Validation error for field 'hidden_size': .*expected int, got str"),
+        ({"eos_token_id": "a"}, "refuses: Validation error for field 'eos_token_id': .*'a'"),
+        ({"hidden_act": "strange"}, r"makes no network .KeyError: 'strange'."),
+        ({"id2label": 5}, "config.json has a value that transformers .* refuses"),
+        ({"rope_parameters": {"rope_type": "\x1b[31m"}}, "makes no network|has a value"),
+        (
+            {"intermediate_size": 64},
+            r"down_proj\.weight of the shape \[64, 128\], and its .* for \[64, 64\] .and 5 more",
+        ),
     ],
 )
 def test_settings_that_make_no_model_of_these_files_are_refused(

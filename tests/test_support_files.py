@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import commands
 import pytest
 import tiny_models
 import transformers
@@ -16,7 +18,7 @@ from huggingface_hub.utils import filter_repo_objects
 
 from aqlm_cli import sources
 from aqlm_cli.artifacts import open_artifact
-from aqlm_cli.errors import ArtifactError
+from aqlm_cli.errors import ArtifactError, ModelError
 from aqlm_cli.model import load_tokenizer, resolve, save_support_files
 from aqlm_cli.run_file import build_config
 from aqlm_cli.runs import open_run
@@ -192,3 +194,65 @@ def test_what_is_fetched_of_a_template_is_read_by_the_tokenizer(tmp_path: Path, 
     assert load_tokenizer(find("someone/Tiny")).chat_template == TEMPLATES
     settings = json.loads((directory / "tokenizer_config.json").read_text())
     assert "chat_template" not in settings
+
+
+# -------------------------------------------------------------------------------------------------- names of no file
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"),
+        *("chat_template.jinja", "additional_chat_templates/rag.jinja", "code.py"),
+    ],
+)
+@pytest.mark.parametrize(("kind", "words"), [("link", "a link to nothing"), ("directory", "a directory")])
+def test_a_name_that_leads_to_no_file_is_refused_by_every_command(
+    kind: str, words: str, name: str, tmp_path: Path, find: Any
+) -> None:
+    path = save_with_templates(tmp_path / "model", "folder") / name
+    path.unlink(missing_ok=True)
+    path.symlink_to(tmp_path / "gone") if kind == "link" else path.mkdir()
+    line = f"{path} is {words}; fetch the model again"
+    assert commands.refused("plan", str(tmp_path / "model")) == f"error: {line}\n"
+    with pytest.raises(ModelError, match=re.escape(line)):
+        find(tmp_path / "model")
+
+
+def test_folders_and_links_beside_a_model_change_nothing(tmp_path: Path, find: Any) -> None:
+    directory = tiny_models.save("llama", tmp_path / "model")
+    before = find(directory).identity
+    (directory / "tokenizer").mkdir()
+    (directory / "onnx").symlink_to(tmp_path / "gone")
+    assert find(directory).identity == before
+
+
+def test_a_tokenizer_behind_a_link_to_nothing_is_refused(tmp_path: Path, find: Any) -> None:
+    directory = tiny_models.save("llama", tmp_path / "model")
+    (directory / "qwen.tiktoken").symlink_to(tmp_path / "gone")
+    with pytest.raises(ModelError, match=r"qwen\.tiktoken is a link to nothing"):
+        find(directory)
+
+
+# ----------------------------------------------------------------------------------------------- settings that are none
+
+
+@pytest.mark.parametrize("content", ["[]", "null", "3"])
+def test_settings_for_generation_that_are_none_are_told_in_the_plan(content: str, tmp_path: Path) -> None:
+    path = tiny_models.save("llama", tmp_path / "model") / "generation_config.json"
+    path.write_text(content)
+    line = f"error: {path} holds no settings of a model; fetch the model again\n"
+    assert commands.refused("plan", str(tmp_path / "model")) == line
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "tokenizer.json"])
+@pytest.mark.parametrize(
+    ("content", "words"), [("[]", "holds no settings of a model"), ("{", "cannot be read .Expecting property name")]
+)
+def test_the_file_of_a_tokenizer_that_is_damaged_is_named(
+    content: str, words: str, name: str, tmp_path: Path, find: Any
+) -> None:
+    path = tiny_models.save("llama", tmp_path / "model") / name
+    path.write_text(content)
+    with pytest.raises(ModelError, match=f"^{re.escape(str(path))} {words}.*; fetch the model"):
+        load_tokenizer(find(tmp_path / "model"))

@@ -123,5 +123,5 @@ def test_a_missing_head_is_named_where_config_json_ties_nothing(tmp_path: Path) 
     path = tmp_path / "packed" / "model.safetensors"
     save_file({name: tensor for name, tensor in load_file(path).items() if name != HEAD}, path, {"format": "pt"})
     assert json.loads((tmp_path / "packed" / "config.json").read_text())["tie_word_embeddings"] is False
-    with pytest.raises(ModelError, match=r"lacks a fitting tensor lm_head\.weight"):
+    with pytest.raises(ModelError, match=r"lacks the tensor lm_head\.weight"):
         open_decoding(resolve(str(tmp_path / "packed")), PROMPT)

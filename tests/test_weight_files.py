@@ -128,6 +128,40 @@ def test_an_index_alone_is_refused_here_and_enough_for_a_plan_of_the_hub(
     assert load_skeleton(find("someone/Tiny", with_weights=False)).num_parameters() > 0
 
 
+@pytest.mark.parametrize("metadata", [{}, {"metadata": None}, {"metadata": []}])
+def test_an_index_without_metadata_is_read_as_with_it(metadata: Any, tmp_path: Path, find: Any) -> None:
+    shards = sharded(tmp_path / "model")
+    expected = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval())
+    path = tmp_path / "model" / "model.safetensors.index.json"
+    path.write_text(json.dumps({"weight_map": json.loads(path.read_text())["weight_map"], **metadata}))
+    before = path.read_bytes()
+    assert torch.equal(logits(load_network(find(tmp_path / "model"), torch.float32)), expected)
+    assert path.read_bytes() == before
+    shards[1].unlink()
+    with pytest.raises(ModelError, match=f"lacks {shards[1].name}, which"):
+        find(tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        (
+            "model-00001-of-99999999999.safetensors",
+            "lacks model-00002-of-99999999999.safetensors and 99999999997 more;",
+        ),
+        (
+            "model-00007-of-99999999999.safetensors",
+            "lacks model-00001-of-99999999999.safetensors and 99999999997 more;",
+        ),
+    ],
+)
+def test_the_shards_that_a_name_counts_are_not_listed(name: str, words: str, tmp_path: Path, find: Any) -> None:
+    directory = tiny_models.save("llama", tmp_path / "model")
+    (directory / "model.safetensors").rename(directory / name)
+    with pytest.raises(ModelError, match=words):
+        find(directory)
+
+
 def test_shards_that_hold_a_tensor_twice_are_refused(tmp_path: Path, find: Any) -> None:
     shards = sharded(tmp_path / "model")
     (tmp_path / "model" / "model.safetensors.index.json").unlink()
@@ -240,3 +274,59 @@ def test_weights_that_transformers_does_not_read_are_told_in_one_line(
     assert re.search(words, commands.refused("plan", str(directory)))
     with pytest.raises(ModelError, match=words):
         resolve(str(directory), cache_dir=tmp_path / "cache")
+
+
+# ---------------------------------------------------------------------------------------------- tensors that do not fit
+
+
+def change(directory: Path, edit: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> None:
+    path = directory / "model.safetensors"
+    save_file(edit(load_file(path)), path, {"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "words"),
+    [
+        (
+            "llama",
+            "model.layers.0.mlp.down_proj.weight",
+            "of the shape [32, 128], and its config.json asks for [64, 128]",
+        ),
+        ("bloom", "h.0.input_layernorm.weight", "of the shape [32], and its config.json asks for [64]"),
+    ],
+)
+def test_a_tensor_of_another_shape_is_named_before_any_work(family: str, name: str, words: str, tmp_path: Path) -> None:
+    directory = tiny_models.save(
+        family, tmp_path / "model", hidden_size=64, **({"n_layer": 2, "n_head": 4} if family == "bloom" else {})
+    )
+    if family == "bloom":  # as its files on the hub have them
+        change(directory, lambda all: {key.removeprefix("transformer."): tensor for key, tensor in all.items()})
+    change(directory, lambda all: {**all, name: all[name][:32].contiguous()})
+    line = f"error: {directory} has {name} {words}; fetch the model again\n"
+    for flags in [], ["--format", "dense"]:
+        assert commands.refused("plan", str(directory), *flags) == line
+    with pytest.raises(ModelError, match=re.escape(words)):
+        load_network(resolve(str(directory), cache_dir=tmp_path / "cache"), torch.float32)
+
+
+def test_blocks_that_the_files_do_not_have_are_told_in_the_plan(tmp_path: Path) -> None:
+    directory = tiny_models.save("llama", tmp_path / "model")
+    settings = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**settings, "num_hidden_layers": 3}))
+    line = "lacks the tensor model.layers.2.input_layernorm.weight and 8 more, which its config.json asks for; fetch"
+    assert line in commands.refused("plan", str(directory))
+
+
+def test_a_file_of_no_tensors_is_told_in_the_plan(tmp_path: Path) -> None:
+    directory = tiny_models.save("llama", tmp_path / "model")
+    change(directory, lambda _: {})
+    assert re.search(r"lacks the tensor lm_head\.weight and 20 more, which", commands.refused("plan", str(directory)))
+
+
+def test_an_expert_that_is_missing_is_told_in_the_plan(tmp_path: Path) -> None:
+    directory = tiny_models.save("mixtral", tmp_path / "model")
+    gone = "model.layers.1.block_sparse_moe.experts.3.w2.weight"
+    change(directory, lambda all: {key: tensor for key, tensor in all.items() if key != gone})
+    line = commands.refused("plan", str(directory))
+    assert "has model.layers.1.mlp.experts.down_proj (made of " in line
+    assert "of the shape [3, 64, 128], and its config.json asks for [4, 64, 128]; fetch" in line

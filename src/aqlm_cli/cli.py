@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 from aqlm_cli import inspection, measure, options, teaching
+from aqlm_cli.events import silent
 from aqlm_cli.openmp import share_pool
 from aqlm_cli.run_file import build_config
 from aqlm_cli.screen import OneLineErrors, Screen
@@ -149,7 +150,7 @@ def quantize(
     with Screen(json, quiet, verbose) as screen:
         pipeline.use_machine(settings)
         directory = out or pipeline.default_run_directory(settings)
-        settings, plan = pipeline.prepare(settings)
+        settings, plan = pipeline.prepare(settings, screen.emit if dry_run else silent)
         if dry_run:
             screen.finish({"plan": plan}, following="the same command without --dry-run")
             return

@@ -16,7 +16,7 @@ import torch
 
 from aqlm_cli.config import PackConfig, RunConfig
 from aqlm_cli.errors import ArtifactError, PlanError, UsageError
-from aqlm_cli.events import Emit, Noted, Warned
+from aqlm_cli.events import Emit, Noted, Warned, silent
 from aqlm_cli.forecast import Cost
 from aqlm_cli.journal import logged
 from aqlm_cli.locking import exclusive
@@ -37,7 +37,7 @@ from aqlm_cli.stages.eval_ppl import eval_ppl
 from aqlm_cli.stages.finetune import finetune, follow
 from aqlm_cli.stages.generate import generate
 from aqlm_cli.stages.pack import pack
-from aqlm_cli.stages.plan import forecast
+from aqlm_cli.stages.plan import forecast, tell_if_without_weights
 from aqlm_cli.stages.quantize import quantize
 from aqlm_cli.stages.sample import sample
 from aqlm_cli.stages.status import status
@@ -90,9 +90,10 @@ def use_machine(config: RunConfig) -> None:
     forbid_nested_loops()
 
 
-def prepare(config: RunConfig) -> tuple[RunConfig, PlanReport]:
+def prepare(config: RunConfig, emit: Emit = silent) -> tuple[RunConfig, PlanReport]:
     """The settings within the limits that they name, and what `quantize` would do with them."""
     known = survey(config)
+    tell_if_without_weights(known, emit)
     return within_limits(config, known), plan_report(config, known.plan)
 
 
@@ -104,6 +105,7 @@ def forecast_run(config: RunConfig, run_directory: Path, emit: Emit) -> dict[str
     if config.quantize.checkpoint is not None:
         raise PlanError(f"the codes are those of {config.quantize.checkpoint}, so nothing is quantized")
     known = survey(config, with_weights=False)
+    tell_if_without_weights(known, emit)
     config = within_limits(config, known)
     return {"plan": plan_report(config, known.plan), "forecast": forecast(config, known, run_directory, emit)}
 

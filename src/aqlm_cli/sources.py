@@ -32,7 +32,7 @@ from aqlm_cli.digests import cached_digest
 from aqlm_cli.errors import ModelError
 from aqlm_cli.run_file import parse_yaml
 from aqlm_cli.storage import DTYPES, TensorLayout, read_tensor, storage_errors, write_file
-from aqlm_cli.support_files import FETCHED, TEMPLATES, support_files
+from aqlm_cli.support_files import FETCHED, TEMPLATES, loaded_files, refuse_broken, support_files
 from aqlm_cli.weight_files import (
     has_weights,
     holds_weights,
@@ -63,10 +63,8 @@ class ModelSource:
         """ "hub:ID@COMMIT", or "sha256:..." of everything in the directory that a model is loaded from."""
         if self.known_identity is not None:
             return self.known_identity
-        suffixes = {".safetensors", ".json", ".jinja", ".model", ".txt", ".py"}
-        names = {path.name for path in self.directory.iterdir() if path.suffix in suffixes}
-        names |= {path.as_posix() for path in support_files(self.directory)}
-        parts = [f"{name} {cached_digest(self.directory / name, self.cache)}\n" for name in sorted(names)]
+        names = loaded_files(self.directory)
+        parts = [f"{name} {cached_digest(self.directory / name, self.cache)}\n" for name in names]
         return f"sha256:{hashlib.sha256(''.join(parts).encode()).hexdigest()}"
 
 
@@ -127,6 +125,7 @@ def find_gguf(name: str) -> GgufFile | None:
 
 def directory_source(directory: Path, cache: Path) -> ModelSource:
     """A model that lies on this disk."""
+    refuse_broken(directory)
     if not (directory / "config.json").is_file():
         raise ModelError(why_no_config(directory))
     refuse_adapter(str(directory), directory)
@@ -171,6 +170,8 @@ def hub_source(
     directory = Path(fetched)  # .../snapshots/COMMIT
     identity = f"hub:{name}@{directory.name}"
     refuse_adapter(name, directory)
+    if with_weights:  # else those that were removed from the hub's cache are not asked for
+        refuse_broken(directory)
     directory = with_index(directory, cache)
     if with_weights and not has_weights(directory):
         raise ModelError(why_no_weights(name, _files_on_the_hub(name, directory.name), here=False))

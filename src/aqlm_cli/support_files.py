@@ -10,6 +10,8 @@ from __future__ import annotations
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 
+from aqlm_cli.errors import ModelError
+
 TEMPLATES = "additional_chat_templates"
 """The folder in which transformers keeps a tokenizer's named chat templates, as `NAME.jinja`."""
 
@@ -40,6 +42,9 @@ NAMES = (
 NEVER = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".py", ".pyc"}
 """Weights and code are not among them, whatever they are called."""
 
+LOADED = {".safetensors", ".json", ".jinja", ".model", ".txt", ".py"}
+"""Suffixes of what a model is loaded from, beside the files of its tokenizer."""
+
 FETCHED = ("*.json", "*.jinja", "*.txt", "*.model", "*.model.v*", "*.spm", "*.tiktoken", "*.codes", "*.tokenizer")
 """Patterns of the hub for what is small: these files, config.json and the index of the weights."""
 
@@ -57,3 +62,19 @@ def support_files(directory: Path) -> list[Path]:
     found = [*directory.iterdir(), *(directory / TEMPLATES).glob("*")]
     relative = sorted(path.relative_to(directory) for path in found if path.is_file())
     return [path for path in relative if is_support_file(path.as_posix())]
+
+
+def loaded_files(directory: Path) -> list[str]:
+    """All that a model is loaded from, relative to its directory, with slashes and in order."""
+    names = {path.name for path in directory.iterdir() if path.suffix in LOADED}
+    return sorted(names | {path.as_posix() for path in support_files(directory)})
+
+
+def refuse_broken(directory: Path) -> None:
+    """ModelError where a name of `loaded_files` leads to no file, as in a copy of links whose files are elsewhere."""
+    for path in sorted([*directory.iterdir(), *(directory / TEMPLATES).glob("*")]):
+        if path.is_file():
+            continue
+        if path.suffix in LOADED or (not path.exists() and is_support_file(path.relative_to(directory).as_posix())):
+            what = "a directory" if path.is_dir() else "no file" if path.exists() else "a link to nothing"
+            raise ModelError(f"{path} is {what}; fetch the model again")

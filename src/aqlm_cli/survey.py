@@ -58,9 +58,11 @@ class Survey:
 def survey(config: RunConfig, with_weights: bool = True) -> Survey:
     """Of the model that the settings name; `with_weights` False fetches none from the hub.
 
-    Raises ConfigError where the settings ask for other codes than those of the checkpoint that they name, and PlanError
-    where what comes of them could not be packed.
+    Raises ModelError where the files do not hold what config.json asks for, ConfigError where the settings ask for
+    other codes than those of the checkpoint that they name, and PlanError where what comes of them could not be packed.
     """
+    from aqlm_cli.model.trial import refuse_gaps  # takes seconds to import, as a network does
+
     source = resolve(config.model, config.revision, config.trust_remote_code, with_weights=with_weights)
     section = config.quantize
     if section.checkpoint is None:  # else no text is read
@@ -68,13 +70,15 @@ def survey(config: RunConfig, with_weights: bool = True) -> Survey:
     network = load_skeleton(source)
     there = tensor_index(source.directory) if has_weights(source.directory) else None
     untie_stored(network, there or ())
+    stored = saved_layouts(network) if there is None else {name: tensor.layout for name, tensor in there.items()}
+    if there is not None:
+        refuse_gaps(source, network, stored)
     layers, count = describe_layers(network), count_parameters(network)
     if section.checkpoint is None:
         plan = make_plan(layers, count, parse_scheme(section.scheme), section.skip, section.only)
     else:
         plan = plan_of_checkpoint(checkpoint_of(config), source, network, layers, count)
         _refuse_other_codes(section, str(plan.scheme))
-    stored = saved_layouts(network) if there is None else {name: tensor.layout for name, tensor in there.items()}
     layout = lay_out(network, stored, plan.schemes, config.pack.format, _fitted(network, plan))
     return Survey(source, plan, model_shape(network, plan), checkpoint_bytes(layout.tensors))
 

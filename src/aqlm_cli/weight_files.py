@@ -173,7 +173,7 @@ def _missing(shards: list[re.Match[str]]) -> str:
     first = next((number for number in range(1, int(count) + 1) if number not in there), 0)
     absent = int(count) - len(there)
     more = f" and {absent - 1} more" if absent > 1 else ""
-    return f"{stem}-{first:0{len(count)}d}-of-{count}.safetensors{more}"
+    return f"{stem}-{first:0{len(shards[0]['number'])}d}-of-{count}.safetensors{more}"
 
 
 def _command(program: str, place: str, suffix: str) -> str:
@@ -191,13 +191,9 @@ def _listed(names: list[str]) -> str:
 def with_index(directory: Path, cache: Path) -> Path:
     """The directory, or one of links to its files with the index that its shards lack; nothing large is read."""
     names = file_names(directory)
-    shards = [match for name in names if (match := SHARD.fullmatch(name)) and name.endswith(".safetensors")]
-    numbers = sorted(int(shard["number"]) for shard in shards)
-    sets = {(shard["stem"], shard["count"]) for shard in shards}
-    whole = len(sets) == 1 and numbers == list(range(1, int(shards[0]["count"]) + 1))
-    if set(names) & {WEIGHTS, WEIGHTS_INDEX} or not whole or shards[0]["stem"].startswith("consolidated"):
+    index = None if WEIGHTS in names else _completed(directory) if WEIGHTS_INDEX in names else _made(directory, names)
+    if index is None:
         return directory
-    index = _index(directory, [shard[0] for shard in shards])
     key = hashlib.sha256("\n".join([str(directory.resolve()), *names, index]).encode()).hexdigest()
     view = cache / "indexed" / key
     if not view.is_dir():
@@ -206,13 +202,35 @@ def with_index(directory: Path, cache: Path) -> Path:
             beside = Path(tempfile.mkdtemp(prefix=f"{key}.", dir=view.parent))
             try:
                 for path in directory.resolve().iterdir():
-                    os.symlink(path, beside / path.name)
+                    if path.name != WEIGHTS_INDEX:
+                        os.symlink(path, beside / path.name)
                 write_file(beside / WEIGHTS_INDEX, index.encode())
                 if not view.is_dir():  # or another process was faster
                     beside.rename(view)
             finally:
                 shutil.rmtree(beside, ignore_errors=True)
     return view
+
+
+def _completed(directory: Path) -> str | None:
+    """The text of its index with the `metadata` that transformers asks for; None where that is there, or no shard."""
+    index = read_settings(directory / WEIGHTS_INDEX)
+    if isinstance(index.get("metadata"), dict) or not has_weights(directory):
+        return None
+    files = weight_files(directory)  # first, for it refuses what is no list of them
+    return _text(index["weight_map"], files)
+
+
+def _made(directory: Path, names: Iterable[str]) -> str | None:
+    """The text of an index for its shards; None where they are not all there."""
+    shards = [match for name in names if (match := SHARD.fullmatch(name)) and name.endswith(".safetensors")]
+    numbers = sorted(int(shard["number"]) for shard in shards)
+    sets = {(shard["stem"], shard["count"]) for shard in shards}
+    # As many as they say, before the numbers up to theirs are listed: a name may say any.
+    whole = len(sets) == 1 and len(shards) == int(shards[0]["count"]) and numbers == list(range(1, len(shards) + 1))
+    if not whole or shards[0]["stem"].startswith("consolidated"):
+        return None
+    return _index(directory, [shard[0] for shard in shards])
 
 
 def _index(directory: Path, shards: list[str]) -> str:
@@ -227,5 +245,9 @@ def _index(directory: Path, shards: list[str]) -> str:
                     files[tensor] = name
         except (OSError, SafetensorError) as error:
             raise ModelError(f"{directory / name} is damaged ({error}); fetch the model again") from error
-    size = sum((directory / name).stat().st_size for name in shards)
+    return _text(files, [directory / name for name in shards])
+
+
+def _text(files: dict[str, str], paths: Iterable[Path]) -> str:
+    size = sum(path.stat().st_size for path in paths)
     return json.dumps({"metadata": {"total_size": size}, "weight_map": dict(sorted(files.items()))}, indent=2)

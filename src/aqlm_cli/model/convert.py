@@ -84,9 +84,12 @@ def _convert(whole: WholeGguf, directory: Path) -> None:
         try:
             config = AutoConfig.from_pretrained(beside, gguf_file=header.name)
             tokenizer = AutoTokenizer.from_pretrained(beside, gguf_file=header.name)
-        except OSError as error:
-            raise ModelError(f"{path} cannot be converted: {first_line(error)}") from error
-        fields = {key: field.contents() for key, field in gguf.GGUFReader(header).fields.items()}
+            fields = {key: field.contents() for key, field in gguf.GGUFReader(header).fields.items()}
+        except (OSError, UnicodeDecodeError) as error:
+            if isinstance(error, OSError) and error.errno is not None:  # from writing
+                raise
+            # Of a string that is damaged transformers says that the header is a config file and no JSON.
+            raise ModelError(f"the settings of {path} are damaged ({_cause(error)}); fetch it again") from error
     architecture = fields["general.architecture"]
     settings = {key.removeprefix(f"{architecture}."): value for key, value in fields.items()}
     set_shapes(settings, whole.tensors, config)
@@ -103,6 +106,13 @@ def _convert(whole: WholeGguf, directory: Path) -> None:
     tokenizer.chat_template = chat_templates(fields, tokenizer.chat_template)
     tokenizer.save_pretrained(directory)
     write_file(directory / "README.md", _card(fields).encode())
+
+
+def _cause(error: BaseException) -> str:
+    """What was raised at first; transformers speaks of a file that is there for this conversion alone."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return first_line(error) if isinstance(error, Exception) else type(error).__name__
 
 
 def _write_weights(

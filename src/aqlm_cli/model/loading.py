@@ -22,12 +22,13 @@ from torch import nn
 from aqlm_cli.blocks import count_parameters, find_blocks, replace_module
 from aqlm_cli.errors import AqlmError, ModelError, shortened
 from aqlm_cli.model.bounds import MOST_PARTS, NUMBERS_PER_BYTE, PARAMETERS_PER_TENSOR, at_most, refuse_hostile
+from aqlm_cli.model.gaps import why_unfit
 from aqlm_cli.model.names import places_of_codes
 from aqlm_cli.model.quantization import is_coded, refuse_quantized
 from aqlm_cli.plain_linear import is_plain
 from aqlm_cli.sources import ModelSource, StoredTensor, model_config, tensor_index
 from aqlm_cli.storage import TensorLayout
-from aqlm_cli.weight_files import has_weights
+from aqlm_cli.weight_files import has_weights, read_settings
 from aqlm_kernels import AdditiveLinear, from_checkpoint
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -118,6 +119,9 @@ def load_tokenizer(source: ModelSource) -> transformers.PreTrainedTokenizerBase:
             source.directory, trust_remote_code=source.trust_remote_code
         )
     except Exception as error:  # what is wrong in a tokenizer's file comes out as an error of any kind
+        for path in (source.directory / name for name in ("tokenizer_config.json", "tokenizer.json")):
+            if path.is_file():
+                read_settings(path)  # says which is none
         raise ModelError(f"{source.name} has no tokenizer that can be loaded: {first_line(error)}") from error
     assert isinstance(tokenizer, transformers.PreTrainedTokenizerBase)
     return tokenizer
@@ -131,11 +135,14 @@ def load_config(source: ModelSource) -> transformers.PreTrainedConfig:
                 source.directory, trust_remote_code=source.trust_remote_code
             )
     except Exception as error:  # transformers computes with what it is given: TypeError, ZeroDivisionError, anything
-        if "auto_map" in model_config(source) and not source.trust_remote_code:
-            reason = "needs Python code of its own; read it, and allow it with --trust-remote-code"
+        said, version = model_config(source), f"transformers {transformers.__version__}"
+        if "auto_map" in said and not source.trust_remote_code:
+            reason = " needs Python code of its own; read it, and allow it with --trust-remote-code"
+        elif isinstance(said.get("model_type"), str) and said["model_type"] in transformers.CONFIG_MAPPING:
+            reason = f": its config.json has a value that {version} refuses: {first_line(error)}"
         else:
-            reason = f"is of a kind that transformers {transformers.__version__} does not know: {first_line(error)}"
-        raise ModelError(f"{source.name} {reason}") from error
+            reason = f" is of a kind that {version} does not know: {first_line(error)}"
+        raise ModelError(f"{source.name}{reason}") from error
     assert isinstance(config, transformers.PreTrainedConfig)
     return config
 
@@ -168,7 +175,13 @@ def _skeleton(source: ModelSource, config: transformers.PreTrainedConfig) -> tra
 
 
 def first_line(error: Exception) -> str:
-    return shortened(str(error).strip().partition("\n")[0] or type(error).__name__, 300)
+    """What an error says, in one line: the first, and the next where it only announces that."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    count = next((at for at, line in enumerate(lines, 1) if not line.endswith(":")), len(lines))
+    said = " ".join(lines[:count])
+    if isinstance(error, KeyError) or not said:  # which says the key alone
+        said = f"{type(error).__name__}: {said}" if said else type(error).__name__
+    return shortened(said, 300)
 
 
 # -------------------------------------------------------------------------------------------------------------- loading
@@ -184,17 +197,15 @@ def _load(source: ModelSource, dtype: torch.dtype, **options: Any) -> transforme
     settings = {"dtype": dtype, "trust_remote_code": source.trust_remote_code, "use_safetensors": True, **options}
     try:
         loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            source.directory, output_loading_info=True, **settings
+            source.directory, output_loading_info=True, ignore_mismatched_sizes=True, **settings
         )
-    except Exception as error:  # tensors of other shapes are a RuntimeError, and config.json may hold anything
+    except Exception as error:  # config.json may hold anything
         raise ModelError(f"{source.name} cannot be loaded: {first_line(error)}") from error
     network, report = loaded
     assert isinstance(network, transformers.PreTrainedModel)
-    # transformers would fill a gap with random numbers and go on.
-    missing = sorted([*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])])
-    if missing:
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise ModelError(f"{source.name} lacks a fitting tensor {missing[0]}{more}; fetch the model again")
+    fault = why_unfit(report)  # transformers would fill a gap with random numbers and go on
+    if fault is not None:
+        raise ModelError(f"{source.name} {fault}")
     return network
 
 

@@ -14,7 +14,16 @@ import transformers
 from aqlm_cli.errors import ArtifactError, ModelError
 from aqlm_cli.model.loading import load_config
 from aqlm_cli.runs import RunDirectory, is_run, read_run
-from aqlm_cli.sources import ALIASES, ModelSource, default_cache, directory_source, find_gguf, hub_source, model_config
+from aqlm_cli.sources import (
+    ALIASES,
+    ModelSource,
+    default_cache,
+    directory_source,
+    end_tokens,
+    find_gguf,
+    hub_source,
+    model_config,
+)
 
 
 def resolve(
@@ -45,6 +54,7 @@ def resolve(
         source = hub_source(name, revision, cache, trust_remote_code, with_weights)
     source = dataclasses.replace(source, name=name, trust_remote_code=trust_remote_code)
     _check_language_model(source)
+    end_tokens(source)  # refuses a generation_config.json that holds none
     return source
 
 

@@ -20,8 +20,10 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from aqlm_cli.blocks import count_parameters, replace_module
+from aqlm_cli.errors import ModelError
+from aqlm_cli.model.gaps import why_unfit
 from aqlm_cli.model.loading import first_line, load_config, load_network, quiet, without_weights
-from aqlm_cli.model.names import CODED
+from aqlm_cli.model.names import CODED, placements
 from aqlm_cli.sources import ModelSource, model_config, tensor_index
 from aqlm_cli.storage import TensorLayout
 from aqlm_kernels import from_checkpoint
@@ -77,6 +79,26 @@ def refusal(
     return None
 
 
+def refuse_gaps(
+    source: ModelSource, network: transformers.PreTrainedModel, layouts: Mapping[str, TensorLayout]
+) -> None:
+    """ModelError where the model's files, which have tensors of these layouts, do not fill its network."""
+    try:
+        _, report = _report(network, layouts, None, ignore_mismatched_sizes=True)
+    except Exception:  # tensors that cannot be cut or joined are named here, and the rest by `refusal`
+        placements(network, layouts)
+        return
+
+    def name_in_files(key: str) -> str:
+        placement = next(placement for placement in placements(network, layouts) if key in placement.parameters)
+        first, *others = placement.stored
+        return first if placement.convert is None else f"{key} (made of {first} and {len(others)} more)"
+
+    fault = why_unfit(report, name_in_files)
+    if fault is not None:
+        raise ModelError(f"{source.name} {fault}")
+
+
 def _looking(
     network: transformers.PreTrainedModel, layouts: Mapping[str, TensorLayout], quantization: Mapping[str, Any]
 ) -> str:
@@ -103,7 +125,18 @@ def _looking(
 def _load(
     network: transformers.PreTrainedModel, layouts: Mapping[str, TensorLayout], quantization: Mapping[str, Any] | None
 ) -> tuple[transformers.PreTrainedModel, Sequence[str]]:
-    """The network as transformers would load it, and what it would find no fitting tensor for."""
+    """The network as transformers would load it, and what it would find no tensor for."""
+    loaded, report = _report(network, layouts, quantization)
+    return loaded, sorted(report["missing_keys"])
+
+
+def _report(
+    network: transformers.PreTrainedModel,
+    layouts: Mapping[str, TensorLayout],
+    quantization: Mapping[str, Any] | None,
+    **options: Any,
+) -> tuple[transformers.PreTrainedModel, Mapping[str, Any]]:
+    """The network as transformers would load it, and its loading info."""
     config = copy.deepcopy(network.config)
     if quantization is not None:
         config.quantization_config = {**quantization, "quant_method": TRIAL}
@@ -117,8 +150,9 @@ def _load(
             dtype=torch.bfloat16,  # in which products of grouped experts are known without numbers
             device_map={"": "meta"},
             output_loading_info=True,
+            **options,
         )
-    return loaded, sorted([*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])])
+    return loaded, report
 
 
 @torch.no_grad()

@@ -28,6 +28,7 @@ from aqlm_cli.memory import available_memory_bytes
 from aqlm_cli.model import ModelSource, load_tokenizer
 from aqlm_cli.rates import measure_rates
 from aqlm_cli.survey import Survey, disk_needed, planned_work
+from aqlm_cli.weight_files import WEIGHTS, has_weights
 from aqlm_cli.wording import readable_bytes, some
 
 TEXT_SAMPLE = 100_000  # characters
@@ -58,6 +59,13 @@ def forecast(config: RunConfig, known: Survey, directory: Path, emit: Emit) -> F
         advice=(),
     )
     return dataclasses.replace(report, advice=tuple(_advice(report, model, work)))
+
+
+def tell_if_without_weights(known: Survey, emit: Emit) -> None:
+    """Of a directory here alone: of the hub a plan fetches no weights."""
+    source = known.source
+    if source.known_identity is None and not has_weights(source.directory):
+        emit(Warned(f"{source.name} holds no {WEIGHTS}; planned from config.json alone"))
 
 
 def _advice(report: ForecastReport, model: ModelShape, work: Work) -> Iterator[str]:
