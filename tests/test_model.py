@@ -639,3 +639,19 @@ def test_a_model_whose_config_names_no_class_is_found_by_its_type(tmp_path: Path
     LlamaForCausalLM(LlamaConfig(**tiny_models.SHAPE, vocab_size=32)).save_pretrained(tmp_path)
     change_config(tmp_path, architectures=None)
     assert find(tmp_path).directory == tmp_path
+
+
+def test_a_model_saved_without_its_tied_head_is_read(tmp_path: Path, find: Any) -> None:
+    whole = tiny_models.save("qwen2", tmp_path / "whole", tie_word_embeddings=True)
+    network = AutoModelForCausalLM.from_pretrained(whole)
+    network.model.save_pretrained(tmp_path / "body")
+    assert json.loads((tmp_path / "body" / "config.json").read_text())["architectures"] == ["Qwen2Model"]
+    ids = tiny_models.token_ids()
+    assert torch.equal(load_network(find(tmp_path / "body"), torch.float32)(ids).logits, network.eval()(ids).logits)
+
+
+def test_a_model_saved_without_a_head_of_its_own_lacks_it(tmp_path: Path, find: Any) -> None:
+    whole = tiny_models.save("qwen2", tmp_path / "whole", tie_word_embeddings=False)
+    AutoModelForCausalLM.from_pretrained(whole).model.save_pretrained(tmp_path / "body")
+    with pytest.raises(ModelError, match=r"lacks the tensor lm_head\.weight"):
+        load_network(find(tmp_path / "body"), torch.float32)
