@@ -16,6 +16,7 @@ from test_pack import logits, packed, quantized_model, quantized_run, relative_r
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from aqlm_cli import blocks
 from aqlm_cli.errors import ArtifactError, PlanError
 from aqlm_cli.model import load_network, resolve, trial
 from aqlm_cli.run_file import build_config
@@ -30,7 +31,7 @@ LOOKING: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 
 
 def planned(directory: Path, format: str, *skip: str) -> None:
-    settings = {"model": str(directory), "pack": {"format": format}}
+    settings = {"model": str(directory), "pack": {"format": format}, "calibrate": {"sequence_length": 64}}
     survey(build_config(None, None, {**settings, "quantize": {"scheme": "2x4g8", "skip": list(skip)}}))
 
 
@@ -69,6 +70,8 @@ def test_a_run_of_such_a_family_is_not_packed_with_codes(tmp_path: Path) -> None
 
 
 def test_a_layer_whose_weight_only_the_forward_reads_is_found_too(tmp_path: Path, monkeypatch: Any) -> None:
+    """Also where the plan has not seen it."""
+    monkeypatch.setattr(blocks, "weight_readers", lambda *_: {})
     directory = tiny_models.save("llama", tmp_path / "model")
     kind = type(load_network(resolve(str(directory)), torch.float32).model.layers[0].mlp)
     forward = kind.forward
@@ -91,16 +94,16 @@ def test_a_head_of_any_name_is_listed_and_keeps_its_weight(tmp_path: Path) -> No
     assert relative_rms(logits(stock), logits(with_weights_written_out(run, plan))) < 1e-5
 
 
-@pytest.mark.parametrize("skip", [[], [r".*\.2\.shared_transformer\..*(q_proj|down_proj)"]], ids=["all", "not all"])
-def test_blocks_that_shared_their_weights_are_packed_densely_each_with_its_own(skip: list[str], tmp_path: Path) -> None:
-    run, plan = quantized_run(tmp_path, "zamba2", "2x4g8", skip=skip, **SHARED)
-    with pytest.raises(PlanError, match=r"are one tensor, which codes cannot be; use --format dense"):
-        packed(run, "transformers")
-    place = packed(run, "dense").directory
+@pytest.mark.parametrize("format", ["transformers", "dense"])
+def test_blocks_that_share_weights_keep_these_and_are_packed(format: str, tmp_path: Path) -> None:
+    run, plan = quantized_run(tmp_path, "zamba2", "2x4g8", skip=[], **SHARED)
+    reasons = {target.path: target.reason for target in plan.skipped if "shared_transformer" in target.path}
+    assert any(str(reason).startswith("its weight is also model.layers.") for reason in reasons.values())
     expected = with_weights_written_out(run, plan)
-    for parameter in expected.parameters():
-        parameter.data = parameter.data.half().float()
-    wanted = logits(expected)
+    for name, parameter in expected.named_parameters():
+        if format == "dense" or name.rpartition(".")[0] not in plan.schemes:
+            parameter.data = parameter.data.half().float()
+    wanted, place = logits(expected), packed(run, format).directory
     assert relative_rms(logits(load_network(resolve(str(place)), torch.float32)), wanted) < 1e-5
     assert relative_rms(logits(AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32)), wanted) < 1e-5
 
