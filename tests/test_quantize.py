@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from walks import states_of_blocks, walk_of
 
+from aqlm_cli import propagation
 from aqlm_cli.activations import Activations, run_block
 from aqlm_cli.artifacts import Artifact, open_artifact
 from aqlm_cli.blocks import find_blocks, linears
@@ -55,8 +56,7 @@ def text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     """On every machine the same, and near enough to what the tests compute themselves."""
-    for module in ("aqlm_cli.stages.calibrate", "aqlm_cli.propagation"):
-        monkeypatch.setattr(f"{module}.compute_dtype", lambda device: torch.float32)
+    monkeypatch.setattr(propagation, "compute_dtype", lambda device: torch.float32)
 
 
 def settings(model: Path, **section: Any) -> RunConfig:
