@@ -24,6 +24,7 @@ from aqlm_cli.errors import ModelError
 from aqlm_cli.model.gaps import why_unfit
 from aqlm_cli.model.loading import first_line, load_config, load_network, quiet, without_weights
 from aqlm_cli.model.names import CODED, placements
+from aqlm_cli.model.positions import stated_length
 from aqlm_cli.sources import ModelSource, model_config, tensor_index
 from aqlm_cli.storage import TensorLayout
 from aqlm_kernels import from_checkpoint
@@ -32,7 +33,7 @@ TRIAL = "aqlm-cli-trial"
 """The name under which transformers knows `Trial`."""
 
 TOKENS = 40
-"""Of the forward that is tried: more than what our own kernels read by tables of 16 bits."""
+"""Of the forward that is tried, at most: more than what our own kernels read by tables of 16 bits."""
 
 SMALL = 32_000_000
 """Weights of a network that is loaded twice, in 32 bits, to see whether both compute the same."""
@@ -181,12 +182,14 @@ def disagreement(packed: ModelSource) -> str | None:
     if reason is not None or count_parameters(network) > SMALL:
         return reason
     words = max(1, network.config.get_text_config().vocab_size // 2)  # what stands for pictures and the like comes last
-    ids = torch.randint(0, words, (1, TOKENS), generator=torch.Generator().manual_seed(0))
+    stated = stated_length(model_config(packed))
+    tokens = TOKENS if stated is None else min(TOKENS, stated[1])
+    ids = torch.randint(0, words, (1, tokens), generator=torch.Generator().manual_seed(0))
     try:
         theirs, ours = _logits(_load_numbers(packed, said), ids), _logits(load_network(packed, torch.float32), ids)
     except Exception as error:  # as above
         return f"transformers {transformers.__version__} fails on it: {first_line(error)}"
-    apart = (theirs - ours).norm(dim=-1) > SAME * ours.norm(dim=-1)  # [1, TOKENS]
+    apart = (theirs - ours).norm(dim=-1) > SAME * ours.norm(dim=-1)  # [1, tokens]
     return "transformers computes something else with it than aqlm" if apart.float().mean() > 0.5 else None
 
 
