@@ -104,7 +104,7 @@ class Walk:
 
     @property
     def device(self) -> torch.device:
-        return next(tensor.device for tensor in self.network.parameters() if not tensor.is_meta)
+        return device_of(self.network)
 
     def last(self, layers: Sequence[str]) -> int:
         """The last block that holds one of the layers with these paths."""
@@ -128,7 +128,7 @@ class Walk:
 
     def logits(self, ids: Tensor, hidden: Tensor, handed: Mapping[str, Tensor]) -> Tensor:
         """The logits `[b, L, vocabulary]` where the last block puts out `hidden`; no block is computed."""
-        with torch.no_grad(), standing_in(self.blocks, self._answers(ids, hidden, handed)):
+        with torch.no_grad(), standing_in(self.blocks, self._answers(hidden, handed)):
             logits: Tensor = self.network(input_ids=ids.to(self.device), use_cache=False).logits
         return logits
 
@@ -137,7 +137,7 @@ class Walk:
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments of block `index`, as the model's own forward makes them."""
         reached: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-        answers = self._answers(ids, hidden, handed)
+        answers = self._answers(hidden, handed)
 
         def answer(number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             if number == index:
@@ -153,7 +153,7 @@ class Walk:
                 return reached[0]
         raise ModelError(f"{family_of(self.network)} finishes without calling all of its blocks; it is not supported")
 
-    def _answers(self, ids: Tensor, hidden: Tensor | None, handed: Mapping[str, Tensor]) -> Answer:
+    def _answers(self, hidden: Tensor | None, handed: Mapping[str, Tensor]) -> Answer:
         placed = {HIDDEN: hidden} if hidden is not None else {}
         placed |= {name: tensor for name, tensor in handed.items() if json.loads(name)[0] == "out"}
         placed = {name: self._placed(name, tensor) for name, tensor in placed.items()}
@@ -206,6 +206,11 @@ def _hidden_name(block: nn.Module) -> str:
 
 def elements_of(returned: Any) -> Sequence[Any]:
     return returned if isinstance(returned, (tuple, list)) else (returned,)
+
+
+def device_of(network: nn.Module) -> torch.device:
+    """Of its weights; those inside of its blocks may be without numbers."""
+    return next(tensor.device for tensor in network.parameters() if not tensor.is_meta)
 
 
 def family_of(network: nn.Module) -> str:

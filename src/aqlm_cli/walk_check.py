@@ -20,7 +20,18 @@ from torch import Tensor, nn
 
 from aqlm_cli.blocks import Blocks, find_blocks
 from aqlm_cli.errors import FOREIGN_ERRORS, ModelError, shortened
-from aqlm_cli.walk import HIDDEN, Form, Path, Walk, elements_of, family_of, leaves, shared_tensors, standing_in
+from aqlm_cli.walk import (
+    HIDDEN,
+    Form,
+    Path,
+    Walk,
+    device_of,
+    elements_of,
+    family_of,
+    leaves,
+    shared_tensors,
+    standing_in,
+)
 
 TOLERANCE = 1e-5
 """Of every tensor that a block is given, and of the logits, relative to the tensor's largest entry. The same code on
@@ -48,7 +59,7 @@ def open_walk(
     """
     blocks = find_blocks(network)
     for windows in WINDOWS:
-        chosen = unlike_windows(ids, windows).to(_device(network))
+        chosen = unlike_windows(ids, windows).to(device_of(network))
         seen = _forward(network, blocks, load, chosen, dtype, watch)
         if not seen.ambiguous(windows):
             break
@@ -235,7 +246,3 @@ def _path(name: str) -> list[str | int]:
 
 def _name(*path: str | int) -> str:
     return json.dumps(path)
-
-
-def _device(network: nn.Module) -> torch.device:
-    return next(tensor.device for tensor in network.parameters() if not tensor.is_meta)
