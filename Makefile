@@ -33,7 +33,7 @@ check: setup
 
 # What becomes of every family of models that transformers knows.
 docs-models: setup
-	$(BIN)/python tests/family_table.py docs/models.md
+	$(BIN)/python tests/helpers/family_table.py docs/models.md
 
 fmt: setup
 	$(BIN)/ruff check --fix .

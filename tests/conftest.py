@@ -7,14 +7,14 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import commands
 import numba
 import pytest
 import torch
+from helpers import commands
 from hypothesis import HealthCheck, settings
 from typer.testing import Result
 
-from aqlm_cli import products
+from aqlm_cli.evaluation import matmul
 from aqlm_kernels.cpu import bandwidth
 
 # The same examples on every machine, and none kept. A fixture is made once for all examples of a test: they
@@ -106,5 +106,5 @@ def interrupted_at() -> Callable[..., Result]:
 @pytest.fixture(autouse=True)
 def short_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
     """Benchmarks read little memory: here only their arithmetic counts."""
-    monkeypatch.setattr(products, "ROTATED", 2**14)
+    monkeypatch.setattr(matmul, "ROTATED", 2**14)
     monkeypatch.setattr(bandwidth, "SIZE", 2**20)

@@ -6,17 +6,17 @@
 Knows torch, numpy, numba and, where there is a GPU, triton only. What a caller can mend is raised as KernelError.
 """
 
-from aqlm_kernels.accelerate import accelerate
-from aqlm_kernels.additive import AdditiveMatrix
 from aqlm_kernels.backends import BACKENDS, Backend, choose, matmul, smallest
-from aqlm_kernels.balance import balanced, balancing_shift
-from aqlm_kernels.checkpoint import from_checkpoint, to_checkpoint
 from aqlm_kernels.cpu.bandwidth import read_bandwidth
 from aqlm_kernels.cpu.decoder import Decoder, DecoderBlock
-from aqlm_kernels.cpu.dense import ByteRows, matmul_dense
+from aqlm_kernels.cpu.lm_head import ByteRows, matmul_dense
 from aqlm_kernels.errors import KernelError
+from aqlm_kernels.hf_layout import from_checkpoint, to_checkpoint
 from aqlm_kernels.linear import AdditiveLinear
+from aqlm_kernels.matrices.additive import AdditiveMatrix
+from aqlm_kernels.matrices.balance import balanced, balancing_shift
 from aqlm_kernels.packed import PackedMatrix
+from aqlm_kernels.patch_transformers import accelerate
 
 __all__ = [
     "BACKENDS",

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from aqlm_kernels import reference
-from aqlm_kernels.additive import AdditiveMatrix
-from aqlm_kernels.cpu import gather, lookup, registers
+from aqlm_kernels.cpu import avx512, gather, lut
 from aqlm_kernels.errors import KernelError
+from aqlm_kernels.matrices.additive import AdditiveMatrix
 from aqlm_kernels.packed import PackedMatrix
 
 
@@ -77,7 +77,7 @@ def _refuses_by_tables(packed: PackedMatrix, device: torch.device) -> str | None
 
 
 def _refuses_by_lookup(packed: PackedMatrix, device: torch.device) -> str | None:
-    if not registers.HAS_VBMI:
+    if not avx512.HAS_VBMI:
         return "needs a processor with AVX-512 VBMI"
     return _refuses_by_tables(packed, device)
 
@@ -96,9 +96,9 @@ def why_not_triton(device: torch.device, group_size: int) -> str | None:
 
 
 def _by_triton(x: Tensor, packed: PackedMatrix) -> Tensor:
-    from aqlm_kernels.gpu import products
+    from aqlm_kernels.gpu import matmul
 
-    return products.multiply(x, packed)
+    return matmul.multiply(x, packed)
 
 
 def _refuses_by_triton(packed: PackedMatrix, device: torch.device) -> str | None:
@@ -110,9 +110,9 @@ def _never_refuses(packed: PackedMatrix, device: torch.device) -> str | None:
 
 
 BACKENDS = (
-    Backend("cpu-avx512", lookup.by_lookup, _refuses_by_lookup, fast=True),
-    Backend("cpu-avx512-8bit", lookup.by_byte_lookup, _refuses_by_lookup, on_request=True, fast=True),
-    Backend("cpu-lut", lookup.by_float_lookup, _refuses_by_tables, fast=True),
+    Backend("cpu-avx512", lut.by_lookup, _refuses_by_lookup, fast=True),
+    Backend("cpu-avx512-8bit", lut.by_byte_lookup, _refuses_by_lookup, on_request=True, fast=True),
+    Backend("cpu-lut", lut.by_float_lookup, _refuses_by_tables, fast=True),
     Backend("cpu-gather", gather.by_gather, _refuses_elsewhere),
     Backend("gpu-triton", _by_triton, _refuses_by_triton, fast=True),
     Backend("reference", reference.matmul, _never_refuses),

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from aqlm_kernels import additive, checkpoint, ops
-from aqlm_kernels.additive import AdditiveMatrix
-from aqlm_kernels.balance import balancing_shift
+from aqlm_kernels import hf_layout, ops
 from aqlm_kernels.errors import KernelError
+from aqlm_kernels.matrices import additive
+from aqlm_kernels.matrices.additive import AdditiveMatrix
+from aqlm_kernels.matrices.balance import balancing_shift
 from aqlm_kernels.packed import PackedMatrix
 
 FEW_ROWS = {"cpu": 8, "cuda": 64}  # of x that are multiplied straight from the codes
@@ -29,7 +30,7 @@ class AdditiveLinear(nn.Module):
     """y = x W^T + bias with W[o, j*g + i] = scales[o] * sum_m codebooks[m, codes[o, j, m], i].
 
     Codebooks, scales and bias are parameters in float32 (float64 if they come so), whatever type x will have. The
-    `state_dict` is the checkpoint's own layout (checkpoint.py): saving rounds to float16, so to keep a state exactly,
+    `state_dict` is the checkpoint's own layout (hf_layout.py): saving rounds to float16, so to keep a state exactly,
     clone the parameters.
     """
 
@@ -125,9 +126,9 @@ class AdditiveLinear(nn.Module):
         return torch.is_grad_enabled() and any(t.requires_grad for t in (x, self.codebooks, self.scales))
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        stored = checkpoint.to_checkpoint(self.matrix)
+        stored = hf_layout.to_checkpoint(self.matrix)
         if self.bias is not None:
-            stored["bias"] = checkpoint.to_float16(self.bias, "bias")
+            stored["bias"] = hf_layout.to_float16(self.bias, "bias")
         destination.update({prefix + name: tensor for name, tensor in stored.items()})
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
@@ -136,7 +137,7 @@ class AdditiveLinear(nn.Module):
         for name, tensor in state_dict.items():
             if name == prefix + "codes":
                 dtype = additive.code_dtype(self.codebooks.shape[1])
-                own[name] = checkpoint.unsigned(tensor, self.codebooks.shape[1]).to(dtype)
+                own[name] = hf_layout.unsigned(tensor, self.codebooks.shape[1]).to(dtype)
             elif name == prefix + "codebooks":
                 own[name] = tensor.squeeze(2).float()
             elif name in (prefix + "scales", prefix + "bias"):

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aqlm_kernels.additive import AdditiveMatrix
 from aqlm_kernels.backends import matmul, why_not_triton
-from aqlm_kernels.cpu import tiles
+from aqlm_kernels.cpu import gemm
+from aqlm_kernels.matrices.additive import AdditiveMatrix
 from aqlm_kernels.packed import PackedMatrix
 
 
@@ -29,40 +29,40 @@ def decoding_product(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor
 @torch.library.custom_op("aqlm::product", mutates_args=(), device_types="cpu")
 def product(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor) -> Tensor:
     """x W^T [..., out] in the type of x. W is written anew in the backward, which is cheaper than keeping it."""
-    return tiles.product(x, codes, codebooks, scales)
+    return gemm.product(x, codes, codebooks, scales)
 
 
 @torch.library.custom_op("aqlm::input_gradient", mutates_args=(), device_types="cpu")
 def _input_gradient(dy: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor) -> Tensor:
     """dy W [..., in]."""
-    return tiles.input_gradient(dy, codes, codebooks, scales)
+    return gemm.input_gradient(dy, codes, codebooks, scales)
 
 
 @torch.library.custom_op("aqlm::weight_gradients", mutates_args=(), device_types="cpu")
 def _weight_gradients(dy: Tensor, x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
     """Of the codebooks [M, K, g] and the scales [out]; products in the type of the forward."""
-    return tiles.weight_gradients(dy, x, codes, codebooks, scales)
+    return gemm.weight_gradients(dy, x, codes, codebooks, scales)
 
 
 @product.register_kernel("cuda")
 def _(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor) -> Tensor:
-    from aqlm_kernels.gpu import products
+    from aqlm_kernels.gpu import matmul
 
-    return products.product(x, codes, codebooks, scales)
+    return matmul.product(x, codes, codebooks, scales)
 
 
 @_input_gradient.register_kernel("cuda")
 def _(dy: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor) -> Tensor:
-    from aqlm_kernels.gpu import products
+    from aqlm_kernels.gpu import matmul
 
-    return products.input_gradient(dy, codes, codebooks, scales)
+    return matmul.input_gradient(dy, codes, codebooks, scales)
 
 
 @_weight_gradients.register_kernel("cuda")
 def _(dy: Tensor, x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
-    from aqlm_kernels.gpu import products
+    from aqlm_kernels.gpu import matmul
 
-    return products.weight_gradients(dy, x, codes, codebooks, scales)
+    return matmul.weight_gradients(dy, x, codes, codebooks, scales)
 
 
 @decoding_product.register_fake

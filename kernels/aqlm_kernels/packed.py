@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from aqlm_kernels.additive import AdditiveMatrix
+from aqlm_kernels.matrices.additive import AdditiveMatrix
 
 TILE = 64  # outputs
 BLOCK = 32  # look-up tables at most, those of one group and codebook each, that go through all tiles together

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from kernel_cases import CASES, Case
+from helpers.kernel_cases import CASES, Case
 
 
 @pytest.fixture(params=CASES, ids=str)

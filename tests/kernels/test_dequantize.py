@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers.kernel_cases import cases
 from hypothesis import given
 from hypothesis import strategies as st
-from kernel_cases import cases
 
-from aqlm_kernels import additive
 from aqlm_kernels.cpu.dequantize import dequantize, gradients
+from aqlm_kernels.matrices import additive
 
 pytestmark = pytest.mark.usefixtures("nan_filled_outputs")
 

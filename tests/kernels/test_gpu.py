@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from aqlm_kernels import PackedMatrix, additive, reference
+from aqlm_kernels import PackedMatrix, reference
+from aqlm_kernels.matrices import additive
 
 from .conftest import CASES
 
@@ -26,57 +27,57 @@ pytestmark = pytest.mark.usefixtures("nan_filled_outputs")
 
 @pytest.fixture(params=CASES, ids=str)
 def problem(request):
-    """x, the matrix, and the functions, on the CPU."""
-    from aqlm_kernels.gpu import products
+    """The case, and the functions on the CPU."""
+    from aqlm_kernels.gpu import matmul
 
-    return request.param, products
+    return request.param, matmul
 
 
 @interpreted_only
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_products_of_integers_equal_the_reference(problem, dtype):
-    case, products = problem
+    case, matmul = problem
     x, matrix = case.integers()
     packed = PackedMatrix(matrix)
     # The interpreter multiplies matrices of bfloat16 as if they were integers; one row is summed otherwise.
     for rows in (x[:1],) if dtype == torch.bfloat16 else (x, x[:1]):
         expected = reference.matmul(rows.to(dtype), packed)
-        assert torch.equal(products.multiply(rows.to(dtype), packed), expected)
+        assert torch.equal(matmul.multiply(rows.to(dtype), packed), expected)
 
 
 @interpreted_only
 def test_products_of_reals_are_near_float64(problem):
-    case, products = problem
+    case, matmul = problem
     x, matrix = case.reals()
     if case.rows == 0:
         pytest.skip("no numbers to compare")
     packed = PackedMatrix(matrix)
     for rows in (x, x[:1]):
         exact = reference.matmul(rows.double(), packed)
-        assert (products.multiply(rows, packed) - exact).norm() < 1e-6 * exact.norm()
+        assert (matmul.multiply(rows, packed) - exact).norm() < 1e-6 * exact.norm()
 
 
 @interpreted_only
 def test_many_rows_and_their_gradients_equal_float64_on_integers(problem):
-    case, products = problem
+    case, matmul = problem
     x, matrix = case.integers()
     x = x.repeat(20, 1)  # up to 160 rows, which are several programs
     draw = torch.Generator().manual_seed(2)
     dy = torch.randint(-3, 4, (len(x), case.out_features), generator=draw).float()
     parts = matrix.codes, matrix.codebooks, matrix.scales
     weight = matrix.dequantize(torch.float64)
-    assert torch.equal(products.product(x, *parts), (x.double() @ weight.T).float())
-    assert torch.equal(products.input_gradient(dy, *parts), (dy.double() @ weight).float())
+    assert torch.equal(matmul.product(x, *parts), (x.double() @ weight.T).float())
+    assert torch.equal(matmul.input_gradient(dy, *parts), (dy.double() @ weight).float())
     codebooks, scales = matrix.codebooks.double().requires_grad_(), matrix.scales.double().requires_grad_()
     additive.dequantize(matrix.codes, codebooks, scales, torch.float64).backward(dy.double().T @ x.double())
-    of_codebooks, of_scales = products.weight_gradients(dy, x, *parts)
+    of_codebooks, of_scales = matmul.weight_gradients(dy, x, *parts)
     assert torch.equal(of_codebooks.double(), codebooks.grad)
     assert torch.equal(of_scales.double(), scales.grad)
 
 
 @interpreted_only
 def test_gradients_of_reals_are_near_float64(problem):
-    case, products = problem
+    case, matmul = problem
     x, matrix = case.reals()
     if case.rows == 0:
         pytest.skip("no numbers to compare")
@@ -88,9 +89,9 @@ def test_gradients_of_reals_are_near_float64(problem):
     weight = additive.dequantize(matrix.codes, codebooks, scales, torch.float64)
     weight.backward(dy.double().flatten(0, 1).T @ x.double().flatten(0, 1))
     for found, exact in [
-        (products.product(x, *parts), x.double() @ weight.T),
-        (products.input_gradient(dy, *parts), dy.double() @ weight),
-        *zip(products.weight_gradients(dy, x, *parts), (codebooks.grad, scales.grad), strict=True),
+        (matmul.product(x, *parts), x.double() @ weight.T),
+        (matmul.input_gradient(dy, *parts), dy.double() @ weight),
+        *zip(matmul.weight_gradients(dy, x, *parts), (codebooks.grad, scales.grad), strict=True),
     ]:
         assert found.shape == exact.shape
         assert (found - exact).norm() < 1e-6 * exact.norm()
@@ -127,16 +128,16 @@ def compiled(kernel, target, codebooks, cut, dtype="fp16"):
     """The object that Triton makes of a kernel for a GPU that need not be here."""
     from triton.compiler import ASTSource
 
-    from aqlm_kernels.gpu import kernels, products
+    from aqlm_kernels.gpu import kernels, matmul
 
-    kernel, cut = getattr(kernels, kernel), getattr(products, cut)
-    options = products.options(codebooks, cut)
+    kernel, cut = getattr(kernels, kernel), getattr(matmul, cut)
+    options = matmul.options(codebooks, cut)
     settings = {name: options.pop(name) for name in ("num_warps", "num_stages")}
     types = dict.fromkeys(("x", "y", "dx", "dy"), f"*{dtype}") | {"codes": "*u8" if codebooks[1] <= 256 else "*u16"}
     types |= dict.fromkeys(("codebooks", "scales", "shares", "codebook_gradient"), "*fp32")
     signature = {name: types.get(name, "i32") for name in kernel.arg_names}
     # As Triton sees them at a launch: a step of 1 is a constant, what torch allocates begins at a multiple of 16 bytes.
-    options["lane_step" if cut in (products.ONE_ROW, products.FEW_ROWS) else "codebook_step"] = 1
+    options["lane_step" if cut in (matmul.ONE_ROW, matmul.FEW_ROWS) else "codebook_step"] = 1
     signature |= dict.fromkeys(options, "constexpr")
     aligned = [number for number, name in enumerate(kernel.arg_names) if name in types]
     attributes = {(number,): [["tt.divisibility", 16]] for number in aligned}

@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from aqlm_kernels import PackedMatrix, reference
-from aqlm_kernels.cpu import lookup, registers
+from aqlm_kernels.cpu import avx512, lut
 from aqlm_kernels.packed import blocks_of
 
 from .conftest import CASES
 
 SMALL = [case for case in CASES if case.codebook_bits <= 8]
-GREATEST = {lookup.by_lookup: 65535, lookup.by_byte_lookup: 255}
+GREATEST = {lut.by_lookup: 65535, lut.by_byte_lookup: 255}
 
 pytestmark = pytest.mark.usefixtures("nan_filled_outputs")
 
@@ -59,7 +59,7 @@ def test_it_is_the_product_by_rounded_tables(small, product):
     assert (product(x, PackedMatrix(matrix)) - expected).norm() < 0.5 * (expected - exact).norm()
 
 
-@pytest.mark.parametrize("product", [lookup.by_lookup, lookup.by_float_lookup])
+@pytest.mark.parametrize("product", [lut.by_lookup, lut.by_float_lookup])
 def test_all_but_bytes_are_exact_where_all_is_integer(small, product):
     x, matrix = small.integers()
     assert torch.equal(product(x, PackedMatrix(matrix)), reference.matmul(x, PackedMatrix(matrix)))
@@ -70,7 +70,7 @@ def test_floats_are_not_rounded(small):
         pytest.skip("no numbers to compare")
     x, matrix = small.reals()
     exact = reference.matmul(x.double(), PackedMatrix(matrix))
-    assert (lookup.by_float_lookup(x, PackedMatrix(matrix)) - exact).norm() < 1e-6 * exact.norm()
+    assert (lut.by_float_lookup(x, PackedMatrix(matrix)) - exact).norm() < 1e-6 * exact.norm()
 
 
 @pytest.mark.parametrize("product", GREATEST, ids=lambda product: product.__name__)
@@ -90,7 +90,7 @@ def test_what_is_not_finite_spoils_its_own_row_only(product, value):
     assert torch.equal(spoilt[[0, 1, 3, 4]], clean[[0, 1, 3, 4]])
 
 
-@pytest.mark.skipif(not registers.HAS_VBMI, reason="the tests above have run without the instructions")
+@pytest.mark.skipif(not avx512.HAS_VBMI, reason="the tests above have run without the instructions")
 @pytest.mark.parametrize(("name", "features"), [("generic", ""), ("haswell", "+avx,+avx2,+fma,+f16c")])
 def test_it_does_the_same_without_the_instructions(name, features, tmp_path):
     environment = {

@@ -6,12 +6,12 @@ import dataclasses
 
 import pytest
 import torch
+from helpers.kernel_cases import cases
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from kernel_cases import cases
 
 from aqlm_kernels import BACKENDS, AdditiveMatrix, KernelError, PackedMatrix, choose, matmul, reference
-from aqlm_kernels.cpu import registers
+from aqlm_kernels.cpu import avx512
 
 CPU = torch.device("cpu")
 FLOAT32_BOUND = 1e-6  # relative RMS of y against float64: a few roundings of 2^-24
@@ -108,7 +108,7 @@ def packed_with(codebook_size):
 
 
 def test_the_first_backend_that_can_is_chosen():
-    assert choose(packed_with(256), CPU).name == ("cpu-avx512" if registers.HAS_VBMI else "cpu-lut")
+    assert choose(packed_with(256), CPU).name == ("cpu-avx512" if avx512.HAS_VBMI else "cpu-lut")
     assert choose(packed_with(512), CPU).name == "cpu-gather"
     assert choose(packed_with(256), torch.device("meta")).name == "reference"
 

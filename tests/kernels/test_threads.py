@@ -15,7 +15,8 @@ DIGESTS = """
 import hashlib, sys
 import numba, torch
 from aqlm_kernels import AdditiveMatrix, ByteRows, matmul_dense, PackedMatrix
-from aqlm_kernels.cpu import gather, lookup
+from aqlm_kernels.cpu import gather
+from aqlm_kernels.cpu import lut
 from aqlm_kernels.cpu.dequantize import dequantize, gradients
 
 def product(multiply, codebook_size):
@@ -40,7 +41,7 @@ def random_matrix(codebook_size):
     return AdditiveMatrix(codes, torch.randn(2, codebook_size, 8), torch.rand(333))
 
 torch.manual_seed(0)
-TABLES = lookup.by_lookup, lookup.by_byte_lookup, lookup.by_float_lookup
+TABLES = lut.by_lookup, lut.by_byte_lookup, lut.by_float_lookup
 RUNS = [product(multiply, 256) for multiply in TABLES]
 RUNS += [product(gather.by_gather, 4096), weights(256), weights(4096), head()]
 for threads in 1, 2, 3, 4:

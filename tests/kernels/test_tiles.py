@@ -5,15 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from aqlm_kernels import additive
-from aqlm_kernels.cpu import tiles
+from aqlm_kernels.cpu import gemm
+from aqlm_kernels.matrices import additive
 
 pytestmark = pytest.mark.usefixtures("nan_filled_outputs")
 
 
 @pytest.fixture(params=[2**22, 2000, 1], ids=["one tile", "several", "a row each"])
 def tile_bytes(request, monkeypatch):
-    monkeypatch.setattr(tiles, "TILE_BYTES", request.param)
+    monkeypatch.setattr(gemm, "TILE_BYTES", request.param)
 
 
 @pytest.mark.usefixtures("tile_bytes")
@@ -24,12 +24,12 @@ def test_products_and_gradients_of_integers_are_exact(case, dtype):
     parts = matrix.codes, matrix.codebooks, matrix.scales
     dy = torch.randint(-3, 4, (case.rows, case.out_features), generator=torch.Generator().manual_seed(2)).to(dtype)
     weight = matrix.dequantize(torch.float64)
-    assert torch.equal(tiles.product(x, *parts), (x.double() @ weight.T).to(dtype))
-    assert torch.equal(tiles.input_gradient(dy, *parts), (dy.double() @ weight).to(dtype))
+    assert torch.equal(gemm.product(x, *parts), (x.double() @ weight.T).to(dtype))
+    assert torch.equal(gemm.input_gradient(dy, *parts), (dy.double() @ weight).to(dtype))
     codebooks, scales = matrix.codebooks.double().requires_grad_(), matrix.scales.double().requires_grad_()
     dw = (dy.double().T @ x.double()).to(dtype).double()
     additive.dequantize(matrix.codes, codebooks, scales, torch.float64).backward(dw)
-    of_codebooks, of_scales = tiles.weight_gradients(dy, x, *parts)
+    of_codebooks, of_scales = gemm.weight_gradients(dy, x, *parts)
     assert torch.equal(of_codebooks.double(), codebooks.grad)
     assert torch.equal(of_scales.double(), scales.grad)
 
@@ -42,17 +42,17 @@ def test_no_more_than_a_tile_is_written(monkeypatch):
         written.append(weight.nbytes)
         return weight
 
-    dequantize = tiles.dequantize
-    monkeypatch.setattr(tiles, "dequantize", spy)
+    dequantize = gemm.dequantize
+    monkeypatch.setattr(gemm, "dequantize", spy)
     codes = torch.zeros(4000, 100, 1, dtype=torch.uint8)
     parts = codes, torch.zeros(1, 256, 8), torch.ones(4000)
-    tiles.product(torch.ones(2, 3, 800), *parts)
-    tiles.input_gradient(torch.ones(2, 3, 4000), *parts)
+    gemm.product(torch.ones(2, 3, 800), *parts)
+    gemm.input_gradient(torch.ones(2, 3, 4000), *parts)
     assert sum(written) == 2 * 4000 * 800 * 4
-    assert max(written) < 1.2 * tiles.TILE_BYTES
+    assert max(written) < 1.2 * gemm.TILE_BYTES
 
 
 def test_leading_axes_stay():
     parts = torch.zeros(10, 3, 1, dtype=torch.uint8), torch.ones(1, 256, 8), torch.ones(10)
-    assert tiles.product(torch.ones(2, 3, 24), *parts).shape == (2, 3, 10)
-    assert tiles.input_gradient(torch.ones(2, 3, 10), *parts).shape == (2, 3, 24)
+    assert gemm.product(torch.ones(2, 3, 24), *parts).shape == (2, 3, 10)
+    assert gemm.input_gradient(torch.ones(2, 3, 10), *parts).shape == (2, 3, 24)

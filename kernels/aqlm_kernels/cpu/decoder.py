@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from aqlm_kernels.cpu.avx512 import LANES
 from aqlm_kernels.cpu.compile import compiled, prange
-from aqlm_kernels.cpu.dense import ByteRows, matmul_dense
 from aqlm_kernels.cpu.dequantize import Floats, array
-from aqlm_kernels.cpu.lookup import Bytes, Stack, Tiles, multiply
-from aqlm_kernels.cpu.registers import LANES
+from aqlm_kernels.cpu.lm_head import ByteRows, matmul_dense
+from aqlm_kernels.cpu.lut import Bytes, Stack, Tiles, multiply
 from aqlm_kernels.errors import KernelError
 from aqlm_kernels.linear import AdditiveLinear
 from aqlm_kernels.packed import PackedMatrix

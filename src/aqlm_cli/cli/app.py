@@ -1,0 +1,272 @@
+"""`aqlm`: one function a command, each in three sentences: read the settings, run the stages, print the result.
+
+The stages load torch and transformers, which takes seconds, so they are imported inside the commands; `aqlm --help` and
+a misspelt flag answer at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from aqlm_cli.cli import evaluate, finetune, inspect, options
+from aqlm_cli.cli.console import OneLineErrors, Screen
+from aqlm_cli.events import silent
+from aqlm_cli.formatting import PROMPT, command_line
+from aqlm_cli.openmp import share_pool
+from aqlm_cli.spec.run_file import build_config
+
+app = typer.Typer(
+    cls=OneLineErrors, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None
+)
+
+
+def main() -> None:
+    """In a team of torchrun's the process ends without Python's own end, where a thread of Gloo's that still holds a
+    tensor aborts it now and then (pytorch/pytorch#179291); torchrun would then end the others at their work."""
+    share_pool()
+    try:
+        app()
+    except SystemExit as end:
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            raise
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(int(end.code or 0))
+
+
+@app.callback()
+def about(version: options.Version = False) -> None:
+    """Compress a language model to 1-4 bits a weight, and see what was won and lost.
+
+    \b
+    Example:
+      aqlm quantize --bits 2 smollm2-135m
+      aqlm eval-ppl runs/SmolLM2-135M-Instruct-2bit
+    """
+
+
+@app.command()
+def calibrate(
+    model: options.Model = None,
+    data: options.CalibrationData = None,
+    sequences: options.Sequences = None,
+    sequence_length: options.SequenceLength = None,
+    bos: options.Bos = None,
+    seed: options.Seed = None,
+    revision: options.Revision = None,
+    trust_remote_code: options.RemoteCode = None,
+    device: options.Device = None,
+    threads: options.Threads = None,
+    preset: options.Preset = None,
+    config: options.RunFile = None,
+    out: options.Out = None,
+    overwrite: options.Overwrite = False,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
+) -> None:
+    """Cut a text into windows and measure the model on them.
+
+    \b
+    Example:
+      aqlm calibrate smollm2-135m --data builtin --sequences 80
+    """
+    from aqlm_cli.pipeline import order
+
+    settings = build_config(
+        preset,
+        config,
+        {
+            **options.machine_flags(model, revision, trust_remote_code, seed, device, threads),
+            "calibrate": {"data": data, "sequences": sequences, "sequence_length": sequence_length, "bos": bos},
+        },
+    )
+    with Screen(json, quiet, verbose) as screen:
+        order.use_machine(settings)
+        directory = out or order.default_run_directory(settings)
+        report = order.calibrate_run(settings, directory, overwrite, screen.emit)
+        screen.finish(
+            {"calibrate": report},
+            following=command_line("quantize", "--config", directory / "run.yaml", "--out", directory),
+        )
+
+
+@app.command()
+def quantize(
+    model: options.Model = None,
+    bits: options.Bits = None,
+    scheme: options.Scheme = None,
+    method: options.Method = None,
+    skip: options.Skip = None,
+    only: options.Only = None,
+    format: options.Format = None,
+    data: options.CalibrationData = None,
+    sequences: options.Sequences = None,
+    sequence_length: options.SequenceLength = None,
+    bos: options.Bos = None,
+    seed: options.Seed = None,
+    revision: options.Revision = None,
+    trust_remote_code: options.RemoteCode = None,
+    device: options.Device = None,
+    threads: options.Threads = None,
+    max_memory: options.MaxMemory = None,
+    max_disk: options.MaxDisk = None,
+    preset: options.Preset = None,
+    config: options.RunFile = None,
+    out: options.Out = None,
+    overwrite: options.Overwrite = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
+) -> None:
+    """Compress a model's linear layers and pack the result.
+
+    Calibrates first where that has not been done.
+
+    \b
+    Example:
+      aqlm quantize --bits 2 HuggingFaceTB/SmolLM2-135M-Instruct
+      aqlm quantize --scheme 3x8g8 --skip '.*down_proj' --data notes.txt:64,builtin:64 smollm2-135m
+    """
+    from aqlm_cli.pipeline import order
+
+    settings = build_config(
+        preset,
+        config,
+        {
+            **options.machine_flags(model, revision, trust_remote_code, seed, device, threads),
+            **options.limits(max_memory, max_disk),
+            "calibrate": {"data": data, "sequences": sequences, "sequence_length": sequence_length, "bos": bos},
+            "quantize": {"method": method, "scheme": options.chosen_scheme(bits, scheme), "skip": skip, "only": only},
+            "pack": {"format": format},
+        },
+    )
+    with Screen(json, quiet, verbose) as screen:
+        order.use_machine(settings)
+        directory = out or order.default_run_directory(settings)
+        settings, plan = order.prepare(settings, screen.emit if dry_run else silent)
+        if dry_run:
+            screen.finish({"plan": plan}, following="the same command without --dry-run")
+            return
+        screen.show(plan)
+        reports = order.quantize_and_pack(settings, directory, overwrite, screen.emit)
+        screen.finish(reports, following=command_line("eval-ppl", directory))
+
+
+@app.command()
+def plan(
+    model: options.Model = None,
+    bits: options.Bits = None,
+    scheme: options.Scheme = None,
+    method: options.Method = None,
+    skip: options.Skip = None,
+    only: options.Only = None,
+    format: options.Format = None,
+    data: options.CalibrationData = None,
+    sequences: options.Sequences = None,
+    sequence_length: options.SequenceLength = None,
+    bos: options.Bos = None,
+    revision: options.Revision = None,
+    trust_remote_code: options.RemoteCode = None,
+    device: options.Device = None,
+    threads: options.Threads = None,
+    max_memory: options.MaxMemory = None,
+    max_disk: options.MaxDisk = None,
+    preset: options.Preset = None,
+    config: options.RunFile = None,
+    out: options.Out = None,
+    json: options.Json = False,
+) -> None:
+    """Show what quantizing a model will take on this machine.
+
+    Reads config.json and the headers of the model's files, never a weight, and measures this machine for some seconds.
+
+    \b
+    Example:
+      aqlm plan --bits 2 smollm2-135m
+      aqlm plan --bits 2 --max-memory 8GiB path/to/Llama-3-70B
+    """
+    from aqlm_cli.pipeline import order
+
+    settings = build_config(
+        preset,
+        config,
+        {
+            **options.machine_flags(model, revision, trust_remote_code, None, device, threads),
+            **options.limits(max_memory, max_disk),
+            "calibrate": {"data": data, "sequences": sequences, "sequence_length": sequence_length, "bos": bos},
+            "quantize": {"method": method, "scheme": options.chosen_scheme(bits, scheme), "skip": skip, "only": only},
+            "pack": {"format": format},
+        },
+    )
+    with Screen(json) as screen:
+        order.use_machine(settings)
+        reports = order.forecast_run(settings, out or Path.cwd(), screen.emit)
+        screen.finish(reports, following="the same command with quantize in the place of plan")
+
+
+@app.command()
+def pack(
+    run: options.Run,
+    format: options.Format = None,
+    overwrite: options.Overwrite = False,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
+) -> None:
+    """Write a quantized model as a checkpoint for others.
+
+    \b
+    Example:
+      aqlm pack runs/SmolLM2-135M-Instruct-2bit --format dense --overwrite
+    """
+    from aqlm_cli.pipeline import order
+
+    settings = order.settings_of_run(run, {"pack": {"format": format}})
+    with Screen(json, quiet, verbose) as screen:
+        report = order.pack_run(settings, run, overwrite, screen.emit)
+        screen.finish({"pack": report}, following=command_line("generate", run, "--prompt", PROMPT))
+
+
+app.command()(finetune.finetune)
+for measuring in (evaluate.eval_ppl, evaluate.bench, evaluate.generate):
+    app.command()(measuring)
+
+
+@app.command()
+def run(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A run file in YAML.")],
+    out: options.Out = None,
+    overwrite: options.Overwrite = False,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
+) -> None:
+    """Run all stages of a run file, calibration to benchmark.
+
+    `finetune` is one of them where the file has a section of that name.
+
+    \b
+    Example:
+      aqlm run configs/smollm2-2bit.yaml
+    """
+    from aqlm_cli.pipeline import order
+
+    settings = build_config(None, file, {})
+    with Screen(json, quiet, verbose) as screen:
+        order.use_machine(settings)
+        directory = out or order.default_run_directory(settings)
+        settings, plan = order.prepare(settings)
+        screen.show(plan)
+        reports = order.run_all(settings, directory, overwrite, screen.emit)
+        screen.finish(reports, following=command_line("generate", directory, "--prompt", PROMPT))
+
+
+for looking in (inspect.status, inspect.verify, inspect.doctor):
+    app.command()(looking)

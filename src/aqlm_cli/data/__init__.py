@@ -1,0 +1,1 @@
+"""Text becomes token sequences: the only package that imports `datasets`."""

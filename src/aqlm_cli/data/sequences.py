@@ -1,0 +1,246 @@
+"""Token windows that are cut from documents: the only way from text to token ids.
+
+- for calibration, documents shuffled by the seed and joined by the end-of-text token, cut one after another;
+- for evaluation as GPTQ does it (github.com/IST-DASLab/gptq, datautils.py), so that perplexities compare with
+  published ones.
+
+With a `beginning` b of p tokens, mostly the one beginning-of-text token, each window of L tokens is b and the next
+L - p tokens of the text. Where these begin with b themselves, it is not repeated. A chat becomes the tokens of the
+tokenizer's chat template, which marks beginnings and ends by itself.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from aqlm_cli.data.chats import Chat, ChatTokenizer, chat_ids
+from aqlm_cli.data.files import Document
+from aqlm_cli.data.sources import documents
+from aqlm_cli.data.spec import SELF, share_windows
+from aqlm_cli.errors import DataError
+from aqlm_cli.events import Emit, Noted, silent
+from aqlm_cli.spec.config import CalibrateConfig, FinetuneConfig
+
+# Far above the 3 to 5 of English text, so that a shuffle has something to choose from and enough tokens come out.
+CHARACTERS_PER_TOKEN = 10
+
+GPTQ_C4_WINDOWS = 256
+
+
+class TextTokenizer(ChatTokenizer, Protocol):
+    """What is needed of a transformers tokenizer."""
+
+    @property
+    def bos_token_id(self) -> Any: ...
+
+    @property
+    def eos_token_id(self) -> Any: ...
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]: ...
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Token windows for calibration, and the name of the source of each."""
+
+    ids: Tensor  # [windows, length], int64
+    sources: tuple[str, ...]
+
+
+# ------------------------------------------------------------------------------------------------------- beginnings
+
+
+def beginning(tokenizer: TextTokenizer, wanted: bool | None) -> tuple[int, ...]:
+    """Token ids that each window begins with: what the tokenizer itself puts before a text, or its beginning token.
+
+    `wanted` None: only where the tokenizer puts something there. Empty: nothing. DataError where one is wanted, and the
+    tokenizer has none.
+    """
+    bare, whole = (tokenizer.encode("a", add_special_tokens=special) for special in (False, True))
+    starts = (start for start in range(len(whole)) if whole[start : start + len(bare)] == bare)
+    own = tuple(whole[: next(starts, 0)])
+    if wanted is False or (wanted is None and not own):
+        return ()
+    if not own and tokenizer.bos_token_id is None:
+        raise DataError("the model's tokenizer has no beginning-of-text token; choose --no-bos, or `bos: false`")
+    return own or (tokenizer.bos_token_id,)
+
+
+def settings_of_text(section: CalibrateConfig | FinetuneConfig, bos: bool) -> dict[str, object]:
+    """The settings of a section as an artifact keeps them: `bos` as it came to be, and only where it is on.
+
+    What was made before there was such a setting is without, and has the same digest.
+    """
+    return {**section.model_dump(mode="json", exclude={"bos"}), **({"bos": True} if bos else {})}
+
+
+def recut(ids: Tensor, length: int, before: Sequence[int], after: Sequence[int]) -> Tensor:
+    """Windows `[n, length]` that begin with `after`, of the text in windows `[N, L]` that begin with `before`."""
+    if (ids.shape[1], *before) == (length, *after):
+        return ids
+    return _cut(ids[:, len(before) :].flatten().tolist(), length, after)
+
+
+def _cut(tokens: list[int], length: int, opening: Sequence[int]) -> Tensor:
+    """All whole windows `[n, length]` of a text, in order and without overlap."""
+    rows: list[list[int]] = []
+    start, given, room = 0, list(opening), length - len(opening)
+    if room < 1:
+        raise DataError(f"windows of {length} tokens have no room behind the beginning; raise --sequence-length")
+    while True:
+        if given and tokens[start : start + len(given)] == given:
+            start += len(given)
+        if start + room > len(tokens):
+            return torch.tensor(rows, dtype=torch.int64).view(-1, length)
+        rows.append([*given, *tokens[start : start + room]])
+        start += room
+
+
+# ------------------------------------------------------------------------------------------------------ calibration
+
+
+def calibration_windows(
+    spec: str,
+    sequences: int | None,
+    sequence_length: int,
+    seed: int,
+    tokenizer: TextTokenizer,
+    sampled: Tensor | None = None,
+    *,
+    opening: Sequence[int] = (),
+    emit: Emit = silent,
+) -> Windows:
+    """Windows of every source in the order of `spec`, each with the `beginning` in front; see `parse_sources`.
+
+    `sequences` is the total: not needed where every source has a count, shared equally by those that have none.
+    `sampled` `[windows, sequence_length]` are those of `self`; DataError where it is named and there are none.
+    """
+    shares = share_windows(spec, sequences)
+    if sampled is None and SELF in dict(shares):
+        raise DataError(f"{SELF}: only `aqlm finetune` samples text from the model; choose another source or file")
+    if tokenizer.eos_token_id is None:
+        between = "its beginning token" if tokenizer.bos_token_id is not None else "nothing"
+        emit(Noted(f"the model's tokenizer has no end-of-text token; {between} stands between documents"))
+    rows, names = [], []
+    for name, windows in shares:
+        if name == SELF and sampled is not None:
+            rows.append(sampled[:windows])
+            sampled = sampled[windows:]  # each once, should `self` be named again
+        else:
+            texts = documents(name, "calibration", windows * sequence_length * CHARACTERS_PER_TOKEN, emit)
+            rows.append(_drawn(name, texts, windows, sequence_length, seed, tokenizer, opening))
+        names += [name] * windows
+    return Windows(torch.cat(rows), tuple(names))
+
+
+def _drawn(
+    name: str,
+    texts: Iterable[Document],
+    windows: int,
+    length: int,
+    seed: int,
+    tokenizer: TextTokenizer,
+    opening: Sequence[int],
+) -> Tensor:  # [windows, length]
+    shuffled = [text for text in texts if isinstance(text, Chat) or text.strip()]
+    random.Random(f"{seed}/documents").shuffle(shuffled)
+    # No window takes more than `length` tokens from the text, so this is enough.
+    ids = _cut(_joined(shuffled, windows * length, tokenizer), length, opening)[:windows]
+    if len(ids) < windows:
+        raise DataError(
+            f"{name}: asked {windows} windows of {length} tokens, found {len(ids)}; "
+            f"lower --sequences or --sequence-length, or add another source"
+        )
+    return ids
+
+
+def _joined(texts: Iterable[Document], enough: int, tokenizer: TextTokenizer) -> list[int]:
+    """Tokens of the documents until there are `enough`, with the end-of-text token between each two.
+
+    Where the tokenizer has none, its beginning token stands there, or else nothing. Not repeated where the template of
+    a chat has put it there.
+    """
+    between = tokenizer.bos_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
+    tokens: list[int] = []
+    marked = False
+    for text in texts:
+        ids = _tokens(text, tokenizer)
+        if tokens and not (marked or between is None or (isinstance(text, Chat) and ids[:1] == [between])):
+            tokens.append(between)
+        tokens += ids
+        marked = isinstance(text, Chat) and tokenizer.eos_token_id in ids
+        if len(tokens) >= enough:
+            break
+    return tokens
+
+
+def _tokens(text: Document, tokenizer: TextTokenizer, special: bool = False) -> list[int]:
+    if isinstance(text, Chat):
+        return chat_ids(text, tokenizer)
+    return tokenizer.encode(text, add_special_tokens=special)
+
+
+# ------------------------------------------------------------------------------------------------------- evaluation
+
+
+def evaluation_windows(
+    name: str, sequence_length: int, tokenizer: TextTokenizer, *, opening: Sequence[int] = (), emit: Emit = silent
+) -> Tensor:  # [windows, length]
+    """GPTQ's protocol: documents joined by two newlines, tokenized once as the tokenizer does by default, cut into
+    windows without overlap, the rest dropped. Hub c4 is its other protocol: 256 random windows of long documents.
+
+    With a beginning, which GPTQ has in the first window at most, the text is tokenized without special tokens. Chats
+    follow each other as the template writes them.
+    """
+    texts = documents(name, "evaluation", emit=emit)
+    if name == "c4":
+        return _windows_of_long_documents(name, texts, sequence_length, tokenizer, opening)
+    tokens = _evaluated(texts, tokenizer, special=not opening)
+    ids = _cut(tokens, sequence_length, opening)
+    if not len(ids):
+        raise DataError(
+            f"{name} has {len(tokens)} tokens, fewer than one window of {sequence_length}; lower --sequence-length"
+        )
+    return ids
+
+
+def _evaluated(texts: Sequence[Document], tokenizer: TextTokenizer, special: bool) -> list[int]:
+    """Tokens of all documents; special ones, if at all, once for the whole text."""
+    if any(isinstance(text, Chat) for text in texts):
+        texts = [text for text in texts if text != ""]
+    tokens: list[int] = []
+    for _, run in itertools.groupby(texts, lambda text: isinstance(text, Chat)):
+        group = list(run)
+        joined = "\n\n".join(text for text in group if isinstance(text, str))
+        for part in [joined] if joined else group:
+            tokens += _tokens(part, tokenizer, special and not tokens)
+    return tokens
+
+
+def _windows_of_long_documents(
+    name: str, texts: Sequence[Document], length: int, tokenizer: TextTokenizer, opening: Sequence[int]
+) -> Tensor:  # [GPTQ_C4_WINDOWS, length]
+    """Draw documents until one is longer than the window, draw its place, 256 times; Python's generator, seed 0."""
+    draw, room = random.Random(0), length - len(opening)
+    too_short: set[int] = set()
+    rows: list[list[int]] = []
+    while len(rows) < GPTQ_C4_WINDOWS:
+        if len(too_short) == len(texts):
+            raise DataError(f"no document of {name} is longer than {length} tokens; lower --sequence-length")
+        number = draw.randint(0, len(texts) - 1)
+        if number in too_short:
+            continue
+        tokens = _tokens(texts[number], tokenizer, special=not opening)
+        if len(tokens) <= room:
+            too_short.add(number)
+            continue
+        start = draw.randint(0, len(tokens) - room - 1)
+        rows.append([*opening, *tokens[start : start + room]])
+    return torch.tensor(rows)

@@ -1,0 +1,1 @@
+"""A network and text in, numbers with their error out."""

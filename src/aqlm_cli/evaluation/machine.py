@@ -1,0 +1,190 @@
+"""How fast this machine does the parts of a run: a few steps of each, on random numbers, in seconds.
+
+What is timed is the code that will run: a block's forward pass, its second moments, the compression of matrices side by
+side, steps of fitting. The block has attention and a gated feed-forward, as most models do, and is at most as wide as
+SmolLM2-135M's; a time a weight and token carries over to wider ones. Small matrices are timed in the model's own
+shapes, larger ones from two sizes that tell the cost of a weight from that of the inputs beside it.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from aqlm_cli.models.blocks import linears, replace_module
+from aqlm_cli.models.hidden_states import compute_dtype, run_block
+from aqlm_cli.models.walk import BlockInput
+from aqlm_cli.quantization.methods import METHODS
+from aqlm_cli.quantization.parallel import Task, compress_all
+from aqlm_cli.quantization.solvers.hessian import LayerStatistics, SecondMoment
+from aqlm_cli.quantization.training.block import BlockData, fit_block
+from aqlm_cli.runs.files import digest_file, load_tensors, save_tensors
+from aqlm_cli.spec.config import RunConfig
+from aqlm_cli.spec.cost import ModelShape, Work
+from aqlm_cli.spec.schemes import AdditiveScheme, Scheme, parse_scheme
+from aqlm_cli.spec.time_estimate import Rates
+from aqlm_kernels import AdditiveLinear, AdditiveMatrix
+
+WIDTHS = (576, 1536)
+"""Residual stream and feed-forward of the block that is timed, at most: SmolLM2-135M's."""
+
+SMALL = 1_000_000
+"""Weights of a matrix that is timed in its own shape."""
+
+SAMPLES = ((384, 512), (384, 1536))
+"""Shapes that stand for all others."""
+
+
+def measure_rates(model: ModelShape, work: Work, config: RunConfig, character: float) -> Rates:
+    """`character` is how long one of text takes to read."""
+    device, scheme = torch.device(config.device), parse_scheme(config.quantize.scheme)
+    block = _block(model, scheme).to(device)
+    weights, tokens = sum(layer.weight.numel() for layer in linears(block, "").values()), 2 * work.length
+    rng = torch.Generator().manual_seed(0)
+    hidden = torch.randn(2, work.length, block.width, generator=rng).to(device)
+    dtype = compute_dtype(device)
+    forward = _best(lambda: run_block(block, BlockInput.alone(hidden), dtype))
+    x = torch.randn(tokens, block.down.in_features, generator=rng).to(device)
+    moment = _best(lambda: SecondMoment(x.shape[1], device).add(x.to(dtype)))
+    matrices, weight, coupling = _compression(model, work, config, scheme, rng)
+    _compress_block(block, scheme, rng)
+    quantized_forward = _best(lambda: run_block(block, BlockInput.alone(hidden), dtype))
+    per_pass = weights * tokens
+    return Rates(
+        forward=forward / per_pass,
+        quantized_forward=quantized_forward / per_pass,
+        step=_step(block, work, config, quantized_forward / 2, rng) / (weights * work.fit.batch * work.length),
+        moment=moment / (tokens * x.shape[1] ** 2),
+        matrices=matrices,
+        weight=weight,
+        coupling=coupling,
+        character=character,
+        byte=_byte(),
+    )
+
+
+class _Block(nn.Module):
+    """A quarter as many keys and values as queries would change little."""
+
+    def __init__(self, hidden: int, wide: int) -> None:
+        super().__init__()
+        self.width, self.heads = hidden, max(1, hidden // 64)
+        self.norms = nn.ModuleList(nn.RMSNorm(hidden) for _ in range(2))
+        self.query, self.key, self.value, self.out = (nn.Linear(hidden, hidden, bias=False) for _ in range(4))
+        self.gate, self.up = (nn.Linear(hidden, wide, bias=False) for _ in range(2))
+        self.down = nn.Linear(wide, hidden, bias=False)
+
+    def forward(self, hidden: Tensor) -> Tensor:  # [b, L, d]
+        x = self.norms[0](hidden)
+        query, key, value = self._in_heads(self.query(x)), self._in_heads(self.key(x)), self._in_heads(self.value(x))
+        attended = F.scaled_dot_product_attention(query, key, value, is_causal=True).transpose(1, 2).flatten(2)
+        hidden = hidden + self.out(attended)
+        x = self.norms[1](hidden)
+        result: Tensor = hidden + self.down(F.silu(self.gate(x)) * self.up(x))
+        return result
+
+    def _in_heads(self, x: Tensor) -> Tensor:
+        return x.view(*x.shape[:2], self.heads, -1).transpose(1, 2)
+
+
+def _block(model: ModelShape, scheme: Scheme) -> _Block:
+    unit = math.lcm(64, scheme.group_size)
+    targets = model.blocks[-1].targets
+    wanted = min(target.in_features for target in targets), max(target.in_features for target in targets)
+    hidden, wide = (math.ceil(min(one, most) / unit) * unit for one, most in zip(wanted, WIDTHS, strict=True))
+    return _Block(hidden, wide).requires_grad_(False)
+
+
+def _best(work: Callable[[], object]) -> float:
+    """Seconds of the faster of two goes, after one to warm up."""
+    work()
+    return min(_timed(work) for _ in range(2))
+
+
+def _timed(work: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def _compression(
+    model: ModelShape, work: Work, config: RunConfig, scheme: Scheme, rng: torch.Generator
+) -> tuple[Mapping[tuple[int, int], float], float, float]:
+    """Seconds by shape, and for other shapes those of a weight, and of a weight and input."""
+    shapes = {(t.out_features, t.in_features) for block in model.blocks for t in block.quantized}
+    small = max(out * features for out, features in shapes) <= SMALL
+    _compress(config, scheme, [(8, scheme.group_size * 2)], work.workers, rng)  # whatever has to be compiled
+    if small:
+        return _compress(config, scheme, shapes, work.workers, rng), 0.0, 0.0
+    group = scheme.group_size
+    samples = [(out, math.ceil(features / group) * group) for out, features in SAMPLES]
+    seconds = _compress(config, scheme, samples, work.workers, rng)
+    (few, first), (many, second) = ((f, seconds[out, f] / (out * f)) for out, f in samples)
+    coupling = max(0.0, (second - first) / (many - few))
+    return {}, first - few * coupling, coupling
+
+
+def _compress(
+    config: RunConfig, scheme: Scheme, shapes: Iterable[tuple[int, int]], workers: int, rng: torch.Generator
+) -> dict[tuple[int, int], float]:
+    """At least as many at once as in the run, for they slow each other down."""
+    wanted = list(shapes)
+    tasks = []
+    for number in range(max(len(wanted), workers)):
+        out, features = wanted[number % len(wanted)]
+        x = torch.randn(2 * features, features, generator=rng)
+        statistics = LayerStatistics(x.T @ x / len(x), len(x))
+        tasks.append(Task(f"{number}", torch.randn(out, features, generator=rng), statistics, scheme))
+    section = config.quantize
+    done = compress_all(tasks, METHODS[section.method], section.search, config.seed, workers, lambda _: None)
+    return {shape: done[f"{number}"].seconds for number, shape in enumerate(wanted)}
+
+
+def _compress_block(block: _Block, scheme: Scheme, rng: torch.Generator) -> None:
+    """Codes and codebooks that are as good as any to be timed."""
+    if not isinstance(scheme, AdditiveScheme):
+        return
+    for path, layer in linears(block, "").items():
+        out, groups = layer.out_features, layer.in_features // scheme.group_size
+        codes = torch.randint(scheme.codebook_size, (out, groups, scheme.num_codebooks), generator=rng)
+        shape = (scheme.num_codebooks, scheme.codebook_size, scheme.group_size)
+        codebooks = torch.randn(shape, generator=rng) / layer.in_features
+        matrix = AdditiveMatrix(codes, codebooks, torch.ones(out))
+        replace_module(block, path, AdditiveLinear(matrix).requires_grad_(False).to(layer.weight.device))
+
+
+def _step(block: _Block, work: Work, config: RunConfig, judging: float, rng: torch.Generator) -> float:
+    """Seconds of a training step, where the quantized block is fitted at all; `judging` is those of one window."""
+    if not work.fitted or not any(isinstance(module, AdditiveLinear) for module in block.modules()):
+        return 0.0
+    device = torch.device(config.device)
+    steps = 2
+    windows = torch.randn(steps * work.fit.batch + 1, work.length, block.width, generator=rng)
+
+    def given(chosen: Tensor) -> BlockInput:
+        return BlockInput.alone(windows[chosen].to(device))
+
+    data = BlockData(given, windows, compute_dtype(device), device, per_token=work.fit.error == "per_token")
+    training, held_out = torch.arange(len(windows) - 1), torch.tensor([len(windows) - 1])
+    once = work.fit.model_copy(update={"epochs": 1})
+    seconds = _best(lambda: fit_block(block, data, training, held_out, once, rng))
+    return max(0.0, seconds - 2 * judging) / steps
+
+
+def _byte() -> float:
+    """Seconds to write a byte for good, digest it, and read it back."""
+    tensors = {"zeros": torch.zeros(2**25, dtype=torch.uint8)}
+    with TemporaryDirectory() as directory:
+        path = Path(directory) / "zeros.safetensors"
+        started = time.perf_counter()
+        save_tensors(path, tensors)
+        digest_file(path)
+        load_tensors(path)
+        return (time.perf_counter() - started) / 2**25

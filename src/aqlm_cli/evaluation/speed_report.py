@@ -1,0 +1,150 @@
+"""What `bench` returns: speeds of models and of single products, for people, programs and spreadsheets."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from aqlm_cli.formatting import counted, readable_bytes
+from aqlm_cli.records import Record
+
+
+@dataclass(frozen=True)
+class BenchRow:
+    """Tokens per second: median, lowest and highest of the repeats. `decode_times`: times as fast as the original in
+    each type; `decode_bound`: what reading the weights allows. `relative_error` is that of the logits, as relative RMS
+    against the same weights in float32; None where the row is that reference, or there is none."""
+
+    name: str
+    decode_median: float
+    decode_low: float
+    decode_high: float
+    decode_times: Mapping[str, float]
+    decode_bound: float
+    prefill_median: float
+    prefill_low: float
+    prefill_high: float
+    bytes: int
+    relative_error: float | None
+
+    @property
+    def decode_share(self) -> float:
+        """Of what reading the weights allows."""
+        return self.decode_median / self.decode_bound
+
+
+@dataclass(frozen=True)
+class ProductRow:
+    """One shape of y = x W^T with weights from memory. `times`: times as fast as torch's product in each type;
+    `bandwidth_share`: bytes of codes a second, of those that memory gives; `relative_error` against float64."""
+
+    out_features: int
+    in_features: int
+    rows: int
+    backend: str
+    microseconds: float
+    times: Mapping[str, float]
+    bandwidth_share: float
+    relative_error: float
+
+
+@dataclass(frozen=True)
+class BenchReport(Record):
+    """Speed of batch-1 decoding and of reading a prompt; `backend` is the product that the packed model ran through,
+    `read_bandwidth` in bytes per second."""
+
+    model: str
+    threads: int
+    backend: str
+    prompt: int
+    tokens: int
+    repeats: int
+    read_bandwidth: float
+    rows: tuple[BenchRow, ...]
+    products: tuple[ProductRow, ...]
+
+    def table(self) -> Group:
+        return Group(self._models(), self._products()) if self.products else Group(self._models())
+
+    def as_markdown(self) -> str:
+        return "\n\n".join(
+            "\n".join(_markdown_row(row) for row in [header, ["---"] * len(header), *rows])
+            for header, *rows in self._plain_tables()
+        )
+
+    def as_csv(self) -> str:
+        """The models, an empty line, the products."""
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        for number, rows in enumerate(self._plain_tables()):
+            text.write("\n" * (number > 0))
+            writer.writerows(rows)
+        return text.getvalue().rstrip("\n")
+
+    def _plain_tables(self) -> list[list[list[str]]]:
+        """The same two tables with plain numbers; the first row holds the names of the columns."""
+        tables = []
+        for records in (self.rows, self.products):
+            flat = [_flat(dataclasses.asdict(record)) for record in records]
+            if flat:
+                tables.append([list(flat[0]), *(list(row.values()) for row in flat)])
+        return tables
+
+    def _products(self) -> Table:
+        others = self.products[0].times
+        columns = ("product", "us", *(f"x {name}" for name in others), "of bandwidth", "error", "backend")
+        table = Table(*columns, title="single products, weights from memory", title_justify="left")
+        for row in self.products:
+            table.add_row(
+                f"{row.rows} x {row.in_features} x {row.out_features}",
+                f"{row.microseconds:.1f}",
+                *(f"{row.times[name]:.2f}" for name in others),
+                f"{row.bandwidth_share:.0%}",
+                f"{row.relative_error:.1e}",
+                row.backend,
+            )
+        return table
+
+    def _models(self) -> Table:
+        title = (
+            f"{self.model}: tokens per second, median of {self.repeats} (lowest to highest); prompt of {self.prompt} "
+            f"tokens, then {self.tokens} one by one; {counted(self.threads, 'thread')} reading "
+            f"{self.read_bandwidth / 1e9:.1f} GB/s; {self.backend}"
+        )
+        others = self.rows[0].decode_times
+        columns = ("model", "decode", *(f"x {name}" for name in others), "of bound", "prefill", "size", "logits' error")
+        table = Table(*columns, title=Text(title), title_justify="left")
+        for row in self.rows:
+            table.add_row(
+                Text(row.name),
+                f"{row.decode_median:.1f} ({row.decode_low:.1f}-{row.decode_high:.1f})",
+                *(f"{row.decode_times[name]:.2f}" for name in others),
+                f"{row.decode_share:.0%}",
+                f"{row.prefill_median:.0f} ({row.prefill_low:.0f}-{row.prefill_high:.0f})",
+                readable_bytes(row.bytes),
+                "-" if row.relative_error is None else f"{row.relative_error:.1e}",
+            )
+        return table
+
+
+def _markdown_row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
+
+
+def _flat(record: Mapping[str, Any]) -> dict[str, str]:
+    """Field by field as text; a mapping gives a field for each of its keys."""
+    flat: dict[str, str] = {}
+    for name, value in record.items():
+        if isinstance(value, Mapping):
+            flat.update({f"{name}_{key}": f"{part:.6g}" for key, part in value.items()})
+        else:
+            flat[name] = "" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
+    return flat

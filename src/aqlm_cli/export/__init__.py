@@ -1,0 +1,1 @@
+"""A quantized model in, files that others load out: one file a format."""

@@ -1,0 +1,120 @@
+"""The README.md of a packed checkpoint: what it is, what it came from, what it costs and how to load it.
+
+It is written for whoever is given the checkpoint, so it holds nothing of the machine that made it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from aqlm_cli.formatting import readable_bytes, text_name
+
+TEMPLATE = """\
+---
+{front_matter}---
+
+# {title}
+
+{origin} with the weights of {layers} linear layers compressed by `aqlm` ({method}, {scheme}).
+
+| | |
+|---|---|
+| bits per compressed weight | {nominal_bits:.3f}, with codebooks and scales |
+| bits per compressed weight in these files | {stored_bits:.3f} |
+| size of all tensors | {size}, embeddings and head included |
+| calibration text | {data} |
+{perplexities}
+## Loading
+
+{loading}"""
+
+DENSE = """\
+An ordinary 16-bit checkpoint: `pip install transformers`.
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("PATH_OR_ID", dtype="auto")
+tokenizer = AutoTokenizer.from_pretrained("PATH_OR_ID")
+inputs = tokenizer("Once upon a time", return_tensors="pt").to(model.device)
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0]))
+```
+"""
+
+CODED = """\
+On a CPU, `pip install transformers accelerate "aqlm[cpu]==1.1.7"`:
+
+```python
+import os
+
+os.environ["NUMBA_NUM_THREADS"] = "1"  # before anything imports Numba
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("PATH_OR_ID", dtype=torch.float32)
+tokenizer = AutoTokenizer.from_pretrained("PATH_OR_ID")
+inputs = tokenizer("Once upon a time", return_tensors="pt").to(model.device)
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0]))
+```
+
+- `NUMBA_NUM_THREADS=1` is needed: in the CPU product of aqlm 1.1.7 all of Numba's threads add into one vector, and with
+  more than one thread logits are wrong. `torch.set_num_threads` does not reach these threads.
+- To save the model again, load it anew first: at its first product on a CPU that version transposes `codes` in place,
+  and what is saved afterwards does not load, or loads and is wrong.
+- With an NVIDIA GPU install `aqlm[gpu]==1.1.7` and load with `dtype="auto", device_map="cuda"`; there neither applies.
+"""
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """What the card says; `perplexities` are results of `aqlm eval-ppl` on this very model, as JSON."""
+
+    short_name: str
+    base_model: str | None
+    licence: str | None
+    method: str
+    scheme: str
+    nominal_bits: float
+    stored_bits: float
+    bytes: int
+    layers: int
+    data: str
+    needs_package: bool
+    perplexities: Sequence[Mapping[str, Any]]
+
+
+def model_card(facts: CardFacts) -> str:
+    tags = ["quantized", "text-generation", *(["aqlm"] if facts.needs_package else [])]
+    front_matter: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": tags}
+    if facts.base_model is not None:
+        front_matter |= {"base_model": facts.base_model, "base_model_relation": "quantized"}
+    if facts.licence is not None:
+        front_matter["license"] = facts.licence
+    return TEMPLATE.format(
+        front_matter=yaml.safe_dump(front_matter, sort_keys=True),
+        title=f"{facts.short_name}, {facts.nominal_bits:.2f} bits",
+        origin=facts.base_model or facts.short_name,
+        layers=facts.layers,
+        method=facts.method,
+        scheme=facts.scheme,
+        nominal_bits=facts.nominal_bits,
+        stored_bits=facts.stored_bits,
+        size=readable_bytes(facts.bytes),
+        data=facts.data,
+        perplexities="".join(_perplexity_row(report) for report in facts.perplexities),
+        loading=CODED if facts.needs_package else DENSE,
+    )
+
+
+def _perplexity_row(report: Mapping[str, Any]) -> str:
+    windows = f"{report['windows']} windows of {report['sequence_length']} tokens"
+    windows += ", each with a beginning token" if report.get("bos") else ""
+    measured = f"{report['perplexity']:.2f} ± {report['stderr']:.2f}"
+    original = report["original"]
+    beside = f", original {original['perplexity']:.2f} ± {original['stderr']:.2f}" if original else ""
+    return f"| perplexity, {text_name(report['data'])}, {windows} | {measured}{beside} |\n"

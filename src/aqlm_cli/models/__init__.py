@@ -1,0 +1,68 @@
+"""Models of transformers: the only package here that imports it.
+
+`resolve` makes a local Hugging Face directory of whatever name the user typed; everything else reads that directory.
+`load_network` gives an ordinary `nn.Module`, frozen and in evaluation mode, of an original or of a packed model alike.
+"""
+
+from aqlm_cli.models.aqlm_checkpoint import plan_of_checkpoint
+from aqlm_cli.models.attention import attend_blockwise
+from aqlm_cli.models.backbone import Halves, halves_of
+from aqlm_cli.models.decoding import Decoding, decoding_of, open_decoding
+from aqlm_cli.models.loading import (
+    BlockLoader,
+    Network,
+    load_config,
+    load_network,
+    load_outside,
+    load_skeleton,
+    load_tokenizer,
+    load_without,
+    saved_layouts,
+)
+from aqlm_cli.models.names import Placement, names_of_codes, placements, stored_parameters
+from aqlm_cli.models.positions import refuse_longer_than_stated, refuse_too_long
+from aqlm_cli.models.quantization import is_coded
+from aqlm_cli.models.resolve import Subject, find_subject, original_of, resolve
+from aqlm_cli.models.sampling import open_sampling
+from aqlm_cli.models.source import ModelSource, end_tokens, model_config, save_support_files, tensor_index
+from aqlm_cli.models.tokenizer import open_tokenizer, refuse_unknown_tokens
+from aqlm_cli.models.tying import untie_stored
+
+__all__ = [
+    "BlockLoader",
+    "Decoding",
+    "Halves",
+    "ModelSource",
+    "Network",
+    "Placement",
+    "Subject",
+    "attend_blockwise",
+    "decoding_of",
+    "end_tokens",
+    "find_subject",
+    "halves_of",
+    "is_coded",
+    "load_config",
+    "load_network",
+    "load_outside",
+    "load_skeleton",
+    "load_tokenizer",
+    "load_without",
+    "model_config",
+    "names_of_codes",
+    "open_decoding",
+    "open_sampling",
+    "open_tokenizer",
+    "original_of",
+    "placements",
+    "plan_of_checkpoint",
+    "refuse_longer_than_stated",
+    "refuse_too_long",
+    "refuse_unknown_tokens",
+    "resolve",
+    "save_support_files",
+    "saved_layouts",
+    "stored_parameters",
+    "tensor_index",
+    "untie_stored",
+]

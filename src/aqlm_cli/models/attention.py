@@ -1,0 +1,120 @@
+"""Causal attention for training on a CPU: three products of bfloat16 and a softmax for each block of queries.
+
+torch's flash attention works in float32 between its products there; for heads of 64 and windows of 512 this takes 0.7
+of its time, forward and backward. Scores are rounded to bfloat16, as everything else between two products is.
+Keys that no query of a block sees are left out. Probabilities are computed anew in the backward, so that memory stays
+linear in the window.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from aqlm_cli.models.loading import quiet
+
+NAME = "blockwise"
+
+Attention: TypeAlias = Callable[..., tuple[Tensor, None]]
+"""As transformers calls it, with the module, queries, keys, values and a mask: the output `[b, L, heads, e]`."""
+
+QUERIES = 64  # of a block
+
+
+class BlockwiseAttention(torch.autograd.Function):
+    """softmax(q k^T) v, causal, for q `[n, r, L, d]`, k `[n, L, d]` and v `[n, L, e]`: `[n, r, L, e]`.
+
+    r query heads share the keys of one, in n windows and key heads.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = q.new_empty(*q.shape[:3], v.shape[2])
+        for block in _blocks(q.shape[2]):
+            p = _probabilities(q, k, block)
+            out[:, :, block] = (p @ v[:, : block.stop]).view_as(out[:, :, block])
+        ctx.save_for_backward(q, k, v)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = ctx.saved_tensors
+        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k).float(), torch.zeros_like(v).float()
+        for block in _blocks(q.shape[2]):
+            seen = slice(block.stop)
+            p, do = _probabilities(q, k, block), outer[:, :, block].flatten(1, 2)  # [n, r * queries, ...]
+            dv[:, seen] += p.transpose(1, 2) @ do
+            ds = torch._softmax_backward_data(do @ v[:, seen].transpose(1, 2), p, 2, p.dtype)
+            dk[:, seen] += ds.transpose(1, 2) @ q[:, :, block].flatten(1, 2)
+            dq[:, :, block] = (ds @ k[:, seen]).view_as(dq[:, :, block])
+        return dq, dk.to(k.dtype), dv.to(v.dtype)
+
+
+def _blocks(length: int) -> list[slice]:
+    return [slice(first, min(first + QUERIES, length)) for first in range(0, length, QUERIES)]
+
+
+def _probabilities(q: Tensor, k: Tensor, block: slice) -> Tensor:
+    """Of the block's queries for all keys that any of them sees, `[n, r * queries, keys]`."""
+    queries = block.stop - block.start
+    scores = q[:, :, block].flatten(1, 2) @ k[:, : block.stop].transpose(1, 2)
+    later = torch.ones(queries, queries, dtype=torch.bool).triu(1)
+    scores.view(len(q), -1, queries, block.stop)[..., block].masked_fill_(later, -torch.inf)
+    return torch.softmax(scores, 2)
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,  # [b, heads, L, d]
+    key: Tensor,  # [b, key heads, L, d]
+    value: Tensor,  # [b, key heads, L, e]
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **rest: Any,
+) -> tuple[Tensor, None]:
+    """As transformers calls it; torch's own wherever this one has not been made for it."""
+    device, causal = query.device.type, getattr(module, "is_causal", True) and rest.get("is_causal") in (None, True)
+    plain = causal and attention_mask is None and dropout == 0 and rest.get("position_bias") is None
+    if not (plain and device == "cpu" and torch.is_autocast_enabled(device) and query.shape[2] == key.shape[2] > 1):
+        said = {"dropout": dropout, "scaling": scaling, **rest}
+        return torchs_attention(module, query, key, value, attention_mask, **said)
+    dtype, (batch, heads, length, width) = torch.get_autocast_dtype(device), query.shape
+    queries = query * (width**-0.5 if scaling is None else scaling)
+    # What all keys share adds the same to all scores of a query, and would cost them their last bits.
+    keys = key - key.detach().float().mean(2, keepdim=True)
+    grouped = queries.to(dtype).reshape(batch * key.shape[1], -1, length, width)
+    out: Tensor = BlockwiseAttention.apply(  # type: ignore[no-untyped-call]
+        grouped, keys.to(dtype).flatten(0, 1), value.to(dtype).flatten(0, 1)
+    )
+    return out.view(batch, heads, length, -1).transpose(1, 2).contiguous(), None
+
+
+def attend_blockwise(network: nn.Module) -> None:
+    """Where the network would use torch's attention and lets it be changed; others keep what they have."""
+    attend_by(network, NAME, _attention)
+
+
+def attend_by(network: nn.Module, name: str, attention: Attention) -> None:
+    """The same by any attention, which transformers will know by this name, with the masks of torch's."""
+    from transformers import AttentionInterface, AttentionMaskInterface  # imports transformers' networks, in a second
+    from transformers.masking_utils import sdpa_mask
+
+    model: Any = network
+    if model.config._attn_implementation == "sdpa":
+        AttentionInterface.register(name, attention)
+        AttentionMaskInterface.register(name, sdpa_mask)
+        with quiet():
+            model.set_attn_implementation(name)
+
+
+def torchs_attention(*tensors: Any, **said: Any) -> tuple[Tensor, None]:
+    """What an attention leaves to torch that it was not made for."""
+    from transformers import AttentionInterface
+
+    torchs: Any = AttentionInterface()["sdpa"]
+    found: tuple[Tensor, None] = torchs(*tensors, **said)
+    return found

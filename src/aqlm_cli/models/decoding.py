@@ -1,0 +1,294 @@
+"""One token after another, by compiled code where it knows the family, else by transformers' own loop: which, is said.
+
+transformers spends some milliseconds of Python on every token, most of the time of a small model, and seconds on its
+own imports before the first. The compiled decoder needs neither the network nor, from a checkpoint, transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import SimpleNamespace
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from aqlm_cli.models.loading import load_network
+from aqlm_cli.models.names import CODED
+from aqlm_cli.models.quantization import is_coded
+from aqlm_cli.models.source import ModelSource, model_config, tensor_index
+from aqlm_cli.models.stepping import Stepping
+from aqlm_cli.runs.files import load_tensors
+from aqlm_cli.spec.config import Head
+from aqlm_kernels import AdditiveLinear, ByteRows, Decoder, DecoderBlock, KernelError, choose, from_checkpoint, smallest
+
+FAMILIES = ("llama", "mistral", "qwen2")
+FIXED_ANGLES = ("default", "linear", "llama3", "yarn")  # which do not change as the text grows
+ATTENTION_IN = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+ATTENTION_OUT = "self_attn.o_proj"
+NETWORK_IN = ("mlp.gate_proj", "mlp.up_proj")
+NETWORK_OUT = "mlp.down_proj"
+LINEARS = len((*ATTENTION_IN, ATTENTION_OUT, *NETWORK_IN, NETWORK_OUT))  # of a block
+NORMS = ("input", "post_attention")
+EMBEDDINGS, LAST = "model.embed_tokens.weight", "lm_head.weight"
+COUNTS = (
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_hidden_layers",
+    "num_key_value_heads",
+    "vocab_size",
+)
+"""Keys of config.json that size the compiled decoder."""
+
+PLANES = {"cpu-avx512": 2, "cpu-avx512-8bit": 1, "cpu-lut": 0}
+
+
+class Decoding(Protocol):
+    """`name` says what runs; tokens follow on one another from the last `read`."""
+
+    name: str
+
+    def read(self, ids: Tensor) -> Tensor:
+        """The logits [vocabulary] of what follows the prompt [length]."""
+        ...
+
+    def step(self, token: int) -> Tensor:
+        """The logits [vocabulary] of what follows the token."""
+        ...
+
+
+def decoding_of(network: nn.Module, room: int, backend: str | None = None, head: Head = "exact") -> Decoding:
+    """For sequences of up to `room` tokens; packed layers multiply by the named backend, or the first that can.
+
+    Raises KernelError where the named backend cannot serve, or an int8 head is asked of a model that transformers runs.
+    """
+    parts = Parts.of(network)
+    layers = parts.layers.values()
+    if backend is not None and not layers:
+        raise KernelError(f"backend {backend} multiplies by packed layers, and the model has none; leave it out")
+    names = _backends(parts, backend)
+    reason = _why_not(parts, room, names)
+    if reason is None:
+        return _Compiled(parts, room, names[0], head)
+    if head != "exact":
+        raise KernelError(f"an int8 head needs the compiled decoder: {reason}; leave --head out")
+    for layer in layers:
+        layer.backend = backend
+    return _Transformers(network, ", ".join(["transformers", *names]) + (f" ({reason})" if layers else ""))
+
+
+def open_decoding(
+    source: ModelSource, room: int, backend: str | None = None, head: Head = "exact", device: str = "cpu"
+) -> Decoding:
+    """The same for a model on this disk, without its network where the compiled decoder serves.
+
+    transformers' own config would import all of it. What config.json does not say, as that of an older version, is not
+    guessed: the network is loaded then.
+    """
+    config = _plain_config(source) if device == "cpu" and not source.trust_remote_code else None
+    if config is not None:
+        parts = Parts.read(source, config)
+        names = _backends(parts, backend)
+        if _why_not(parts, room, names) is None:
+            return _Compiled(parts, room, names[0], head)
+        del parts  # before the same comes again
+    return decoding_of(load_network(source, torch.float32, device), room, backend, head)
+
+
+def _plain_config(source: ModelSource) -> Any:
+    """config.json, where it and the headers of the tensors leave no doubt that the compiled decoder serves; or None."""
+    if not is_coded(source):
+        return None
+    said, index = model_config(source), tensor_index(source.directory)
+    rotary = said.get("rope_parameters")
+    plain = (
+        said.get("model_type") in FAMILIES
+        and all(type(said.get(name)) is int and said[name] > 0 for name in COUNTS)
+        and type(said.get("head_dim", 0)) in (int, type(None))
+        and type(said.get("rms_norm_eps")) is float
+        and type(said.get("tie_word_embeddings")) is bool
+        and isinstance(said.get("hidden_act"), str)
+        and isinstance(rotary, dict)
+        and isinstance(rotary.get("rope_type"), str)
+        and isinstance(rotary.get("rope_theta"), (int, float))
+    )
+    codebooks = [stored.shape for name, stored in index.items() if name.endswith(".codebooks")]
+    if not plain or len(codebooks) != LINEARS * said["num_hidden_layers"]:
+        return None
+    return SimpleNamespace(**said) if all(len(shape) == 4 and shape[1] <= 256 for shape in codebooks) else None
+
+
+class Parts(NamedTuple):
+    """A model taken apart, by the names of its tensors and linear layers."""
+
+    config: Any
+    layers: Mapping[str, AdditiveLinear]
+    tensors: Mapping[str, Tensor]  # all others
+
+    @classmethod
+    def of(cls, network: nn.Module) -> Parts:
+        layers = {path: module for path, module in network.named_modules() if isinstance(module, AdditiveLinear)}
+        tensors = {path: parameter.detach() for path, parameter in network.named_parameters(remove_duplicate=False)}
+        return cls(network.config, layers, tensors)
+
+    @classmethod
+    def read(cls, source: ModelSource, config: Any) -> Parts:
+        """Of an AQLM checkpoint; what it lacks is lacking here, but for one of two tensors that config.json ties.
+
+        Two that are both stored stay two: transformers ties them only where they are equal, which changes no number.
+        """
+        files = {stored.file for stored in tensor_index(source.directory).values()}
+        tensors = {name: tensor for file in files for name, tensor in load_tensors(file).items()}
+        layers = {}
+        for path in [name.removesuffix(".codes") for name in tensors if name.endswith(".codes")]:
+            own = {name: tensors.pop(f"{path}.{name}") for name in (*CODED, "bias") if f"{path}.{name}" in tensors}
+            if {"codebooks", "scales"} <= own.keys():
+                layers[path] = AdditiveLinear(from_checkpoint(own), own.get("bias")).requires_grad_(False)
+        for name, other in ((EMBEDDINGS, LAST), (LAST, EMBEDDINGS)) if config.tie_word_embeddings else ():
+            if other in tensors:
+                tensors.setdefault(name, tensors[other])
+        return cls(config, layers, tensors)
+
+
+class _Transformers:
+    def __init__(self, network: nn.Module, name: str) -> None:
+        self.name = name
+        self._network: Any = network
+        self._stepping = Stepping(network)
+
+    def read(self, ids: Tensor) -> Tensor:
+        self._stepping = Stepping(self._network)
+        return self._forward(ids)
+
+    def step(self, token: int) -> Tensor:
+        return self._forward(torch.tensor([token], device=self._network.device))
+
+    @torch.inference_mode()
+    def _forward(self, ids: Tensor) -> Tensor:
+        return self._stepping(ids[None])[0].float()
+
+
+class _Compiled:
+    def __init__(self, parts: Parts, room: int, backend: str, head: Head) -> None:
+        self.name = f"compiled decoder, {backend}"
+        decoder = _decoder(parts, room, PLANES[backend], head)
+        decoder.step(0)  # compiles, in some seconds, where no earlier process has
+        self.read, self.step = decoder.read, decoder.step
+
+
+def _backends(parts: Parts, backend: str | None) -> list[str]:
+    kinds = {(layer.codebooks.shape, layer.codes.device) for layer in parts.layers.values()}
+    return sorted({choose(smallest(*shape), device, backend).name for shape, device in kinds})
+
+
+# ------------------------------------------------------------------------------------------------ the compiled decoder
+
+
+def _why_not(parts: Parts, room: int, backends: list[str]) -> str | None:
+    """Why the compiled decoder cannot run the model, or None."""
+    config = parts.config
+    if config.model_type not in FAMILIES:
+        return f"the compiled decoder knows {', '.join(FAMILIES)}, this is {config.model_type}"
+    if len(backends) != 1 or backends[0] not in PLANES:
+        return f"the compiled decoder needs one of {', '.join(PLANES)}"
+    if config.hidden_act != "silu":
+        return f"the compiled decoder knows no {config.hidden_act}"
+    if config.rope_parameters["rope_type"] not in FIXED_ANGLES:
+        return f"the compiled decoder knows no {config.rope_parameters['rope_type']} positions"
+    if config.rope_parameters.get("partial_rotary_factor", 1) != 1:
+        return "the compiled decoder knows no heads with positions in a part of them"
+    if (getattr(config, "sliding_window", None) or room) < room:
+        return f"the compiled decoder sees all tokens, this model {config.sliding_window}"
+    if _head_size(config) % 2 or config.num_attention_heads % config.num_key_value_heads:
+        return "the compiled decoder knows heads of an even size alone, as many for each key"
+    for path, shape in _linear_shapes(config).items():
+        layer = parts.layers.get(path)
+        if layer is None:
+            return f"the compiled decoder needs codes for {path}, too"
+        if (layer.out_features, layer.in_features) != shape:
+            return f"the compiled decoder needs {shape} weights in {path}"
+        if layer.bias is not None and not path.endswith(ATTENTION_IN):
+            return f"the compiled decoder knows no bias of {path}"
+    for block in _block_paths(config):
+        for stack in ATTENTION_IN, NETWORK_IN:
+            if len({parts.layers[f"{block}.{name}"].codebooks.shape for name in stack}) > 1:
+                return f"the compiled decoder needs one scheme for {', '.join(stack)} of {block}"
+    for name, size in _other_shapes(config).items():
+        if name not in parts.tensors or parts.tensors[name].shape != size:
+            return f"the compiled decoder needs a tensor {name} of {size}"
+    return None
+
+
+def _block_paths(config: Any) -> list[str]:
+    return [f"model.layers.{number}" for number in range(config.num_hidden_layers)]
+
+
+def _linear_shapes(config: Any) -> dict[str, tuple[int, int]]:
+    """Outputs and inputs of every linear layer in the blocks."""
+    d, f, e = config.hidden_size, config.intermediate_size, _head_size(config)
+    heads, key_heads = config.num_attention_heads * e, config.num_key_value_heads * e
+    shapes = dict(zip(ATTENTION_IN, [(heads, d), (key_heads, d), (key_heads, d)], strict=True))
+    shapes |= {ATTENTION_OUT: (d, heads), **dict.fromkeys(NETWORK_IN, (f, d)), NETWORK_OUT: (d, f)}
+    return {f"{block}.{name}": shape for block in _block_paths(config) for name, shape in shapes.items()}
+
+
+def _other_shapes(config: Any) -> dict[str, tuple[int, ...]]:
+    d, vocabulary = config.hidden_size, config.vocab_size
+    norms = [f"{block}.{name}_layernorm.weight" for block in _block_paths(config) for name in NORMS]
+    shapes: dict[str, tuple[int, ...]] = dict.fromkeys([*norms, "model.norm.weight"], (d,))
+    return {**shapes, EMBEDDINGS: (vocabulary, d), LAST: (vocabulary, d)}
+
+
+def _head_size(config: Any) -> int:
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+def _decoder(parts: Parts, room: int, planes: int, head: Head) -> Decoder:
+    config, tensors = parts.config, parts.tensors
+    return Decoder(
+        [_block(parts, block) for block in _block_paths(config)],
+        embeddings=tensors[EMBEDDINGS],
+        norm=tensors["model.norm.weight"],
+        head=ByteRows.of(tensors[LAST]) if head == "int8" else narrowest(tensors[LAST]),
+        angles=_angles(config, room),
+        key_heads=config.num_key_value_heads,
+        epsilon=config.rms_norm_eps,
+        planes=planes,
+    )
+
+
+def _block(parts: Parts, block: str) -> DecoderBlock:
+    layers, tensors = parts.layers, parts.tensors
+    attention_norm, network_norm = (tensors[f"{block}.{name}_layernorm.weight"] for name in NORMS)
+    return DecoderBlock(
+        attention_norm=attention_norm,
+        attention_in=[layers[f"{block}.{name}"] for name in ATTENTION_IN],
+        attention_out=layers[f"{block}.{ATTENTION_OUT}"],
+        network_norm=network_norm,
+        network_in=[layers[f"{block}.{name}"] for name in NETWORK_IN],
+        network_out=layers[f"{block}.{NETWORK_OUT}"],
+    )
+
+
+def _angles(config: Any, room: int) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the rotary positions, [room, e]."""
+    e, settings = _head_size(config), config.rope_parameters
+    if settings["rope_type"] == "default":
+        frequencies, factor = settings["rope_theta"] ** -(torch.arange(0, e, 2).float() / e), 1.0
+    else:
+        known = config if isinstance(config, PreTrainedConfig) else AutoConfig.for_model(**vars(config))
+        frequencies, factor = ROPE_INIT_FUNCTIONS[settings["rope_type"]](known, "cpu", seq_len=room)
+    angles = torch.outer(torch.arange(room).float(), frequencies).repeat(1, 2)  # [room, e]
+    return angles.cos() * factor, angles.sin() * factor
+
+
+def narrowest(weight: Tensor) -> Tensor:
+    """The same numbers in 16 bits, where that loses nothing: a model in float32 comes from a file in 16 bits."""
+    weight = weight.float() if weight.dtype == torch.float64 else weight
+    for dtype in (torch.float16, torch.bfloat16) if weight.itemsize > 2 else ():
+        if torch.equal(weight.to(dtype).to(weight.dtype), weight):
+            return weight.to(dtype)
+    return weight

@@ -1,0 +1,90 @@
+"""Models by their shape alone, with random numbers: to see the speed of a scheme before anything is fetched."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from aqlm_cli.errors import UsageError
+from aqlm_cli.models.blocks import find_blocks, linears, replace_module
+from aqlm_cli.models.loading import without_weights
+from aqlm_cli.spec.schemes import AdditiveScheme
+from aqlm_kernels import AdditiveLinear, AdditiveMatrix
+
+SHAPES: dict[str, tuple[int, int, int, int, int, int, bool]] = {
+    # hidden, intermediate, blocks, heads, key heads, vocabulary, whether the head is the embedding
+    "smollm2-135m": (576, 1536, 30, 9, 3, 49152, True),
+    "llama-3.2-1b": (2048, 8192, 16, 32, 8, 128256, True),
+    "llama-3.2-3b": (3072, 8192, 28, 24, 8, 128256, True),
+    "llama-3.1-8b": (4096, 14336, 32, 32, 8, 128256, False),
+    "llama-2-7b": (4096, 11008, 32, 32, 32, 32000, False),
+    "mistral-7b": (4096, 14336, 32, 32, 8, 32768, False),
+}
+
+
+def empty_network(shape: str) -> transformers.PreTrainedModel:
+    """A Llama of the shape without weights. Raises UsageError for a shape that is not known."""
+    return without_weights(_config(shape))
+
+
+def random_network(shape: str, dtype: torch.dtype) -> transformers.PreTrainedModel:
+    """The same with random weights."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = transformers.AutoModelForCausalLM.from_config(_config(shape), dtype=dtype)
+    return _ready(network)
+
+
+def random_packed_network(shape: str, scheme: AdditiveScheme) -> transformers.PreTrainedModel:
+    """The same with random codes in the linear layers of its blocks, which never exist in full; float32 elsewhere."""
+    network = empty_network(shape)
+    draw = torch.Generator().manual_seed(0)
+    blocks = find_blocks(network)
+    for prefix, block in zip(blocks.paths, blocks.modules, strict=True):
+        for path, layer in linears(block, prefix).items():
+            replace_module(network, path, _random_layer(layer, scheme, draw))
+    for module in network.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.is_meta:
+                values = (0.02 * torch.randn(parameter.shape, generator=draw)).half().float()
+                setattr(module, name, nn.Parameter(values if parameter.ndim > 1 else torch.ones(parameter.shape)))
+    network.tie_weights()
+    rotary: Any = network.model.rotary_emb
+    network.model.rotary_emb = type(rotary)(network.config)  # its angles are buffers, which were not made
+    return _ready(network)
+
+
+def _random_layer(layer: nn.Linear, scheme: AdditiveScheme, draw: torch.Generator) -> AdditiveLinear:
+    groups = layer.in_features // scheme.group_size
+    shape, size = (layer.out_features, groups, scheme.num_codebooks), 2**scheme.codebook_bits
+    codes = torch.randint(0, size, shape, generator=draw, dtype=torch.uint8 if size <= 256 else torch.int32)
+    codebooks = torch.randn(scheme.num_codebooks, size, scheme.group_size, generator=draw)
+    scales = torch.full((layer.out_features,), 0.02 / math.sqrt(scheme.num_codebooks))
+    return AdditiveLinear(AdditiveMatrix(codes, codebooks, scales))
+
+
+def _ready(network: transformers.PreTrainedModel) -> transformers.PreTrainedModel:
+    network.eval()
+    network.requires_grad_(False)
+    return network
+
+
+def _config(shape: str) -> Any:
+    if shape not in SHAPES:
+        raise UsageError(f"there is no shape {shape}; choose one of {', '.join(SHAPES)}")
+    hidden, intermediate, blocks, heads, key_heads, vocabulary, tied = SHAPES[shape]
+    return transformers.AutoConfig.for_model(
+        "llama",
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=blocks,
+        num_attention_heads=heads,
+        num_key_value_heads=key_heads,
+        vocab_size=vocabulary,
+        tie_word_embeddings=tied,
+        max_position_embeddings=4096,
+    )

@@ -1,0 +1,112 @@
+"""What a name means: an alias, a .gguf file, a directory, a run, or an id on the hub.
+
+A run stands for what it has packed, so every command that takes a model takes a run, too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+import transformers
+
+from aqlm_cli.errors import ArtifactError, ModelError
+from aqlm_cli.models.loading import load_config
+from aqlm_cli.models.source import (
+    ALIASES,
+    ModelSource,
+    default_cache,
+    directory_source,
+    end_tokens,
+    find_gguf,
+    hub_source,
+    model_config,
+)
+from aqlm_cli.runs.directory import RunDirectory, is_run, read_run
+
+
+def resolve(
+    name: str,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    cache_dir: Path | None = None,
+    with_weights: bool = True,
+) -> ModelSource:
+    """Find the language model that `name` means; without weights, nothing large is fetched from the hub.
+
+    Raises ModelError if there is none, if it cannot be fetched, or if it is not a decoder-only language model, and
+    ArtifactError for a run that has packed nothing yet.
+    """
+    cache, path = cache_dir or default_cache(), Path(name).expanduser()
+    if revision is not None and (name in ALIASES or path.exists()):
+        raise ModelError(f"{name} lies on this disk and has no revisions; drop --revision")
+    if found := find_gguf(name):
+        from aqlm_cli.models.gguf_import import gguf_source  # imports transformers' networks, in a second
+
+        source = gguf_source(found, cache)
+    elif is_run(path):
+        packed = read_run(path).current("packed").directory
+        source = dataclasses.replace(directory_source(packed, cache), short_name=path.resolve().name)
+    elif path.is_dir():
+        source = directory_source(path, cache)
+    else:
+        source = hub_source(name, revision, cache, trust_remote_code, with_weights)
+    source = dataclasses.replace(source, name=name, trust_remote_code=trust_remote_code)
+    _check_language_model(source)
+    end_tokens(source)  # refuses a generation_config.json that holds none
+    return source
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What a command is pointed at: a model, or what a run has packed."""
+
+    source: ModelSource
+    run: RunDirectory | None
+
+    def original(self) -> ModelSource | None:
+        """The model that the run was made from; None for a model that stands for itself."""
+        return None if self.run is None else original_of(self.run)
+
+
+def find_subject(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Subject:
+    """`revision` is that of a model on the hub; a run knows its own."""
+    if not is_run(Path(name)):
+        return Subject(resolve(name, revision, trust_remote_code), run=None)
+    run = read_run(Path(name))
+    return Subject(resolve(name, None, trust_remote_code or run.config.trust_remote_code), run)
+
+
+def original_of(run: RunDirectory) -> ModelSource:
+    """The model that a run was made from; ArtifactError if its name now means another one."""
+    config, quantized = run.config, run.artifact("quantized")
+    source = resolve(config.model, config.revision, config.trust_remote_code)
+    if quantized is not None and quantized.manifest.parents.get("model") != source.identity:
+        raise ArtifactError(
+            f"{quantized.directory} was made from {quantized.manifest.parents.get('model')}, and {config.model} is now "
+            f"{source.identity}; bring the old model back, or redo the run with --overwrite"
+        )
+    return source
+
+
+def _check_language_model(source: ModelSource) -> None:
+    """A decoder that predicts the next token, and not, say, BERT, for which transformers has such a class too."""
+    said = model_config(source)
+    kind, named = said.get("model_type"), said.get("architectures")
+    known = isinstance(kind, str) and kind in transformers.CONFIG_MAPPING
+    if known and isinstance(named, list) and any(str(name).endswith("ForCausalLM") for name in named):
+        return  # without transformers' own config, which imports its networks
+    config = load_config(source)
+    causal = getattr(transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None), "__name__", None)
+    named = config.architectures
+    names = [str(name) for name in named] if isinstance(named, list) and named else [str(causal or config.model_type)]
+    # Of a model that sees or hears as well, the decoder is what transformers makes of its config.
+    wider = causal is not None and not config.is_encoder_decoder
+    endings = ("ForCausalLM", "ForConditionalGeneration") if wider else ("ForCausalLM",)
+    # What was saved without its head has the head of its embeddings, or lacks one, which is told where it is read.
+    body = getattr(transformers.MODEL_MAPPING.get(type(config), None), "__name__", None) if wider else None
+    if not any(name in (causal, body) or name.endswith(endings) for name in names):
+        raise ModelError(
+            f"{source.name} is not a decoder-only language model but {', '.join(names)}; choose one that generates text"
+        )

@@ -1,0 +1,264 @@
+"""The walk: one block of a transformer after another, each given what the whole model would give it.
+
+A language model is an embedding, a list of blocks, a last norm and a head. What a block is given besides its hidden
+states differs by family: rotary embeddings, masks, embeddings of its own tokens (Gemma 3n), keys of an earlier block
+(Gemma 4), the router states of the one before (Zaya). None of it is rebuilt here. To call block i on some windows, the
+model's own forward runs on their token ids with stand-ins for the blocks, which return what the blocks returned, and
+stops at block i: its arguments are then those of the model. What costs time, the blocks, is computed once.
+
+    walk = open_walk(network, load, ids)              # refuses a family for which this is not what the model computes
+    hidden, handed = walk.entering(ids), {}           # [b, L, d]
+    for index in range(len(walk.paths)):
+        hidden, handed = walk.given(index, ids, hidden, handed).run(load(index))
+    logits = walk.logits(ids, hidden, handed)
+
+`handed` is what blocks hand on besides their hidden states: further elements of the tuple that they return, and what
+they put into a dictionary that they share. Its names are paths in JSON: ["out", 1], ["kwargs", "shared_kv_states",
+"full_attention", 0]. All tensors between two blocks have the windows first. Nothing here knows a family, or
+transformers.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import wraps
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from aqlm_cli.errors import ModelError
+from aqlm_cli.models.blocks import Blocks
+
+Path: TypeAlias = tuple[str | int, ...]
+"""Where a tensor lies in the arguments of a block, or in what it returns."""
+
+HIDDEN = json.dumps(["out", 0])
+"""The name of the hidden states in `Form.batch_dims`."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """What the blocks of a model return and hand on."""
+
+    lengths: tuple[int | None, ...]  # of the tuple that each block returns; None where it returns hidden states alone
+    needed: frozenset[int]  # elements of these tuples, beside the hidden states, that the model passes to later blocks
+    batch_dims: Mapping[str, int]  # the dimension of the windows in each tensor, by name
+
+
+@dataclass(frozen=True, eq=False)
+class BlockInput:
+    """All that the model gives one block for some windows, hidden states included; to be used once."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    form: Form
+    carried: frozenset[str] = frozenset()  # names of what earlier blocks have handed on to this one
+
+    @classmethod
+    def alone(cls, hidden: Tensor) -> BlockInput:
+        """Of a block that takes hidden states `[b, L, d]` and nothing else."""
+        return cls((hidden,), {}, Form((None,), frozenset(), {HIDDEN: 0}))
+
+    @property
+    def device(self) -> torch.device:
+        return next(tensor.device for _, tensor in leaves((self.args, self.kwargs)))
+
+    def __call__(self, block: nn.Module) -> Tensor:
+        """The block's output, windows first."""
+        return self._windows_first(HIDDEN, elements_of(block(*self.args, **self.kwargs))[0])
+
+    def run(self, block: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
+        """The block's output and what it hands on, windows first."""
+        before = dict(shared_tensors(self.args, self.kwargs))
+        elements = elements_of(block(*self.args, **self.kwargs))
+        handed = {json.dumps(["out", place]): elements[place] for place in self.form.needed if place < len(elements)}
+        for name, tensor in shared_tensors(self.args, self.kwargs):
+            if name in self.carried or before.get(name) is not tensor:
+                handed[name] = tensor
+        tensors = {name: value for name, value in handed.items() if isinstance(value, Tensor)}
+        first = {name: self._windows_first(name, tensor) for name, tensor in tensors.items()}
+        return self._windows_first(HIDDEN, elements[0]), first
+
+    def _windows_first(self, name: str, tensor: Tensor) -> Tensor:
+        return tensor.movedim(self.form.batch_dims[name], 0)
+
+
+@dataclass(frozen=True, eq=False)
+class Walk:
+    """`network` needs no weights inside of its blocks, which `load` gives by their index."""
+
+    network: nn.Module
+    blocks: Blocks
+    load: Callable[[int], nn.Module]
+    form: Form
+    dtype: torch.dtype = torch.float32  # of the products in its blocks
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        return self.blocks.paths
+
+    @property
+    def device(self) -> torch.device:
+        return device_of(self.network)
+
+    def last(self, layers: Sequence[str]) -> int:
+        """The last block that holds one of the layers with these paths."""
+        return max(i for i, path in enumerate(self.paths) if any(name.startswith(path + ".") for name in layers))
+
+    def entering(self, ids: Tensor) -> Tensor:
+        """The hidden states that enter block 0 for the token ids `[b, L]`, windows first; no block is computed."""
+        args, kwargs = self._reached(0, ids, None, {})
+        hidden: Tensor = args[0] if args else kwargs[_hidden_name(self.blocks.modules[0])]
+        return hidden.movedim(self.form.batch_dims[HIDDEN], 0)
+
+    def given(self, index: int, ids: Tensor, hidden: Tensor, handed: Mapping[str, Tensor]) -> BlockInput:
+        """For block `index` after the one before it has put out `hidden`, and all before it have handed on `handed`.
+
+        For block 0 both are what `entering` and an empty mapping say.
+        """
+        args, kwargs = self._reached(index, ids, hidden, handed)
+        placed = {name: self._placed(name, tensor) for name, tensor in handed.items()}
+        _fill(args, kwargs, placed)
+        return BlockInput(args, kwargs, self.form, frozenset(name for name in placed if json.loads(name)[0] != "out"))
+
+    def logits(self, ids: Tensor, hidden: Tensor, handed: Mapping[str, Tensor]) -> Tensor:
+        """The logits `[b, L, vocabulary]` where the last block puts out `hidden`; no block is computed."""
+        with torch.no_grad(), standing_in(self.blocks, self._answers(hidden, handed)):
+            logits: Tensor = self.network(input_ids=ids.to(self.device), use_cache=False).logits
+        return logits
+
+    def _reached(
+        self, index: int, ids: Tensor, hidden: Tensor | None, handed: Mapping[str, Tensor]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of block `index`, as the model's own forward makes them."""
+        reached: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        answers = self._answers(hidden, handed)
+
+        def answer(number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if number == index:
+                reached.append((args, kwargs))
+                raise _Reached
+            return answers(number, args, kwargs)
+
+        # no_grad and not inference_mode: what is recorded here takes part in later passes that do have gradients.
+        with torch.no_grad(), standing_in(self.blocks, answer):
+            try:
+                self.network(input_ids=ids.to(self.device), use_cache=False)
+            except _Reached:
+                return reached[0]
+        raise ModelError(f"{family_of(self.network)} finishes without calling all of its blocks; it is not supported")
+
+    def _answers(self, hidden: Tensor | None, handed: Mapping[str, Tensor]) -> Answer:
+        placed = {HIDDEN: hidden} if hidden is not None else {}
+        placed |= {name: tensor for name, tensor in handed.items() if json.loads(name)[0] == "out"}
+        placed = {name: self._placed(name, tensor) for name, tensor in placed.items()}
+
+        def answer(number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            length = self.form.lengths[number]
+            if length is None:
+                return placed[HIDDEN]
+            return tuple(placed.get(json.dumps(["out", place])) for place in range(length))
+
+        return answer
+
+    def _placed(self, name: str, tensor: Tensor) -> Tensor:
+        """As the model has it, from windows first."""
+        return tensor.to(self.device).movedim(0, self.form.batch_dims[name])
+
+
+Answer: TypeAlias = Callable[[int, tuple[Any, ...], dict[str, Any]], Any]
+"""What the block with this number returns for these arguments."""
+
+
+class _Reached(Exception):
+    """Leaves a forward pass at the point up to which it was wanted."""
+
+
+@contextmanager
+def standing_in(blocks: Blocks, answer: Answer) -> Iterator[None]:
+    """While open, none of the blocks computes: each returns what `answer` gives."""
+
+    def stand_in(index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(forward)  # some families look at the signature
+        def forward_in_its_place(*args: Any, **kwargs: Any) -> Any:
+            return answer(index, args, kwargs)
+
+        return forward_in_its_place
+
+    for index, block in enumerate(blocks.modules):
+        block.forward = stand_in(index, block.forward)
+    try:
+        yield
+    finally:
+        for block in blocks.modules:
+            del block.forward  # that of the class shows again
+
+
+def _hidden_name(block: nn.Module) -> str:
+    """The hidden states are the first parameter of a block's forward."""
+    return next(iter(inspect.signature(block.forward).parameters))
+
+
+def elements_of(returned: Any) -> Sequence[Any]:
+    return returned if isinstance(returned, (tuple, list)) else (returned,)
+
+
+def device_of(network: nn.Module) -> torch.device:
+    """Of its weights; those inside of its blocks may be without numbers."""
+    return next(tensor.device for tensor in network.parameters() if not tensor.is_meta)
+
+
+def family_of(network: nn.Module) -> str:
+    kind = getattr(getattr(network, "config", None), "model_type", None)
+    return f"the family {kind} ({type(network).__name__})" if kind else type(network).__name__
+
+
+# ------------------------------------------------------------------------------------- what blocks hand to each other
+
+
+def leaves(value: Any, path: Path = ()) -> Iterator[tuple[Path, Tensor]]:
+    """Every tensor in nested mappings and sequences, with the keys that lead there."""
+    if isinstance(value, Tensor):
+        yield path, value
+    elif isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from leaves(inner, (*path, key))
+    elif isinstance(value, (tuple, list)):
+        for place, inner in enumerate(value):
+            yield from leaves(inner, (*path, place))
+
+
+def shared_tensors(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """By name every tensor in the dictionaries among the arguments, into which a block may put more."""
+    roots: list[tuple[Path, Any]] = [(("args", place), value) for place, value in enumerate(args)]
+    roots += [(("kwargs", name), value) for name, value in kwargs.items()]
+    for root, value in roots:
+        if isinstance(value, MutableMapping):
+            for path, tensor in leaves(value, root):
+                yield json.dumps(path), tensor
+
+
+def _fill(args: tuple[Any, ...], kwargs: Mapping[str, Any], handed: Mapping[str, Tensor]) -> None:
+    """Put what earlier blocks have handed on into the dictionaries from which it came."""
+    inside: dict[tuple[str, Any, Any], dict[Path, Tensor]] = {}
+    for name, tensor in handed.items():
+        root, *path = json.loads(name)
+        if root != "out":
+            inside.setdefault((root, path[0], path[1]), {})[tuple(path[2:])] = tensor
+    for (root, key, entry), parts in inside.items():
+        place = args if root == "args" else kwargs
+        place[key][entry] = _built(parts)
+
+
+def _built(parts: Mapping[Path, Tensor]) -> Any:
+    """Nested tuples, by number, and dictionaries, by name, from their leaves."""
+    if () in parts:
+        return parts[()]
+    heads = dict.fromkeys(path[0] for path in parts)
+    inner = {head: _built({path[1:]: leaf for path, leaf in parts.items() if path[0] == head}) for head in heads}
+    return tuple(inner[head] for head in sorted(heads)) if all(isinstance(head, int) for head in heads) else inner

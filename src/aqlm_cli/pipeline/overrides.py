@@ -1,0 +1,92 @@
+"""The settings that a command works with, flags over files, and the run directory that they mean."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from aqlm_cli.errors import ArtifactError, UsageError
+from aqlm_cli.models import refuse_longer_than_stated, refuse_too_long, resolve
+from aqlm_cli.runs.directory import is_run, read_run
+from aqlm_cli.spec.config import QuantizeConfig, RunConfig
+from aqlm_cli.spec.run_file import build_config
+from aqlm_cli.spec.schemes import SCHEMES_BY_BITS, parse_scheme
+
+
+def default_run_directory(config: RunConfig) -> Path:
+    """runs/NAME-2bit where `--bits 2` means the scheme, runs/NAME-SCHEME elsewhere."""
+    scheme = parse_scheme(config.quantize.scheme)
+    bits = next((bits for bits, known in SCHEMES_BY_BITS.items() if known == scheme), None)
+    label = str(scheme) if bits is None else f"{bits:g}bit"
+    source = resolve(config.model, config.revision, config.trust_remote_code)
+    return Path("runs") / f"{source.short_name}-{label}"
+
+
+def refuse_lengths(config: RunConfig) -> None:
+    """ModelError for windows that the last stages of a run file would find longer than the model reads."""
+    source = resolve(config.model, config.revision, config.trust_remote_code)
+    if "finetune" in config.model_fields_set:
+        refuse_too_long(source, config.finetune.sequence_length, "finetune.sequence_length")
+    refuse_longer_than_stated(source, config.eval_ppl.sequence_length, "eval_ppl.sequence_length")
+    refuse_longer_than_stated(source, config.bench.prompt + config.bench.tokens, "bench.prompt or bench.tokens")
+
+
+def settings_of_run(directory: Path, flags: Mapping[str, Any]) -> RunConfig:
+    """The flags over the run's own file."""
+    return build_config(None, read_run(directory).file, flags)
+
+
+def settings_for(target: str, flags: Mapping[str, Any]) -> RunConfig:
+    """The flags over the file of `target`, where that is a run, or over the defaults, where it is a model."""
+    if is_run(Path(target)):
+        return settings_of_run(Path(target), flags)
+    return build_config(None, None, {**flags, "model": target})
+
+
+def settings_to_finetune(
+    target: str,
+    teacher: str | None,
+    out: Path | None,
+    flags: Mapping[str, Any],
+    preset: str | None,
+    section: Mapping[str, Any],
+) -> tuple[RunConfig, Path]:
+    """Those of the run at `target`, and that run; given a teacher or a place, of a new run that begins with its codes.
+
+    The flags of the section beat the preset, which beats the run file; steps take the place of its time budget. Raises
+    ArtifactError where nothing says what the original is, and ModelError for windows longer than it reads.
+    """
+    if teacher is None and not is_run(Path(target)):
+        raise ArtifactError(
+            f"{target} is not a run directory; if it is an AQLM checkpoint, name its original with --teacher"
+        )
+    flags = {**flags, "finetune": section}
+    if teacher is None and out is None:
+        config, directory = build_config(None, read_run(Path(target)).file, flags, preset), Path(target)
+    else:
+        config, directory = _settings_to_adopt(target, teacher, out, flags, preset)
+    source = resolve(config.model, config.revision, config.trust_remote_code)
+    refuse_too_long(source, config.finetune.sequence_length, "--sequence-length")
+    if section["steps"] is None:
+        return config, directory
+    tuned = config.finetune.model_copy(update={"time_budget": None})
+    return config.model_copy(update={"finetune": tuned}), directory
+
+
+def _settings_to_adopt(
+    target: str, teacher: str | None, out: Path | None, flags: Mapping[str, Any], preset: str | None
+) -> tuple[RunConfig, Path]:
+    """The flags over the file of the new run, if it has been begun, or else of the run at `target`, if it is one."""
+    place = Path(target).resolve()
+    directory = out or Path("runs") / f"{place.name}-finetuned"
+    if directory.resolve() == place:
+        raise UsageError(f"--out {out} is {target} itself; choose another place")
+    runs = [read_run(path) for path in (directory, Path(target)) if is_run(path)]
+    model = teacher or read_run(Path(target)).config.model
+    config = build_config(None, runs[0].file if runs else None, {**flags, "model": model}, preset)
+    section = QuantizeConfig(checkpoint=target)  # how a run at `target` came to its codes does not matter any more
+    # These two say something of one model, and there is no flag for them.
+    known = next((run.config for run in reversed(runs) if run.config.model == model), None)
+    revision, trust = (None, False) if known is None else (known.revision, known.trust_remote_code)
+    return config.model_copy(update={"revision": revision, "trust_remote_code": trust, "quantize": section}), directory

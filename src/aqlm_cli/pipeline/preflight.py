@@ -1,0 +1,186 @@
+"""A model before any of its weights is read: what happens to each layer, how large everything is, what a limit allows.
+
+Known from config.json and the headers of the files; from config.json alone where there are no files.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from aqlm_cli.data.spec import share_windows
+from aqlm_cli.errors import ConfigError, PlanError
+from aqlm_cli.export.layout import lay_out
+from aqlm_cli.export.writer import checkpoint_bytes
+from aqlm_cli.formatting import readable_bytes
+from aqlm_cli.models import (
+    ModelSource,
+    load_skeleton,
+    plan_of_checkpoint,
+    refuse_too_long,
+    resolve,
+    saved_layouts,
+    tensor_index,
+    untie_stored,
+)
+from aqlm_cli.models.blocks import count_parameters, describe_layers, find_blocks
+from aqlm_cli.models.hidden_states import compute_dtype
+from aqlm_cli.models.weight_files import has_weights
+from aqlm_cli.records import PlanReport
+from aqlm_cli.spec.config import QuantizeConfig, RunConfig
+from aqlm_cli.spec.cost import (
+    BlockShape,
+    ModelShape,
+    Work,
+    calibration_disk,
+    packing_disk,
+    quantization_disk,
+    within_memory,
+    work_of,
+)
+from aqlm_cli.spec.plan import Plan, Target, make_plan
+from aqlm_cli.spec.schemes import AdditiveScheme, Scheme, parse_scheme
+from aqlm_cli.spec.units import parse_bytes
+from aqlm_kernels import choose, smallest
+
+
+@dataclass(frozen=True, eq=False)
+class Survey:
+    source: ModelSource
+    plan: Plan
+    shape: ModelShape
+    packed_bytes: int  # of the safetensors of the packed checkpoint, to the byte
+
+
+def survey(config: RunConfig, with_weights: bool = True) -> Survey:
+    """Of the model that the settings name; `with_weights` False fetches none from the hub.
+
+    Raises ModelError where the files do not hold what config.json asks for, ConfigError where the settings ask for
+    other codes than those of the checkpoint that they name, and PlanError where what comes of them could not be packed.
+    """
+    from aqlm_cli.models.trial import refuse_gaps  # takes seconds to import, as a network does
+
+    source = resolve(config.model, config.revision, config.trust_remote_code, with_weights=with_weights)
+    section = config.quantize
+    if section.checkpoint is None:  # else no text is read
+        refuse_too_long(source, config.calibrate.sequence_length, "--sequence-length")
+    network = load_skeleton(source)
+    there = tensor_index(source.directory) if has_weights(source.directory) else None
+    untie_stored(network, there or ())
+    stored = saved_layouts(network) if there is None else {name: tensor.layout for name, tensor in there.items()}
+    if there is not None:
+        refuse_gaps(source, network, stored)
+    layers, count = describe_layers(network), count_parameters(network)
+    if section.checkpoint is None:
+        plan = make_plan(layers, count, parse_scheme(section.scheme), section.skip, section.only)
+    else:
+        plan = plan_of_checkpoint(checkpoint_of(config), source, network, layers, count)
+        _refuse_other_codes(section, str(plan.scheme))
+    layout = lay_out(network, stored, plan.schemes, config.pack.format, _fitted(network, plan))
+    return Survey(source, plan, model_shape(network, plan), checkpoint_bytes(layout.tensors))
+
+
+def _refuse_other_codes(section: QuantizeConfig, scheme: str) -> None:
+    """What is not said says nothing, and the run file of a finished run says what became of it."""
+    decided = QuantizeConfig(scheme=scheme)
+    for name in sorted(section.model_fields_set & {"method", "scheme", "skip", "only"}):
+        if getattr(section, name) != getattr(decided, name):
+            line = f"quantize.{name} has no say where the codes of {section.checkpoint} are taken over; leave it out"
+            raise ConfigError(line)
+
+
+def checkpoint_of(config: RunConfig) -> ModelSource:
+    """That from which the codes are taken over."""
+    assert config.quantize.checkpoint is not None
+    return resolve(config.quantize.checkpoint, trust_remote_code=config.trust_remote_code)
+
+
+def model_shape(network: nn.Module, plan: Plan) -> ModelShape:
+    """What a forecast needs to know of the network, which may be without weights."""
+    blocks = find_blocks(network)
+    targets: dict[str, list[Target]] = {path: [] for path in blocks.paths}
+    for target in plan.targets:
+        targets[next(path for path in blocks.paths if target.path.startswith(path + "."))].append(target)
+    shapes = tuple(
+        BlockShape(tuple(targets[path]), sum(parameter.numel() for parameter in module.parameters()))
+        for path, module in zip(blocks.paths, blocks.modules, strict=True)
+    )
+    inside = {id(parameter) for module in blocks.modules for parameter in module.parameters()}
+    matrices = [tensor for tensor in network.parameters() if tensor.ndim == 2 and id(tensor) not in inside]
+    vocabulary, hidden = max((tuple(tensor.shape) for tensor in matrices), key=math.prod, default=(0, 0))
+    outside = count_parameters(network) - sum(shape.parameters for shape in shapes)
+    return ModelShape(shapes, outside, vocabulary, hidden)
+
+
+def _fitted(network: nn.Module, plan: Plan) -> set[str]:
+    """Norms and biases of the blocks in which anything is quantized."""
+    blocks = find_blocks(network)
+    return {
+        f"{prefix}.{name}"
+        for prefix, block in zip(blocks.paths, blocks.modules, strict=True)
+        if any(path.startswith(prefix + ".") for path in plan.schemes)
+        for name, parameter in block.named_parameters()
+        if parameter.ndim == 1
+    }
+
+
+def planned_work(config: RunConfig, shape: ModelShape) -> Work:
+    """What the settings ask for, cut down to `max_memory`; PlanError where that cannot be."""
+    windows = sum(count for _, count in share_windows(config.calibrate.data, config.calibrate.sequences))
+    product_bytes = compute_dtype(torch.device(config.device)).itemsize
+    work = work_of(config, windows, torch.get_num_threads(), product_bytes)
+    return within_memory(shape, work, parse_bytes(config.max_memory) if config.max_memory else None)
+
+
+def within_limits(config: RunConfig, known: Survey) -> RunConfig:
+    """The settings with the batch that `max_memory` allows: it decides the last bits, and so stands in the run file.
+
+    Raises PlanError where `max_memory` or `max_disk` cannot be kept.
+    """
+    work = planned_work(config, known.shape)
+    needed = max(disk_needed(known, work).values())
+    if config.max_disk is not None and needed > parse_bytes(config.max_disk):
+        raise PlanError(
+            f"--max-disk {config.max_disk}: this run needs {readable_bytes(needed)}; fewer windows need less "
+            "(--data or --sequences), or give it more"
+        )
+    return config.model_copy(update={"quantize": config.quantize.model_copy(update={"batch": work.batch})})
+
+
+def disk_needed(known: Survey, work: Work) -> dict[str, int]:
+    """The most that the run has on the disk in each stage."""
+    return {
+        "calibrate": calibration_disk(known.shape, work),
+        "quantize": quantization_disk(known.shape, work),
+        "pack": packing_disk(known.shape, work, known.packed_bytes),
+    }
+
+
+def plan_report(config: RunConfig, plan: Plan) -> PlanReport:
+    scheme = plan.scheme
+    return PlanReport(
+        model=config.model,
+        method=config.quantize.method,
+        scheme=str(scheme),
+        layers=len(plan.quantized),
+        code_bits=plan.code_bits,
+        stored_bits=plan.stored_bits,
+        bytes_before=plan.bytes_before,
+        bytes_after=plan.bytes_after,
+        kernel=_kernel(scheme, torch.device(config.device)),
+        schemes={path: str(scheme) for path, scheme in plan.schemes.items()},
+        skipped=tuple((target.path, target.reason) for target in plan.targets if target.reason is not None),
+    )
+
+
+def _kernel(scheme: Scheme, device: torch.device) -> str | None:
+    """What will multiply by the compressed layers on this machine, and whether that is slow; None: torch."""
+    if not isinstance(scheme, AdditiveScheme):
+        return None
+    backend = choose(smallest(scheme.num_codebooks, scheme.codebook_size, scheme.group_size), device)
+    if backend.fast:
+        return backend.name
+    return f"{backend.name}: no fast kernel for {scheme} on this machine; schemes of 8 bits a code have one"

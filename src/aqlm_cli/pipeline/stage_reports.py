@@ -1,0 +1,200 @@
+"""What the stages return that make an artifact: what it is, and what it took beside what it was planned to take."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from rich.table import Table
+
+from aqlm_cli.errors import ArtifactError
+from aqlm_cli.formatting import both_bits, clock, facts, readable_bytes, shrinkage, text_name
+from aqlm_cli.records import Record
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageReport(Record):
+    """Of a stage that made the artifact in `directory`: what it took, and what it was `planned` to take, if it was.
+
+    `memory_bytes` is what the process had resident at most, `disk_bytes` what the run had on the disk; None where the
+    artifact was there already and does not tell.
+    """
+
+    directory: Path
+    seconds: float | None = None
+    memory_bytes: int | None = None
+    disk_bytes: int | None = None
+    planned: Mapping[str, float] | None = None
+
+    def costs(self) -> list[tuple[str, str]]:
+        """Rows of a table."""
+        rows: dict[str, tuple[str, Callable[[Any], str]]] = {
+            "seconds": ("time", clock),
+            "memory_bytes": ("peak memory", readable_bytes),
+            "disk_bytes": ("peak disk", readable_bytes),
+        }
+        planned = self.planned or {}
+        return [
+            (name, words(getattr(self, key)) + (f" (planned {words(planned[key])})" if key in planned else ""))
+            for key, (name, words) in rows.items()
+            if getattr(self, key) is not None
+        ]
+
+
+Report = TypeVar("Report", bound=StageReport)
+
+
+def restored(kind: type[Report], directory: Path, results: Mapping[str, Any]) -> Report:
+    """The report of a stage from its manifest. Raises ArtifactError where that was written in another form."""
+    try:
+        return kind(directory=directory, **results)
+    except TypeError as error:
+        raise ArtifactError(
+            f"the manifest of {directory} holds other results than this aqlm writes; redo its stage with --overwrite"
+        ) from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationReport(StageReport):
+    """`loss` is the model's mean negative log likelihood on the windows, in nats a token; `sources` counts windows, and
+    `bos` says that each begins with a beginning-of-text token."""
+
+    windows: int
+    sequence_length: int
+    tokens: int
+    loss: float
+    sources: Mapping[str, int]
+    bos: bool = False
+
+    def table(self) -> Table:
+        return facts(
+            "calibration",
+            [
+                (
+                    "windows",
+                    f"{self.windows} of {self.sequence_length} tokens ({self.tokens} tokens)"
+                    + (", each with a beginning token" if self.bos else ""),
+                ),
+                ("from", ", ".join(f"{text_name(source)} ({windows})" for source, windows in self.sources.items())),
+                ("loss of the model", f"{self.loss:.4f} nats a token"),
+                *self.costs(),
+                ("wrote", str(self.directory)),
+            ],
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizeReport(StageReport):
+    """`mean_relative_error` is the geometric mean over the layers of tr(dW H dW^T) / tr(W H W^T), in 16 bits and before
+    blocks are fitted."""
+
+    model: str
+    scheme: str
+    method: str
+    layers: int
+    code_bits: float
+    stored_bits: float
+    bytes_before: int
+    bytes_after: int
+    mean_relative_error: float
+
+    def table(self) -> Table:
+        return facts(
+            "quantized",
+            [
+                ("model", self.model),
+                ("layers", f"{self.layers}, {self.method} {self.scheme}"),
+                ("bits per weight", both_bits(self.code_bits, self.stored_bits)),
+                ("model size", shrinkage(self.bytes_before, self.bytes_after)),
+                ("relative error", f"{self.mean_relative_error:.3g} (geometric mean over the layers)"),
+                *self.costs(),
+                ("wrote", str(self.directory)),
+            ],
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdoptReport(StageReport):
+    """Codes of a `checkpoint` taken over; bits and bytes as in QuantizeReport."""
+
+    checkpoint: str
+    model: str
+    scheme: str
+    layers: int
+    code_bits: float
+    stored_bits: float
+    bytes_before: int
+    bytes_after: int
+
+    def table(self) -> Table:
+        return facts(
+            "taken over",
+            [
+                ("checkpoint", self.checkpoint),
+                ("model", self.model),
+                ("layers", f"{self.layers}, {self.scheme}"),
+                ("bits per weight", both_bits(self.code_bits, self.stored_bits)),
+                ("model size", shrinkage(self.bytes_before, self.bytes_after)),
+                *self.costs(),
+                ("wrote", str(self.directory)),
+            ],
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneReport(StageReport):
+    """`before` and `after` are KL(original || quantized) in nats a token on windows that were not trained on; `tokens`
+    counts those of all steps, `text_tokens` those of the text, which may have been gone through several times;
+    `changed` is how often a group of weights got other codes."""
+
+    steps: int
+    tokens: int
+    text_tokens: int
+    parameters: int
+    changed: int
+    before: float
+    after: float
+
+    def table(self) -> Table:
+        moved = f"groups got other codes {self.changed} times" if self.changed else "the codes stay"
+        return facts(
+            "finetuned",
+            [
+                ("steps", f"{self.steps}, {self.tokens} tokens of a text of {self.text_tokens}"),
+                ("trained", f"{self.parameters} numbers; {moved}"),
+                ("held-out KL", f"{self.before:.4f} -> {self.after:.4f} nats a token"),
+                *self.costs(),
+                ("wrote", str(self.directory)),
+            ],
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackReport(StageReport):
+    """`nominal_bits` is what the scheme stands for, `stored_bits` what a quantized weight takes in these files.
+
+    They differ where the format cannot hold the scheme: a uniform grid written as a 16-bit checkpoint stores 16 bits.
+    `bytes` counts every tensor of the checkpoint, embeddings and head included.
+    """
+
+    format: str
+    scheme: str
+    nominal_bits: float
+    stored_bits: float
+    bytes: int
+    layers: int
+
+    def table(self) -> Table:
+        return facts(
+            "packed",
+            [
+                ("format", self.format),
+                ("layers", f"{self.layers}, {self.scheme}"),
+                ("bits per weight", f"{self.nominal_bits:.3f} nominal, {self.stored_bits:.3f} in these files"),
+                ("size", readable_bytes(self.bytes)),
+                *self.costs(),
+                ("wrote", str(self.directory)),
+            ],
+        )

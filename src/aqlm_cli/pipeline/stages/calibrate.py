@@ -1,0 +1,165 @@
+"""`aqlm calibrate`: the text that quantization fits to, and what the original model says of it.
+
+`windows.safetensors` holds the token ids. A part of the windows goes through the original model once: the second moment
+of every input feature of every linear layer shows which features are dead and which are outliers, and the model's own
+loss shows at a glance whether the text suits it.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from aqlm_cli.data.sequences import TextTokenizer, beginning, calibration_windows, settings_of_text
+from aqlm_cli.errors import QuantizationError
+from aqlm_cli.events import Advanced, Emit, Noted, StageStarted
+from aqlm_cli.formatting import plain
+from aqlm_cli.memory import peak_memory_bytes, reset_peak_memory
+from aqlm_cli.models import ModelSource, load_tokenizer, refuse_too_long, refuse_unknown_tokens, resolve
+from aqlm_cli.models.blocks import linears
+from aqlm_cli.models.hidden_states import Handed, autocast, run_block
+from aqlm_cli.pipeline.stage_reports import CalibrationReport, restored
+from aqlm_cli.quantization.block_inputs import entering_states, walk_through
+from aqlm_cli.runs.artifact import Stage
+from aqlm_cli.runs.directory import open_run
+from aqlm_cli.runs.files import disk_bytes, save_tensors
+from aqlm_cli.spec.config import RunConfig
+from aqlm_cli.spec.cost import Cost
+
+STAGE = "calibrate"
+
+
+def calibrate(
+    config: RunConfig, run_directory: Path, overwrite: bool, emit: Emit, planned: Cost | None = None
+) -> CalibrationReport:
+    """Write `calibration/`, or reuse one that was made from the same model, text and seed.
+
+    `planned` is what it was thought to take, to stand beside what it took.
+    """
+    source = resolve(config.model, config.revision, config.trust_remote_code)
+    refuse_too_long(source, config.calibrate.sequence_length, "--sequence-length")
+    tokenizer = load_tokenizer(source)
+    opening = beginning(tokenizer, config.calibrate.bos)
+    run = open_run(run_directory, config, overwrite)
+    settings = {**settings_of_text(config.calibrate, bool(opening)), "seed": config.seed}
+    parents = {"model": source.identity}
+    calibration = run.reusable("calibration", "calibration", settings, parents, overwrite)
+    if calibration is None:
+        with run.stage("calibration", "calibration", settings, parents) as stage:
+            stage.work.mkdir()
+            results = _measure(config, source, tokenizer, opening, stage, emit)
+            calibration = stage.publish({**results, "planned": plain(planned)})
+    else:
+        emit(Noted(f"{calibration.directory} is there already, made from the same model and text"))
+    return restored(CalibrationReport, calibration.directory, calibration.manifest.results)
+
+
+def _measure(
+    config: RunConfig,
+    source: ModelSource,
+    tokenizer: TextTokenizer,
+    opening: Sequence[int],
+    stage: Stage,
+    emit: Emit,
+) -> dict[str, object]:
+    """Write the windows and the moments; return the fields of the report."""
+    started = time.monotonic()
+    reset_peak_memory()
+    section, length = config.calibrate, config.calibrate.sequence_length
+    windows = calibration_windows(
+        section.data, section.sequences, length, config.seed, tokenizer, opening=opening, emit=emit
+    )
+    refuse_unknown_tokens(source, windows.ids)
+    save_tensors(stage.directory / "windows.safetensors", {"ids": windows.ids.to(torch.int32)})
+    # Evenly spread, so that every source takes part.
+    chosen = torch.linspace(0, len(windows.ids) - 1, min(section.statistics_sequences, len(windows.ids))).long()
+    moments, loss = _teacher_statistics(source, windows.ids[chosen], stage.work, torch.device(config.device), emit)
+    save_tensors(stage.directory / "second_moments.safetensors", moments)
+    return {
+        "windows": len(windows.ids),
+        "sequence_length": length,
+        "tokens": windows.ids.numel(),
+        "loss": loss,
+        "sources": dict(Counter(windows.sources)),
+        "bos": bool(opening),
+        "seconds": time.monotonic() - started,
+        "memory_bytes": peak_memory_bytes(),
+        "disk_bytes": disk_bytes(stage.directory.parent),
+    }
+
+
+@torch.no_grad()
+def _teacher_statistics(
+    source: ModelSource, ids: Tensor, work: Path, device: torch.device, emit: Emit
+) -> tuple[dict[str, Tensor], float]:
+    """The mean square of every input feature of every linear layer in the blocks `[in]`, and the mean loss in nats.
+
+    With one block's weights in memory at a time, and hidden states in a file in `work`.
+    """
+    walk = walk_through(source, ids, device, emit)
+    _refuse_damaged(walk.network, "")
+    windows = torch.arange(len(ids)).split(1)
+    hidden = entering_states(walk, ids, 1, work / "hidden.activations")
+    handed, handing = Handed(work / "handed"), Handed(work / "handed.partial")
+    emit(StageStarted(STAGE, len(walk.paths), "block"))
+    moments: dict[str, Tensor] = {}
+    for index, prefix in enumerate(walk.paths):
+        block = walk.load(index)
+        _refuse_damaged(block, prefix)
+        with _mean_squares(block, prefix, ids.numel()) as sums:
+            for window in windows:
+                given = walk.given(index, ids[window], hidden[window], handed[window])
+                output, handing[window] = run_block(block, given, walk.dtype)
+                hidden[window] = output.cpu()
+        handed.remove()
+        handing.rename(handed.directory)
+        for path, entries in sums.items():
+            if not bool(entries.isfinite().all()):
+                raise QuantizationError(f"{path}: its inputs hold NaN or infinite values; the model overflows")
+            moments[path] = entries.float().cpu()
+        emit(Advanced(STAGE, index + 1))
+    total = 0.0
+    for window in windows:
+        with autocast(device, walk.dtype):
+            logits = walk.logits(ids[window], hidden[window], handed[window])[0]
+        total += float(F.cross_entropy(logits[:-1].float(), ids[window][0, 1:].to(device)))
+    if not math.isfinite(total):
+        raise QuantizationError("the loss of the original model is not finite; its activations overflow")
+    return moments, total / len(ids)
+
+
+@contextmanager
+def _mean_squares(block: nn.Module, prefix: str, tokens: int) -> Iterator[dict[str, Tensor]]:
+    """While open, every forward of `block` adds its linear layers' inputs to their mean squares `[in]`, by path."""
+    sums: dict[str, Tensor] = {}
+
+    def watch(path: str, layer: nn.Linear) -> torch.utils.hooks.RemovableHandle:
+        sums[path] = torch.zeros(layer.in_features, dtype=torch.float64, device=layer.weight.device)
+
+        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            sums[path] += inputs[0].float().square().flatten(0, -2).sum(0) / tokens
+
+        return layer.register_forward_pre_hook(hook)
+
+    hooks = [watch(path, layer) for path, layer in linears(block, prefix).items()]
+    try:
+        yield sums
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _refuse_damaged(module: nn.Module, path: str) -> None:
+    """Weights that are not there, but in names and shapes, are not looked at."""
+    for owner, part in module.named_modules(prefix=path):
+        for parameter in part.parameters(recurse=False):
+            if not parameter.is_meta and not bool(parameter.isfinite().all()):
+                raise QuantizationError(f"{owner}: the weight holds NaN or infinite values; the model is damaged")

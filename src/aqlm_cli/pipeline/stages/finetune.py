@@ -1,0 +1,247 @@
+"""`aqlm finetune`: the quantized model as a whole, taught by the original.
+
+Block-wise fitting never sees what an error does further on. Here the quantized model's logits are brought towards the
+original's on the same text (tuning/distill.py); whatever is no matrix moves, and codes and embeddings do if
+they are asked to. The result has the layout of `quantized/` and takes its place for everything that comes after.
+
+Under torchrun every process comes here (team.py): the first one decides, writes and reports, the others `follow`.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from aqlm_cli.data.sequences import beginning, calibration_windows, recut, settings_of_text
+from aqlm_cli.data.spec import sampled_windows
+from aqlm_cli.errors import ArtifactError, DataError, UsageError
+from aqlm_cli.evaluation.plots import draw_curve
+from aqlm_cli.events import Advanced, Emit, Noted, StageStarted, silent
+from aqlm_cli.memory import peak_memory_bytes, reset_peak_memory
+from aqlm_cli.models import ModelSource, load_tokenizer, original_of, refuse_unknown_tokens
+from aqlm_cli.pipeline.stage_reports import FinetuneReport, restored
+from aqlm_cli.quantization.block_inputs import machine_of
+from aqlm_cli.quantization.student import Pupil, load_pupil
+from aqlm_cli.quantization.training.distill import Training, one_step, train
+from aqlm_cli.quantization.training.distributed import Team
+from aqlm_cli.runs.artifact import Artifact, Stage
+from aqlm_cli.runs.directory import START, RunDirectory, read_run
+from aqlm_cli.runs.files import disk_bytes, load_tensors, read_metadata, save_tensors
+from aqlm_cli.seeds import generator
+from aqlm_cli.spec.config import RunConfig
+from aqlm_cli.spec.units import parse_duration
+
+STAGE = "finetune"
+
+STATE = "training.safetensors"
+"""In `work/`: everything that an interrupted training goes on from."""
+
+TIMED_STEPS = 3
+
+
+def finetune(config: RunConfig, run_directory: Path, overwrite: bool, emit: Emit, team: Team) -> FinetuneReport:
+    """Write `finetuned/` from the run's `quantized/`, or reuse one that was made with the same settings."""
+    run, machine = read_run(run_directory), {**machine_of(config), **team.described()}
+    start, source = run.own("quantized", "quantized"), original_of(run)
+    if start is None:
+        raise ArtifactError(f"{run_directory} has no complete quantized/; make it with `aqlm quantize`")
+    run.refuse_outdated(start)
+    if config.finetune.batch % team.size:
+        raise UsageError(f"--batch {config.finetune.batch} is not the same for each of {team.size} processes")
+    bos = _begins(config, source, run)
+    config, timed = _with_known_steps(config, bos, run.known_settings("finetuned", overwrite))
+    found = run.reusable("finetuned", "quantized", *_made_with(config, bos, source, start), overwrite)
+    if found is not None:
+        team.told({"goes_on": False})
+        emit(Noted(f"{found.directory} is there already, made with the same settings"))
+        return _reported(run, found)
+    run.goes_on(
+        "finetuned", *_made_with(config, bos, source, start), machine, overwrite
+    )  # or is refused before it loads
+    team.told({"goes_on": True, "timed": timed, "steps": config.finetune.steps})
+    reset_peak_memory()
+    pupil = _load(config, source, start, run, team, emit)
+    training = pupil.begin(config.finetune)
+    if not timed:
+        config = _with_steps(config, pupil, training)
+        emit(Noted(f"{config.finetune.time_budget} are {config.finetune.steps} steps"))
+    made_with = _made_with(config, bos, source, start)
+    with run.resumed_stage("finetuned", "quantized", *made_with, machine, overwrite) as stage:
+        run.keep_finetune_settings(config.finetune)
+        _train(config, pupil, training, stage, emit)
+        pupil.save(stage.directory)
+        report = {
+            "steps": training.step,
+            "tokens": training.step * config.finetune.batch * config.finetune.sequence_length,
+            "text_tokens": pupil.data.training.numel(),
+            "before": training.curve[0]["held_out"],
+            "after": pupil.data.held_out_divergence(config.finetune.windows_at_once),  # as it was rounded to be stored
+            "parameters": sum(parameter.numel() for parameter in training.parameters.values()),
+            "changed": training.changed,
+            "seconds": training.seconds,
+            "memory_bytes": peak_memory_bytes(),
+            "disk_bytes": disk_bytes(run.path),
+        }
+        kept = {key: start.manifest.results.get(key) for key in ("plan", "model", "layers")}
+        made = stage.publish({**kept, "machine": machine, "report": report, "curve": training.curve})
+    return _reported(run, made)
+
+
+def follow(config: RunConfig, run_directory: Path, team: Team) -> None:
+    """`finetune` in any process but the first: the same steps on windows of its own."""
+    begun = team.told(None)
+    if not begun["goes_on"]:
+        return
+    run = read_run(run_directory)
+    start = run.own("quantized", "quantized")
+    assert start is not None
+    config = _of_steps(config, begun["steps"])
+    pupil = _load(config, original_of(run), start, run, team, silent)
+    training = pupil.begin(config.finetune)
+    if not begun["timed"]:
+        config = _with_steps(config, pupil, training)
+    state = team.told(None)["state"]
+    if state is not None:
+        _restore(training, Path(state))
+    train(pupil.data, training, config.finetune, config.seed, lambda *_: None)
+    pupil.round()
+    pupil.data.held_out_divergence(config.finetune.windows_at_once)
+
+
+def _made_with(
+    config: RunConfig, bos: bool, source: ModelSource, start: Artifact
+) -> tuple[dict[str, object], dict[str, str]]:
+    settings = {**settings_of_text(config.finetune, bos), "seed": config.seed}
+    parents = {kind: start.manifest.parents[kind] for kind in ("calibration",) if kind in start.manifest.parents}
+    if not parents and config.finetune.data is None:  # the codes were found elsewhere, but this text is learnt from
+        parents["calibration"] = read_run(start.directory.parent).current("calibration").digest
+    return settings, {**parents, "model": source.identity, START: start.digest}
+
+
+def _reported(run: RunDirectory, made: Artifact) -> FinetuneReport:
+    """The report; its files too, which an interruption may have come before."""
+    results = made.manifest.results
+    run.write_report("finetune.json", {**results["report"], "curve": results["curve"]})
+    for kind, picture in draw_curve(results["curve"]).items():
+        run.write_report(f"finetune.{kind}", picture)
+    return restored(FinetuneReport, made.directory, results["report"])
+
+
+# ------------------------------------------------------------------------------------------------------------- settings
+
+
+def _begins(config: RunConfig, source: ModelSource, run: RunDirectory) -> bool:
+    """Whether the windows begin with a beginning token; those of calibration go on as they are."""
+    section = config.finetune
+    if section.bos is not None:
+        return section.bos
+    if section.data is None:
+        return _bos_of(run.current("calibration"))
+    return bool(beginning(load_tokenizer(source), None))
+
+
+def _bos_of(calibration: Artifact) -> bool:
+    return bool(calibration.manifest.settings.get("bos"))
+
+
+def _with_known_steps(config: RunConfig, bos: bool, known: Mapping[str, Any]) -> tuple[RunConfig, bool]:
+    """With the steps that the time budget came to when this was begun; whether no steps have to be timed for that."""
+    section = config.finetune
+    if section.time_budget is None:
+        return config, True
+    asked = {**settings_of_text(section, bos), "seed": config.seed}
+    steps = known.get("steps")
+    if not isinstance(steps, int) or {**asked, "steps": steps} != dict(known):
+        return config, False
+    return _of_steps(config, steps), True
+
+
+def _with_steps(config: RunConfig, pupil: Pupil, training: Training) -> RunConfig:
+    """As many as fit in the time budget, by timing a few whose effect is undone."""
+    section = config.finetune
+    assert section.time_budget is not None
+    budget = parse_duration(section.time_budget)
+    trial = section.model_copy(update={"steps": TIMED_STEPS})
+    one_step(pupil.data, training, trial, config.seed)  # whatever has to be compiled
+    clock = time.monotonic()
+    for _ in range(TIMED_STEPS - 1):
+        one_step(pupil.data, training, trial, config.seed)
+    step = (time.monotonic() - clock) / (TIMED_STEPS - 1)
+    clock = time.monotonic()
+    pupil.data.held_out_divergence(section.windows_at_once)
+    judged = (time.monotonic() - clock) / section.evaluate_every
+    training.undo()
+    team, fitting = pupil.data.team, {"steps": max(1, int(budget / (step + judged)))}
+    return _of_steps(config, team.told(fitting if team.leads else None)["steps"])
+
+
+def _of_steps(config: RunConfig, steps: int) -> RunConfig:
+    return config.model_copy(update={"finetune": config.finetune.model_copy(update={"steps": steps})})
+
+
+# ------------------------------------------------------------------------------------------------------------- training
+
+
+def _load(config: RunConfig, source: ModelSource, start: Artifact, run: RunDirectory, team: Team, emit: Emit) -> Pupil:
+    text, held_out = _text(config, source, run, emit)
+    return load_pupil(source, start, config.finetune, text, held_out, torch.device(config.device), team)
+
+
+def _text(config: RunConfig, source: ModelSource, run: RunDirectory, emit: Emit) -> tuple[Tensor, Tensor]:
+    """Token ids `[windows, L]` to learn from, and those to judge by, mixed so that both hold text of all sources."""
+    section, length = config.finetune, config.finetune.sequence_length
+    if section.data is None and section.sequences is not None:
+        raise UsageError("--sequences counts windows of --data; give that, too")
+    tokenizer = load_tokenizer(source)
+    opening = beginning(tokenizer, _begins(config, source, run))
+    if section.data is None:
+        before = beginning(tokenizer, _bos_of(run.current("calibration")))
+        ids = recut(_stored(run, "calibration"), length, before, opening)
+    else:
+        sampled = _stored(run, "text") if sampled_windows(section.data, section.sequences) else None
+        ids = calibration_windows(
+            section.data, section.sequences, length, config.seed, tokenizer, sampled, opening=opening, emit=emit
+        ).ids
+        refuse_unknown_tokens(source, ids)
+    ids = ids[torch.randperm(len(ids), generator=generator(config.seed, STAGE))]
+    if len(ids) <= section.held_out:
+        raise DataError(f"there are {len(ids)} windows of text, and {section.held_out} are held out; add text")
+    return ids[section.held_out :], ids[: section.held_out]
+
+
+def _stored(run: RunDirectory, kind: str) -> Tensor:
+    """Token ids `[windows, L]` of an artifact of the run."""
+    with run.current(kind).reading("windows.safetensors") as file:
+        return load_tensors(file)["ids"].long()
+
+
+def _train(config: RunConfig, pupil: Pupil, training: Training, stage: Stage, emit: Emit) -> None:
+    section, state = config.finetune, stage.work / STATE
+    pupil.data.team.told({"state": str(state) if state.exists() else None})
+    if state.exists():
+        _restore(training, state)
+        emit(Noted(f"{stage.directory} holds {training.step} of {section.steps} steps, going on after them"))
+    emit(StageStarted(STAGE, section.steps, "step", done=training.step))
+
+    def stepped(now: Training, kl: float) -> None:
+        tokens = section.batch * section.sequence_length * now.step / now.seconds
+        detail = f"KL {kl:.4f}, held out {now.curve[-1]['held_out']:.4f}, {tokens:.0f} tokens/s"
+        if now.step % section.keep_every == 0:
+            save_tensors(state, now.tensors(), {"facts": json.dumps(now.facts())})
+        emit(Advanced(STAGE, now.step, detail))
+
+    train(pupil.data, training, section, config.seed, stepped)
+    pupil.round()
+
+
+def _restore(training: Training, state: Path) -> None:
+    try:
+        training.restore(load_tensors(state), json.loads(read_metadata(state)["facts"]))
+    except (ArtifactError, LookupError, ValueError, RuntimeError) as error:
+        raise ArtifactError(f"{state} is damaged; remove it, and training begins anew") from error

@@ -1,0 +1,160 @@
+"""The codes of an AQLM checkpoint, made by anyone, as the `quantized/` of a run.
+
+A run whose `quantize.checkpoint` names one begins with its codes, codebooks and scales, with the norms and biases of
+its blocks, and with what has learnt outside the blocks, number by number as they are there. Everything else in the run
+is the original's, so it must be the original's in the checkpoint, too.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from aqlm_cli.errors import ModelError
+from aqlm_cli.events import Advanced, Emit, Noted, StageStarted, Warned
+from aqlm_cli.formatting import some
+from aqlm_cli.memory import peak_memory_bytes, reset_peak_memory
+from aqlm_cli.models import ModelSource, load_config, load_network, load_without, stored_parameters
+from aqlm_cli.models.blocks import find_blocks
+from aqlm_cli.pipeline.preflight import Survey, checkpoint_of, survey
+from aqlm_cli.pipeline.stage_reports import AdoptReport, restored
+from aqlm_cli.quantization.block_files import OUTSIDE, block_file, save_block
+from aqlm_cli.quantization.student import names_in_files, outside_blocks
+from aqlm_cli.quantization.training.block import tuned_parameters
+from aqlm_cli.runs.directory import open_run
+from aqlm_cli.runs.files import disk_bytes, save_tensors
+from aqlm_cli.spec.config import RunConfig
+from aqlm_kernels import AdditiveLinear
+
+STAGE = "adopt"
+
+NOT_COMPARED = {"_name_or_path", "aqlm_cli", "architectures", "dtype", "quantization_config", "transformers_version"}
+"""Settings in config.json that say how a model is stored, and by whom."""
+
+FURTHEST_LEARNT = 0.5
+"""Of its norm: what lies further from the original's is another model's, and has not learnt from there."""
+
+
+def adopt(config: RunConfig, run_directory: Path, overwrite: bool, emit: Emit) -> AdoptReport:
+    """Write `quantized/` from the checkpoint that the settings name, or reuse what was made from the same one.
+
+    The run file gets the scheme of the checkpoint. Raises ModelError where it was not made from the run's model.
+    """
+    started = time.monotonic()
+    known, checkpoint = survey(config), checkpoint_of(config)
+    source, plan = known.source, known.plan
+    section = config.quantize.model_copy(update={"scheme": str(plan.scheme)})
+    run = open_run(run_directory, config.model_copy(update={"quantize": section}), overwrite)
+    parents = {"model": source.identity, "checkpoint": checkpoint.identity}
+    adopted = run.reusable("quantized", "quantized", {}, parents, overwrite)
+    if adopted is not None:
+        emit(Noted(f"{adopted.directory} is there already, made from the same checkpoint"))
+        return restored(AdoptReport, adopted.directory, adopted.manifest.results["report"])
+    reset_peak_memory()
+    network, learnt = fitting_network(config, known)
+    if other := _other_settings(checkpoint, source):
+        emit(Warned(f"{checkpoint.name} has other settings than {source.name}, whose are kept: {some(other)}"))
+    with run.stage("quantized", "quantized", {}, parents) as stage:
+        _save_blocks(network, stage.directory, emit)
+        if learnt:
+            save_tensors(stage.directory / OUTSIDE, learnt, {})
+        report = {
+            "checkpoint": checkpoint.name,
+            "model": source.name,
+            "scheme": str(plan.scheme),
+            "layers": len(plan.quantized),
+            "code_bits": plan.code_bits,
+            "stored_bits": plan.stored_bits,
+            "bytes_before": plan.bytes_before,
+            "bytes_after": plan.bytes_after,
+            "seconds": time.monotonic() - started,
+            "memory_bytes": peak_memory_bytes(),
+            "disk_bytes": disk_bytes(run.path),
+        }
+        model = {"name": source.name, "identity": source.identity}
+        adopted = stage.publish({"plan": plan.to_json(), "layers": {}, "model": model, "report": report})
+    emit(Noted(f"{len(plan.quantized)} layers of {checkpoint.name} are in {adopted.directory}"))
+    return restored(AdoptReport, adopted.directory, report)
+
+
+def fitting_network(config: RunConfig, known: Survey) -> tuple[nn.Module, dict[str, Tensor]]:
+    """The network of the checkpoint, and by name what has learnt outside its blocks; all else is as in the original.
+
+    Raises ModelError for the first tensor that is not.
+    """
+    checkpoint, source = checkpoint_of(config), known.source
+    network = load_network(checkpoint, torch.float32)
+    original = load_without(source, list(known.plan.schemes), torch.float32)
+    layers = tuple(f"{path}." for path in known.plan.schemes)
+    there = {name: tensor for name, tensor in _tensors(network).items() if not name.startswith(layers)}
+    wanted, taken = _tensors(original), _taken_over(network)
+    if alone := sorted(there.keys() ^ wanted.keys()):
+        owner = checkpoint if alone[0] in there else source
+        raise ModelError(f"{checkpoint.name} was not made from {source.name}: only {owner.name} has {alone[0]}")
+    outside, learnt = outside_blocks(network), dict[str, Tensor]()
+    names = names_in_files(original, stored_parameters(original, source))
+    for name in sorted(there):
+        if there[name].shape != wanted[name].shape:
+            shapes = f"{list(there[name].shape)} there and {list(wanted[name].shape)} in {source.name}"
+            raise ModelError(f"{checkpoint.name}: {name} is {shapes}; name the model that it was made from")
+        if name in taken or _same(there[name], wanted[name]):
+            continue
+        if name in outside and _near(there[name], wanted[name]):
+            learnt.update({stored: there[name].detach() for stored in names[name]})
+        else:
+            raise ModelError(
+                f"{checkpoint.name}: {name} is not that of {source.name}, nor can it have been trained from there; "
+                "name the model that it was made from"
+            )
+    return network, learnt
+
+
+def _tensors(network: nn.Module) -> dict[str, Tensor]:
+    """By path, also what a network computes when it is made, such as the frequencies of rotary embeddings; a head tied
+    to the embeddings comes once."""
+    return {**dict(network.named_parameters()), **dict(network.named_buffers())}
+
+
+def _taken_over(network: nn.Module) -> set[str]:
+    """Norms and biases of the blocks in which anything has codes."""
+    blocks = find_blocks(network)
+    return {
+        name
+        for prefix, block in zip(blocks.paths, blocks.modules, strict=True)
+        if any(isinstance(module, AdditiveLinear) for module in block.modules())
+        for name in tuned_parameters(block, prefix)
+    }
+
+
+def _near(there: Tensor, wanted: Tensor) -> bool:
+    return float((there - wanted).norm()) <= FURTHEST_LEARNT * float(wanted.norm())
+
+
+def _same(there: Tensor, wanted: Tensor) -> bool:
+    """Whether the two are one tensor, stored in types of their own: equal in float16, or the first is the second in
+    bfloat16."""
+    return torch.equal(there.half(), wanted.half()) or torch.equal(there, wanted.bfloat16().float())
+
+
+def _other_settings(checkpoint: ModelSource, original: ModelSource) -> list[str]:
+    """Those in config.json that differ: most of them change no number, and which do differs by family."""
+    there, kept = load_config(checkpoint).to_dict(), load_config(original).to_dict()
+    keys = sorted({*there, *kept} - NOT_COMPARED)
+    return [f"{key} {there.get(key)}, not {kept.get(key)}" for key in keys if there.get(key) != kept.get(key)]
+
+
+def _save_blocks(network: nn.Module, directory: Path, emit: Emit) -> None:
+    blocks = find_blocks(network)
+    emit(StageStarted(STAGE, len(blocks.paths), "block"))
+    for index, (prefix, block) in enumerate(zip(blocks.paths, blocks.modules, strict=True)):
+        layers = {
+            path: module.matrix
+            for path, module in block.named_modules(prefix=prefix)
+            if isinstance(module, AdditiveLinear)
+        }
+        if layers:
+            save_block(directory / block_file(index), prefix, block, layers)
+        emit(Advanced(STAGE, index + 1))

@@ -1,0 +1,97 @@
+"""`aqlm plan`: what a run will make of a model and what it will take, before any weight is read."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from aqlm_cli.data.sources import builtin_texts
+from aqlm_cli.errors import ModelError
+from aqlm_cli.evaluation.machine import measure_rates
+from aqlm_cli.events import Emit, Noted, Warned
+from aqlm_cli.formatting import readable_bytes, some
+from aqlm_cli.memory import available_memory_bytes
+from aqlm_cli.models import ModelSource, load_tokenizer
+from aqlm_cli.models.weight_files import WEIGHTS, has_weights
+from aqlm_cli.pipeline.forecast_report import ForecastReport
+from aqlm_cli.pipeline.preflight import Survey, disk_needed, planned_work
+from aqlm_cli.spec.config import RunConfig
+from aqlm_cli.spec.cost import (
+    Cost,
+    ModelShape,
+    Work,
+    calibration_memory,
+    least_memory,
+    packing_memory,
+    quantization_memory,
+    what_needs_less,
+)
+from aqlm_cli.spec.time_estimate import calibration_seconds, packing_seconds, quantization_seconds
+
+TEXT_SAMPLE = 100_000  # characters
+
+
+def forecast(config: RunConfig, known: Survey, directory: Path, emit: Emit) -> ForecastReport:
+    """What the stages will take if they write to `directory`."""
+    model, work = known.shape, planned_work(config, known.shape)
+    if grown := known.plan.grown:
+        names = some([target.path for target in grown])
+        emit(Warned(f"{known.plan.scheme} and its codebooks take more than 16 bits a weight in {names}"))
+    disks = disk_needed(known, work)
+    emit(Noted("measuring how fast this machine is"))
+    started = time.monotonic()
+    rates = measure_rates(model, work, config, _seconds_a_character(known.source))
+    costs = {
+        "calibrate": (calibration_seconds(model, work, rates), calibration_memory(model, work)),
+        "quantize": (quantization_seconds(model, work, rates), quantization_memory(model, work)),
+        "pack": (packing_seconds(known.packed_bytes, rates), packing_memory(model)),
+    }
+    report = ForecastReport(
+        stages={stage: Cost(*cost, disks[stage]) for stage, cost in costs.items()},
+        batch=work.batch,
+        safetensors_bytes=known.packed_bytes,
+        memory_available=available_memory_bytes(),
+        disk_available=shutil.disk_usage(_there(directory)).free,
+        measured_seconds=time.monotonic() - started,
+        advice=(),
+    )
+    return dataclasses.replace(report, advice=tuple(_advice(report, model, work)))
+
+
+def tell_if_without_weights(known: Survey, emit: Emit) -> None:
+    """Of a directory here alone: of the hub a plan fetches no weights."""
+    source = known.source
+    if source.known_identity is None and not has_weights(source.directory):
+        emit(Warned(f"{source.name} holds no {WEIGHTS}; planned from config.json alone"))
+
+
+def _advice(report: ForecastReport, model: ModelShape, work: Work) -> Iterator[str]:
+    if report.memory_bytes > report.memory_available:
+        least = least_memory(model, work)
+        if least <= report.memory_available:
+            yield f"memory: add --max-memory {report.memory_available // 10**6}MB, with which less is done at a time"
+        else:
+            yield f"memory: at least {readable_bytes(least)} are needed; {what_needs_less(model)}"
+    if report.disk_bytes > report.disk_available:
+        missing = readable_bytes(report.disk_bytes - report.disk_available)
+        yield f"disk: free {missing}, choose another --out, or use fewer windows (--data or --sequences)"
+
+
+def _there(directory: Path) -> Path:
+    """The nearest directory above that exists."""
+    return next(path for path in (directory.absolute(), *directory.absolute().parents) if path.exists())
+
+
+def _seconds_a_character(source: ModelSource) -> float:
+    """Of text, to become tokens; nothing where the model has no tokenizer yet."""
+    try:
+        tokenizer = load_tokenizer(source)
+    except ModelError:
+        return 0.0
+    text = "\n".join(builtin_texts("calibration"))[:TEXT_SAMPLE]
+    started = time.perf_counter()
+    tokenizer.encode(text, add_special_tokens=False)
+    return (time.perf_counter() - started) / len(text)

@@ -1,0 +1,116 @@
+"""`aqlm verify`: are the files of a run what was once written, and would the same be written again?
+
+Every file is read and compared with its digest. Then one layer is quantized again, from the model and the text: which
+one, the seed says. Its codes must be the same to the bit. (Codebooks and scales are fitted together with those of the
+whole block afterwards; their digests were compared before.)
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+
+from aqlm_cli.errors import ArtifactError
+from aqlm_cli.events import Advanced, Emit, Noted, StageStarted
+from aqlm_cli.models import original_of
+from aqlm_cli.models.plain_linear import is_plain
+from aqlm_cli.quantization.block_files import block_file, matrix_kinds, read_matrix, restore_block
+from aqlm_cli.quantization.block_inputs import machine_of, mixed_windows, start_propagation
+from aqlm_cli.quantization.methods import METHODS, CompressedMatrix
+from aqlm_cli.quantization.parallel import Task, compress_all
+from aqlm_cli.quantization.resume import Unfinished
+from aqlm_cli.records import VerifyReport
+from aqlm_cli.runs.artifact import Artifact, remedy
+from aqlm_cli.runs.directory import DIRECTORIES, RunDirectory, read_run
+from aqlm_cli.runs.files import digest_file
+from aqlm_cli.seeds import generator
+from aqlm_cli.spec.plan import Plan
+from aqlm_cli.spec.schemes import Scheme
+
+STAGE = "verify"
+
+
+def verify(run_directory: Path, emit: Emit) -> VerifyReport:
+    """Raises ArtifactError for the first file, or the layer, that is not what it was, and says how to mend it."""
+    started = time.monotonic()
+    run = read_run(run_directory)
+    named = [run.own(name, kind) for kind, names in DIRECTORIES.items() for name in reversed(names)]
+    there = [artifact for artifact in named if artifact is not None]
+    if not there:
+        raise ArtifactError(f"{run_directory} holds nothing to verify yet; begin with `aqlm quantize`")
+    files = [(artifact, name) for artifact in there for name in artifact.manifest.files]
+    emit(StageStarted(STAGE, len(files), "file"))
+    for number, (artifact, name) in enumerate(files, start=1):
+        _compare_digest(artifact, name)
+        emit(Advanced(STAGE, number))
+    for kind in {artifact.manifest.kind for artifact in there}:
+        run.current(kind)  # made from what is there now
+    quantized = run.own("quantized", "quantized")
+    layer = None if quantized is None else _requantize(run, quantized, emit)
+    return VerifyReport(
+        directory=run_directory,
+        files=len(files),
+        bytes=sum(artifact.manifest.files[name].bytes for artifact, name in files),
+        layer=layer,
+        seconds=time.monotonic() - started,
+    )
+
+
+def _compare_digest(artifact: Artifact, name: str) -> None:
+    path = artifact.path(name)
+    if digest_file(path) != artifact.manifest.files[name].sha256:
+        way_out = remedy(artifact.directory, artifact.manifest.kind)
+        raise ArtifactError(f"{path} is damaged (other bytes than its manifest says); {way_out}")
+
+
+def _requantize(run: RunDirectory, quantized: Artifact, emit: Emit) -> str | None:
+    """The path of the layer; None where this machine would not compute the same bits."""
+    config, schemes = run.config, Plan.from_json(quantized.manifest.results["plan"]).schemes
+    if config.quantize.checkpoint is not None:
+        emit(Noted(f"the codes are those of {config.quantize.checkpoint}, so no layer is quantized again"))
+        return None
+    if quantized.manifest.results.get("machine") != machine_of(config):
+        emit(Noted("quantized by another version or on another kind of machine, so no layer is quantized again"))
+        return None
+    chosen = sorted(schemes)[int(torch.randint(len(schemes), (), generator=generator(config.seed, STAGE)))]
+    with TemporaryDirectory(prefix="verify.", dir=run.path) as work:
+        again, there = _both(run, quantized, chosen, schemes[chosen], Path(work), emit)
+    for name, numbers in again.tensors().items():
+        other = there.tensors()[name]
+        if not numbers.is_floating_point() and not torch.equal(numbers.long(), other.long()):
+            share = float((numbers.long() != other.long()).float().mean())
+            raise ArtifactError(
+                f"{chosen}: quantized again, {share:.1%} of its {name} are others than in {quantized.directory}; "
+                f"{remedy(quantized.directory, quantized.manifest.kind)}"
+            )
+    return chosen
+
+
+def _both(
+    run: RunDirectory, quantized: Artifact, chosen: str, scheme: Scheme, work: Path, emit: Emit
+) -> tuple[CompressedMatrix, CompressedMatrix]:
+    """The matrix of the chosen layer made again, on what the quantized blocks before it put out, and the stored one."""
+    config, source = run.config, original_of(run)
+    ids, measured = mixed_windows(config, run.current("calibration"))
+    states = start_propagation(source, ids, measured, config, Unfinished(work), emit)
+    index = states.walk.last([chosen])
+    emit(StageStarted(chosen, index + 1, "block"))
+    for number in range(index):
+        block = states.walk.load(number)
+        restore_block(quantized, number, states.path, block)
+        states.advance(block)
+        states = states.next()
+        emit(Advanced(chosen, number + 1))
+    block = states.walk.load(index)
+    inside = chosen.removeprefix(states.path + ".")
+    layer = block.get_submodule(inside)
+    assert is_plain(layer)
+    task = Task(chosen, layer.weight, states.measure(block, [inside])[inside], scheme)
+    section = config.quantize
+    made = compress_all([task], METHODS[section.method], section.search, config.seed, 1, lambda _: None)
+    emit(Advanced(chosen, index + 1))
+    file = block_file(index)
+    return made[chosen].matrix, read_matrix(quantized, file, chosen, matrix_kinds(quantized, file)[chosen])

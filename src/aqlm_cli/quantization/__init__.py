@@ -1,0 +1,1 @@
+"""Weights and statistics of their inputs in, quantized matrices out."""

@@ -1,0 +1,91 @@
+"""The files of `quantized/` and `finetuned/`, one a block: written, read, and put back into the block of a network.
+
+block-007.safetensors     of every compressed matrix its tensors under the path of its layer, fitted; and every norm
+                          and bias of the block. Its metadata says of which kind each matrix is.
+outside.safetensors       what has learnt outside the blocks, by name, where anything has.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from aqlm_cli.models.blocks import replace_module
+from aqlm_cli.models.plain_linear import is_plain
+from aqlm_cli.quantization.methods import MATRIX_KINDS, CompressedMatrix
+from aqlm_cli.quantization.training.block import tuned_parameters
+from aqlm_cli.runs.artifact import Artifact
+from aqlm_cli.runs.files import load_tensors, read_metadata, save_tensors
+from aqlm_kernels import AdditiveLinear, AdditiveMatrix
+
+OUTSIDE = "outside.safetensors"
+
+
+def block_file(index: int) -> str:
+    return f"block-{index:03d}.safetensors"
+
+
+def block_files(quantized: Artifact) -> list[str]:
+    return [name for name in sorted(quantized.manifest.files) if name.startswith("block-")]
+
+
+def matrix_kinds(quantized: Artifact, name: str) -> dict[str, str]:
+    """The kind of every matrix in the file, by the path of its layer."""
+    with quantized.reading(name) as file:
+        kinds: dict[str, str] = json.loads(read_metadata(file)["kinds"])
+        return kinds
+
+
+def read_matrix(quantized: Artifact, name: str, path: str, kind: str) -> CompressedMatrix:
+    """That of the layer at `path`."""
+    with quantized.reading(name) as file:
+        return MATRIX_KINDS[kind].from_tensors(load_tensors(file, prefix=f"{path}."))
+
+
+def outside_tensors(quantized: Artifact) -> dict[str, Tensor]:
+    """What has learnt outside the blocks, by name."""
+    if OUTSIDE not in quantized.manifest.files:
+        return {}
+    with quantized.reading(OUTSIDE) as file:
+        return load_tensors(file)
+
+
+def save_block(file: Path, prefix: str, block: nn.Module, matrices: Mapping[str, CompressedMatrix]) -> None:
+    """Of the block at `prefix`, in which the matrices by path may have been fitted since."""
+    tensors: dict[str, Tensor] = {}
+    for name, stored in matrices.items():
+        module = block.get_submodule(name.removeprefix(prefix + "."))
+        matrix = module.matrix if isinstance(module, AdditiveLinear) else stored
+        tensors.update({f"{name}.{key}": tensor.contiguous() for key, tensor in matrix.tensors().items()})
+    vectors = {name: values.detach() for name, values in tuned_parameters(block, prefix).items() if name not in tensors}
+    kinds = {name: matrix.kind for name, matrix in sorted(matrices.items())}
+    save_tensors(file, {**tensors, **vectors}, {"kinds": json.dumps(kinds)})
+
+
+def restore_block(quantized: Artifact, index: int, prefix: str, block: nn.Module) -> None:
+    """The original block at `prefix` becomes the quantized one, where there is a file of it."""
+    name = block_file(index)
+    if name not in quantized.manifest.files:
+        return
+    for path, kind in matrix_kinds(quantized, name).items():
+        put_matrix(block, path.removeprefix(prefix + "."), read_matrix(quantized, name, path, kind))
+    with quantized.reading(name) as file:
+        stored = load_tensors(file)
+    for path, parameter in tuned_parameters(block, prefix).items():
+        if path in stored:
+            parameter.data.copy_(stored[path])
+
+
+def put_matrix(block: nn.Module, path: str, matrix: CompressedMatrix) -> None:
+    """Let the linear layer at `path` in the block compute with it: by codes, trainable, where it is additive."""
+    layer = block.get_submodule(path)
+    assert is_plain(layer)
+    device = layer.weight.device  # a matrix that was read comes on the CPU
+    if isinstance(matrix, AdditiveMatrix):
+        bias = None if layer.bias is None else layer.bias.detach().to(matrix.codes.device)
+        replace_module(block, path, AdditiveLinear(matrix, bias).requires_grad_(False).to(device))
+    else:
+        layer.weight = nn.Parameter(matrix.dequantize().to(device), requires_grad=False)

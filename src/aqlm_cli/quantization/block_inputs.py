@@ -1,0 +1,190 @@
+"""The hidden states of all windows on their way through the model, and what one block does with them.
+
+What the quantized blocks so far really put out enters the next block, so that it is measured on, and fitted to, the
+errors made before it. The target is what the original block makes of those same inputs; to aim at the original model's
+own hidden states instead, which would correct earlier errors too, was measured and is no better. The states lie in
+files and are touched a batch at a time. What enters a block stays until all of what enters the next one is on the disk,
+so that an interruption costs one block at most.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from importlib import metadata
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from aqlm_cli.events import Advanced, Emit, StageStarted
+from aqlm_cli.models import BlockLoader, ModelSource, load_outside
+from aqlm_cli.models.blocks import find_blocks, observe_inputs
+from aqlm_cli.models.hidden_states import Activations, Handed, compute_dtype, run_block
+from aqlm_cli.models.walk import BlockInput, Walk
+from aqlm_cli.models.walk_check import open_walk
+from aqlm_cli.quantization.resume import Unfinished
+from aqlm_cli.quantization.solvers.hessian import LayerStatistics, SecondMoment
+from aqlm_cli.runs.artifact import Artifact
+from aqlm_cli.runs.files import load_tensors, publish_file, storage_errors
+from aqlm_cli.seeds import generator
+from aqlm_cli.spec.config import RunConfig
+from aqlm_cli.spec.cost import measured_windows
+
+CHECK = "check"
+"""The name by which the check of a walk is told."""
+
+
+@dataclass(frozen=True, eq=False)
+class Propagation:
+    """`hidden` is what enters the block `index`; the first `fitted` windows, and those after `measured`, have
+    targets."""
+
+    walk: Walk
+    work: Unfinished
+    index: int
+    ids: Tensor  # [windows, L]
+    hidden: Activations  # [windows, ..., d]
+    targets: Activations  # likewise, the original block's outputs; made by `measure`, and used up by `advance`
+    measured: int  # windows whose inputs make the second moments; those after them are held out
+    fitted: int  # windows that a block is fitted to, at most `measured`
+    batch: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the products."""
+        return self.walk.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.walk.device
+
+    @property
+    def path(self) -> str:
+        """Of the block."""
+        return self.walk.paths[self.index]
+
+    def given(self, windows: Tensor) -> BlockInput:
+        """All that the block is given for the windows with these numbers."""
+        handed = Handed(self.work.handed(self.index))[windows]
+        return self.walk.given(self.index, self.ids[windows], self.hidden[windows], handed)
+
+    def measure(self, block: nn.Module, paths: Iterable[str]) -> dict[str, LayerStatistics]:
+        """Run the original block for `targets`, and for H of each of its layers in `paths`.
+
+        Layers that share their inputs share one object.
+        """
+        wanted = set(paths)
+        moments: dict[tuple[str, ...], SecondMoment] = {}
+
+        def collect(sharing: tuple[str, ...], x: Tensor) -> None:  # x [tokens, in]
+            if wanted.intersection(sharing):
+                moments.setdefault(sharing, SecondMoment(x.shape[1], x.device)).add(x.to(self.dtype))
+
+        with observe_inputs(block, collect):
+            for chosen in self._batches(0, self.measured):
+                self.targets[chosen] = self._run(block, chosen)[0]
+        for chosen in self._batches(self.measured, len(self.hidden)):
+            self.targets[chosen] = self._run(block, chosen)[0]
+        found: dict[str, LayerStatistics] = {}
+        while moments:  # sums are large, and so are their means: not all of both at once
+            sharing, moment = moments.popitem()
+            found.update(dict.fromkeys(sharing, moment.statistics()))
+        return found
+
+    def advance(self, block: nn.Module) -> float:
+        """Run the quantized block; the squared error of what it puts out in the fitted windows, relative."""
+        error = energy = 0.0
+        handed_on = Handed(self.work.handing)
+        handed_on.remove()  # what an interruption left
+        for chosen in self._batches(0, len(self.hidden)):
+            output, handed = self._run(block, chosen)
+            target = self.targets[chosen]
+            fitted = chosen < self.fitted
+            error += float((output[fitted] - target[fitted]).square().sum(dtype=torch.float64))
+            energy += float(target[fitted].square().sum(dtype=torch.float64))
+            self.targets[chosen] = output
+            handed_on[chosen] = handed
+        return error / energy if energy > 0 else 0.0
+
+    def next(self) -> Propagation:
+        """At the block after this one, which is finished from here on: what was put out is what enters."""
+        following = Handed(self.work.handed(self.index + 1))
+        following.remove()
+        Handed(self.work.handing).rename(following.directory)
+        publish_file(self.work.targets, self.work.hidden(self.index + 1))
+        with storage_errors(self.work.targets):
+            self.work.hidden(self.index).replace(self.work.targets)  # its space serves again
+        Handed(self.work.handed(self.index)).remove()
+        return replace(self, index=self.index + 1, hidden=self.targets, targets=self.hidden)
+
+    def _batches(self, first: int, last: int) -> Iterable[Tensor]:
+        return torch.arange(first, last).split(self.batch) if first < last else ()  # split gives a part even of nothing
+
+    def _run(self, block: nn.Module, windows: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        output, handed = run_block(block, self.given(windows), self.dtype)
+        return output.cpu(), handed
+
+
+def walk_through(source: ModelSource, ids: Tensor, device: torch.device, emit: Emit) -> Walk:
+    """Through the blocks of a model, which are not in memory; `ids` `[windows, L]` are text to check it with.
+
+    Raises ModelError for a family that cannot be quantized block by block.
+    """
+    network = load_outside(source, torch.float32, device)
+    blocks = len(find_blocks(network).paths)
+    emit(StageStarted(CHECK, blocks, "block"))
+    load = BlockLoader(source, torch.float32, device)
+    return open_walk(network, load, ids, compute_dtype(device), lambda done: emit(Advanced(CHECK, done)))
+
+
+def start_propagation(
+    source: ModelSource, ids: Tensor, measured: int, config: RunConfig, work: Unfinished, emit: Emit
+) -> Propagation:
+    """The states of the token ids `[windows, L]` at the first block that is not finished."""
+    section, device, index = config.quantize, torch.device(config.device), work.blocks
+    walk = walk_through(source, ids, device, emit)
+    shape = (len(ids), *walk.entering(ids[:1]).shape[1:])
+    if not work.hidden(index).exists():
+        entering_states(walk, ids, section.batch, work.targets)
+        publish_file(work.targets, work.hidden(index))
+    hidden = Activations(work.hidden(index), shape)
+    with storage_errors(work.directory):
+        for old in set(work.directory.glob("hidden-*.activations")) - {work.hidden(index)}:
+            old.unlink()  # an interruption came between two renames
+    for directory in set(work.directory.glob("handed-*")) - {work.handed(index)}:
+        Handed(directory).remove()
+    targets, fitted = Activations.create(work.targets, shape), min(section.fit.sequences, measured)
+    return Propagation(walk, work, index, ids, hidden, targets, measured, fitted, section.batch)
+
+
+def entering_states(walk: Walk, ids: Tensor, batch: int, path: Path) -> Activations:
+    """What enters the first block for the token ids `[windows, L]`, in a new file at `path`; no block is computed."""
+    states = Activations.create(path, (len(ids), *walk.entering(ids[:1]).shape[1:]))
+    for chosen in torch.arange(len(ids)).split(batch):
+        states[chosen] = walk.entering(ids[chosen]).float().cpu()
+    return states
+
+
+def mixed_windows(config: RunConfig, calibration: Artifact) -> tuple[Tensor, int]:
+    """Token ids `[windows, L]`, and how many of the windows are measured; the others, at the end, are held out.
+
+    Mixed once, so that any part of them holds text of all sources.
+    """
+    with calibration.reading("windows.safetensors") as file:
+        ids = load_tensors(file)["ids"].long()
+    ids = ids[torch.randperm(len(ids), generator=generator(config.seed, "windows"))]
+    measured, held_out = measured_windows(config, len(ids))
+    return ids[: measured + held_out], measured
+
+
+def machine_of(config: RunConfig) -> dict[str, str]:
+    """What decides the last bits beside settings: who computes, in which type, with which program."""
+    device = torch.device(config.device)
+    return {
+        "device": device.type,
+        "products": str(compute_dtype(device)).removeprefix("torch."),
+        "version": metadata.version("aqlm-cli"),
+        "torch": torch.__version__,
+        "processor": torch.backends.cpu.get_cpu_capability(),
+    }

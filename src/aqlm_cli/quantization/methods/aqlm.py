@@ -1,0 +1,148 @@
+"""AQLM for one weight matrix: W `[out, in]` ~ scales * sums of codebook entries, close on the layer's inputs.
+
+    minimise  sum_i  (w_i - s_i v_i) H (w_i - s_i v_i)      v_ij = sum_m C_m[a_ijm]
+
+over codes a, codebooks C and scales s. What makes it good, in this order: codes are chosen with error feedback (LDLQ),
+the most active input groups first; both codes of a pair are chosen jointly; k-means starts in the metric of that
+feedback; codebooks are solved for instead of trained, in alternation with the codes, and in all but the last rounds
+the codes are found from scratch for the new codebooks. Against AQLM's own procedure (arXiv 2401.06118; here
+`published.py`) this leaves a third less error in a twentieth of the time.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from aqlm_cli.errors import QuantizationError
+from aqlm_cli.quantization.methods.aqlm_original import quantize_as_published
+from aqlm_cli.quantization.solvers.code_search import CodeSearch, code_search, sum_of_entries
+from aqlm_cli.quantization.solvers.codebooks import Approximation, improve_codebooks, improve_scales, starting_scales
+from aqlm_cli.quantization.solvers.hessian import (
+    Feedback,
+    LayerStatistics,
+    block_ldl,
+    damped,
+    diagonal_blocks,
+    most_active_first,
+)
+from aqlm_cli.quantization.solvers.kmeans import residual_kmeans
+from aqlm_cli.quantization.solvers.ldlq import Rounder, sweep
+from aqlm_cli.spec.config import SearchConfig
+from aqlm_cli.spec.schemes import AdditiveScheme, Scheme
+from aqlm_kernels import AdditiveMatrix, balanced
+
+
+@torch.no_grad()
+def quantize(
+    weight: Tensor, statistics: LayerStatistics, scheme: Scheme, rng: torch.Generator, settings: SearchConfig
+) -> AdditiveMatrix:
+    """Compress W `[out, in]` float32, with codebooks and scales in the range of float16 as far as there is such a pair.
+
+    Raises QuantizationError where W or H hold NaN or infinity.
+    """
+    assert isinstance(scheme, AdditiveScheme)
+    if not bool(weight.isfinite().all()):
+        raise QuantizationError("the weight holds NaN or infinite values; the model is damaged")
+    if not bool(statistics.second_moment.isfinite().all()):
+        raise QuantizationError("its inputs hold NaN or infinite values; the model is damaged or overflows")
+    recipe = {"ldlq": _quantize, "published": quantize_as_published}[settings.recipe]
+    unit = _unit(weight)
+    found = recipe(weight / unit, statistics, scheme, rng, settings)
+    scales = (unit * found.scales).masked_fill((weight == 0).all(dim=1), 0)
+    return balanced(AdditiveMatrix(codes=found.codes, codebooks=found.codebooks, scales=scales))
+
+
+ORDINARY = 2.0**-10, 2.0**10
+"""The search squares weights, and some of its thresholds and rates are absolute: for largest weights between these."""
+
+
+def _unit(weight: Tensor) -> float:
+    """1 for ordinary weights, else the power of two next above the largest, by which float32 divides exactly."""
+    largest = float(weight.abs().max())
+    if largest == 0 or ORDINARY[0] <= largest <= ORDINARY[1]:
+        return 1.0
+    return float(2.0 ** min(max(math.frexp(largest)[1], -126), 126))
+
+
+def _quantize(
+    weight: Tensor, statistics: LayerStatistics, scheme: AdditiveScheme, rng: torch.Generator, settings: SearchConfig
+) -> Approximation:
+    search = code_search(weight.device)
+    group = scheme.group_size
+    metric = damped(statistics.second_moment, settings.damping)
+    order = most_active_first(metric, group)
+    columns = (order[:, None] * group + torch.arange(group, device=order.device)).flatten()
+    ahead = block_ldl(metric[columns][:, columns], group, settings.factor_damping)
+    around = Feedback(diagonal_blocks(metric, group), metric, forward=False)
+
+    importance = ahead.metric[order.argsort()].diagonal(dim1=1, dim2=2)  # [n, g]
+    present = _start(weight, importance, scheme, rng, settings, search)
+    present = _search_ahead(weight, present, ahead, order, settings.beam, search)
+    present = _search_around(weight, present, around, settings.beam, search)
+    for round_number in range(1, settings.rounds + 1):
+        present = improve_codebooks(weight / present.scales[:, None], metric, present, settings.cg_steps, search)
+        present = improve_scales(weight, metric, present, search)
+        if round_number <= settings.ldlq_rounds:
+            present = _search_ahead(weight, present, ahead, order, settings.beam, search)
+        final = round_number > settings.rounds - 2
+        present = _search_around(weight, present, around, settings.final_beam if final else settings.beam, search)
+    present = improve_codebooks(weight / present.scales[:, None], metric, present, settings.final_cg_steps, search)
+    return improve_scales(weight, metric, present, search)
+
+
+def _start(
+    weight: Tensor,
+    importance: Tensor,
+    scheme: AdditiveScheme,
+    rng: torch.Generator,
+    settings: SearchConfig,
+    search: CodeSearch,
+) -> Approximation:
+    """Row norms as scales, and k-means weighted by the diagonal of the LDL."""
+    scales = starting_scales(weight)
+    codes, codebooks = residual_kmeans(
+        (weight / scales[:, None]).view(len(weight), -1, scheme.group_size),
+        scales.square(),
+        importance,
+        scheme.num_codebooks,
+        scheme.codebook_size,
+        settings.kmeans_iterations,
+        search,
+        rng,
+    )
+    return Approximation(codes, codebooks, scales)
+
+
+def _search_ahead(
+    weight: Tensor, present: Approximation, ahead: Feedback, order: Tensor, beam: int, search: CodeSearch
+) -> Approximation:
+    """LDLQ from scratch; the present codes only guide the search for pairs."""
+    group = present.codebooks.shape[2]
+    base = (weight / present.scales[:, None]).view(len(weight), -1, group)[:, order].flatten(1)  # [out, in]
+    codes = present.codes[:, order].contiguous()
+    sweep(torch.zeros_like(base), base, ahead, _rounder(codes, present.codebooks, beam, search))
+    return Approximation(codes[:, order.argsort()].contiguous(), present.codebooks, present.scales)
+
+
+def _search_around(
+    weight: Tensor, present: Approximation, around: Feedback, beam: int, search: CodeSearch
+) -> Approximation:
+    """One sweep of coordinate descent over all groups; it never raises the objective."""
+    base = search.expand(present.codebooks, present.codes)
+    state = (weight / present.scales[:, None] - base) @ around.coupling
+    codes = present.codes.clone()
+    sweep(state, base, around, _rounder(codes, present.codebooks, beam, search))
+    return Approximation(codes, present.codebooks, present.scales)
+
+
+def _rounder(codes: Tensor, codebooks: Tensor, beam: int, search: CodeSearch) -> Rounder:
+    """Rounds a group to sums of entries, and keeps the choice in `codes` `[out, n, M]`."""
+
+    def round_group(j: int, metric: Tensor, targets: Tensor) -> Tensor:
+        codes[:, j] = search.choose(metric, targets, codebooks, codes[:, j], beam)
+        return sum_of_entries(codebooks, codes[:, j])
+
+    return round_group

@@ -1,0 +1,102 @@
+"""What an interrupted quantization leaves behind, and how it goes on from there.
+
+In `quantized.partial/work/`, beside the files of the finished blocks:
+
+    hidden-007.activations    what enters block 7. That this file exists means that blocks 0 to 6 are finished
+    handed-007/               what the blocks before it hand on beside hidden states, in families where they do
+    targets.activations       what the original block makes of it; worthless after an interruption
+    block-006.json            what was measured of a finished block
+    <path>.safetensors        a finished matrix of the present block, before the block is fitted
+
+Each is renamed to its name when it is whole and on the disk, so that what is there can be trusted.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from aqlm_cli.errors import ArtifactError
+from aqlm_cli.quantization.methods import MATRIX_KINDS
+from aqlm_cli.quantization.parallel import Compressed
+from aqlm_cli.runs.files import load_tensors, read_metadata, save_tensors, storage_errors, write_file
+from aqlm_kernels import KernelError
+
+
+@dataclass(frozen=True)
+class Unfinished:
+    """A quantization at work in `directory`."""
+
+    directory: Path
+
+    @property
+    def blocks(self) -> int:
+        """How many are finished."""
+        with storage_errors(self.directory):
+            states = list(self.directory.glob("hidden-*.activations"))
+        return max((int(path.stem.removeprefix("hidden-")) for path in states), default=0)
+
+    def hidden(self, block: int) -> Path:
+        """The states that enter a block."""
+        return self.directory / f"hidden-{block:03d}.activations"
+
+    def handed(self, block: int) -> Path:
+        """What enters a block beside the states."""
+        return self.directory / f"handed-{block:03d}"
+
+    @property
+    def handing(self) -> Path:
+        """The same of the next block, while it is made."""
+        return self.directory / "handed.partial"
+
+    @property
+    def targets(self) -> Path:
+        return self.directory / "targets.activations"
+
+    def record(self, block: int, measured: Mapping[str, Any]) -> None:
+        """Of a block that is about to be finished."""
+        write_file(self.directory / f"block-{block:03d}.json", json.dumps(measured).encode())
+
+    def recorded(self, block: int) -> dict[str, Any]:
+        path = self.directory / f"block-{block:03d}.json"
+        try:
+            found: dict[str, Any] = json.loads(path.read_bytes())
+        except (OSError, ValueError) as error:
+            raise ArtifactError(f"{path} cannot be read ({error}); remove {self.directory} to begin anew") from error
+        return found
+
+    def keep(self, one: Compressed) -> None:
+        """A matrix of the present block."""
+        about = {
+            "kind": one.matrix.kind,
+            "weights": str(one.weights),
+            "relative_error": repr(one.relative_error),
+            "seconds": repr(one.seconds),
+        }
+        save_tensors(self.directory / f"{one.path}.safetensors", one.matrix.tensors(), about)
+
+    def kept(self, path: str) -> Compressed | None:
+        """The matrix of the layer at `path`, if it was finished."""
+        file = self.directory / f"{path}.safetensors"
+        if not file.exists():
+            return None
+        try:
+            about = read_metadata(file)
+            return Compressed(
+                path,
+                int(about["weights"]),
+                MATRIX_KINDS[about["kind"]].from_tensors(load_tensors(file)),
+                float(about["relative_error"]),
+                float(about["seconds"]),
+            )
+        except (ArtifactError, KernelError, LookupError, ValueError) as error:
+            raise ArtifactError(f"{file} is damaged ({error.__cause__ or error}); remove it and rerun") from error
+
+    def forget_matrices(self) -> None:
+        """Those of a block that is finished."""
+        with storage_errors(self.directory):
+            for file in self.directory.glob("*.safetensors"):
+                file.unlink()

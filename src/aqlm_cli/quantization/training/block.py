@@ -1,0 +1,151 @@
+"""Fitting a quantized block: codebooks, scales, norms and biases move, the codes stay.
+
+Matrices were quantized one by one; fitted together, to the output that the original block gives on the same inputs,
+they make up for each other's errors. Adam on the squared error, with rates in units of each tensor's own root mean
+square, so that codebooks, scales and norms need no tuning of their own (a tensor of zeros stays as it is). The best
+state on held-out windows is kept.
+
+Each token's error is taken relative to its own output: from some block on, the first token of a window holds nine
+tenths of the energy of all (arXiv 2402.17762), and the next norm takes that away; a sum over tokens would see little
+but this one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from aqlm_cli.errors import QuantizationError
+from aqlm_cli.models.hidden_states import Activations, autocast, run_block
+from aqlm_cli.models.walk import BlockInput
+from aqlm_cli.quantization.training.schedule import copied, put_back, root_mean_square, share_of_rate
+from aqlm_cli.spec.config import FitConfig
+from aqlm_kernels import AdditiveLinear
+
+
+@dataclass(frozen=True, eq=False)
+class BlockData:
+    """What a block is given for the windows with some numbers, and the outputs wanted, `[windows, ..., d]`."""
+
+    given: Callable[[Tensor], BlockInput]
+    targets: Tensor | Activations
+    dtype: torch.dtype  # of the products
+    device: torch.device
+    per_token: bool  # errors are relative to each token's own target; False: to that of all tokens
+
+    def error(self, output: Tensor, target: Tensor) -> Tensor:
+        """Of each token, `[b, ...]` of `[b, ..., d]`."""
+        square = (output - target).square().mean(-1)
+        if not self.per_token:
+            return square
+        energy = target.square().mean(-1)
+        return square / torch.where(energy > 0, energy, 1.0)
+
+    def relative_error(self, block: nn.Module, windows: Tensor, batch: int) -> float:
+        """The error over the given windows, as a share of that of an output of zeros."""
+        error = energy = 0.0
+        for chosen in windows.split(batch):
+            target = self.targets[chosen].to(self.device)
+            output, _ = run_block(block, self.given(chosen), self.dtype)
+            error += float(self.error(output, target).sum(dtype=torch.float64))
+            energy += self._energy(target)
+        return error / energy if energy > 0 else 0.0
+
+    def energy(self, windows: Tensor, batch: int) -> float:
+        """The error that an output of zeros has, summed over the given windows."""
+        return sum(self._energy(self.targets[chosen].to(self.device)) for chosen in windows.split(batch))
+
+    def _energy(self, target: Tensor) -> float:
+        return float(self.error(torch.zeros_like(target), target).sum(dtype=torch.float64))
+
+
+def tuned_parameters(block: nn.Module, prefix: str = "") -> dict[str, nn.Parameter]:
+    """What fitting may change, by path: all of the additive layers, and every vector (norms and biases)."""
+    found: dict[str, nn.Parameter] = {}
+    for path, module in block.named_modules(prefix=prefix):
+        for name, parameter in module.named_parameters(recurse=False):
+            if isinstance(module, AdditiveLinear) or parameter.ndim == 1:
+                found[f"{path}.{name}"] = parameter
+    return found
+
+
+def fit_block(
+    block: nn.Module, data: BlockData, training: Tensor, held_out: Tensor, settings: FitConfig, rng: torch.Generator
+) -> tuple[float, float]:
+    """Train the block in place on the `training` windows; keep the state that is best on the `held_out` ones.
+
+    Returns the held-out error before and after.
+    """
+    parameters = tuned_parameters(block)
+    steps_per_epoch = math.ceil(len(training) / settings.batch)
+    tokens = training.numel() * math.prod(data.targets.shape[1:-1])
+    energy = data.energy(training, settings.batch) / tokens or 1.0
+    optimizer = torch.optim.Adam(
+        [{"params": [parameter], "lr": _rate(parameter, settings)} for parameter in parameters.values()],
+        betas=(0.9, 0.95),
+        eps=1e-12,  # gradients of a relative error are small; the usual 1e-8 would damp the rates
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda step: share_of_rate(step, steps_per_epoch * settings.epochs, settings.warmup_steps, settings.final_rate),
+    )
+    before = best = data.relative_error(block, held_out, settings.batch)
+    kept, stale = copied(parameters), 0
+    for parameter in parameters.values():
+        parameter.requires_grad_(True)
+    for _ in range(settings.epochs):
+        for chosen in _shuffled(training, settings.batch, rng):
+            given = data.given(chosen)
+            with autocast(data.device, data.dtype):
+                output = given(block)
+            loss = data.error(output.float(), data.targets[chosen].to(data.device)).mean() / energy
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+        error = data.relative_error(block, held_out, settings.batch)
+        stale = 0 if error < best else stale + 1
+        if error < best:
+            best, kept = error, copied(parameters)
+        if settings.patience is not None and stale >= settings.patience:
+            break
+    put_back(parameters, kept)
+    for parameter in parameters.values():
+        parameter.requires_grad_(False)
+    return before, best
+
+
+@torch.no_grad()
+def round_block(block: nn.Module, prefix: str = "") -> None:
+    """All that is tuned of the block at `prefix`, to the 16 bits in which it will be stored.
+
+    First the codebooks and scales of each layer are brought into the range of float16, which fitting may have left.
+    """
+    for module in block.modules():
+        if isinstance(module, AdditiveLinear):
+            module.balance()
+    round_to_16_bits(tuned_parameters(block, prefix))
+
+
+@torch.no_grad()
+def round_to_16_bits(parameters: Mapping[str, nn.Parameter]) -> None:
+    """What is tuned is stored as float16; whatever comes after must see it as it will be."""
+    for name, parameter in parameters.items():
+        rounded = parameter.half().float()
+        if not bool(rounded.isfinite().all()):
+            raise QuantizationError(f"{name.lstrip('.')}: a value is out of the range of float16")
+        parameter.copy_(rounded)
+
+
+def _rate(parameter: Tensor, settings: FitConfig) -> float:
+    if settings.learning_rate_unit == "absolute":
+        return settings.learning_rate
+    return settings.learning_rate * root_mean_square(parameter)
+
+
+def _shuffled(windows: Tensor, batch: int, rng: torch.Generator) -> Iterator[Tensor]:
+    yield from windows[torch.randperm(len(windows), generator=rng)].split(batch)

@@ -1,0 +1,226 @@
+"""What a stage returns at its end: one frozen record, which knows two ways to be shown.
+
+`as_json()` is for programs and `table()` for people. No number in a record stands alone: a perplexity carries its data,
+windows and standard error, a speed its spread and the error of what was computed.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from aqlm_cli.formatting import both_bits, clock, counted, facts, plain, readable_bytes, shrinkage, some, text_name
+
+
+@dataclass(frozen=True)
+class Record(abc.ABC):
+    """The result of one stage."""
+
+    def as_json(self) -> dict[str, Any]:
+        """The fields by name, in types that JSON knows."""
+        return {field.name: plain(getattr(self, field.name)) for field in dataclasses.fields(self)}
+
+    @abc.abstractmethod
+    def table(self) -> Table | Group:
+        """The same for a person to read."""
+
+
+@dataclass(frozen=True)
+class PlanReport(Record):
+    """What `quantize` is about to do. Bits are per quantized weight, bytes those of the whole model.
+
+    `kernel` is what will multiply by the compressed layers on this machine, None where it is torch; `schemes` are those
+    of the quantized layers by path, `skipped` pairs a path with the reason why it keeps its 16 bits.
+    """
+
+    model: str
+    method: str
+    scheme: str
+    layers: int
+    code_bits: float
+    stored_bits: float
+    bytes_before: int
+    bytes_after: int
+    kernel: str | None
+    schemes: Mapping[str, str]
+    skipped: tuple[tuple[str, str], ...]
+
+    def table(self) -> Table:
+        by_reason: dict[str, list[str]] = defaultdict(list)
+        for path, reason in self.skipped:
+            by_reason[reason].append(path)
+        return facts(
+            "plan",
+            [
+                ("model", self.model),
+                ("layers", f"{self.layers}, {self.method} {self.scheme}"),
+                ("bits per weight", both_bits(self.code_bits, self.stored_bits)),
+                ("model size", shrinkage(self.bytes_before, self.bytes_after)),
+                *([("product kernel", self.kernel)] if self.kernel else []),
+                *((f"skipped {len(paths)}", f"{some(paths)}: {reason}") for reason, paths in by_reason.items()),
+            ],
+        )
+
+
+@dataclass(frozen=True)
+class VerifyReport(Record):
+    """All `files` of the run's artifacts are what their manifests say; `layer` was quantized again to the same codes.
+
+    `layer` is None where nothing is quantized yet, or was so on another kind of machine.
+    """
+
+    directory: Path
+    files: int
+    bytes: int
+    layer: str | None
+    seconds: float
+
+    def table(self) -> Table:
+        again = "nothing here to quantize again" if self.layer is None else f"{self.layer}: the same codes"
+        rows = [
+            ("files", f"{self.files} are what their manifests say, {readable_bytes(self.bytes)}"),
+            ("quantized again", again),
+            ("time", clock(self.seconds)),
+        ]
+        return facts(f"{self.directory} is sound", rows)
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """exp(mean negative log likelihood), with the standard error that the spread over the windows gives it."""
+
+    perplexity: float
+    stderr: float
+
+
+@dataclass(frozen=True)
+class PerplexityReport(Record):
+    """Perplexity of `model` on `data`; `ratio` is to the original's on the same windows, where there is an original.
+
+    `bos`: each window begins with a beginning-of-text token. Figures with and without it do not compare.
+    """
+
+    model: str
+    data: str
+    perplexity: float
+    stderr: float
+    windows: int
+    sequence_length: int
+    dtype: str
+    original: Perplexity | None
+    ratio: float | None
+    bos: bool = False
+
+    def table(self) -> Table:
+        columns = ("model", "data", "windows x tokens", "type", "perplexity", "ratio")
+        table = Table(*columns, title="perplexity", title_justify="left")
+        ratio = "" if self.ratio is None else f"{self.ratio:.4f}"
+        rows = [(self.model, Perplexity(self.perplexity, self.stderr), ratio)]
+        if self.original is not None:
+            rows.insert(0, ("original", self.original, "1"))
+        for name, found, ratio in rows:
+            table.add_row(
+                Text(name),
+                Text(text_name(self.data)),
+                f"{self.windows} x {self.sequence_length}" + (", bos" if self.bos else ""),
+                self.dtype,
+                f"{found.perplexity:.3f} ± {found.stderr:.3f}",
+                ratio,
+            )
+        return table
+
+
+@dataclass(frozen=True)
+class GenerationReport(Record):
+    """`text` is the continuation without the prompt; `tokens` counts it."""
+
+    model: str
+    prompt: str
+    text: str
+    tokens: int
+    seconds: float
+    tokens_per_second: float
+    decoding: str
+
+    def table(self) -> Table:
+        speed = f"{self.tokens} tokens in {self.seconds:.1f} s: {self.tokens_per_second:.1f} tokens/s; {self.decoding}"
+        return facts(self.model, [("prompt", self.prompt), ("text", self.text), ("speed", speed)])
+
+
+@dataclass(frozen=True)
+class StageStatus:
+    """`state` in words; of a stage that has begun, `done` of `total` steps, and the seconds left as far as known."""
+
+    stage: str
+    state: str
+    done: int | None = None
+    total: int | None = None
+    unit: str | None = None
+    seconds_left: float | None = None
+
+
+@dataclass(frozen=True)
+class StatusReport(Record):
+    """Where a run stands; `process` is at work in it, None if nobody is."""
+
+    directory: Path
+    model: str
+    scheme: str
+    process: str | None
+    stages: tuple[StageStatus, ...]
+
+    def table(self) -> Table:
+        rows = [("model", f"{self.model}, {self.scheme}"), ("at work", self.process or "nobody")]
+        for one in self.stages:
+            steps = "" if one.total is None else f", {one.done} of {counted(one.total, one.unit or 'step')}"
+            left = "" if one.seconds_left is None else f", {clock(one.seconds_left)} left"
+            rows.append((one.stage, f"{one.state}{steps}{left}"))
+        return facts(str(self.directory), rows)
+
+
+@dataclass(frozen=True)
+class BackendReport:
+    """Whether a backend multiplies by matrices of a scheme here; `refusal` is its reason why not."""
+
+    name: str
+    scheme: str
+    device: str
+    refusal: str | None
+
+
+@dataclass(frozen=True)
+class MachineReport(Record):
+    """What this machine has. `versions` of packages that are not installed are None."""
+
+    processor: str
+    features: tuple[str, ...]
+    cores: int
+    threads: int
+    accelerators: tuple[str, ...]
+    versions: Mapping[str, str | None]
+    backends: tuple[BackendReport, ...]
+
+    def table(self) -> Table:
+        return facts(
+            "this machine",
+            [
+                ("processor", f"{self.processor}, {counted(self.cores, 'core')}"),
+                ("threads in use", str(self.threads)),
+                ("features", ", ".join(self.features) or "none that matter here"),
+                ("accelerators", ", ".join(self.accelerators) or "none"),
+                *((name, version or "not installed") for name, version in self.versions.items()),
+                *(
+                    (f"backend {row.name}", f"{row.scheme} on {row.device}: {row.refusal or 'ready'}")
+                    for row in self.backends
+                ),
+            ],
+        )

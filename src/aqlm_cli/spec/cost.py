@@ -1,0 +1,259 @@
+"""What a run will take, known before it begins: memory, disk and time of every stage.
+
+Arithmetic on the shapes of a model and on what a short measurement says of this machine (rates.py). Memory is what the
+process has resident, so it counts Python and its libraries, too. The coefficients were read off the code and checked
+against peaks of SmolLM2 and of a block of the size of Llama-3.2-1B's.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, replace
+
+from aqlm_cli.errors import PlanError
+from aqlm_cli.spec.config import FitConfig, RunConfig
+from aqlm_cli.spec.plan import Target
+from aqlm_cli.spec.schemes import AdditiveScheme
+
+PROCESS = 800_000_000
+"""Bytes of Python with torch, transformers and the compiled search, before any model (measured, torch 2.13)."""
+
+FLOAT = 4  # bytes
+
+INPUTS_OF_ONE_WIDTH = 3
+"""Inputs of the same width that a block has at most, in all families known: of the queries, keys and values, of the
+attention's output, and of the feed-forward."""
+
+
+@dataclass(frozen=True)
+class BlockShape:
+    """The matrices of one block, and how many numbers it has in all."""
+
+    targets: tuple[Target, ...]
+    parameters: int
+
+    @property
+    def quantized(self) -> tuple[Target, ...]:
+        return tuple(target for target in self.targets if target.scheme is not None)
+
+    @property
+    def input_widths(self) -> tuple[int, ...]:
+        """Of all inputs whose second moment is needed; layers that share one count once."""
+        layers: dict[int, int] = defaultdict(int)
+        for target in self.quantized:
+            layers[target.in_features] += 1
+        return tuple(width for width, count in layers.items() for _ in range(min(count, INPUTS_OF_ONE_WIDTH)))
+
+    @property
+    def vectors(self) -> int:
+        """Numbers in norms and biases."""
+        return self.parameters - sum(target.weights for target in self.targets)
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What the arithmetic knows of a model. `outside` counts the numbers outside its blocks, a tied head once; the
+    largest tensor there is `[vocabulary, hidden]`."""
+
+    blocks: tuple[BlockShape, ...]
+    outside: int
+    vocabulary: int
+    hidden: int
+
+    @property
+    def quantized_blocks(self) -> tuple[BlockShape, ...]:
+        return tuple(block for block in self.blocks if block.quantized)
+
+
+@dataclass(frozen=True)
+class Work:
+    """How much a run does at a time, and on how much text."""
+
+    windows: int
+    length: int  # tokens of a window
+    statistics_windows: int  # of calibrate
+    measured: int  # windows that make the second moments
+    held_out: int
+    batch: int  # windows that go through a block at once
+    fit: FitConfig
+    workers: int  # matrices compressed at once
+    product_bytes: int  # of a number in the products
+
+    @property
+    def fitted(self) -> int:
+        return min(self.fit.sequences, self.measured) if self.fit.epochs else 0
+
+
+def work_of(config: RunConfig, windows: int, workers: int, product_bytes: int) -> Work:
+    """What the settings ask for, of so many windows of text."""
+    section = config.quantize
+    measured, held_out = measured_windows(config, windows)
+    return Work(
+        windows=windows,
+        length=config.calibrate.sequence_length,
+        statistics_windows=min(config.calibrate.statistics_sequences, windows),
+        measured=measured,
+        held_out=held_out,
+        batch=section.batch,
+        fit=section.fit,
+        workers=workers,
+        product_bytes=product_bytes,
+    )
+
+
+def measured_windows(config: RunConfig, windows: int) -> tuple[int, int]:
+    """How many of the windows make the second moments, and how many are held out to judge the fitting by."""
+    section = config.quantize
+    held_out = min(section.fit.held_out, max(1, windows // 4), windows - 1) if section.fit.epochs else 0
+    return min(section.statistics_sequences, windows - held_out), held_out
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one stage: seconds, the most memory resident, and the most that the run then has on the disk, in bytes."""
+
+    seconds: float
+    memory_bytes: int
+    disk_bytes: int
+
+
+# --------------------------------------------------------------------------------------------------------------- memory
+
+
+def calibration_memory(model: ModelShape, work: Work) -> int:
+    """The logits of one window, beside everything outside the blocks; or one block at work."""
+    casts = work.product_bytes * model.vocabulary * model.hidden  # of the head's weight to the type of products
+    logits = work.length * model.vocabulary * (work.product_bytes + 2 * FLOAT)
+    at_work = max(FLOAT * block.parameters + _activations(block, 1, work) for block in model.blocks)
+    return PROCESS + FLOAT * model.outside + max(casts + logits, at_work)
+
+
+def quantization_memory(model: ModelShape, work: Work) -> int:
+    """The largest of what the parts of a block need; freed memory is given back between them."""
+    entering = FLOAT * (model.outside + model.blocks[0].parameters + 2 * work.batch * work.length * model.hidden)
+    parts = (_measuring, _compressing, _fitting)
+    return PROCESS + max(entering, *(part(block, work) for block in model.blocks for part in parts))
+
+
+def _measuring(block: BlockShape, work: Work) -> int:
+    """Sums in float64, and either a forward pass or one product x^T x with what goes into it."""
+    widths, tokens = block.input_widths or (0,), work.batch * work.length
+    inputs = 3 * sum(widths) * tokens  # kept until the pass ends, some in 16 bits and some in 32
+    product = FLOAT * (max(widths) ** 2 + max(widths) * tokens)
+    sums = 2 * FLOAT * sum(width**2 for width in widths)
+    return FLOAT * block.parameters + sums + inputs + max(_activations(block, work.batch, work), product)
+
+
+def _compressing(block: BlockShape, work: Work) -> int:
+    moments = FLOAT * sum(width**2 for width in block.input_widths)
+    largest = sorted(map(_compression_memory, block.quantized), reverse=True)[: work.workers]
+    return FLOAT * block.parameters + moments + sum(largest)
+
+
+def _compression_memory(target: Target) -> int:
+    """Two float64 matrices [in, in] in the factorisation and some of float32; later copies of the weight prevail."""
+    if not isinstance(target.scheme, AdditiveScheme):
+        return 4 * FLOAT * target.weights
+    return max(26 * target.in_features**2, 9 * target.in_features**2 + 22 * target.weights)
+
+
+def _fitting(block: BlockShape, work: Work) -> int:
+    """Written-out weights and all that the backward pass needs of a training batch; or the pass that ends the block."""
+    weights = sum(target.weights for target in block.quantized)
+    codes = sum(quantized_bytes(target) for target in block.quantized)
+    features = sum(target.in_features + target.out_features for target in block.targets)
+    saved = FLOAT * features * work.fit.batch * work.length if work.fitted else 0
+    training = (FLOAT + work.product_bytes) * weights + saved
+    return codes + max(training, _activations(block, work.batch, work))
+
+
+def _activations(block: BlockShape, windows: int, work: Work) -> int:
+    """Of one forward pass without gradients: four tensors of the widest layer, eight of the residual stream."""
+    widest = max((target.out_features for target in block.targets), default=0)
+    hidden = min((target.in_features for target in block.targets), default=0)
+    return windows * work.length * (4 * work.product_bytes * widest + 8 * FLOAT * hidden)
+
+
+def packing_memory(model: ModelShape) -> int:
+    """The largest tensor in 16 bits: as it was read, rounded, and as bytes."""
+    largest = max(model.vocabulary * model.hidden, max(t.weights for b in model.blocks for t in b.targets))
+    return PROCESS + 3 * 2 * largest
+
+
+# ----------------------------------------------------------------------------------------------------------------- disk
+
+
+def calibration_disk(model: ModelShape, work: Work) -> int:
+    """Token ids, second moments of single features, and hidden states while it works."""
+    return _calibration_bytes(model, work) + FLOAT * work.statistics_windows * work.length * model.hidden
+
+
+def quantization_disk(model: ModelShape, work: Work) -> int:
+    """Hidden states twice, the finished blocks, and the matrices of the last one before they were fitted."""
+    states = FLOAT * (work.measured + work.held_out) * work.length * model.hidden
+    finished = sum(_stored(block) for block in model.quantized_blocks)
+    return _calibration_bytes(model, work) + 2 * states + finished + max(map(_stored, model.quantized_blocks))
+
+
+def packing_disk(model: ModelShape, work: Work, packed_bytes: int) -> int:
+    return _calibration_bytes(model, work) + sum(_stored(block) for block in model.quantized_blocks) + packed_bytes
+
+
+def _calibration_bytes(model: ModelShape, work: Work) -> int:
+    features = sum(target.in_features for block in model.blocks for target in block.targets)
+    return FLOAT * (work.windows * work.length + features)
+
+
+def _stored(block: BlockShape) -> int:
+    return sum(map(quantized_bytes, block.quantized)) + FLOAT * block.vectors
+
+
+def quantized_bytes(target: Target) -> int:
+    """Of a matrix in `quantized/`: codes in bytes or in four of them, codebooks and scales in float32."""
+    if isinstance(target.scheme, AdditiveScheme):
+        scheme, groups = target.scheme, target.weights // target.scheme.group_size
+        codes = (1 if scheme.codebook_bits <= 8 else 4) * groups * scheme.num_codebooks
+        return codes + FLOAT * (scheme.num_codebooks * scheme.codebook_size * scheme.group_size + target.out_features)
+    assert target.scheme is not None
+    return target.weights + 3 * (target.weights // target.scheme.group_size)
+
+
+# ----------------------------------------------------------------------------------------------------------------- time
+
+
+# --------------------------------------------------------------------------------------------------------------- limits
+
+
+def within_memory(model: ModelShape, work: Work, limit: int | None) -> Work:
+    """With the largest batch, a half, a quarter, ... of the one wanted, and then the most workers, below the limit.
+
+    Raises PlanError with the least limit that can be kept.
+    """
+    if limit is None:
+        return work
+    for batch in (work.batch >> halvings for halvings in range(work.batch.bit_length())):
+        for workers in range(work.workers, 0, -1):
+            choice = replace(work, batch=batch, workers=workers)
+            if peak_memory(model, choice) <= limit:
+                return choice
+    least = least_memory(model, work)
+    raise PlanError(
+        f"--max-memory {limit / 1e9:.2f}GB: this model needs {least / 1e9:.2f}GB with one window and one matrix at a "
+        f"time; {what_needs_less(model)}"
+    )
+
+
+def least_memory(model: ModelShape, work: Work) -> int:
+    """With one window and one matrix at a time."""
+    return peak_memory(model, replace(work, batch=1, workers=1))
+
+
+def peak_memory(model: ModelShape, work: Work) -> int:
+    return max(calibration_memory(model, work), quantization_memory(model, work), packing_memory(model))
+
+
+def what_needs_less(model: ModelShape) -> str:
+    """Of memory: the matrices with the most inputs are what it goes to."""
+    targets = (target for block in model.blocks for target in block.quantized)
+    widest = max(targets, key=lambda target: target.in_features)
+    return f"--skip '.*{widest.path.rpartition('.')[2]}' leaves those with {widest.in_features} inputs in 16 bits"

@@ -1,0 +1,202 @@
+"""One complete run file out of several partial ones, and back into YAML.
+
+What differs from the defaults (config.py) comes in layers, the later ones winning key by key: a preset shipped with the
+program, the user's run file, flags. The sum of all is checked once; an error names the layer with the wrong value.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from aqlm_cli.errors import ConfigError, UsageError, shortened
+from aqlm_cli.spec.config import RunConfig
+
+PRESETS = ("default", "fast", "paper")
+
+FINETUNE_PRESETS = ("pv-tuning", "pv-tuning-bounded")
+"""Recipes of PV-Tuning's authors."""
+
+LARGEST_RUN_FILE = 100_000
+"""Bytes, fifty times what a complete one has: YAML is read in Python, at a second for so many."""
+
+
+# Where a run is computed, not what comes out: these may change within one run directory.
+_NOT_COMPARED = ("threads", "device", "max_memory", "max_disk")
+
+
+# What pydantic says in Python's words, in those of YAML.
+_IN_YAML = {
+    "tuple_type": "needs a list such as [first, second]",
+    "model_type": "needs a section of keys and values, or {}",
+}
+
+
+def preset_path(name: str) -> Path:
+    """The file of a preset: inside the installed package, or in `configs/` of a checkout."""
+    known = (*PRESETS, *FINETUNE_PRESETS)
+    if name not in known:
+        raise UsageError(f"no preset is called {name!r}; choose {', '.join(known)}")
+    package = Path(__file__).resolve().parents[1]
+    installed = package / "configs" / f"{name}.yaml"
+    return installed if installed.exists() else package.parents[1] / "configs" / f"{name}.yaml"
+
+
+class _LoaderWithoutAliases(yaml.SafeLoader):
+    """A few aliases of aliases stand for more values than any memory holds, or for a value inside itself."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
+            raise yaml.composer.ComposerError(None, None, "aliases are not read; write the value out", mark)
+        return super().compose_node(parent, index)
+
+
+def parse_yaml(text: str) -> Any:
+    """Plain values only, no tag that names a Python object; yaml.YAMLError for all that cannot be read."""
+    try:
+        value = yaml.load(text, _LoaderWithoutAliases)
+        repr(value)  # an integer in base 16 may have more digits than Python writes, and no message could name it
+        return value
+    except yaml.YAMLError:
+        raise
+    except Exception as error:  # PyYAML lets through what Python says to an impossible date, or to nesting too deep
+        raise yaml.YAMLError(f"a value cannot be read ({error})") from error
+
+
+def load_run_file(path: Path) -> dict[str, Any]:
+    """What one file says, checked for unknown keys only: its values are checked when all layers are known."""
+    try:
+        with open(path, "rb") as file:
+            content = file.read(LARGEST_RUN_FILE + 1)
+        if len(content) > LARGEST_RUN_FILE:
+            raise ConfigError(f"{path} has more than {LARGEST_RUN_FILE} bytes, so it is no run file")
+        settings = parse_yaml(content.decode("utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read the run file {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{path} is not YAML: {reason}") from error
+    if settings is None:
+        return {}
+    if not isinstance(settings, dict):
+        raise ConfigError(f"{path} must hold keys and values, such as `model: smollm2-135m`")
+    valid = tuple(_valid_keys(RunConfig))
+    for key in (shortened(key) for key, _ in _leaves(settings)):
+        if key not in valid:
+            raise ConfigError(f"{path}: unknown key `{key}`; nearest valid key is `{_nearest(key, valid)}`")
+    return settings
+
+
+def merge(*layers: Mapping[str, Any]) -> dict[str, Any]:
+    """One layer that says what all of them say; where two disagree on a key, what the later one says."""
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        for key, value in layer.items():
+            earlier = merged.get(key)
+            if isinstance(value, Mapping):
+                value = merge(earlier if isinstance(earlier, Mapping) else {}, value)
+            merged[key] = value
+    return merged
+
+
+def build_config(
+    preset: str | None, file: Path | None, flags: Mapping[str, Any], recipe: str | None = None
+) -> RunConfig:
+    """Flags over the run file over the preset over the defaults. A flag that is None was not given.
+
+    `recipe` is a preset of which `finetune` counts alone, between the flags and the run file.
+    """
+    layers: dict[str, dict[str, Any]] = {}
+    for path in (preset_path(preset) if preset else None, file):
+        if path is not None:
+            layers[str(path)] = load_run_file(path)
+    if recipe is not None:
+        path = preset_path(recipe)
+        layers[f"preset {path}"] = {"finetune": load_run_file(path).get("finetune", {})}
+    layers["flags"] = _given(flags)
+    try:
+        return RunConfig.model_validate(merge(*layers.values()))
+    except ValidationError as error:
+        raise _one_line(error, layers) from error
+
+
+def dump_yaml(config: RunConfig) -> str:
+    """The complete run file; `load_run_file` reads it back to the same record."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def differences(there: RunConfig, here: RunConfig, section: str) -> list[str]:
+    """Each setting of one section in which two runs differ: "quantize.scheme: 2x8g8 there, 3x8g8 here".
+
+    Section "" stands for the settings outside all sections. `threads` and `device` never count.
+    """
+    earlier, later = dict(_leaves(there.model_dump())), dict(_leaves(here.model_dump()))
+    return [
+        f"{key}: {earlier[key]} there, {later[key]} here"
+        for key in later
+        if key.rpartition(".")[0].partition(".")[0] == section and key not in _NOT_COMPARED
+        if earlier[key] != later[key]
+    ]
+
+
+def _leaves(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys and values: {"quantize": {"fit": {"batch": 4}}} gives ("quantize.fit.batch", 4)."""
+    for key, value in settings.items():
+        if isinstance(value, Mapping) and value:
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _valid_keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Dotted keys of all settings and of the sections themselves."""
+    for name, field in section.model_fields.items():
+        yield prefix + name
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from _valid_keys(field.annotation, f"{prefix}{name}.")
+
+
+def _nearest(key: str, valid: tuple[str, ...]) -> str:
+    """By the last name first, so that a setting in the wrong section is sent to the right one."""
+
+    def likeness(known: str) -> tuple[float, float]:
+        name = difflib.SequenceMatcher(None, key.rpartition(".")[2], known.rpartition(".")[2]).ratio()
+        return name, difflib.SequenceMatcher(None, key, known).ratio()
+
+    return max(valid, key=likeness)
+
+
+def _given(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """Without the flags that are None."""
+    return {
+        key: _given(value) if isinstance(value, Mapping) else value for key, value in flags.items() if value is not None
+    }
+
+
+def _one_line(error: ValidationError, layers: dict[str, dict[str, Any]]) -> ConfigError | UsageError:
+    """The first of pydantic's complaints, with the layer that is to blame: the last one that says anything there."""
+    first = error.errors()[0]
+    if first["loc"] == ("model",) and first["type"] == "missing":
+        return UsageError("no model is named; give MODEL on the command line or `model:` in the run file")
+    names = [str(name) for name in first["loc"]]
+    blamed = next((origin for origin in reversed(layers) if _says(layers[origin], names)), "settings")
+    reason = _IN_YAML.get(first["type"], first["msg"].removeprefix("Value error, "))
+    value = "" if first["type"] == "value_error" else f", found {shortened(repr(first['input']))}"
+    line = f"{blamed}: `{'.'.join(names)}`: {reason}{value}"
+    return UsageError(line) if blamed == "flags" else ConfigError(line)
+
+
+def _says(layer: Any, names: list[str]) -> bool:
+    for name in names:
+        if isinstance(layer, list | tuple):  # the rest of the path counts within a list
+            return True
+        if not isinstance(layer, Mapping) or name not in layer:
+            return False
+        layer = layer[name]
+    return True

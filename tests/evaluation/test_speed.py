@@ -1,0 +1,268 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import commands, tiny_models
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from aqlm_cli.errors import ModelError, UsageError
+from aqlm_cli.evaluation import speed as stage_module
+from aqlm_cli.evaluation.speed import bench, bench_shape, relative_error, run_pass
+from aqlm_cli.evaluation.speed_report import BenchReport
+from aqlm_cli.events import Advanced, Event, Noted
+from aqlm_cli.models import Decoding, decoding_of, find_subject, load_network, random_models, resolve
+from aqlm_cli.models.blocks import linears
+from aqlm_cli.models.decoding import narrowest
+from aqlm_cli.runs.directory import RunDirectory, open_run
+from aqlm_cli.spec.config import BenchConfig
+from aqlm_cli.spec.run_file import build_config
+from aqlm_cli.spec.schemes import AdditiveScheme, parse_scheme
+from aqlm_kernels import AdditiveLinear, KernelError, read_bandwidth
+from aqlm_kernels.cpu import avx512, bandwidth
+
+PROMPT, TOKENS = 24, 6
+DECODING = f"compiled decoder, {'cpu-avx512' if avx512.HAS_VBMI else 'cpu-lut'}"
+BY_TRANSFORMERS = "transformers, reference (the compiled decoder needs one of cpu-avx512, cpu-avx512-8bit, cpu-lut)"
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return tiny_models.save("llama", tmp_path / "model")
+
+
+@pytest.fixture
+def run(model: Path, tmp_path: Path) -> RunDirectory:
+    run = open_run(tmp_path / "run", build_config(None, None, {"model": str(model)}))
+    with run.stage("packed", "packed", {}, {}) as stage:
+        stage.directory.rmdir()
+        tiny_models.save_additive(model, stage.directory)
+        stage.publish({})
+    return run
+
+
+def measured(target: Path, events: list[Event] | None = None, repeats: int = 2, **settings: Any) -> BenchReport:
+    emit = (events if events is not None else []).append
+    chosen = {"prompt": PROMPT, "tokens": TOKENS, "repeats": repeats, **settings}
+    return bench(find_subject(str(target)), BenchConfig.model_validate(chosen), 0, emit)
+
+
+def test_a_run_stands_beside_its_original_in_three_types(run: RunDirectory) -> None:
+    events: list[Event] = []
+    report = measured(run.path, events, repeats=3)
+    assert [row.name for row in report.rows] == ["FP16", "BF16", "FP32", "packed"]
+    assert (report.backend, report.threads) == (DECODING, torch.get_num_threads())
+    for row in report.rows:
+        assert 0 < row.decode_low <= row.decode_median <= row.decode_high
+        assert 0 < row.prefill_low <= row.prefill_median <= row.prefill_high
+    assert [event.done for event in events if isinstance(event, Advanced)] == [1, 2, 3]
+    assert json.loads((run.path / "reports" / "bench.json").read_text()) == report.as_json()
+
+
+def test_a_picture_stands_beside_the_report_of_a_run(run: RunDirectory) -> None:
+    events: list[Event] = []
+    measured(run.path, events)
+    for name in "bench.png", "bench.svg":
+        assert (run.path / "reports" / name).stat().st_size > 1000
+        assert Noted(f"wrote {run.path / 'reports' / name}") in events
+
+
+def test_llama_cpp_takes_turns_with_ours(run: RunDirectory, tmp_path: Path) -> None:
+    program = tmp_path / "llama-bench"
+    answer = '[{"model_type": "llama Q2_K", "model_size": 1000, "avg_ts": 25.0}]'
+    program.write_text(f"#!/bin/sh\necho $* >> {tmp_path / 'calls'}\necho '{answer}'\n")
+    program.chmod(0o755)
+    report = measured(run.path, llama_bench=str(program), llama_models=["a.gguf"], repeats=2)
+    assert [row.name for row in report.rows] == ["FP16", "BF16", "FP32", "packed", "a.gguf, llama Q2_K"]
+    row = report.rows[-1]
+    assert (row.decode_median, row.prefill_median, row.bytes, row.relative_error) == (25.0, 25.0, 1000, None)
+    assert row.decode_times["FP16"] == 25.0 / report.rows[0].decode_median
+    assert report.backend == DECODING
+    assert len((tmp_path / "calls").read_text().splitlines()) == 1 + 2 * 2
+
+
+def test_sizes_are_those_of_the_tensors_in_each_type(run: RunDirectory, model: Path) -> None:
+    half, brain, single, packed = measured(run.path).rows
+    parameters = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_pretrained(model).parameters())
+    assert (half.bytes, brain.bytes, single.bytes) == (2 * parameters, 2 * parameters, 4 * parameters)
+    file = (run.path / "packed" / "model.safetensors").stat().st_size
+    assert file - 10_000 < packed.bytes < file
+
+
+def test_errors_are_those_of_the_types(run: RunDirectory) -> None:
+    half, brain, single, packed = measured(run.path).rows
+    assert single.relative_error is None
+    assert half.relative_error is not None and brain.relative_error is not None and packed.relative_error is not None
+    assert 1e-4 < half.relative_error < brain.relative_error < 5e-2
+    assert 0 < packed.relative_error < 1e-3
+
+
+def test_a_named_backend_is_obeyed_and_stands_in_the_report(run: RunDirectory) -> None:
+    for backend, name in ("cpu-lut", "compiled decoder, cpu-lut"), ("reference", BY_TRANSFORMERS):
+        report = measured(run.path / "packed", backend=backend)
+        assert report.backend == name
+        assert (report.rows[-1].relative_error or 0) < 1e-5
+    with pytest.raises(KernelError, match="there is no backend fast"):
+        measured(run.path / "packed", backend="fast")
+
+
+def test_an_int8_head_shows_its_error(run: RunDirectory) -> None:
+    exact, rounded = (measured(run.path / "packed", head=head).rows[-1].relative_error for head in ("exact", "int8"))
+    assert exact is not None and rounded is not None
+    assert 2 * exact < rounded < 0.05
+
+
+def test_an_int8_head_is_not_left_out_in_silence(run: RunDirectory) -> None:
+    with pytest.raises(KernelError, match="an int8 head needs the compiled decoder"):
+        measured(run.path / "packed", head="int8", backend="reference")
+
+
+def test_a_product_that_is_wrong_shows_in_the_error(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = AdditiveLinear.forward
+    monkeypatch.setattr(AdditiveLinear, "forward", lambda self, x: right(self, x) * (1 + 1e-3))
+    assert (measured(run.path, backend="reference").rows[-1].relative_error or 0) > 1e-4
+
+
+def test_models_take_turns(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[Any] = []
+
+    def spy(decoding: Decoding, ids: Tensor, prompt: int) -> stage_module.Pass:
+        order.append(decoding)
+        return run_pass(decoding, ids, prompt)
+
+    monkeypatch.setattr(stage_module, "run_pass", spy)
+    measured(run.path, repeats=3)
+    turns = order[-12:]
+    assert len({id(decoding) for decoding in turns[:4]}) == 4
+    assert turns == turns[:4] * 3
+    assert {id(decoding) for decoding in turns} <= {id(decoding) for decoding in order[:-12]}  # all were warm
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt_neox", "opt"])
+def test_decoding_through_the_cache_gives_the_logits_of_one_forward(family: str, tmp_path: Path) -> None:
+    network = AutoModelForCausalLM.from_pretrained(tiny_models.save(family, tmp_path / family)).eval()
+    ids = tiny_models.token_ids(1, PROMPT + TOKENS)
+    logits = run_pass(decoding_of(network, PROMPT + TOKENS), ids[0], PROMPT).logits
+    assert logits.shape[0] == TOKENS
+    assert relative_error(logits, network(ids).logits[0, PROMPT:].detach()) < 1e-4
+
+
+def test_a_plain_model_is_measured_alone(model: Path) -> None:
+    report = measured(model)
+    assert [row.name for row in report.rows] == ["FP16", "BF16", "FP32"]
+    assert report.backend == "transformers"
+
+
+@pytest.mark.parametrize("asked", [{"backend": "cpu-lut"}, {"head": "int8"}])
+def test_what_only_packed_layers_can_do_is_refused_of_a_plain_model(model: Path, asked: dict[str, str]) -> None:
+    with pytest.raises(KernelError, match="has no packed layers; leave --backend and --head out"):
+        measured(model, **asked)
+
+
+def test_an_aqlm_checkpoint_is_measured_alone(run: RunDirectory) -> None:
+    report = measured(run.path / "packed")
+    assert [row.name for row in report.rows] == ["packed"]
+    assert report.backend == DECODING
+
+
+def test_what_is_compared_with_holds_no_codes_and_keeps_the_biases(tmp_path: Path) -> None:
+    tiny_models.save_additive(tiny_models.save("opt", tmp_path / "model"), tmp_path / "packed")
+    network = stage_module._written_out(load_network(resolve(str(tmp_path / "packed")), torch.float32))
+    assert not any(isinstance(module, AdditiveLinear) for module in network.modules())
+    assert all(layer.bias is not None for layer in linears(network.model.decoder, "").values())
+
+
+def test_more_tokens_than_the_model_reads_are_refused(model: Path) -> None:
+    with pytest.raises(ModelError, match="reads 256 tokens, not 303; lower --prompt or --tokens"):
+        measured(model, prompt=300, tokens=3)
+
+
+# ------------------------------------------------------------------------------------------------------- shapes, bounds
+
+
+@pytest.fixture(params=[True, False], ids=["tied", "untied"])
+def shape(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setitem(random_models.SHAPES, "tiny", (64, 128, 2, 4, 2, 258, request.param))
+    return "tiny"
+
+
+def measured_shape(shape: str, scheme: str, **settings: Any) -> BenchReport:
+    chosen = BenchConfig.model_validate({"prompt": PROMPT, "tokens": TOKENS, "repeats": 1, **settings})
+    parsed = parse_scheme(scheme)
+    assert isinstance(parsed, AdditiveScheme)
+    return bench_shape(shape, parsed, chosen, 0, lambda event: None)
+
+
+def test_a_shape_is_measured_with_random_numbers(shape: str) -> None:
+    report = measured_shape(shape, "2x8g8")
+    assert (report.model, report.backend) == ("tiny, 2x8g8, random numbers", DECODING)
+    assert [row.name for row in report.rows] == ["FP16", "BF16", "FP32", "packed"]
+    assert 0 < (report.rows[-1].relative_error or 0) < 1e-3
+    blocks = 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128)  # weights
+    codebooks = 2 * 7 * 2 * 256 * 8
+    outputs = 2 * (64 + 32 + 32 + 64 + 128 + 128 + 64)
+    others = 258 * 64 * (1 if random_models.SHAPES[shape][-1] else 2) + 5 * 64
+    assert report.rows[-1].bytes == blocks // 4 + 2 * (codebooks + outputs) + 2 * others
+    assert report.rows[0].bytes == 2 * (blocks + others)
+
+
+def test_a_random_model_holds_numbers_that_sixteen_bits_hold(shape: str) -> None:
+    """As a real one does: its head is read in the type that the bound counts."""
+    parsed = parse_scheme("2x8g8")
+    assert isinstance(parsed, AdditiveScheme)
+    network = random_models.random_packed_network(shape, parsed)
+    assert narrowest(network.lm_head.weight).dtype == torch.float16
+
+
+def test_the_bound_counts_what_one_token_reads(shape: str) -> None:
+    report = measured_shape(shape, "1x8g8")
+    tied = random_models.SHAPES[shape][-1]
+    for row, itemsize in zip(report.rows, (2, 2, 4, 2), strict=True):
+        read = row.bytes - (0 if tied else itemsize * 258 * 64)
+        assert row.decode_bound == pytest.approx(report.read_bandwidth / read)
+        assert row.decode_times == {
+            other.name: row.decode_median / other.decode_median for other in report.rows if other.name != "packed"
+        }
+
+
+def test_an_int8_head_is_half_to_read(shape: str) -> None:
+    exact, rounded = (measured_shape(shape, "1x8g8", head=head) for head in ("exact", "int8"))
+    read = [report.read_bandwidth / report.rows[-1].decode_bound for report in (exact, rounded)]
+    assert read[0] - read[1] == pytest.approx(258 * 64)
+
+
+def test_types_that_do_not_fit_are_left_out_and_named(shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stage_module.os, "sysconf", lambda name: 600 if name == "SC_PAGE_SIZE" else 1000)
+    events: list[Event] = []
+    parsed = parse_scheme("1x8g8")
+    assert isinstance(parsed, AdditiveScheme)
+    chosen = BenchConfig.model_validate({"prompt": PROMPT, "tokens": TOKENS, "repeats": 1})
+    report = bench_shape(shape, parsed, chosen, 0, events.append)
+    assert [row.name for row in report.rows] == ["FP16", "packed"]
+    assert report.rows[-1].relative_error is None
+    assert Noted("BF16, FP32 would take more than half of this machine's memory, and is not measured") in events
+
+
+def test_a_shape_that_is_not_known_names_those_that_are() -> None:
+    with pytest.raises(UsageError, match=r"there is no shape huge; choose one of smollm2-135m, llama-3\.2-1b"):
+        measured_shape("huge", "2x8g8")
+
+
+def test_the_bandwidth_is_all_bytes_over_the_shortest_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    moments = iter([0.0, 3.0, 10.0, 10.5, 20.0, 22.0])
+    monkeypatch.setattr(bandwidth.time, "perf_counter", lambda: next(moments))
+    assert read_bandwidth(repeats=3) == bandwidth.SIZE / 0.5
+
+
+def test_bandwidth_is_read_by_all_threads() -> None:
+    assert 1e8 < read_bandwidth(repeats=1) < 1e13
+
+
+@pytest.mark.parametrize("flag", [["--revision", "main"], ["--trust-remote-code"]])
+def test_a_shape_has_no_revision_and_no_code(flag: list[str]) -> None:
+    result = commands.run("bench", "--shape", "smollm2-135m", *flag)
+    assert result.exit_code == 2 and "belong to a model" in result.output

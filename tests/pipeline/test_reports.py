@@ -1,0 +1,157 @@
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from aqlm_cli.evaluation.speed_report import BenchReport, BenchRow, ProductRow
+from aqlm_cli.formatting import readable_bytes
+from aqlm_cli.pipeline.stage_reports import CalibrationReport, PackReport, QuantizeReport
+from aqlm_cli.records import (
+    BackendReport,
+    GenerationReport,
+    MachineReport,
+    Perplexity,
+    PerplexityReport,
+    PlanReport,
+    Record,
+)
+
+PERPLEXITY = PerplexityReport(
+    model="runs/tiny-2bit",
+    data="wikitext2",
+    perplexity=24.5,
+    stderr=0.25,
+    windows=148,
+    sequence_length=2048,
+    dtype="float32",
+    original=Perplexity(21.5, 0.2),
+    ratio=24.5 / 21.5,
+)
+RECORDS: list[Record] = [
+    PERPLEXITY,
+    PlanReport(
+        "tiny",
+        "aqlm",
+        "2x8g8",
+        14,
+        2.0,
+        2.15,
+        1000,
+        200,
+        "cpu-lut",
+        {"q": "2x8g8"},
+        (("q", "left"), ("k", "left")),
+    ),
+    CalibrationReport(
+        directory=Path("run/calibration"),
+        windows=8,
+        sequence_length=64,
+        tokens=512,
+        loss=3.25,
+        sources={"c4": 4, "notes.txt": 4},
+        seconds=1.5,
+    ),
+    QuantizeReport(
+        directory=Path("run/quantized"),
+        model="tiny",
+        scheme="2x8g8",
+        method="aqlm",
+        layers=14,
+        code_bits=2.0,
+        stored_bits=2.15,
+        bytes_before=1000,
+        bytes_after=200,
+        mean_relative_error=0.01,
+        seconds=9.5,
+        memory_bytes=10**9,
+        disk_bytes=10**6,
+        planned={"seconds": 9.0, "memory_bytes": 10**9, "disk_bytes": 10**6},
+    ),
+    PackReport(
+        directory=Path("run/packed"),
+        format="transformers",
+        scheme="2x8g8",
+        nominal_bits=2.15,
+        stored_bits=2.15,
+        bytes=200,
+        layers=14,
+    ),
+    BenchReport(
+        "tiny",
+        2,
+        "cpu-lut",
+        512,
+        32,
+        5,
+        3e10,
+        (BenchRow("packed", 9, 8, 10, {"FP16": 4}, 20, 90, 80, 100, 200, 0.001),),
+        (ProductRow(64, 128, 1, "cpu-lut", 2.5, {"FP16": 4}, 0.3, 1e-4),),
+    ),
+    GenerationReport("tiny", "Hello", " [bold]world[/bold]", 2, 0.5, 4.0, "transformers"),
+    MachineReport("x86_64", ("avx2",), 2, 2, (), {"triton": None}, (BackendReport("lut", "2x8g8", "cpu", None),)),
+]
+
+
+def printed(record: Record) -> str:
+    console = Console(file=io.StringIO(), width=200)
+    console.print(record.table())
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+@pytest.mark.parametrize("record", RECORDS, ids=lambda record: type(record).__name__)
+def test_every_record_is_json_with_the_names_of_its_fields(record: Record) -> None:
+    found = json.loads(json.dumps(record.as_json()))
+    assert list(found) == [field.name for field in dataclasses.fields(record)]
+
+
+@pytest.mark.parametrize("record", RECORDS, ids=lambda record: type(record).__name__)
+def test_every_record_prints(record: Record) -> None:
+    assert len(printed(record).splitlines()) > 3
+
+
+def test_a_perplexity_is_exactly_the_object_that_programs_expect() -> None:
+    assert PERPLEXITY.as_json() == {
+        "model": "runs/tiny-2bit",
+        "data": "wikitext2",
+        "perplexity": 24.5,
+        "stderr": 0.25,
+        "windows": 148,
+        "sequence_length": 2048,
+        "dtype": "float32",
+        "original": {"perplexity": 21.5, "stderr": 0.2},
+        "ratio": 24.5 / 21.5,
+        "bos": False,
+    }
+
+
+def test_a_perplexity_is_printed_with_all_that_it_depends_on() -> None:
+    text = printed(PERPLEXITY)
+    for fact in ("wikitext2", "148 x 2048", "float32", "24.500 ± 0.250", "21.500 ± 0.200", "1.1395"):
+        assert fact in text
+
+
+def test_a_text_is_printed_by_its_name_and_told_to_programs_as_it_was_typed() -> None:
+    record = dataclasses.replace(PERPLEXITY, data="/home/me/wiki.txt")
+    assert " wiki.txt " in printed(record) and "/home/me" not in printed(record)
+    assert record.as_json()["data"] == "/home/me/wiki.txt"
+
+
+def test_brackets_in_a_text_are_printed_as_they_are() -> None:
+    assert "[bold]world[/bold]" in printed(RECORDS[6])
+
+
+def test_layers_skipped_for_one_reason_are_counted_together() -> None:
+    assert "skipped 2" in printed(RECORDS[1])
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(999, "999 B"), (1000, "1.0 kB"), (85_123_456, "85.1 MB"), (13 * 10**9, "13.0 GB")]
+)
+def test_sizes_are_decimal(count: int, text: str) -> None:
+    assert readable_bytes(count) == text

@@ -1,0 +1,189 @@
+"""Killed at any instant, the same command goes on and ends in the same bytes."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import commands
+
+from aqlm_cli.quantization import block_inputs
+
+STAGES = ("calibration", "quantized", "packed")
+
+DRIVER = """
+# Whole commands in children of one process that has imported all they need, and has no threads yet.
+import json, os, signal, sys
+import aqlm_cli.pipeline.order
+from helpers import commands
+from transformers import AutoModelForCausalLM
+
+def in_child(out, *, log=None, kill_at=None, delay=0.0):
+    pid = os.fork()
+    if pid == 0:
+        calls, sync = [], os.fsync
+        def watched(descriptor):
+            calls.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+            if kill_at == len(calls) and delay == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            if kill_at == len(calls):
+                signal.signal(signal.SIGALRM, signal.SIG_DFL)
+                signal.setitimer(signal.ITIMER_REAL, delay)
+            sync(descriptor)
+        os.fsync = watched
+        result = commands.run("quantize", "--config", "run.yaml", "--out", out)
+        if log:
+            open(log, "w").write(json.dumps(calls))
+        if result.exit_code:
+            sys.stderr.write(result.output + repr(result.exception))
+        os._exit(result.exit_code)
+    return os.waitpid(pid, 0)[1]
+
+for line in sys.stdin:
+    print(in_child(**json.loads(line)), flush=True)
+"""
+
+
+class Driver:
+    """Runs `aqlm quantize` to its end or to its death."""
+
+    def __init__(self, directory: Path) -> None:
+        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", DRIVER],
+            cwd=directory,
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def __call__(self, out: str, **how: Any) -> int:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        print(json.dumps({"out": out, **how}), file=self._process.stdin, flush=True)
+        return int(self._process.stdout.readline())
+
+    def close(self) -> None:
+        self._process.communicate()
+
+
+@pytest.fixture
+def driver(run_file: Path) -> Any:
+    driver = Driver(run_file.parent)
+    yield driver
+    driver.close()
+
+
+def uninterrupted(driver: Driver) -> dict[str, Any]:
+    """What a command makes that nothing befalls; its writes are in `log`."""
+    assert driver("first") == 0  # fills caches outside of the run
+    assert driver("whole", log="log") == 0
+    return commands.made("whole")
+
+
+def syncs_by_stage(log: Path) -> dict[str, list[int]]:
+    """The numbers, from 1, of the writes in each stage."""
+    calls = json.loads(log.read_text())
+    return {stage: [n for n, path in enumerate(calls, 1) if f"{stage}.partial" in path] for stage in STAGES}
+
+
+def test_a_killed_command_goes_on_to_the_same_bytes(driver: Driver) -> None:
+    expected = uninterrupted(driver)
+    for stage, numbers in syncs_by_stage(Path("log")).items():
+        for number in (numbers[0], numbers[len(numbers) // 2], numbers[-1]):
+            out = f"{stage}-{number}"
+            assert driver(out, kill_at=number) == 9
+            assert driver(out) == 0
+            assert commands.made(out) == expected
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("stage", STAGES)
+def test_25_kills_at_random_instants(stage: str, driver: Driver) -> None:
+    expected, draw = uninterrupted(driver), random.Random(0)
+    for attempt in range(25):
+        out = f"{stage}-{attempt}"
+        number, delay = draw.choice(syncs_by_stage(Path("log"))[stage]), draw.uniform(0.001, 0.2)
+        while driver(out, kill_at=number, delay=delay) != 0:  # again and again, each time a little later
+            number, delay = number + 1, 2 * delay
+        assert commands.made(out) == expected
+
+
+def test_finished_blocks_and_matrices_are_not_done_again(run_file: Path, interrupted_at: Callable[..., Any]) -> None:
+    arguments = "quantize", "--config", str(run_file), "--out"
+    whole = commands.run(*arguments, "whole").output
+    total = whole.count("model.layers.")
+    assert total == 2 * 7
+
+    stopped = interrupted_at("model.layers.1", 3, *arguments, "stopped")  # two matrices of the second block are whole
+    assert stopped.exit_code == 130 and "the same command goes on" in stopped.output
+    resumed = commands.run(*arguments, "stopped").output
+    assert "stopped/quantized.partial holds 1 of 2 blocks, going on after them" in resumed
+    assert resumed.count("model.layers.") == total - 7 - 2
+    assert commands.made("stopped") == commands.made("whole")
+
+
+@pytest.fixture
+def half_done(run_file: Path, interrupted_at: Callable[..., Any]) -> tuple[str, ...]:
+    """A command that was interrupted after the first of two blocks, in `out`."""
+    arguments = "quantize", "--config", str(run_file), "--out", "out"
+    assert interrupted_at("model.layers.1", 1, *arguments).exit_code == 130
+    return arguments
+
+
+def test_work_of_other_settings_is_refused_and_named(half_done: tuple[str, ...]) -> None:
+    other = commands.run(*half_done, "--scheme", "3x4g8")
+    assert other.exit_code == 1 and "scheme" in other.output and "--overwrite" in other.output
+    assert "1 of 2 blocks" in commands.run(*half_done).output
+
+
+def test_another_calibration_is_not_mixed_in(half_done: tuple[str, ...]) -> None:
+    begun = Path("out/quantized.partial/work/begun.json")
+    found = json.loads(begun.read_bytes())
+    found["made from"]["calibration"] = "0" * 64
+    begun.write_text(json.dumps(found))
+    result = commands.run(*half_done)
+    assert result.exit_code == 1
+    assert "quantized.partial was begun with made from.calibration 0000" in result.output
+    assert commands.run(*half_done, "--overwrite").exit_code == 0
+
+
+def test_hidden_states_of_another_size_are_refused(half_done: tuple[str, ...]) -> None:
+    os.truncate("out/quantized.partial/work/hidden-001.activations", 100)
+    result = commands.run(*half_done)
+    assert result.exit_code == 1 and "hidden-001.activations has 100 bytes, not" in result.output
+    assert "remove out/quantized.partial/work to begin anew" in result.output
+    shutil.rmtree("out/quantized.partial/work")
+    assert commands.run(*half_done).exit_code == 0
+
+
+def test_what_is_half_removed_is_not_gone_on_from(half_done: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed while the work of other settings is given up, and then those first settings are wanted again."""
+    remove = shutil.rmtree
+
+    def interrupted(path: Path | str, *arguments: Any, **options: Any) -> None:
+        if Path(path).name == "quantized.partial":
+            raise KeyboardInterrupt
+        remove(path, *arguments, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", interrupted)
+    assert commands.run(*half_done, "--scheme", "3x4g8", "--overwrite").exit_code == 130
+    monkeypatch.undo()
+    os.chdir(Path(half_done[2]).parent)
+    result = commands.run(*half_done, "--overwrite")
+    assert result.exit_code == 0 and "going on after them" not in result.output
+
+
+def test_another_machine_is_not_mixed_in(half_done: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(block_inputs, "compute_dtype", lambda device: torch.float64)
+    result = commands.run(*half_done)
+    assert result.exit_code == 1 and "float64 asked; add --overwrite to begin anew" in result.output

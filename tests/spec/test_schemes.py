@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+import pytest
+
+from aqlm_cli.errors import UsageError
+from aqlm_cli.spec.schemes import AdditiveScheme, UniformScheme, parse_scheme, scheme_for_bits
+
+
+@pytest.mark.parametrize("text", ["2x8g8", "1x12g8", "1x16g8", "8x1g64", "int2g64", "int8g128"])
+def test_a_scheme_prints_as_it_was_read(text: str) -> None:
+    assert str(parse_scheme(text)) == text
+
+
+def test_additive_bits_count_codes_codebooks_and_scales() -> None:
+    scheme = AdditiveScheme(num_codebooks=3, codebook_bits=5, group_size=4)
+    out_features, in_features = 48, 64
+    codes = 48 * 16 * 3 * 5
+    codebooks = 3 * 32 * 4 * 16
+    scales = 48 * 16
+    assert scheme.stored_bits(out_features, in_features) == codes + codebooks + scales
+    assert scheme.bits_per_weight(out_features, in_features) == pytest.approx(
+        3 * 5 / 4 + 16 * 3 * 2**5 * 4 / (48 * 64) + 16 / 64
+    )
+    assert scheme.code_bits == 3.75
+
+
+def test_uniform_bits_count_a_scale_and_a_zero_point_a_group() -> None:
+    scheme = UniformScheme(bits=2, group_size=64)
+    assert scheme.stored_bits(10, 128) == 10 * 128 * 2 + 10 * 2 * (16 + 2)
+    assert scheme.bits_per_weight(10, 128) == pytest.approx(2 + 18 / 64)
+
+
+@pytest.mark.parametrize(
+    ("bits", "text"), [(1, "1x8g8"), (1.5, "3x8g16"), (2, "2x8g8"), (2.5, "5x8g16"), (3, "3x8g8"), (4, "4x8g8")]
+)
+def test_bits_mean_exactly_that_many_code_bits(bits: float, text: str) -> None:
+    assert str(scheme_for_bits(bits)) == text
+    assert scheme_for_bits(bits).code_bits == bits
+
+
+@pytest.mark.parametrize(
+    ("bits", "neighbours"), [(0.5, ["1 (1x8g8)"]), (1.7, ["1.5 (3x8g16)", "2 (2x8g8)"]), (8, ["4 (4x8g8)"])]
+)
+def test_other_bits_are_refused_with_their_neighbours(bits: float, neighbours: list[str]) -> None:
+    with pytest.raises(UsageError, match="--scheme") as error:
+        scheme_for_bits(bits)
+    assert all(neighbour in str(error.value) for neighbour in neighbours)
+
+
+@pytest.mark.parametrize("text", ["", "2x8", "2x8g8 ", "x8g8", "int2", "2x8g8g8", "-1x8g8", "INT2g64", "2²x8g8"])
+def test_a_word_that_is_no_scheme_is_a_usage_error(text: str) -> None:
+    with pytest.raises(UsageError, match="2x8g8"):
+        parse_scheme(text)
+
+
+@pytest.mark.parametrize(
+    "text", ["0x8g8", "9x8g8", "2x0g8", "2x17g8", "2x8g0", "2x8g65", "int1g64", "int9g64", "int2g0"]
+)
+def test_a_scheme_out_of_range_says_what_is_allowed(text: str) -> None:
+    with pytest.raises(UsageError, match=rf"{text}.*choose \d+ to \d+"):
+        parse_scheme(text)
+
+
+@pytest.mark.parametrize("text", ["2x8g16", "int2g16"])
+def test_a_matrix_whose_groups_do_not_fit_is_refused_with_its_reason(text: str) -> None:
+    scheme = parse_scheme(text)
+    assert scheme.refuses(5, 48) is None
+    reason = scheme.refuses(5, 40)
+    assert reason is not None and "40" in reason and "16" in reason
