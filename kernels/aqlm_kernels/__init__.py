@@ -16,7 +16,7 @@ from aqlm_kernels.linear import AdditiveLinear
 from aqlm_kernels.matrices.additive import AdditiveMatrix
 from aqlm_kernels.matrices.balance import balanced, balancing_shift
 from aqlm_kernels.packed import PackedMatrix
-from aqlm_kernels.patch_transformers import accelerate
+from aqlm_kernels.patch_transformers import patch_transformers
 
 __all__ = [
     "BACKENDS",
@@ -28,13 +28,13 @@ __all__ = [
     "DecoderBlock",
     "KernelError",
     "PackedMatrix",
-    "accelerate",
     "balanced",
     "balancing_shift",
     "choose",
     "from_checkpoint",
     "matmul",
     "matmul_dense",
+    "patch_transformers",
     "read_bandwidth",
     "smallest",
     "to_checkpoint",

@@ -13,7 +13,7 @@ from aqlm_kernels.linear import AdditiveLinear
 Network = TypeVar("Network", bound=nn.Module)
 
 
-def accelerate(network: Network) -> Network:
+def patch_transformers(network: Network) -> Network:
     """Replace, in place, every layer of `aqlm` in the network, which is returned. Biases and devices stay.
 
     Raises KernelError where there is no such layer, and for groups of several outputs.

@@ -1,4 +1,4 @@
-"""Windows that begin with a beginning-of-text token, against computations of a few lines."""
+"""Sequences that begin with a beginning-of-text token, against computations of a few lines."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from aqlm_cli.data.sequences import beginning, calibration_windows, evaluation_windows, recut
+from aqlm_cli.data.sequences import beginning, calibration_sequences, evaluation_sequences, recut
 from aqlm_cli.errors import DataError
 from aqlm_cli.runs.artifact import open_artifact
 
@@ -78,7 +78,7 @@ def test_a_tokenizer_without_a_beginning_token_begins_with_none() -> None:
 
 @pytest.mark.parametrize("opening", [[], [256], [257, 256]])
 def test_windows_to_calibrate_on_are_the_beginning_and_the_next_tokens(tmp_path: Path, opening: list[int]) -> None:
-    found = calibration_windows(file(tmp_path), 20, LENGTH, 3, tokenizer(), opening=opening).ids
+    found = calibration_sequences(file(tmp_path), 20, LENGTH, 3, tokenizer(), opening=opening).ids
     lines = LINES.copy()
     random.Random("3/documents").shuffle(lines)
     text = tokenizer().encode("<eos>".join(lines), add_special_tokens=False)
@@ -88,7 +88,7 @@ def test_windows_to_calibrate_on_are_the_beginning_and_the_next_tokens(tmp_path:
 
 @pytest.mark.parametrize("opening", [[], [256], [257, 256]])
 def test_windows_to_evaluate_on_are_the_beginning_and_the_next_tokens(tmp_path: Path, opening: list[int]) -> None:
-    found = evaluation_windows(file(tmp_path), LENGTH, tokenizer("<bos> $A"), opening=opening)
+    found = evaluation_sequences(file(tmp_path), LENGTH, tokenizer("<bos> $A"), opening=opening)
     text = tokenizer().encode("\n\n".join(LINES), add_special_tokens=False)
     text = text if opening else [256, *text]  # GPTQ's: as the tokenizer begins the whole text
     step = LENGTH - len(opening)
@@ -99,15 +99,15 @@ def test_windows_to_evaluate_on_are_the_beginning_and_the_next_tokens(tmp_path: 
 def test_a_text_that_begins_with_the_token_itself_has_it_once(tmp_path: Path) -> None:
     name = file(tmp_path, ["<bos>" + "a" * 40 + "<bos>" + "b" * 40])
     for found in (
-        calibration_windows(name, 2, 41, 0, tokenizer(), opening=[256]).ids,
-        evaluation_windows(name, 41, tokenizer("<bos> $A"), opening=[256]),
+        calibration_sequences(name, 2, 41, 0, tokenizer(), opening=[256]).ids,
+        evaluation_sequences(name, 41, tokenizer("<bos> $A"), opening=[256]),
     ):
         assert tokenizer().batch_decode(found) == ["<bos>" + "a" * 40, "<bos>" + "b" * 40]
 
 
 def test_windows_without_room_behind_the_beginning_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="windows of 2 tokens have no room behind the beginning"):
-        evaluation_windows(file(tmp_path), 2, tokenizer(), opening=[257, 256])
+        evaluation_sequences(file(tmp_path), 2, tokenizer(), opening=[257, 256])
 
 
 @pytest.mark.parametrize("before", [(), (256,)])
@@ -221,7 +221,7 @@ FINETUNE = ("--steps", "1", "--sequence-length", "16")
 
 
 def test_finetuning_learns_from_windows_that_begin_as_those_of_calibration(tmp_path: Path, with_bos: Path) -> None:
-    section = "finetune: {batch: 2, windows_at_once: 2, held_out: 2, keep_every: 1}\n"
+    section = "finetune: {batch: 2, micro_batch: 2, held_out: 2, save_every: 1}\n"
     Path("run.yaml").write_text(Path("run.yaml").read_text() + section)
     assert run("quantize", "--config", "run.yaml", "--out", "run").exit_code == 0
     measured = run("eval-ppl", "run", "--data", "notes.txt", "--sequence-length", "32")

@@ -17,7 +17,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from aqlm_cli.data.chats import Chat, chat_ids, chat_of
-from aqlm_cli.data.sequences import beginning, calibration_windows, evaluation_windows
+from aqlm_cli.data.sequences import beginning, calibration_sequences, evaluation_sequences
 from aqlm_cli.errors import DataError
 from aqlm_cli.models import load_tokenizer, resolve
 
@@ -158,7 +158,7 @@ def test_windows_to_evaluate_on_are_the_chats_one_after_the_other(tmp_path: Path
     name, records = chats(tmp_path / "chat.jsonl")
     own = tokenizer(template)
     opening = beginning(own, None) if opened else ()
-    found = evaluation_windows(name, 16, own, opening=opening)
+    found = evaluation_sequences(name, 16, own, opening=opening)
     text = [id for one in records for id in own.apply_chat_template(one, tokenize=True, return_dict=False)]
     expected = []
     while True:
@@ -178,7 +178,7 @@ def test_end_of_text_stands_between_chats_where_the_template_writes_none(
 ) -> None:
     name, records = chats(tmp_path / "chat.jsonl")
     own = tokenizer(template)
-    found = calibration_windows(name, 10, 40, 0, own).ids
+    found = calibration_sequences(name, 10, 40, 0, own).ids
     rendered = [own.apply_chat_template(one, tokenize=False) for one in records]
     random.Random("0/documents").shuffle(rendered)
     assert found.flatten().tolist() == own.encode(between.join(rendered), add_special_tokens=False)[:400]
@@ -188,7 +188,7 @@ def test_a_template_that_begins_as_the_documents_are_joined_begins_once(tmp_path
     name, _ = chats(tmp_path / "chat.jsonl")
     own = tokenizer("{{ bos_token }}{% for message in messages %}{{ message.content }}{% endfor %}")
     own.eos_token = None
-    found = own.decode(calibration_windows(name, 1, 60, 0, own, opening=beginning(own, True)).ids[0])
+    found = own.decode(calibration_sequences(name, 1, 60, 0, own, opening=beginning(own, True)).ids[0])
     assert found.startswith("<bos>q") and "<bos><bos>" not in found and found.count("<bos>") > 5
 
 
@@ -203,7 +203,7 @@ def test_calibrate_finetune_and_eval_ppl_say_which_file_goes_through_the_templat
     made = run("quantize", "--config", "run.yaml", "--data", f"{name}:8", "--out", "run")
     assert made.exit_code == 0 and said in made.output
     own: Any = load_tokenizer(resolve("tiny"))
-    expected = calibration_windows(f"{name}:8", None, 32, 0, own).ids
+    expected = calibration_sequences(f"{name}:8", None, 32, 0, own).ids
     assert torch.equal(load_file("run/calibration/windows.safetensors")["ids"].long(), expected)
     assert "q" in own.decode(expected[0]) and "role" not in own.decode(expected.flatten())
     measured = run("eval-ppl", "run", "--data", name, "--sequence-length", "16")

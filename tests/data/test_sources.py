@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from aqlm_cli.data import sequences, sources
-from aqlm_cli.data.sequences import calibration_windows, evaluation_windows
+from aqlm_cli.data.sequences import calibration_sequences, evaluation_sequences
 from aqlm_cli.data.sources import documents
 from aqlm_cli.data.spec import Source, parse_sources
 from aqlm_cli.errors import DataError
@@ -70,7 +70,7 @@ def test_a_source_without_name_or_windows_is_refused(spec: str) -> None:
 
 def test_calibration_joins_shuffled_documents_by_end_of_text_and_cuts_without_a_gap(tmp_path: Path) -> None:
     path = json_lines(tmp_path / "letters.jsonl", DOCUMENTS)
-    windows = calibration_windows(path, 20, 10, 0, Letters())
+    windows = calibration_sequences(path, 20, 10, 0, Letters())
     assert windows.ids.shape == (20, 10) and windows.ids.dtype == torch.int64
     found = spell(windows.ids).removesuffix("|").split("|")
     assert len(set(found)) == 25 and set(found) <= set(DOCUMENTS), "every document whole, and once"
@@ -81,7 +81,7 @@ def test_the_seed_alone_decides_the_order(tmp_path: Path) -> None:
     path = json_lines(tmp_path / "letters.jsonl", DOCUMENTS)
 
     def drawn(seed: int) -> Tensor:
-        return calibration_windows(path, 4, 10, seed, Letters()).ids
+        return calibration_sequences(path, 4, 10, seed, Letters()).ids
 
     random.seed(1)
     first = drawn(0)
@@ -93,7 +93,7 @@ def test_the_seed_alone_decides_the_order(tmp_path: Path) -> None:
 def test_each_source_gives_its_own_windows_in_the_order_of_the_spec(tmp_path: Path) -> None:
     small = json_lines(tmp_path / "small.jsonl", ["a" * 50])
     large = json_lines(tmp_path / "large.jsonl", ["b" * 50])
-    windows = calibration_windows(f"{large}:2,{small}:1", None, 10, 0, Letters())
+    windows = calibration_sequences(f"{large}:2,{small}:1", None, 10, 0, Letters())
     assert spell(windows.ids) == "b" * 20 + "a" * 10
     assert windows.sources == (large, large, small)
 
@@ -107,7 +107,7 @@ def test_sources_without_a_count_share_what_is_left(
 ) -> None:
     names = [json_lines(tmp_path / f"{number}.jsonl", ["a" * 50]) for number in range(len(counts))]
     spec = ",".join(name + count for name, count in zip(names, counts, strict=True))
-    sources = calibration_windows(spec, sequences, 10, 0, Letters()).sources
+    sources = calibration_sequences(spec, sequences, 10, 0, Letters()).sources
     assert [sources.count(name) for name in names] == shared
 
 
@@ -119,28 +119,28 @@ def test_counts_that_do_not_fit_the_total_are_refused_before_any_text_is_read(
     spec: str, sequences: int | None, reason: str
 ) -> None:
     with pytest.raises(DataError, match=reason):
-        calibration_windows(spec, sequences, 10, 0, Letters())
+        calibration_sequences(spec, sequences, 10, 0, Letters())
 
 
 def test_too_few_tokens_are_an_error_that_says_how_many_windows_there_are(tmp_path: Path) -> None:
     path = json_lines(tmp_path / "letters.jsonl", DOCUMENTS)
     with pytest.raises(DataError, match="asked 96 windows of 10 tokens, found 20; lower --sequences"):
-        calibration_windows(path, 96, 10, 0, Letters())
+        calibration_sequences(path, 96, 10, 0, Letters())
 
 
 @pytest.mark.parametrize("texts", [[], ["", " \n"]])
 def test_text_without_a_token_is_an_error(tmp_path: Path, texts: list[str]) -> None:
     path = json_lines(tmp_path / "empty.jsonl", texts)
     with pytest.raises(DataError, match="has no text"):
-        calibration_windows(path, 1, 10, 0, Letters())
+        calibration_sequences(path, 1, 10, 0, Letters())
     with pytest.raises(DataError, match="has no text"):
-        evaluation_windows(path, 10, Letters())
+        evaluation_sequences(path, 10, Letters())
 
 
 def test_text_shorter_than_one_window_to_evaluate_on_is_an_error(tmp_path: Path) -> None:
     path = json_lines(tmp_path / "short.jsonl", ["abc"])
     with pytest.raises(DataError, match="has 4 tokens, fewer than one window of 10"):
-        evaluation_windows(path, 10, Letters())
+        evaluation_sequences(path, 10, Letters())
 
 
 @pytest.mark.parametrize(
@@ -150,7 +150,7 @@ def test_without_an_end_of_text_token_documents_are_joined_by_the_beginning_toke
     tmp_path: Path, tokenizer: Letters, between: str, told: str
 ) -> None:
     path, events = json_lines(tmp_path / "letters.jsonl", ["aaa", "aaa", "aaa"]), list[Event]()
-    found = calibration_windows(path, 1, 9, 0, tokenizer, emit=events.append)
+    found = calibration_sequences(path, 1, 9, 0, tokenizer, emit=events.append)
     assert spell(found.ids) == between.join(["aaa"] * 3)[:9]
     assert events == [Noted(f"the model's tokenizer has no end-of-text token; {told} stands between documents")]
 
@@ -160,14 +160,14 @@ def test_without_an_end_of_text_token_documents_are_joined_by_the_beginning_toke
 
 def test_evaluation_joins_documents_by_two_newlines_tokenizes_once_and_drops_the_rest(tmp_path: Path) -> None:
     path = json_lines(tmp_path / "letters.jsonl", ["aaaa", "", "bb"])
-    assert spell(evaluation_windows(path, 5, Letters())) == "<aaaa\n\n\n\nb"  # the last b is left over
+    assert spell(evaluation_sequences(path, 5, Letters())) == "<aaaa\n\n\n\nb"  # the last b is left over
 
 
 def test_c4_is_drawn_exactly_as_in_gptq(monkeypatch: pytest.MonkeyPatch) -> None:
     letters = random.Random(3)
     texts = ["".join(letters.choices("abcdefgh", k=letters.randrange(1, 40))) for _ in range(50)]
     monkeypatch.setattr(sequences, "documents", lambda name, split, emit: texts)
-    found = evaluation_windows("c4", 20, Letters())
+    found = evaluation_sequences("c4", 20, Letters())
     random.seed(0)
     expected = []
     for _ in range(256):
@@ -183,7 +183,7 @@ def test_c4_is_drawn_exactly_as_in_gptq(monkeypatch: pytest.MonkeyPatch) -> None
 def test_c4_without_a_document_longer_than_the_window_ends_in_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sequences, "documents", lambda name, split, emit: ["short", "shorter"])
     with pytest.raises(DataError, match="longer than 20 tokens"):
-        evaluation_windows("c4", 20, Letters())
+        evaluation_sequences("c4", 20, Letters())
 
 
 def test_builtin_text_is_there_and_its_last_fifth_is_kept_for_evaluation() -> None:

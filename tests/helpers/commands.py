@@ -25,7 +25,7 @@ bench: {tokens: 2, prompt: 4, repeats: 1}
 """
 
 FINETUNE = """
-finetune: {steps: 6, batch: 2, windows_at_once: 2, sequence_length: 16, held_out: 2, evaluate_every: 2, keep_every: 2}
+finetune: {steps: 6, batch: 2, micro_batch: 2, sequence_length: 16, held_out: 2, evaluate_every: 2, save_every: 2}
 """
 
 

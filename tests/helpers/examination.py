@@ -29,7 +29,7 @@ from aqlm_cli.errors import AqlmError, PlanError
 from aqlm_cli.events import Event
 from aqlm_cli.models import load_network, resolve
 from aqlm_cli.models.blocks import find_blocks
-from aqlm_cli.pipeline.preflight import survey
+from aqlm_cli.pipeline.preflight import preflight
 from aqlm_cli.pipeline.stages.calibrate import calibrate
 from aqlm_cli.pipeline.stages.pack import pack
 from aqlm_cli.pipeline.stages.quantize import quantize
@@ -119,9 +119,9 @@ class Trial:
     def why_no_codes(self) -> str | None:
         """The reason why packed files cannot hold codes, if that is so; PlanError where they can hold nothing."""
         try:
-            survey(self.config("transformers"))
+            preflight(self.config("transformers"))
         except PlanError as error:
-            survey(self.config("dense"))
+            preflight(self.config("dense"))
             return str(error)
         return None
 

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from aqlm_cli.models.blocks import replace_module
-from aqlm_kernels import AdditiveLinear, KernelError, accelerate
+from aqlm_kernels import AdditiveLinear, KernelError, patch_transformers
 
 
 @pytest.fixture(params=["llama", "qwen2"])  # without and with biases
@@ -44,7 +44,7 @@ def test_logits_stay_what_they_were(stock: Any, after_a_product: bool, one_threa
             if getattr(module, "gemv_op", None) is not None:  # as it was loaded
                 module.codes.data = module.codes.data.transpose(0, 1).contiguous()
                 module.gemv_op = None
-    assert accelerate(stock) is stock
+    assert patch_transformers(stock) is stock
     layers = [module for module in stock.modules() if isinstance(module, AdditiveLinear)]
     assert len(layers) == 14
     assert not any(parameter.requires_grad for layer in layers for parameter in layer.parameters())
@@ -78,7 +78,7 @@ def with_written_out_weights(network: Any) -> Any:
 
 
 def test_lora_adapters_learn_on_top_of_codes_that_stay(stock: Any) -> None:
-    network = accelerate(stock)
+    network = patch_transformers(stock)
     ids = tiny_models.token_ids(2, 20)
     adapted, dense = with_adapters(copy.deepcopy(network)), with_adapters(with_written_out_weights(network))
     codes = {name: buffer.clone() for name, buffer in adapted.named_buffers() if name.endswith("codes")}
@@ -105,4 +105,4 @@ def test_lora_adapters_learn_on_top_of_codes_that_stay(stock: Any) -> None:
 
 def test_a_network_without_such_layers_is_refused() -> None:
     with pytest.raises(KernelError, match="no layer of the package aqlm"):
-        accelerate(torch.nn.Sequential(torch.nn.Linear(8, 8)))
+        patch_transformers(torch.nn.Sequential(torch.nn.Linear(8, 8)))

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from aqlm_cli.errors import ArtifactError, PlanError
 from aqlm_cli.models import blocks, load_network, resolve, trial
-from aqlm_cli.pipeline.preflight import survey
+from aqlm_cli.pipeline.preflight import preflight
 from aqlm_cli.spec.run_file import build_config
 
 LOOKING: Mapping[str, tuple[str, Mapping[str, Any]]] = {
@@ -31,7 +31,7 @@ LOOKING: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 
 def planned(directory: Path, format: str, *skip: str) -> None:
     settings = {"model": str(directory), "pack": {"format": format}, "calibrate": {"sequence_length": 64}}
-    survey(build_config(None, None, {**settings, "quantize": {"scheme": "2x4g8", "skip": list(skip)}}))
+    preflight(build_config(None, None, {**settings, "quantize": {"scheme": "2x4g8", "skip": list(skip)}}))
 
 
 @pytest.mark.parametrize("family", LOOKING)

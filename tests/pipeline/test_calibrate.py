@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from aqlm_cli.data.sequences import calibration_windows
+from aqlm_cli.data.sequences import calibration_sequences
 from aqlm_cli.errors import ArtifactError, DataError, QuantizationError, StorageError
 from aqlm_cli.events import Advanced, Event, Noted, StageStarted
 from aqlm_cli.models.blocks import find_blocks, linears
@@ -68,7 +68,7 @@ def windows() -> Tensor:
 
 def test_the_windows_are_those_of_the_text_in_order_of_the_sources(model: Path) -> None:
     report = run(settings(model))
-    expected = calibration_windows("a.txt:8,b.txt:4", None, LENGTH, 0, AutoTokenizer.from_pretrained(model))
+    expected = calibration_sequences("a.txt:8,b.txt:4", None, LENGTH, 0, AutoTokenizer.from_pretrained(model))
     assert windows().dtype == torch.int32
     assert torch.equal(windows().long(), expected.ids)
     assert (report.windows, report.sequence_length, report.tokens) == (WINDOWS, LENGTH, WINDOWS * LENGTH)

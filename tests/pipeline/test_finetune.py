@@ -261,7 +261,7 @@ def test_computing_blocks_again_changes_nothing(made: Path) -> None:
     shutil.copytree(made, "other")
     for directory, checkpointing in ((made, False), (Path("other"), True)):
         run_file = yaml.safe_load((directory / "run.yaml").read_text())
-        run_file["finetune"]["checkpointing"] = checkpointing
+        run_file["finetune"]["gradient_checkpointing"] = checkpointing
         (directory / "run.yaml").write_text(yaml.safe_dump(run_file))
         run("finetune", str(directory))
     assert contents(made / "finetuned") == contents(Path("other/finetuned"))

@@ -88,10 +88,10 @@ def test_the_adopted_model_computes_and_packs_what_the_checkpoint_holds(family: 
     original = tiny_models.save(family, Path("original"))
     AutoModelForCausalLM.from_pretrained(original, dtype=torch.float16).save_pretrained(original)
     stranger = by_hand(original, Path("stranger"))
-    Path("adopted.yaml").write_text("{model: original, quantize: {checkpoint: stranger}}")
-    assert run("quantize", "--config", "adopted.yaml", "--out", "new").exit_code == 0
-    adopted = read_run(Path("new"))
-    network, quantized = load_network(original_of(adopted), torch.float32), adopted.current("quantized")
+    Path("imported.yaml").write_text("{model: original, quantize: {import_from: stranger}}")
+    assert run("quantize", "--config", "imported.yaml", "--out", "new").exit_code == 0
+    imported = read_run(Path("new"))
+    network, quantized = load_network(original_of(imported), torch.float32), imported.current("quantized")
     blocks = find_blocks(network)
     for index, (prefix, block) in enumerate(zip(blocks.paths, blocks.modules, strict=True)):
         restore_block(quantized, index, prefix, block)
@@ -179,7 +179,7 @@ def test_it_is_done_once_and_what_differs_is_refused_by_name(stranger: Path) -> 
     assert "steps 6 there, 7 asked" in refused(*command, "--steps", "7")
     shutil.copytree("stranger", "elsewhere")
     line = refused("finetune", "elsewhere", "--teacher", "tiny", "--out", "new")
-    assert "quantize.checkpoint: stranger there, elsewhere here" in line
+    assert "quantize.import_from: stranger there, elsewhere here" in line
     edit(stranger, lambda tensors: tensors[NORM].mul_(1.5))
     assert "made from.checkpoint sha256:" in refused(*command)
     assert artifacts("new") == first
@@ -212,8 +212,8 @@ def test_other_commands_know_where_the_codes_come_from(stranger: Path) -> None:
     path = Path("new/quantized/block-000.safetensors")
     path.write_bytes(path.read_bytes()[:100])
     line = refused("verify", "new")
-    remedy = "quantize --config new/run.yaml --out new --overwrite"
-    assert remedy in line and run(*remedy.split()).exit_code == 0
+    rebuild_command = "quantize --config new/run.yaml --out new --overwrite"
+    assert rebuild_command in line and run(*rebuild_command.split()).exit_code == 0
     assert run("verify", "new").exit_code == 0
 
 
@@ -326,9 +326,9 @@ def test_another_architecture_is_refused(family: str, settings: dict[str, Any], 
 
 
 def test_settings_of_a_search_that_does_not_take_place_are_refused(stranger: Path) -> None:
-    Path("adopted.yaml").write_text("{model: tiny, quantize: {checkpoint: stranger}}")
+    Path("imported.yaml").write_text("{model: tiny, quantize: {import_from: stranger}}")
     for flag in (("--bits", "3"), ("--skip", ".*q_proj"), ("--only", ".*q_proj")):
-        line = refused("quantize", "--config", "adopted.yaml", *flag, "--out", "new")
+        line = refused("quantize", "--config", "imported.yaml", *flag, "--out", "new")
         assert "has no say where the codes of stranger are taken over" in line, flag
     assert not Path("new").exists()
 

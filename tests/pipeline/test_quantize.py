@@ -28,7 +28,7 @@ from aqlm_cli.pipeline.stages.calibrate import calibrate
 from aqlm_cli.pipeline.stages.pack import pack
 from aqlm_cli.pipeline.stages.quantize import quantize
 from aqlm_cli.quantization import block_inputs, parallel
-from aqlm_cli.quantization.block_inputs import Propagation
+from aqlm_cli.quantization.block_inputs import CalibrationPass
 from aqlm_cli.quantization.methods import MATRIX_KINDS, CompressedMatrix
 from aqlm_cli.quantization.solvers.hessian import LayerStatistics
 from aqlm_cli.quantization.training.block import fit_block, tuned_parameters
@@ -190,22 +190,22 @@ class Spy:
         self.targets: list[Tensor] = []
         self.leaving: list[Tensor] = []
         self.counts: list[tuple[int, int, int]] = []
-        measure, advance = Propagation.measure, Propagation.advance
+        measure, advance = CalibrationPass.measure, CalibrationPass.advance
 
-        def measuring(work: Propagation, block: nn.Module, paths: Any) -> dict[str, LayerStatistics]:
+        def measuring(work: CalibrationPass, block: nn.Module, paths: Any) -> dict[str, LayerStatistics]:
             self.entering.append(whole(work.hidden))
             self.counts.append((len(work.hidden), work.measured, work.fitted))
             self.statistics.append(measure(work, block, paths))
             self.targets.append(whole(work.targets))
             return self.statistics[-1]
 
-        def advancing(work: Propagation, block: nn.Module) -> float:
+        def advancing(work: CalibrationPass, block: nn.Module) -> float:
             error = advance(work, block)
             self.leaving.append(whole(work.targets))
             return error
 
-        monkeypatch.setattr(Propagation, "measure", measuring)
-        monkeypatch.setattr(Propagation, "advance", advancing)
+        monkeypatch.setattr(CalibrationPass, "measure", measuring)
+        monkeypatch.setattr(CalibrationPass, "advance", advancing)
 
 
 @pytest.mark.parametrize("family", ["llama", "opt", "gemma3_text"])  # with biases; with other arguments for each block
@@ -451,8 +451,8 @@ def unreached(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
             found = measure(*arguments)
             return {path: statistics for path, statistics in found.items() if text not in path}
 
-        measure = Propagation.measure
-        monkeypatch.setattr(Propagation, "measure", without)
+        measure = CalibrationPass.measure
+        monkeypatch.setattr(CalibrationPass, "measure", without)
 
     return leave
 
@@ -682,13 +682,13 @@ def test_layers_that_do_not_fit_the_scheme_keep_their_16_bits(llama: Path) -> No
 
 def test_a_quantized_block_computes_with_what_is_stored(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     blocks: list[nn.Module] = []
-    advance = Propagation.advance
+    advance = CalibrationPass.advance
 
-    def noting(work: Propagation, block: nn.Module) -> float:
+    def noting(work: CalibrationPass, block: nn.Module) -> float:
         blocks.append(block)
         return advance(work, block)
 
-    monkeypatch.setattr(Propagation, "advance", noting)
+    monkeypatch.setattr(CalibrationPass, "advance", noting)
     run(settings(llama))
     for index, block in enumerate(blocks):
         modules = {path: module for path, module in block.named_modules() if isinstance(module, AdditiveLinear)}

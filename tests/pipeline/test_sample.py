@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from typer.testing import Result
 
-from aqlm_cli.data.sequences import calibration_windows
-from aqlm_cli.data.spec import sampled_windows
+from aqlm_cli.data.sequences import calibration_sequences
+from aqlm_cli.data.spec import sampled_sequences
 from aqlm_cli.errors import DataError
 from aqlm_cli.events import Advanced, Event, StageStarted
 from aqlm_cli.models import load_tokenizer, resolve
@@ -24,7 +24,7 @@ from aqlm_cli.pipeline.stages import sample as stage
 from aqlm_cli.runs.directory import read_run
 
 SECTION = """
-finetune: {steps: 2, batch: 2, windows_at_once: 2, sequence_length: 16, held_out: 2, evaluate_every: 2, keep_every: 1}
+finetune: {steps: 2, batch: 2, micro_batch: 2, sequence_length: 16, held_out: 2, evaluate_every: 2, save_every: 1}
 """
 
 LENGTH = 16
@@ -104,8 +104,8 @@ def test_sampled_and_other_text_are_mixed(made: Path) -> None:
 def test_windows_stand_in_the_order_of_the_sources(run_file: Path) -> None:
     tokenizer: Any = load_tokenizer(resolve("tiny"))
     own = torch.arange(5 * LENGTH).view(5, LENGTH)
-    notes = calibration_windows("notes.txt:2", None, LENGTH, 0, tokenizer).ids
-    found = calibration_windows("self:2,notes.txt:2,self:3", None, LENGTH, 0, tokenizer, own)
+    notes = calibration_sequences("notes.txt:2", None, LENGTH, 0, tokenizer).ids
+    found = calibration_sequences("self:2,notes.txt:2,self:3", None, LENGTH, 0, tokenizer, own)
     assert torch.equal(found.ids, torch.cat([own[:2], notes, own[2:]]))
     assert found.sources == ("self",) * 2 + ("notes.txt",) * 2 + ("self",) * 3
 
@@ -123,7 +123,7 @@ def test_windows_stand_in_the_order_of_the_sources(run_file: Path) -> None:
     ],
 )
 def test_self_is_counted_like_any_source(spec: str | None, sequences: int | None, windows: int) -> None:
-    assert sampled_windows(spec, sequences) == windows
+    assert sampled_sequences(spec, sequences) == windows
 
 
 # --------------------------------------------------------------------------------------------------------- as a cache
@@ -189,4 +189,4 @@ def test_sampled_text_that_is_too_short_is_refused_like_any(made: Path) -> None:
         "finetune", "run", "--data", "self:2,notes.txt"
     )
     with pytest.raises(DataError, match="2 windows, but 3 are asked"):
-        sampled_windows("self:2", 3)
+        sampled_sequences("self:2", 3)

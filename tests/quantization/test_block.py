@@ -257,8 +257,10 @@ def test_the_first_steps_are_smaller_while_it_warms_up() -> None:
     assert moves == pytest.approx(dict.fromkeys(moves, 1e-3 / 4), rel=0.01)
 
 
-@pytest.mark.parametrize("final_rate", [0.05, 1.0])
-def test_the_rate_falls_as_half_a_cosine_to_its_final_share(final_rate: float, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("min_lr_ratio", [0.05, 1.0])
+def test_the_rate_falls_as_half_a_cosine_to_its_final_share(
+    min_lr_ratio: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rates: list[float] = []
     step = torch.optim.Adam.step
 
@@ -267,8 +269,8 @@ def test_the_rate_falls_as_half_a_cosine_to_its_final_share(final_rate: float, m
         return step(optimizer, *arguments)
 
     monkeypatch.setattr(torch.optim.Adam, "step", noting)
-    fit(quantized(), epochs=5, batch=4, warmup_steps=0, learning_rate_unit="absolute", final_rate=final_rate)
-    shares = [final_rate + (1 - final_rate) * (1 + math.cos(math.pi * number / 20)) / 2 for number in range(20)]
+    fit(quantized(), epochs=5, batch=4, warmup_steps=0, learning_rate_unit="absolute", min_lr_ratio=min_lr_ratio)
+    shares = [min_lr_ratio + (1 - min_lr_ratio) * (1 + math.cos(math.pi * number / 20)) / 2 for number in range(20)]
     assert rates == pytest.approx([0.02 * share for share in shares], rel=1e-6)
 
 

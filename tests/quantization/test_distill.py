@@ -20,7 +20,7 @@ from aqlm_cli.quantization.training.distill import (
     one_step,
     train,
 )
-from aqlm_cli.quantization.training.distributed import Team
+from aqlm_cli.quantization.training.distributed import World
 from aqlm_cli.spec.config import FinetuneConfig
 
 CPU = torch.device("cpu")
@@ -89,14 +89,14 @@ def lesson(windows: int = 12) -> tuple[nn.Module, Distillation]:
         ids[:4],
         torch.float32,
         CPU,
-        Team(),
+        World(),
     )
     return student, data
 
 
 def settings(**changes: Any) -> FinetuneConfig:
     return FinetuneConfig(
-        **{"steps": 12, "batch": 4, "windows_at_once": 4, "learning_rate": 0.05, "evaluate_every": 3, **changes}
+        **{"steps": 12, "batch": 4, "micro_batch": 4, "learning_rate": 0.05, "evaluate_every": 3, **changes}
     )
 
 
@@ -117,7 +117,7 @@ def test_the_student_comes_nearer_and_is_left_without_gradients() -> None:
 
 def test_the_best_state_on_the_held_out_windows_is_what_remains() -> None:
     student, data = lesson()
-    training = taught(student, data, settings(learning_rate=2.0, steps=30, final_rate=1.0))
+    training = taught(student, data, settings(learning_rate=2.0, steps=30, min_lr_ratio=1.0))
     held_out = [point["held_out"] for point in training.curve]
     assert min(held_out) < held_out[-1], "such a rate destroys in the end"
     assert data.held_out_divergence(4) == pytest.approx(min(held_out), rel=1e-6) == pytest.approx(training.best)
@@ -125,7 +125,7 @@ def test_the_best_state_on_the_held_out_windows_is_what_remains() -> None:
 
 def test_it_stops_when_patience_is_at_its_end() -> None:
     student, data = lesson()
-    training = taught(student, data, settings(learning_rate=5.0, steps=300, patience=2, final_rate=1.0))
+    training = taught(student, data, settings(learning_rate=5.0, steps=300, patience=2, min_lr_ratio=1.0))
     assert training.step < 300
     held_out = [point["held_out"] for point in training.curve]
     assert len(held_out) - 1 - held_out.index(min(held_out)) == 2
@@ -136,7 +136,7 @@ def test_windows_go_through_in_parts_with_the_same_gradient() -> None:
     for at_once in (4, 1):
         student, data = lesson()
         training = begin(data, dict(student.named_parameters()), {}, settings())
-        one_step(data, training, settings(windows_at_once=at_once), 0)
+        one_step(data, training, settings(micro_batch=at_once), 0)
         found.append([parameter.detach().clone() for parameter in student.parameters()])
     for whole, parts in zip(*found, strict=True):
         torch.testing.assert_close(whole, parts, rtol=1e-4, atol=1e-5)

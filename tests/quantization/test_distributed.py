@@ -14,10 +14,10 @@ import torch
 from helpers.commands import run
 from safetensors.torch import load_file
 
-from aqlm_cli.quantization.training.distributed import Team, own_device
+from aqlm_cli.quantization.training.distributed import World, own_device
 
 SECTION = """
-finetune: {steps: 6, batch: 4, windows_at_once: 1, sequence_length: 16, held_out: 3, evaluate_every: 2, keep_every: 2,
+finetune: {steps: 6, batch: 4, micro_batch: 1, sequence_length: 16, held_out: 3, evaluate_every: 2, save_every: 2,
   learning_rate: 0.05, codes: {share: 0.05, learning_rate: 0.3, trust_ratio: null}}
 """
 
@@ -90,7 +90,7 @@ def test_what_is_there_is_reused_and_what_cannot_be_shared_refused(made: Path) -
 @pytest.mark.parametrize(("size", "seen"), [("1", True), ("2", False)])
 @pytest.mark.parametrize(("flag", "status"), [("--version", 0), ("--no-such-flag", 2)])
 def test_a_process_of_a_team_ends_without_python_s_own_end(size: str, seen: bool, flag: str, status: int) -> None:
-    """Which the others of a team would be ended by, now and then; its words and its status are those of any other."""
+    """Which the others of a world would be ended by, now and then; its words and its status are those of any other."""
     program = "import atexit, sys; from aqlm_cli.cli.app import main; atexit.register(print, 'its own end'); main()"
     environment = {**os.environ, "WORLD_SIZE": size}
     found = subprocess.run([sys.executable, "-c", program, flag], capture_output=True, text=True, env=environment)
@@ -100,7 +100,7 @@ def test_a_process_of_a_team_ends_without_python_s_own_end(size: str, seen: bool
 
 def test_every_window_is_one_process_s() -> None:
     windows = torch.arange(8)
-    shares = [Team(rank, 4).share(windows) for rank in range(4)]
+    shares = [World(rank, 4).share(windows) for rank in range(4)]
     assert sorted(torch.cat(shares).tolist()) == windows.tolist() and {len(share) for share in shares} == {2}
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from aqlm_cli.quantization.training.distill import Distillation, Training, begin, one_step, train
-from aqlm_cli.quantization.training.distributed import Team
+from aqlm_cli.quantization.training.distributed import World
 from aqlm_cli.quantization.training.optimizers import Adam, lamb_stride
 from aqlm_cli.quantization.training.pv import CodeSteps
 from aqlm_cli.spec.config import CodesConfig, FinetuneConfig
@@ -183,7 +183,7 @@ def lesson() -> tuple[AdditiveLinear, Distillation]:
         ids[:8],
         torch.float32,
         torch.device("cpu"),
-        Team(),
+        World(),
     )
     return student, data
 

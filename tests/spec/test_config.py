@@ -14,6 +14,7 @@ from aqlm_cli.spec.config import RunConfig
 from aqlm_cli.spec.run_file import (
     FINETUNE_PRESETS,
     PRESETS,
+    RENAMED,
     build_config,
     differences,
     dump_yaml,
@@ -68,7 +69,7 @@ def test_the_presets_of_pv_tuning_are_the_published_recipes() -> None:
     one, other = (build_config(name, None, {"model": "any"}).finetune for name in FINETUNE_PRESETS)
     for section in (one, other):
         assert (section.optimizer, section.learning_rate, section.embeddings) == ("lamb", 3e-4, True)
-        assert (section.codes.share, section.warmup_steps, section.final_rate) == (0.01, 0, 1.0)
+        assert (section.codes.share, section.warmup_steps, section.min_lr_ratio) == (0.01, 0, 1.0)
     assert (one.batch, one.codes.learning_rate, one.codes.trust_ratio) == (128, 1e-2, None)
     assert (other.batch, other.codes.learning_rate, other.codes.trust_ratio) == (256, 3e-3, 1e-2)
 
@@ -166,6 +167,20 @@ def test_an_unknown_key_is_named_with_its_file_and_the_nearest_valid_one(
     with pytest.raises(ConfigError) as error:
         load_run_file(path)
     assert str(error.value) == f"{path}: unknown key `{key}`; nearest valid key is `{nearest}`"
+
+
+@pytest.mark.parametrize(("old", "new"), RENAMED.items())
+def test_a_key_of_an_earlier_version_is_refused_with_its_new_name(tmp_path: Path, old: str, new: str) -> None:
+    known = leaves(build_config(None, None, {"model": "tiny"}).model_dump())
+    assert old not in known and new in known
+    settings: Any = 1
+    for name in reversed(old.split(".")):
+        settings = {name: settings}
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump({"model": "tiny", **settings}))
+    with pytest.raises(ConfigError) as error:
+        load_run_file(path)
+    assert str(error.value) == f"{path}: `{old}` is now called `{new}`; rename it there"
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ def finetune(
     bos: options.Bos = None,
     steps: Annotated[int | None, typer.Option(help="How many.")] = None,
     time_budget: Annotated[str | None, typer.Option(help="Such as 2h or 90m: as many steps as fit.")] = None,
-    batch: Annotated[int | None, typer.Option(help="Windows of a step.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Sequences of a step.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Relative to the size of each tensor.")] = None,
     codes: Annotated[
         float | None, typer.Option(metavar="SHARE", help="Let so many of the codes move at a step, such as 0.01.")

@@ -63,7 +63,7 @@ Format = Annotated[
 CalibrationData = Annotated[
     str | None, typer.Option(help="Text to fit to: c4, wikitext2, redpajama, builtin or files; c4:96,notes.txt:32.")
 ]
-Sequences = Annotated[int | None, typer.Option(help="Windows of text in all, where --data counts none.")]
+Sequences = Annotated[int | None, typer.Option(help="Sequences of text in all, where --data counts none.")]
 SequenceLength = Annotated[int | None, typer.Option(help="Tokens in a window.")]
 Bos = Annotated[
     bool | None,

@@ -23,7 +23,7 @@ from torch import Tensor
 from aqlm_cli.data.chats import Chat, ChatTokenizer, chat_ids
 from aqlm_cli.data.files import Document
 from aqlm_cli.data.sources import documents
-from aqlm_cli.data.spec import SELF, share_windows
+from aqlm_cli.data.spec import SELF, share_sequences
 from aqlm_cli.errors import DataError
 from aqlm_cli.events import Emit, Noted, silent
 from aqlm_cli.spec.config import CalibrateConfig, FinetuneConfig
@@ -31,7 +31,7 @@ from aqlm_cli.spec.config import CalibrateConfig, FinetuneConfig
 # Far above the 3 to 5 of English text, so that a shuffle has something to choose from and enough tokens come out.
 CHARACTERS_PER_TOKEN = 10
 
-GPTQ_C4_WINDOWS = 256
+GPTQ_C4_SEQUENCES = 256
 
 
 class TextTokenizer(ChatTokenizer, Protocol):
@@ -47,7 +47,7 @@ class TextTokenizer(ChatTokenizer, Protocol):
 
 
 @dataclass(frozen=True)
-class Windows:
+class TokenSequences:
     """Token windows for calibration, and the name of the source of each."""
 
     ids: Tensor  # [windows, length], int64
@@ -82,7 +82,7 @@ def settings_of_text(section: CalibrateConfig | FinetuneConfig, bos: bool) -> di
 
 
 def recut(ids: Tensor, length: int, before: Sequence[int], after: Sequence[int]) -> Tensor:
-    """Windows `[n, length]` that begin with `after`, of the text in windows `[N, L]` that begin with `before`."""
+    """Sequences `[n, length]` that begin with `after`, of the text in sequences `[N, L]` that begin with `before`."""
     if (ids.shape[1], *before) == (length, *after):
         return ids
     return _cut(ids[:, len(before) :].flatten().tolist(), length, after)
@@ -106,7 +106,7 @@ def _cut(tokens: list[int], length: int, opening: Sequence[int]) -> Tensor:
 # ------------------------------------------------------------------------------------------------------ calibration
 
 
-def calibration_windows(
+def calibration_sequences(
     spec: str,
     sequences: int | None,
     sequence_length: int,
@@ -116,13 +116,13 @@ def calibration_windows(
     *,
     opening: Sequence[int] = (),
     emit: Emit = silent,
-) -> Windows:
-    """Windows of every source in the order of `spec`, each with the `beginning` in front; see `parse_sources`.
+) -> TokenSequences:
+    """Sequences of every source in the order of `spec`, each with the `beginning` in front; see `parse_sources`.
 
     `sequences` is the total: not needed where every source has a count, shared equally by those that have none.
     `sampled` `[windows, sequence_length]` are those of `self`; DataError where it is named and there are none.
     """
-    shares = share_windows(spec, sequences)
+    shares = share_sequences(spec, sequences)
     if sampled is None and SELF in dict(shares):
         raise DataError(f"{SELF}: only `aqlm finetune` samples text from the model; choose another source or file")
     if tokenizer.eos_token_id is None:
@@ -137,7 +137,7 @@ def calibration_windows(
             texts = documents(name, "calibration", windows * sequence_length * CHARACTERS_PER_TOKEN, emit)
             rows.append(_drawn(name, texts, windows, sequence_length, seed, tokenizer, opening))
         names += [name] * windows
-    return Windows(torch.cat(rows), tuple(names))
+    return TokenSequences(torch.cat(rows), tuple(names))
 
 
 def _drawn(
@@ -190,7 +190,7 @@ def _tokens(text: Document, tokenizer: TextTokenizer, special: bool = False) -> 
 # ------------------------------------------------------------------------------------------------------- evaluation
 
 
-def evaluation_windows(
+def evaluation_sequences(
     name: str, sequence_length: int, tokenizer: TextTokenizer, *, opening: Sequence[int] = (), emit: Emit = silent
 ) -> Tensor:  # [windows, length]
     """GPTQ's protocol: documents joined by two newlines, tokenized once as the tokenizer does by default, cut into
@@ -226,12 +226,12 @@ def _evaluated(texts: Sequence[Document], tokenizer: TextTokenizer, special: boo
 
 def _windows_of_long_documents(
     name: str, texts: Sequence[Document], length: int, tokenizer: TextTokenizer, opening: Sequence[int]
-) -> Tensor:  # [GPTQ_C4_WINDOWS, length]
+) -> Tensor:  # [GPTQ_C4_SEQUENCES, length]
     """Draw documents until one is longer than the window, draw its place, 256 times; Python's generator, seed 0."""
     draw, room = random.Random(0), length - len(opening)
     too_short: set[int] = set()
     rows: list[list[int]] = []
-    while len(rows) < GPTQ_C4_WINDOWS:
+    while len(rows) < GPTQ_C4_SEQUENCES:
         if len(too_short) == len(texts):
             raise DataError(f"no document of {name} is longer than {length} tokens; lower --sequence-length")
         number = draw.randint(0, len(texts) - 1)

@@ -33,7 +33,7 @@ def _parse_source(part: str) -> Source:
     return Source(name, int(count) if count else None)
 
 
-def share_windows(spec: str, sequences: int | None) -> list[tuple[str, int]]:
+def share_sequences(spec: str, sequences: int | None) -> list[tuple[str, int]]:
     """Every source with its number of windows: its own, or an equal share of what the counted ones leave."""
     sources = parse_sources(spec)
     counted = sum(source.windows or 0 for source in sources)
@@ -53,7 +53,7 @@ def share_windows(spec: str, sequences: int | None) -> list[tuple[str, int]]:
     return [(source.name, source.windows or rest.pop(0)) for source in sources]
 
 
-def sampled_windows(spec: str | None, sequences: int | None) -> int:
+def sampled_sequences(spec: str | None, sequences: int | None) -> int:
     """How many windows are to be sampled from the model; 0 where `self` is not named."""
-    shares = [] if spec is None else share_windows(spec, sequences)
+    shares = [] if spec is None else share_sequences(spec, sequences)
     return sum(windows for name, windows in shares if name == SELF)

@@ -1,7 +1,7 @@
 """Time of single products y = x W^T beside torch's own, with weights that come from memory.
 
 In a model every matrix has left the cache by the time it is needed again. So a product goes through as many copies as
-no cache holds, and the contenders take turns, pass by pass.
+no cache holds, and the candidates take turns, pass by pass.
 """
 
 from __future__ import annotations

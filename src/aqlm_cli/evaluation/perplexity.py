@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from aqlm_cli import models
-from aqlm_cli.data.sequences import beginning, evaluation_windows
+from aqlm_cli.data.sequences import beginning, evaluation_sequences
 from aqlm_cli.errors import DataError, ModelError
 from aqlm_cli.events import Advanced, Emit, Noted, StageStarted
 from aqlm_cli.formatting import text_name
@@ -89,7 +89,7 @@ def perplexity(losses: Tensor) -> Perplexity:  # losses [windows]
 
 
 @torch.inference_mode()
-def window_losses(network: nn.Module, ids: Tensor, given: int = 1) -> Iterator[float]:  # ids [windows, length]
+def sequence_losses(network: nn.Module, ids: Tensor, given: int = 1) -> Iterator[float]:  # ids [windows, length]
     """Mean negative log likelihood, in nats, of all tokens but the `given` first, of one window after the other.
 
     One window's logits are the only large tensor: each chunk of them becomes float32 on its own.
@@ -111,7 +111,7 @@ def _windows(
     opening = beginning(tokenizer, bos)
     if opening and bos is None:
         emit(Noted("every window begins as the tokenizer begins a text; published figures mostly need --no-bos"))
-    ids = evaluation_windows(text, sequence_length, tokenizer, opening=opening, emit=emit)[:windows]
+    ids = evaluation_sequences(text, sequence_length, tokenizer, opening=opening, emit=emit)[:windows]
     if len(ids) < 2:
         raise DataError(f"one window of {text} gives no standard error; lower --sequence-length or raise --windows")
     models.refuse_unknown_tokens(source, ids)
@@ -123,7 +123,7 @@ def _measure(source: ModelSource, ids: Tensor, given: int, dtype: str, device: s
     network = models.load_network(source, DTYPES[dtype], device)
     emit(StageStarted(stage, len(ids), "window"))
     losses: list[float] = []
-    for loss in window_losses(network, ids.to(device), max(1, given)):
+    for loss in sequence_losses(network, ids.to(device), max(1, given)):
         if not math.isfinite(loss):
             raise ModelError(
                 f"{source.name}: the loss on window {len(losses)} is not finite in {dtype}; the weights hold NaN, or "

@@ -66,7 +66,7 @@ class Pass(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Contender:
+class Candidate:
     """A model that takes part, its size, and the error of its logits (None where there is nothing to compare with)."""
 
     name: str
@@ -90,7 +90,7 @@ def bench(subject: Subject, settings: BenchConfig, seed: int, emit: Emit) -> Ben
     emit(Noted(f"measuring {subject.source.directory}"))
     others = _llama_models(settings)
     ids = _random_ids(subject.source, settings.prompt + settings.tokens, seed)
-    report = _compare(subject.source.name, _contenders(subject, ids, settings), others, ids, settings, emit)
+    report = _compare(subject.source.name, _candidates(subject, ids, settings), others, ids, settings, emit)
     if subject.run is not None:
         emit(Noted(f"wrote {subject.run.write_report('bench.json', report.as_json())}"))
         for name, picture in draw_speed(report).items():
@@ -118,8 +118,8 @@ def bench_shape(shape: str, scheme: AdditiveScheme, settings: BenchConfig, seed:
     layers = _coded_layers(packed)
     weights = sum(layer.out_features * layer.in_features for layer in layers)
     size = 2 * (parameters - weights) + sum(layer.matrix.bits() // 8 for layer in layers)
-    contenders = [
-        Contender(
+    candidates = [
+        Candidate(
             name,
             decoding_of(random_network(shape, DTYPES[name]), length),
             bytes=sizes[name],
@@ -130,32 +130,32 @@ def bench_shape(shape: str, scheme: AdditiveScheme, settings: BenchConfig, seed:
         if name not in left_out
     ]
     error = None if exact is None else relative_error(found, exact)
-    contenders.append(Contender("packed", decoding, size, size - _unread(packed, settings.head), error, layers))
-    return _compare(f"{shape}, {scheme}, random numbers", contenders, others, ids, settings, emit)
+    candidates.append(Candidate("packed", decoding, size, size - _unread(packed, settings.head), error, layers))
+    return _compare(f"{shape}, {scheme}, random numbers", candidates, others, ids, settings, emit)
 
 
 def _compare(
     model: str,
-    contenders: Sequence[Contender],
-    others: Sequence[Contender],
+    candidates: Sequence[Candidate],
+    others: Sequence[Candidate],
     ids: Tensor,
     settings: BenchConfig,
     emit: Emit,
 ) -> BenchReport:
-    """The last of the contenders is the one that the report is about."""
+    """The last of the candidates is the one that the report is about."""
     bandwidth = read_bandwidth()
-    passes = _take_turns([*contenders, *others], ids, settings.prompt, settings.repeats, emit)
+    passes = _take_turns([*candidates, *others], ids, settings.prompt, settings.repeats, emit)
     medians = {name: statistics.median(one.decode for one in turns) for name, turns in passes.items()}
     return BenchReport(
         model=model,
         threads=torch.get_num_threads(),
-        backend=contenders[-1].decoding.name,
+        backend=candidates[-1].decoding.name,
         prompt=settings.prompt,
         tokens=settings.tokens,
         repeats=settings.repeats,
         read_bandwidth=bandwidth,
-        rows=tuple(_row(one, passes[one.name], medians, bandwidth) for one in (*contenders, *others)),
-        products=tuple(_products(contenders[-1].layers, settings, bandwidth)),
+        rows=tuple(_row(one, passes[one.name], medians, bandwidth) for one in (*candidates, *others)),
+        products=tuple(_products(candidates[-1].layers, settings, bandwidth)),
     )
 
 
@@ -178,12 +178,12 @@ def run_pass(decoding: Decoding, ids: Tensor, prompt: int) -> Pass:  # ids [prom
     return Pass(torch.stack(logits), Speed(prompt / (read - started), len(logits) / (finished - read)))
 
 
-# ---------------------------------------------------------------------------------------------------------- contenders
+# ---------------------------------------------------------------------------------------------------------- candidates
 
 
-def _llama_models(settings: BenchConfig) -> list[Contender]:
+def _llama_models(settings: BenchConfig) -> list[Candidate]:
     return [
-        Contender(model.name, model, bytes=model.bytes, read_bytes=model.bytes, relative_error=None)
+        Candidate(model.name, model, bytes=model.bytes, read_bytes=model.bytes, relative_error=None)
         for model in find_llama_models(settings.llama_bench, settings.llama_models)
     ]
 
@@ -194,7 +194,7 @@ def _random_ids(source: ModelSource, length: int, seed: int) -> Tensor:
     return torch.randint(vocabulary, (length,), generator=torch.Generator().manual_seed(seed))
 
 
-def _contenders(subject: Subject, ids: Tensor, settings: BenchConfig) -> list[Contender]:
+def _candidates(subject: Subject, ids: Tensor, settings: BenchConfig) -> list[Candidate]:
     original, source = subject.original(), subject.source
     if original is not None:
         return [*_originals(original, ids, settings.prompt), _packed(source, ids, settings)]
@@ -205,12 +205,12 @@ def _contenders(subject: Subject, ids: Tensor, settings: BenchConfig) -> list[Co
     return _originals(source, ids, settings.prompt)
 
 
-def _originals(source: ModelSource, ids: Tensor, prompt: int) -> list[Contender]:
+def _originals(source: ModelSource, ids: Tensor, prompt: int) -> list[Candidate]:
     networks = {name: load_network(source, dtype) for name, dtype in DTYPES.items()}
     decodings = {name: decoding_of(network, len(ids)) for name, network in networks.items()}
     logits = {name: run_pass(decoding, ids, prompt).logits for name, decoding in decodings.items()}
     return [
-        Contender(
+        Candidate(
             name,
             decodings[name],
             bytes=DTYPES[name].itemsize * count_parameters(network),
@@ -221,7 +221,7 @@ def _originals(source: ModelSource, ids: Tensor, prompt: int) -> list[Contender]
     ]
 
 
-def _packed(source: ModelSource, ids: Tensor, settings: BenchConfig) -> Contender:
+def _packed(source: ModelSource, ids: Tensor, settings: BenchConfig) -> Candidate:
     written_out = decoding_of(_written_out(load_network(source, torch.float32)), len(ids))
     exact = run_pass(written_out, ids, settings.prompt).logits
     stored = tensor_index(source.directory)
@@ -232,7 +232,7 @@ def _packed(source: ModelSource, ids: Tensor, settings: BenchConfig) -> Contende
     error = relative_error(found, exact)
     twice = sum(stored[name].bytes for names in names_in_files(network, stored).values() for name in names[1:])
     read = size - _unread(network, settings.head) - twice
-    return Contender("packed", decoding, size, read, error, _coded_layers(network))
+    return Candidate("packed", decoding, size, read, error, _coded_layers(network))
 
 
 def _coded_layers(network: nn.Module) -> tuple[AdditiveLinear, ...]:
@@ -266,31 +266,31 @@ def _written_out(network: nn.Module) -> nn.Module:
 
 
 def _take_turns(
-    contenders: Sequence[Contender], ids: Tensor, prompt: int, repeats: int, emit: Emit
+    candidates: Sequence[Candidate], ids: Tensor, prompt: int, repeats: int, emit: Emit
 ) -> dict[str, list[Speed]]:
     """Every model once, then every model again.  All have run before, so nothing is compiled any more."""
-    passes: dict[str, list[Speed]] = {contender.name: [] for contender in contenders}
+    passes: dict[str, list[Speed]] = {candidate.name: [] for candidate in candidates}
     emit(StageStarted("bench", repeats, "repeat"))
     for done in range(1, repeats + 1):
-        for contender in contenders:
-            passes[contender.name].append(contender.turn(ids, prompt))
+        for candidate in candidates:
+            passes[candidate.name].append(candidate.turn(ids, prompt))
         emit(Advanced("bench", done))
     return passes
 
 
-def _row(contender: Contender, passes: Sequence[Speed], medians: Mapping[str, float], bandwidth: float) -> BenchRow:
+def _row(candidate: Candidate, passes: Sequence[Speed], medians: Mapping[str, float], bandwidth: float) -> BenchRow:
     decode, prefill = [one.decode for one in passes], [one.prefill for one in passes]
-    median = medians[contender.name]
+    median = medians[candidate.name]
     return BenchRow(
-        name=contender.name,
+        name=candidate.name,
         decode_median=median,
         decode_low=min(decode),
         decode_high=max(decode),
         decode_times={name: median / medians[name] for name in DTYPES if name in medians},
-        decode_bound=bandwidth / contender.read_bytes,
+        decode_bound=bandwidth / candidate.read_bytes,
         prefill_median=statistics.median(prefill),
         prefill_low=min(prefill),
         prefill_high=max(prefill),
-        bytes=contender.bytes,
-        relative_error=contender.relative_error,
+        bytes=candidate.bytes,
+        relative_error=candidate.relative_error,
     )

@@ -54,7 +54,7 @@ def gguf_source(found: GgufFile, cache: Path) -> ModelSource:
     split = SHARD.fullmatch(found.path.name) if len(parts) > 1 else None
     return dataclasses.replace(
         source,
-        known_identity=f"sha256:{digest}",
+        cached_identity=f"sha256:{digest}",
         short_name=split["stem"] if split else found.short_name,
         base_model=found.base_model or source.base_model,
     )

@@ -31,7 +31,7 @@ from aqlm_cli.models.untrusted_config import (
     NUMBERS_PER_BYTE,
     PARAMETERS_PER_TENSOR,
     at_most,
-    refuse_hostile,
+    refuse_untrusted,
 )
 from aqlm_cli.models.weight_files import has_weights, read_settings
 from aqlm_cli.runs.files import TensorLayout
@@ -134,7 +134,7 @@ def load_tokenizer(source: ModelSource) -> transformers.PreTrainedTokenizerBase:
 
 
 def load_config(source: ModelSource) -> transformers.PreTrainedConfig:
-    refuse_hostile(source)
+    refuse_untrusted(source)
     try:
         with quiet():
             config = transformers.AutoConfig.from_pretrained(

@@ -52,7 +52,7 @@ class ModelSource:
     name: str  # as the user typed it
     directory: Path
     cache: Path  # where digests of files are remembered
-    known_identity: str | None  # None where only the files tell
+    cached_identity: str | None  # None where only the files tell
     short_name: str  # for a directory or a title, such as "SmolLM2-135M-Instruct"
     licence: str | None
     base_model: str | None  # what the card of a model made from this one names as its origin
@@ -61,8 +61,8 @@ class ModelSource:
     @property
     def identity(self) -> str:
         """ "hub:ID@COMMIT", or "sha256:..." of everything in the directory that a model is loaded from."""
-        if self.known_identity is not None:
-            return self.known_identity
+        if self.cached_identity is not None:
+            return self.cached_identity
         names = loaded_files(self.directory)
         parts = [f"{name} {cached_digest(self.directory / name, self.cache)}\n" for name in names]
         return f"sha256:{hashlib.sha256(''.join(parts).encode()).hexdigest()}"

@@ -41,7 +41,7 @@ def at_most(parameters: int, name: str) -> Iterator[None]:
         hook.remove()
 
 
-def refuse_hostile(source: ModelSource) -> None:
+def refuse_untrusted(source: ModelSource) -> None:
     """ModelError for what must not reach transformers: counts that it would loop over, and code that it would fetch."""
     for path, value in _leaves(model_config(source)):
         said = f"{shortened(path)} {shortened(str(value))}"

@@ -59,7 +59,7 @@ def open_walk(
     """
     blocks = find_blocks(network)
     for windows in WINDOWS:
-        chosen = unlike_windows(ids, windows).to(device_of(network))
+        chosen = unlike_sequences(ids, windows).to(device_of(network))
         seen = _forward(network, blocks, load, chosen, dtype, watch)
         if not seen.ambiguous(windows):
             break
@@ -68,7 +68,7 @@ def open_walk(
     return _checked(walk, seen, chosen)
 
 
-def unlike_windows(ids: Tensor, windows: int) -> Tensor:
+def unlike_sequences(ids: Tensor, windows: int) -> Tensor:
     """`[windows, L']` of the tokens in `ids`, no two windows alike where the text has two tokens or more."""
     tokens = ids.flatten()
     length = min(ids.shape[1], LENGTH)

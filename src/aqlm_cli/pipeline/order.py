@@ -14,7 +14,7 @@ from pathlib import Path
 import numba
 import torch
 
-from aqlm_cli.data.spec import sampled_windows
+from aqlm_cli.data.spec import sampled_sequences
 from aqlm_cli.errors import ArtifactError, PlanError, UsageError
 from aqlm_cli.evaluation.generation import generate
 from aqlm_cli.evaluation.perplexity import eval_ppl
@@ -31,19 +31,19 @@ from aqlm_cli.pipeline.overrides import (
     settings_of_run,
     settings_to_finetune,
 )
-from aqlm_cli.pipeline.preflight import plan_report, survey, within_limits
-from aqlm_cli.pipeline.stage_reports import AdoptReport, CalibrationReport, PackReport, QuantizeReport
+from aqlm_cli.pipeline.preflight import plan_report, preflight, within_limits
+from aqlm_cli.pipeline.stage_reports import CalibrationReport, ImportReport, PackReport, QuantizeReport
 from aqlm_cli.pipeline.stages.calibrate import calibrate
 from aqlm_cli.pipeline.stages.doctor import doctor
 from aqlm_cli.pipeline.stages.finetune import finetune, follow
-from aqlm_cli.pipeline.stages.import_checkpoint import adopt, fitting_network
+from aqlm_cli.pipeline.stages.import_checkpoint import fitting_network, import_checkpoint
 from aqlm_cli.pipeline.stages.pack import pack
 from aqlm_cli.pipeline.stages.plan import forecast, tell_if_without_weights
 from aqlm_cli.pipeline.stages.quantize import quantize
 from aqlm_cli.pipeline.stages.sample import sample
 from aqlm_cli.pipeline.stages.status import status
 from aqlm_cli.pipeline.stages.verify import verify
-from aqlm_cli.quantization.training.distributed import Team, joined, own_device, processes_here
+from aqlm_cli.quantization.training.distributed import World, joined, own_device, processes_here
 from aqlm_cli.records import GenerationReport, PlanReport, Record, VerifyReport
 from aqlm_cli.runs.directory import RunDirectory, find_artifact, is_run, read_run, refuse_other_directory
 from aqlm_cli.runs.lock import exclusive
@@ -98,7 +98,7 @@ def use_machine(config: RunConfig) -> None:
 
 def prepare(config: RunConfig, emit: Emit = silent) -> tuple[RunConfig, PlanReport]:
     """The settings within the limits that they name, and what `quantize` would do with them."""
-    known = survey(config)
+    known = preflight(config)
     tell_if_without_weights(known, emit)
     return within_limits(config, known), plan_report(config, known.plan)
 
@@ -108,9 +108,9 @@ def forecast_run(config: RunConfig, run_directory: Path, emit: Emit) -> dict[str
 
     Raises PlanError for a run that takes its codes over: what that takes is not known, and little.
     """
-    if config.quantize.checkpoint is not None:
-        raise PlanError(f"the codes are those of {config.quantize.checkpoint}, so nothing is quantized")
-    known = survey(config, with_weights=False)
+    if config.quantize.import_from is not None:
+        raise PlanError(f"the codes are those of {config.quantize.import_from}, so nothing is quantized")
+    known = preflight(config, with_weights=False)
     tell_if_without_weights(known, emit)
     config = within_limits(config, known)
     return {"plan": plan_report(config, known.plan), "forecast": forecast(config, known, run_directory, emit)}
@@ -119,9 +119,9 @@ def forecast_run(config: RunConfig, run_directory: Path, emit: Emit) -> dict[str
 def quantize_and_pack(config: RunConfig, run_directory: Path, overwrite: bool, emit: Emit) -> dict[str, Record]:
     """From the model to a checkpoint; what is complete and was made with the same settings is reused."""
     with _at_work(run_directory):
-        if config.quantize.checkpoint is not None:
-            adopted = _quantize(config, run_directory, overwrite, emit, {})
-            return {"quantize": adopted, "pack": _pack(config, run_directory, overwrite, emit, {})}
+        if config.quantize.import_from is not None:
+            imported = _quantize(config, run_directory, overwrite, emit, {})
+            return {"quantize": imported, "pack": _pack(config, run_directory, overwrite, emit, {})}
         if find_artifact(run_directory, "calibration") is None:
             emit(Noted("there is no calibration yet, it runs first"))
         costs = _costs(config, run_directory, overwrite, emit)
@@ -140,7 +140,7 @@ def _costs(config: RunConfig, run_directory: Path, overwrite: bool, emit: Emit) 
         kept = RunDirectory(run_directory, config).read_report(FORECAST)
         if kept["settings"] == settings and not overwrite:
             return {stage: Cost(**cost) for stage, cost in kept["costs"].items()}
-    report = forecast(config, survey(config), run_directory, emit)
+    report = forecast(config, preflight(config), run_directory, emit)
     emit(
         Noted(
             f"about {clock(report.seconds)} ahead, with {readable_bytes(report.memory_bytes)} of memory at most and "
@@ -168,7 +168,7 @@ def pack_run(config: RunConfig, run_directory: Path, overwrite: bool, emit: Emit
 
 def _quantize_first(config: RunConfig, run_directory: Path, emit: Emit) -> None:
     emit(Noted(f"{run_directory} is not quantized yet, that runs first"))
-    if config.quantize.checkpoint is None:
+    if config.quantize.import_from is None:
         _calibrate(config, run_directory, False, emit, {})
     _quantize(config, run_directory, False, emit, {})
 
@@ -182,10 +182,10 @@ def _calibrate(
 
 def _quantize(
     config: RunConfig, run_directory: Path, overwrite: bool, emit: Emit, costs: Mapping[str, Cost]
-) -> QuantizeReport | AdoptReport:
+) -> QuantizeReport | ImportReport:
     with logged(run_directory, "quantize", emit) as both:
-        if config.quantize.checkpoint is not None:
-            return adopt(config, run_directory, overwrite, both)
+        if config.quantize.import_from is not None:
+            return import_checkpoint(config, run_directory, overwrite, both)
         return quantize(config, run_directory, overwrite, both, costs.get("quantize"))
 
 
@@ -235,35 +235,35 @@ def finetune_run(target: str, config: RunConfig, run_directory: Path, overwrite:
     torchrun started beside the first.
     """
     config = config.model_copy(update={"device": own_device(config.device)})
-    with joined(config.device) as team:
-        if not team.leads:
-            follow(config, run_directory, team)
+    with joined(config.device) as world:
+        if not world.is_rank_zero:
+            follow(config, run_directory, world)
             return {}
-        return _finetune_and_pack(target, config, run_directory, overwrite, emit, team)
+        return _finetune_and_pack(target, config, run_directory, overwrite, emit, world)
 
 
 def _finetune_and_pack(
-    target: str, config: RunConfig, run_directory: Path, overwrite: bool, emit: Emit, team: Team
+    target: str, config: RunConfig, run_directory: Path, overwrite: bool, emit: Emit, world: World
 ) -> dict[str, Record]:
     begins = run_directory != Path(target)
     if begins:
         _pack_first(target, emit)
         if overwrite or not is_run(run_directory):
-            fitting_network(config, survey(config))  # or it is refused before anything is written
+            fitting_network(config, preflight(config))  # or it is refused before anything is written
     with _at_work(run_directory):
         if begins:
             _quantize(config, run_directory, overwrite, emit, {})
         run = read_run(run_directory)
         if run.own("quantized", "quantized") is None:
             _quantize_first(run.config, run_directory, emit)
-        if run.config.quantize.checkpoint is not None and config.finetune.data is None:
+        if run.config.quantize.import_from is not None and config.finetune.data is None:
             emit(Noted("without --data the text is that of calibration, which runs first"))
             _calibrate(run.config, run_directory, overwrite and begins, emit, {})
-        if sampled_windows(config.finetune.data, config.finetune.sequences):
+        if sampled_sequences(config.finetune.data, config.finetune.sequences):
             with logged(run_directory, "sample", emit) as both:
                 sample(config, run_directory, overwrite, both)
         with logged(run_directory, "finetune", emit) as both:
-            tuned = finetune(config, run_directory, overwrite, both, team)
+            tuned = finetune(config, run_directory, overwrite, both, world)
         run = read_run(run_directory)
         packed = run.own("packed", "packed")
         outdated = packed is not None and packed.manifest.parents.get("quantized") != run.current("quantized").digest

@@ -65,7 +65,7 @@ def settings_to_finetune(
     if teacher is None and out is None:
         config, directory = build_config(None, read_run(Path(target)).file, flags, preset), Path(target)
     else:
-        config, directory = _settings_to_adopt(target, teacher, out, flags, preset)
+        config, directory = _settings_to_import(target, teacher, out, flags, preset)
     source = resolve(config.model, config.revision, config.trust_remote_code)
     refuse_too_long(source, config.finetune.sequence_length, "--sequence-length")
     if section["steps"] is None:
@@ -74,7 +74,7 @@ def settings_to_finetune(
     return config.model_copy(update={"finetune": tuned}), directory
 
 
-def _settings_to_adopt(
+def _settings_to_import(
     target: str, teacher: str | None, out: Path | None, flags: Mapping[str, Any], preset: str | None
 ) -> tuple[RunConfig, Path]:
     """The flags over the file of the new run, if it has been begun, or else of the run at `target`, if it is one."""
@@ -85,7 +85,7 @@ def _settings_to_adopt(
     runs = [read_run(path) for path in (directory, Path(target)) if is_run(path)]
     model = teacher or read_run(Path(target)).config.model
     config = build_config(None, runs[0].file if runs else None, {**flags, "model": model}, preset)
-    section = QuantizeConfig(checkpoint=target)  # how a run at `target` came to its codes does not matter any more
+    section = QuantizeConfig(import_from=target)  # how a run at `target` came to its codes does not matter any more
     # These two say something of one model, and there is no flag for them.
     known = next((run.config for run in reversed(runs) if run.config.model == model), None)
     revision, trust = (None, False) if known is None else (known.revision, known.trust_remote_code)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from aqlm_cli.data.spec import share_windows
+from aqlm_cli.data.spec import share_sequences
 from aqlm_cli.errors import ConfigError, PlanError
 from aqlm_cli.export.layout import lay_out
 from aqlm_cli.export.writer import checkpoint_bytes
@@ -48,14 +48,14 @@ from aqlm_kernels import choose, smallest
 
 
 @dataclass(frozen=True, eq=False)
-class Survey:
+class Preflight:
     source: ModelSource
     plan: Plan
     shape: ModelShape
     packed_bytes: int  # of the safetensors of the packed checkpoint, to the byte
 
 
-def survey(config: RunConfig, with_weights: bool = True) -> Survey:
+def preflight(config: RunConfig, with_weights: bool = True) -> Preflight:
     """Of the model that the settings name; `with_weights` False fetches none from the hub.
 
     Raises ModelError where the files do not hold what config.json asks for, ConfigError where the settings ask for
@@ -65,7 +65,7 @@ def survey(config: RunConfig, with_weights: bool = True) -> Survey:
 
     source = resolve(config.model, config.revision, config.trust_remote_code, with_weights=with_weights)
     section = config.quantize
-    if section.checkpoint is None:  # else no text is read
+    if section.import_from is None:  # else no text is read
         refuse_too_long(source, config.calibrate.sequence_length, "--sequence-length")
     network = load_skeleton(source)
     there = tensor_index(source.directory) if has_weights(source.directory) else None
@@ -74,13 +74,13 @@ def survey(config: RunConfig, with_weights: bool = True) -> Survey:
     if there is not None:
         refuse_gaps(source, network, stored)
     layers, count = describe_layers(network), count_parameters(network)
-    if section.checkpoint is None:
+    if section.import_from is None:
         plan = make_plan(layers, count, parse_scheme(section.scheme), section.skip, section.only)
     else:
         plan = plan_of_checkpoint(checkpoint_of(config), source, network, layers, count)
         _refuse_other_codes(section, str(plan.scheme))
     layout = lay_out(network, stored, plan.schemes, config.pack.format, _fitted(network, plan))
-    return Survey(source, plan, model_shape(network, plan), checkpoint_bytes(layout.tensors))
+    return Preflight(source, plan, model_shape(network, plan), checkpoint_bytes(layout.tensors))
 
 
 def _refuse_other_codes(section: QuantizeConfig, scheme: str) -> None:
@@ -88,14 +88,14 @@ def _refuse_other_codes(section: QuantizeConfig, scheme: str) -> None:
     decided = QuantizeConfig(scheme=scheme)
     for name in sorted(section.model_fields_set & {"method", "scheme", "skip", "only"}):
         if getattr(section, name) != getattr(decided, name):
-            line = f"quantize.{name} has no say where the codes of {section.checkpoint} are taken over; leave it out"
+            line = f"quantize.{name} has no say where the codes of {section.import_from} are taken over; leave it out"
             raise ConfigError(line)
 
 
 def checkpoint_of(config: RunConfig) -> ModelSource:
     """That from which the codes are taken over."""
-    assert config.quantize.checkpoint is not None
-    return resolve(config.quantize.checkpoint, trust_remote_code=config.trust_remote_code)
+    assert config.quantize.import_from is not None
+    return resolve(config.quantize.import_from, trust_remote_code=config.trust_remote_code)
 
 
 def model_shape(network: nn.Module, plan: Plan) -> ModelShape:
@@ -129,13 +129,13 @@ def _fitted(network: nn.Module, plan: Plan) -> set[str]:
 
 def planned_work(config: RunConfig, shape: ModelShape) -> Work:
     """What the settings ask for, cut down to `max_memory`; PlanError where that cannot be."""
-    windows = sum(count for _, count in share_windows(config.calibrate.data, config.calibrate.sequences))
+    windows = sum(count for _, count in share_sequences(config.calibrate.data, config.calibrate.sequences))
     product_bytes = compute_dtype(torch.device(config.device)).itemsize
     work = work_of(config, windows, torch.get_num_threads(), product_bytes)
     return within_memory(shape, work, parse_bytes(config.max_memory) if config.max_memory else None)
 
 
-def within_limits(config: RunConfig, known: Survey) -> RunConfig:
+def within_limits(config: RunConfig, known: Preflight) -> RunConfig:
     """The settings with the batch that `max_memory` allows: it decides the last bits, and so stands in the run file.
 
     Raises PlanError where `max_memory` or `max_disk` cannot be kept.
@@ -150,7 +150,7 @@ def within_limits(config: RunConfig, known: Survey) -> RunConfig:
     return config.model_copy(update={"quantize": config.quantize.model_copy(update={"batch": work.batch})})
 
 
-def disk_needed(known: Survey, work: Work) -> dict[str, int]:
+def disk_needed(known: Preflight, work: Work) -> dict[str, int]:
     """The most that the run has on the disk in each stage."""
     return {
         "calibrate": calibration_disk(known.shape, work),

@@ -116,7 +116,7 @@ class QuantizeReport(StageReport):
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdoptReport(StageReport):
+class ImportReport(StageReport):
     """Codes of a `checkpoint` taken over; bits and bytes as in QuantizeReport."""
 
     checkpoint: str

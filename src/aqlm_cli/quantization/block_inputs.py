@@ -23,25 +23,25 @@ from aqlm_cli.models.blocks import find_blocks, observe_inputs
 from aqlm_cli.models.hidden_states import Activations, Handed, compute_dtype, run_block
 from aqlm_cli.models.walk import BlockInput, Walk
 from aqlm_cli.models.walk_check import open_walk
-from aqlm_cli.quantization.resume import Unfinished
+from aqlm_cli.quantization.resume import ResumeState
 from aqlm_cli.quantization.solvers.hessian import LayerStatistics, SecondMoment
 from aqlm_cli.runs.artifact import Artifact
 from aqlm_cli.runs.files import load_tensors, publish_file, storage_errors
 from aqlm_cli.seeds import generator
 from aqlm_cli.spec.config import RunConfig
-from aqlm_cli.spec.cost import measured_windows
+from aqlm_cli.spec.cost import statistics_split
 
 CHECK = "check"
 """The name by which the check of a walk is told."""
 
 
 @dataclass(frozen=True, eq=False)
-class Propagation:
+class CalibrationPass:
     """`hidden` is what enters the block `index`; the first `fitted` windows, and those after `measured`, have
     targets."""
 
     walk: Walk
-    work: Unfinished
+    work: ResumeState
     index: int
     ids: Tensor  # [windows, L]
     hidden: Activations  # [windows, ..., d]
@@ -107,7 +107,7 @@ class Propagation:
             handed_on[chosen] = handed
         return error / energy if energy > 0 else 0.0
 
-    def next(self) -> Propagation:
+    def next(self) -> CalibrationPass:
         """At the block after this one, which is finished from here on: what was put out is what enters."""
         following = Handed(self.work.handed(self.index + 1))
         following.remove()
@@ -138,9 +138,9 @@ def walk_through(source: ModelSource, ids: Tensor, device: torch.device, emit: E
     return open_walk(network, load, ids, compute_dtype(device), lambda done: emit(Advanced(CHECK, done)))
 
 
-def start_propagation(
-    source: ModelSource, ids: Tensor, measured: int, config: RunConfig, work: Unfinished, emit: Emit
-) -> Propagation:
+def start_calibration_pass(
+    source: ModelSource, ids: Tensor, measured: int, config: RunConfig, work: ResumeState, emit: Emit
+) -> CalibrationPass:
     """The states of the token ids `[windows, L]` at the first block that is not finished."""
     section, device, index = config.quantize, torch.device(config.device), work.blocks
     walk = walk_through(source, ids, device, emit)
@@ -155,7 +155,7 @@ def start_propagation(
     for directory in set(work.directory.glob("handed-*")) - {work.handed(index)}:
         Handed(directory).remove()
     targets, fitted = Activations.create(work.targets, shape), min(section.fit.sequences, measured)
-    return Propagation(walk, work, index, ids, hidden, targets, measured, fitted, section.batch)
+    return CalibrationPass(walk, work, index, ids, hidden, targets, measured, fitted, section.batch)
 
 
 def entering_states(walk: Walk, ids: Tensor, batch: int, path: Path) -> Activations:
@@ -166,7 +166,7 @@ def entering_states(walk: Walk, ids: Tensor, batch: int, path: Path) -> Activati
     return states
 
 
-def mixed_windows(config: RunConfig, calibration: Artifact) -> tuple[Tensor, int]:
+def mixed_sequences(config: RunConfig, calibration: Artifact) -> tuple[Tensor, int]:
     """Token ids `[windows, L]`, and how many of the windows are measured; the others, at the end, are held out.
 
     Mixed once, so that any part of them holds text of all sources.
@@ -174,7 +174,7 @@ def mixed_windows(config: RunConfig, calibration: Artifact) -> tuple[Tensor, int
     with calibration.reading("windows.safetensors") as file:
         ids = load_tensors(file)["ids"].long()
     ids = ids[torch.randperm(len(ids), generator=generator(config.seed, "windows"))]
-    measured, held_out = measured_windows(config, len(ids))
+    measured, held_out = statistics_split(config, len(ids))
     return ids[: measured + held_out], measured
 
 

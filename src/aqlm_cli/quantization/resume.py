@@ -27,7 +27,7 @@ from aqlm_kernels import KernelError
 
 
 @dataclass(frozen=True)
-class Unfinished:
+class ResumeState:
     """A quantization at work in `directory`."""
 
     directory: Path

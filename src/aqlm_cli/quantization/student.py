@@ -31,7 +31,7 @@ from aqlm_cli.quantization.block_files import (
 )
 from aqlm_cli.quantization.training.block import round_block, round_to_16_bits, tuned_parameters
 from aqlm_cli.quantization.training.distill import Distillation, Training, begin
-from aqlm_cli.quantization.training.distributed import Team
+from aqlm_cli.quantization.training.distributed import World
 from aqlm_cli.runs.artifact import Artifact
 from aqlm_cli.runs.files import save_tensors
 from aqlm_cli.spec.config import FinetuneConfig
@@ -39,7 +39,7 @@ from aqlm_kernels import AdditiveLinear
 
 
 @dataclass(frozen=True, eq=False)
-class Pupil:
+class Student:
     start: Artifact
     blocks: Mapping[str, tuple[str, nn.Module]]  # those in which anything is quantized, by the file of each
     outside: Mapping[str, nn.Parameter]  # what learns beside them, by name
@@ -76,15 +76,15 @@ class Pupil:
             save_tensors(directory / OUTSIDE, learnt, {})
 
 
-def load_pupil(
+def load_student(
     source: ModelSource,
     start: Artifact,
     settings: FinetuneConfig,
     text: Tensor,
     held_out: Tensor,
     device: torch.device,
-    team: Team,
-) -> Pupil:
+    world: World,
+) -> Student:
     """From the original and what was made of it in `start`; `text` and `held_out` are token ids `[windows, L]`."""
     dtype = compute_dtype(device)
     student, teacher = load_network(source, torch.float32, device), load_network(source, dtype, device)
@@ -106,24 +106,24 @@ def load_pupil(
         if block_file(index) in start.manifest.files:
             restore_block(start, index, prefix, block)
             blocks[block_file(index)] = (prefix, block)
-        if settings.checkpointing:
+        if settings.gradient_checkpointing:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-    learner, original = halves_of(student), halves_of(teacher)
-    # The original's weights are in the type of products already; the learner's would be converted for every chunk.
+    student_halves, original = halves_of(student), halves_of(teacher)
+    # The teacher's weights are in the compute dtype already; the student's would be converted for every chunk.
     own_head = settings.embeddings or any(student.get_parameter(name) is one for name in learnt for one in head)
     data = Distillation(
-        student=learner.states,
+        student=student_halves.states,
         teacher=original.states,
-        student_head=learner.logits if own_head else original.logits,
+        student_head=student_halves.logits if own_head else original.logits,
         teacher_head=original.logits,
         trained_head=tuple(head) if settings.embeddings else (),
         training=text,
         held_out=held_out,
         dtype=dtype,
         device=device,
-        team=team,
+        world=world,
     )
-    return Pupil(start, blocks, outside, names, data)
+    return Student(start, blocks, outside, names, data)
 
 
 def names_in_files(network: nn.Module, stored: Collection[str]) -> dict[str, list[str]]:

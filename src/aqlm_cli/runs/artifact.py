@@ -38,7 +38,7 @@ MADE_BY: Mapping[str, str] = {
 """The command that makes each artifact of a run, by the name of its directory."""
 
 
-def remedy(directory: Path, kind: str) -> str:
+def rebuild_command(directory: Path, kind: str) -> str:
     """What to do about an artifact of a run that is damaged or out of date."""
     command = MADE_BY[directory.name if directory.name in MADE_BY else kind]
     return f"redo it with `{command.format(run=directory.parent)} --overwrite`"
@@ -94,7 +94,7 @@ class Artifact:
     def path(self, name: str) -> Path:
         """A file that the manifest lists."""
         if name not in self.manifest.files:
-            raise ArtifactError(f"{self.directory} holds no {name}; {remedy(self.directory, self.manifest.kind)}")
+            raise ArtifactError(f"{self.directory} holds no {name}; {rebuild_command(self.directory, self.manifest.kind)}")
         return self.directory / name
 
     @contextlib.contextmanager
@@ -104,7 +104,7 @@ class Artifact:
         try:
             yield path
         except (ArtifactError, KernelError, LookupError, ValueError) as error:
-            way_out = remedy(self.directory, self.manifest.kind)
+            way_out = rebuild_command(self.directory, self.manifest.kind)
             raise ArtifactError(f"{path} is damaged ({error.__cause__ or error}); {way_out}") from error
 
 
@@ -125,7 +125,7 @@ def open_artifact(directory: Path, kind: str) -> Artifact:
         raise ArtifactError(f"{directory} is not a complete artifact, {MANIFEST} is missing") from None
     except (OSError, ValueError, AttributeError, RecursionError) as error:  # pydantic's ValidationError is a ValueError
         reason = str(error).splitlines()[0]
-        raise ArtifactError(f"{path} is not a manifest ({reason}); {remedy(directory, kind)}") from error
+        raise ArtifactError(f"{path} is not a manifest ({reason}); {rebuild_command(directory, kind)}") from error
     if manifest.kind != kind:
         raise ArtifactError(f"{directory} holds a {shortened(manifest.kind)} artifact, not a {kind} one")
     for name, record in manifest.files.items():
@@ -147,7 +147,7 @@ def _check_file(directory: Path, kind: str, name: str, record: FileRecord) -> No
         raise ArtifactError(f"{directory / MANIFEST} names {name}, which lies outside {directory}; do not use it")
     if size != record.bytes:
         found = "is missing" if size is None else f"has {size} bytes, not {record.bytes}"
-        raise ArtifactError(f"{directory / name} {found}; {remedy(directory, kind)}")
+        raise ArtifactError(f"{directory / name} {found}; {rebuild_command(directory, kind)}")
 
 
 # ---------------------------------------------------------------------------------------------------------- stages

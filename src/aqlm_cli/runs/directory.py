@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from aqlm_cli.runs.artifact import MADE_BY, MANIFEST, WORK, Artifact, Stage, open_artifact, remedy
+from aqlm_cli.runs.artifact import MADE_BY, MANIFEST, WORK, Artifact, Stage, open_artifact, rebuild_command
 from aqlm_cli.spec.config import FinetuneConfig, RunConfig
 from aqlm_cli.errors import ArtifactError
 from aqlm_cli.runs.lock import LOCK, LOGS
@@ -104,7 +104,7 @@ class RunDirectory:
             if digest is not None and self.artifact(parent) and self.current(parent).digest != digest:
                 raise ArtifactError(
                     f"{artifact.directory} was made from {parent} {digest[:12]}, which is now "
-                    f"{self.current(parent).digest[:12]}; {remedy(artifact.directory, kind)}"
+                    f"{self.current(parent).digest[:12]}; {rebuild_command(artifact.directory, kind)}"
                 )
 
     def reusable(

@@ -79,7 +79,7 @@ class FitConfig(Section):
 
     `error` per_token: each token's squared error as a share of its own output's square; total: all tokens' together.
     `learning_rate_unit` rms: each tensor's rate is `learning_rate` times its root mean square. After the warm-up the
-    rate falls as half a cosine to `final_rate` of itself. `patience`: epochs without gain on the held-out windows
+    rate falls as half a cosine to `min_lr_ratio` of itself. `patience`: epochs without gain on the held-out windows
     before it stops; None: never before `epochs`.
     """
 
@@ -91,7 +91,7 @@ class FitConfig(Section):
     learning_rate: Rate = 7e-3
     learning_rate_unit: Literal["rms", "absolute"] = "rms"
     warmup_steps: Count = 3
-    final_rate: Annotated[float, Field(strict=False, gt=0, le=1)] = 0.05
+    min_lr_ratio: Annotated[float, Field(strict=False, gt=0, le=1)] = 0.05
     patience: Positive | None = None
 
 
@@ -102,7 +102,7 @@ class QuantizeConfig(Section):
     and which layers have codes was decided there. None: codes are searched for.
     """
 
-    checkpoint: str | None = None
+    import_from: str | None = None
     method: Literal["aqlm", "rtn"] = "aqlm"
     scheme: str = "2x8g8"
     skip: Names = ("lm_head",)
@@ -148,13 +148,14 @@ class CodesConfig(Section):
 class FinetuneConfig(Section):
     """Teaching the quantized model by the original: `steps` of `batch` windows of `sequence_length` tokens.
 
-    `data`, `sequences` and `bos` are as in `calibrate`, with `self` for text sampled from the original; None: its text,
-    and `bos` as there. A `time_budget`, such as 2h, is turned into `steps` when a run is begun. `windows_at_once` go
-    through the model together: fewer need less memory; `checkpointing` computes each block again in the backward, which
-    needs less still. With `optimizer` adam, `learning_rate` is in units of the root mean square that each tensor has at
-    first, with lamb in units of its present norm; it falls as half a cosine to `final_rate` of itself. `embeddings`
-    lets them, and the head, learn as well. `held_out` windows judge, every `evaluate_every` steps; `patience` such
-    judgements without gain end it. What was trained is kept on the disk every `keep_every` steps.
+    `data`, `sequences` and `bos` are as in `calibrate`, with `self` for text sampled from the base model; None: its
+    text, and `bos` as there. A `time_budget`, such as 2h, is turned into `steps` when a run begins. `micro_batch`
+    sequences go through the model together: fewer need less memory; `gradient_checkpointing` recomputes each block in
+    the backward pass, which needs less still. With `optimizer` adam, `learning_rate` is in units of the root mean
+    square that each tensor has at first, with lamb in units of its present norm; it falls as half a cosine to
+    `min_lr_ratio` of itself. `embeddings` trains them, and the head, too. `held_out` sequences are the validation
+    set, evaluated every `evaluate_every` steps; training ends after `patience` evaluations without gain. The training
+    state is written to the disk every `save_every` steps.
     """
 
     data: str | None = None
@@ -164,17 +165,17 @@ class FinetuneConfig(Section):
     steps: Positive = 400
     time_budget: str | None = None
     batch: Positive = 4
-    windows_at_once: Positive = 4
-    checkpointing: bool = False
+    micro_batch: Positive = 4
+    gradient_checkpointing: bool = False
     embeddings: bool = False
     optimizer: Literal["adam", "lamb"] = "adam"
     learning_rate: Rate = 2e-3
     warmup_steps: Count = 5
-    final_rate: Annotated[float, Field(strict=False, gt=0, le=1)] = 0.05
+    min_lr_ratio: Annotated[float, Field(strict=False, gt=0, le=1)] = 0.05
     held_out: Positive = 16
     evaluate_every: Positive = 50
     patience: Positive | None = None
-    keep_every: Positive = 25
+    save_every: Positive = 25
     codes: CodesConfig = CodesConfig()
 
     @field_validator("time_budget")

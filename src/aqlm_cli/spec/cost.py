@@ -71,7 +71,7 @@ class Work:
 
     windows: int
     length: int  # tokens of a window
-    statistics_windows: int  # of calibrate
+    statistics_sequences_of: int  # of calibrate
     measured: int  # windows that make the second moments
     held_out: int
     batch: int  # windows that go through a block at once
@@ -87,11 +87,11 @@ class Work:
 def work_of(config: RunConfig, windows: int, workers: int, product_bytes: int) -> Work:
     """What the settings ask for, of so many windows of text."""
     section = config.quantize
-    measured, held_out = measured_windows(config, windows)
+    measured, held_out = statistics_split(config, windows)
     return Work(
         windows=windows,
         length=config.calibrate.sequence_length,
-        statistics_windows=min(config.calibrate.statistics_sequences, windows),
+        statistics_sequences_of=min(config.calibrate.statistics_sequences, windows),
         measured=measured,
         held_out=held_out,
         batch=section.batch,
@@ -101,7 +101,7 @@ def work_of(config: RunConfig, windows: int, workers: int, product_bytes: int) -
     )
 
 
-def measured_windows(config: RunConfig, windows: int) -> tuple[int, int]:
+def statistics_split(config: RunConfig, windows: int) -> tuple[int, int]:
     """How many of the windows make the second moments, and how many are held out to judge the fitting by."""
     section = config.quantize
     held_out = min(section.fit.held_out, max(1, windows // 4), windows - 1) if section.fit.epochs else 0
@@ -185,7 +185,7 @@ def packing_memory(model: ModelShape) -> int:
 
 def calibration_disk(model: ModelShape, work: Work) -> int:
     """Token ids, second moments of single features, and hidden states while it works."""
-    return _calibration_bytes(model, work) + FLOAT * work.statistics_windows * work.length * model.hidden
+    return _calibration_bytes(model, work) + FLOAT * work.statistics_sequences_of * work.length * model.hidden
 
 
 def quantization_disk(model: ModelShape, work: Work) -> int:

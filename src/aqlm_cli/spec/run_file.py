@@ -37,6 +37,17 @@ _IN_YAML = {
 }
 
 
+RENAMED: Mapping[str, str] = {
+    "quantize.checkpoint": "quantize.import_from",
+    "quantize.fit.final_rate": "quantize.fit.min_lr_ratio",
+    "finetune.windows_at_once": "finetune.micro_batch",
+    "finetune.checkpointing": "finetune.gradient_checkpointing",
+    "finetune.final_rate": "finetune.min_lr_ratio",
+    "finetune.keep_every": "finetune.save_every",
+}
+"""Keys of earlier versions, and what they are called now."""
+
+
 def preset_path(name: str) -> Path:
     """The file of a preset: inside the installed package, or in `configs/` of a checkout."""
     known = (*PRESETS, *FINETUNE_PRESETS)
@@ -88,6 +99,8 @@ def load_run_file(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} must hold keys and values, such as `model: smollm2-135m`")
     valid = tuple(_valid_keys(RunConfig))
     for key in (shortened(key) for key, _ in _leaves(settings)):
+        if key in RENAMED:
+            raise ConfigError(f"{path}: `{key}` is now called `{RENAMED[key]}`; rename it there")
         if key not in valid:
             raise ConfigError(f"{path}: unknown key `{key}`; nearest valid key is `{_nearest(key, valid)}`")
     return settings

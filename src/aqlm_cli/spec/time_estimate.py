@@ -39,7 +39,7 @@ CHARACTERS_PER_TOKEN = 4.5
 
 
 def calibration_seconds(model: ModelShape, work: Work, rates: Rates) -> float:
-    tokens = work.statistics_windows * work.length
+    tokens = work.statistics_sequences_of * work.length
     weights = model.vocabulary * model.hidden + sum(t.weights for b in model.blocks for t in b.targets)
     text = work.windows * work.length * CHARACTERS_PER_TOKEN * rates.character
     return text + tokens * weights * rates.forward

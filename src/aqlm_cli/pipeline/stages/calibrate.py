@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from aqlm_cli.data.sequences import TextTokenizer, beginning, calibration_windows, settings_of_text
+from aqlm_cli.data.sequences import TextTokenizer, beginning, calibration_sequences, settings_of_text
 from aqlm_cli.errors import QuantizationError
 from aqlm_cli.events import Advanced, Emit, Noted, StageStarted
 from aqlm_cli.formatting import plain
@@ -74,7 +74,7 @@ def _measure(
     started = time.monotonic()
     reset_peak_memory()
     section, length = config.calibrate, config.calibrate.sequence_length
-    windows = calibration_windows(
+    windows = calibration_sequences(
         section.data, section.sequences, length, config.seed, tokenizer, opening=opening, emit=emit
     )
     refuse_unknown_tokens(source, windows.ids)

@@ -4,7 +4,7 @@ Block-wise fitting never sees what an error does further on. Here the quantized 
 original's on the same text (tuning/distill.py); whatever is no matrix moves, and codes and embeddings do if
 they are asked to. The result has the layout of `quantized/` and takes its place for everything that comes after.
 
-Under torchrun every process comes here (team.py): the first one decides, writes and reports, the others `follow`.
+Under torchrun every process runs this (distributed.py): rank 0 decides, writes and reports, the others `follow`.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aqlm_cli.data.sequences import beginning, calibration_windows, recut, settings_of_text
-from aqlm_cli.data.spec import sampled_windows
+from aqlm_cli.data.sequences import beginning, calibration_sequences, recut, settings_of_text
+from aqlm_cli.data.spec import sampled_sequences
 from aqlm_cli.errors import ArtifactError, DataError, UsageError
 from aqlm_cli.evaluation.plots import draw_curve
 from aqlm_cli.events import Advanced, Emit, Noted, StageStarted, silent
@@ -27,9 +27,9 @@ from aqlm_cli.memory import peak_memory_bytes, reset_peak_memory
 from aqlm_cli.models import ModelSource, load_tokenizer, original_of, refuse_unknown_tokens
 from aqlm_cli.pipeline.stage_reports import FinetuneReport, restored
 from aqlm_cli.quantization.block_inputs import machine_of
-from aqlm_cli.quantization.student import Pupil, load_pupil
+from aqlm_cli.quantization.student import Student, load_student
 from aqlm_cli.quantization.training.distill import Training, one_step, train
-from aqlm_cli.quantization.training.distributed import Team
+from aqlm_cli.quantization.training.distributed import World
 from aqlm_cli.runs.artifact import Artifact, Stage
 from aqlm_cli.runs.directory import START, RunDirectory, read_run
 from aqlm_cli.runs.files import disk_bytes, load_tensors, read_metadata, save_tensors
@@ -45,43 +45,43 @@ STATE = "training.safetensors"
 TIMED_STEPS = 3
 
 
-def finetune(config: RunConfig, run_directory: Path, overwrite: bool, emit: Emit, team: Team) -> FinetuneReport:
+def finetune(config: RunConfig, run_directory: Path, overwrite: bool, emit: Emit, world: World) -> FinetuneReport:
     """Write `finetuned/` from the run's `quantized/`, or reuse one that was made with the same settings."""
-    run, machine = read_run(run_directory), {**machine_of(config), **team.described()}
+    run, machine = read_run(run_directory), {**machine_of(config), **world.described()}
     start, source = run.own("quantized", "quantized"), original_of(run)
     if start is None:
         raise ArtifactError(f"{run_directory} has no complete quantized/; make it with `aqlm quantize`")
     run.refuse_outdated(start)
-    if config.finetune.batch % team.size:
-        raise UsageError(f"--batch {config.finetune.batch} is not the same for each of {team.size} processes")
+    if config.finetune.batch % world.size:
+        raise UsageError(f"--batch {config.finetune.batch} is not the same for each of {world.size} processes")
     bos = _begins(config, source, run)
     config, timed = _with_known_steps(config, bos, run.known_settings("finetuned", overwrite))
     found = run.reusable("finetuned", "quantized", *_made_with(config, bos, source, start), overwrite)
     if found is not None:
-        team.told({"goes_on": False})
+        world.broadcast({"goes_on": False})
         emit(Noted(f"{found.directory} is there already, made with the same settings"))
         return _reported(run, found)
     run.goes_on(
         "finetuned", *_made_with(config, bos, source, start), machine, overwrite
     )  # or is refused before it loads
-    team.told({"goes_on": True, "timed": timed, "steps": config.finetune.steps})
+    world.broadcast({"goes_on": True, "timed": timed, "steps": config.finetune.steps})
     reset_peak_memory()
-    pupil = _load(config, source, start, run, team, emit)
-    training = pupil.begin(config.finetune)
+    student = _load(config, source, start, run, world, emit)
+    training = student.begin(config.finetune)
     if not timed:
-        config = _with_steps(config, pupil, training)
+        config = _with_steps(config, student, training)
         emit(Noted(f"{config.finetune.time_budget} are {config.finetune.steps} steps"))
     made_with = _made_with(config, bos, source, start)
     with run.resumed_stage("finetuned", "quantized", *made_with, machine, overwrite) as stage:
         run.keep_finetune_settings(config.finetune)
-        _train(config, pupil, training, stage, emit)
-        pupil.save(stage.directory)
+        _train(config, student, training, stage, emit)
+        student.save(stage.directory)
         report = {
             "steps": training.step,
             "tokens": training.step * config.finetune.batch * config.finetune.sequence_length,
-            "text_tokens": pupil.data.training.numel(),
+            "text_tokens": student.data.training.numel(),
             "before": training.curve[0]["held_out"],
-            "after": pupil.data.held_out_divergence(config.finetune.windows_at_once),  # as it was rounded to be stored
+            "after": student.data.held_out_divergence(config.finetune.micro_batch),  # as it was rounded to be stored
             "parameters": sum(parameter.numel() for parameter in training.parameters.values()),
             "changed": training.changed,
             "seconds": training.seconds,
@@ -93,25 +93,25 @@ def finetune(config: RunConfig, run_directory: Path, overwrite: bool, emit: Emit
     return _reported(run, made)
 
 
-def follow(config: RunConfig, run_directory: Path, team: Team) -> None:
+def follow(config: RunConfig, run_directory: Path, world: World) -> None:
     """`finetune` in any process but the first: the same steps on windows of its own."""
-    begun = team.told(None)
+    begun = world.broadcast(None)
     if not begun["goes_on"]:
         return
     run = read_run(run_directory)
     start = run.own("quantized", "quantized")
     assert start is not None
     config = _of_steps(config, begun["steps"])
-    pupil = _load(config, original_of(run), start, run, team, silent)
-    training = pupil.begin(config.finetune)
+    student = _load(config, original_of(run), start, run, world, silent)
+    training = student.begin(config.finetune)
     if not begun["timed"]:
-        config = _with_steps(config, pupil, training)
-    state = team.told(None)["state"]
+        config = _with_steps(config, student, training)
+    state = world.broadcast(None)["state"]
     if state is not None:
         _restore(training, Path(state))
-    train(pupil.data, training, config.finetune, config.seed, lambda *_: None)
-    pupil.round()
-    pupil.data.held_out_divergence(config.finetune.windows_at_once)
+    train(student.data, training, config.finetune, config.seed, lambda *_: None)
+    student.round()
+    student.data.held_out_divergence(config.finetune.micro_batch)
 
 
 def _made_with(
@@ -162,23 +162,23 @@ def _with_known_steps(config: RunConfig, bos: bool, known: Mapping[str, Any]) ->
     return _of_steps(config, steps), True
 
 
-def _with_steps(config: RunConfig, pupil: Pupil, training: Training) -> RunConfig:
+def _with_steps(config: RunConfig, student: Student, training: Training) -> RunConfig:
     """As many as fit in the time budget, by timing a few whose effect is undone."""
     section = config.finetune
     assert section.time_budget is not None
     budget = parse_duration(section.time_budget)
     trial = section.model_copy(update={"steps": TIMED_STEPS})
-    one_step(pupil.data, training, trial, config.seed)  # whatever has to be compiled
+    one_step(student.data, training, trial, config.seed)  # whatever has to be compiled
     clock = time.monotonic()
     for _ in range(TIMED_STEPS - 1):
-        one_step(pupil.data, training, trial, config.seed)
+        one_step(student.data, training, trial, config.seed)
     step = (time.monotonic() - clock) / (TIMED_STEPS - 1)
     clock = time.monotonic()
-    pupil.data.held_out_divergence(section.windows_at_once)
+    student.data.held_out_divergence(section.micro_batch)
     judged = (time.monotonic() - clock) / section.evaluate_every
     training.undo()
-    team, fitting = pupil.data.team, {"steps": max(1, int(budget / (step + judged)))}
-    return _of_steps(config, team.told(fitting if team.leads else None)["steps"])
+    world, fitting = student.data.world, {"steps": max(1, int(budget / (step + judged)))}
+    return _of_steps(config, world.broadcast(fitting if world.is_rank_zero else None)["steps"])
 
 
 def _of_steps(config: RunConfig, steps: int) -> RunConfig:
@@ -188,9 +188,11 @@ def _of_steps(config: RunConfig, steps: int) -> RunConfig:
 # ------------------------------------------------------------------------------------------------------------- training
 
 
-def _load(config: RunConfig, source: ModelSource, start: Artifact, run: RunDirectory, team: Team, emit: Emit) -> Pupil:
+def _load(
+    config: RunConfig, source: ModelSource, start: Artifact, run: RunDirectory, world: World, emit: Emit
+) -> Student:
     text, held_out = _text(config, source, run, emit)
-    return load_pupil(source, start, config.finetune, text, held_out, torch.device(config.device), team)
+    return load_student(source, start, config.finetune, text, held_out, torch.device(config.device), world)
 
 
 def _text(config: RunConfig, source: ModelSource, run: RunDirectory, emit: Emit) -> tuple[Tensor, Tensor]:
@@ -204,8 +206,8 @@ def _text(config: RunConfig, source: ModelSource, run: RunDirectory, emit: Emit)
         before = beginning(tokenizer, _bos_of(run.current("calibration")))
         ids = recut(_stored(run, "calibration"), length, before, opening)
     else:
-        sampled = _stored(run, "text") if sampled_windows(section.data, section.sequences) else None
-        ids = calibration_windows(
+        sampled = _stored(run, "text") if sampled_sequences(section.data, section.sequences) else None
+        ids = calibration_sequences(
             section.data, section.sequences, length, config.seed, tokenizer, sampled, opening=opening, emit=emit
         ).ids
         refuse_unknown_tokens(source, ids)
@@ -221,9 +223,9 @@ def _stored(run: RunDirectory, kind: str) -> Tensor:
         return load_tensors(file)["ids"].long()
 
 
-def _train(config: RunConfig, pupil: Pupil, training: Training, stage: Stage, emit: Emit) -> None:
+def _train(config: RunConfig, student: Student, training: Training, stage: Stage, emit: Emit) -> None:
     section, state = config.finetune, stage.work / STATE
-    pupil.data.team.told({"state": str(state) if state.exists() else None})
+    student.data.world.broadcast({"state": str(state) if state.exists() else None})
     if state.exists():
         _restore(training, state)
         emit(Noted(f"{stage.directory} holds {training.step} of {section.steps} steps, going on after them"))
@@ -232,12 +234,12 @@ def _train(config: RunConfig, pupil: Pupil, training: Training, stage: Stage, em
     def stepped(now: Training, kl: float) -> None:
         tokens = section.batch * section.sequence_length * now.step / now.seconds
         detail = f"KL {kl:.4f}, held out {now.curve[-1]['held_out']:.4f}, {tokens:.0f} tokens/s"
-        if now.step % section.keep_every == 0:
+        if now.step % section.save_every == 0:
             save_tensors(state, now.tensors(), {"facts": json.dumps(now.facts())})
         emit(Advanced(STAGE, now.step, detail))
 
-    train(pupil.data, training, section, config.seed, stepped)
-    pupil.round()
+    train(student.data, training, section, config.seed, stepped)
+    student.round()
 
 
 def _restore(training: Training, state: Path) -> None:

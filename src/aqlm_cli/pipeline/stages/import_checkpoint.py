@@ -1,6 +1,6 @@
 """The codes of an AQLM checkpoint, made by anyone, as the `quantized/` of a run.
 
-A run whose `quantize.checkpoint` names one begins with its codes, codebooks and scales, with the norms and biases of
+A run whose `quantize.import_from` names one begins with its codes, codebooks and scales, with the norms and biases of
 its blocks, and with what has learnt outside the blocks, number by number as they are there. Everything else in the run
 is the original's, so it must be the original's in the checkpoint, too.
 """
@@ -19,8 +19,8 @@ from aqlm_cli.formatting import some
 from aqlm_cli.memory import peak_memory_bytes, reset_peak_memory
 from aqlm_cli.models import ModelSource, load_config, load_network, load_without, stored_parameters
 from aqlm_cli.models.blocks import find_blocks
-from aqlm_cli.pipeline.preflight import Survey, checkpoint_of, survey
-from aqlm_cli.pipeline.stage_reports import AdoptReport, restored
+from aqlm_cli.pipeline.preflight import Preflight, checkpoint_of, preflight
+from aqlm_cli.pipeline.stage_reports import ImportReport, restored
 from aqlm_cli.quantization.block_files import OUTSIDE, block_file, save_block
 from aqlm_cli.quantization.student import names_in_files, outside_blocks
 from aqlm_cli.quantization.training.block import tuned_parameters
@@ -29,7 +29,7 @@ from aqlm_cli.runs.files import disk_bytes, save_tensors
 from aqlm_cli.spec.config import RunConfig
 from aqlm_kernels import AdditiveLinear
 
-STAGE = "adopt"
+STAGE = "import_checkpoint"
 
 NOT_COMPARED = {"_name_or_path", "aqlm_cli", "architectures", "dtype", "quantization_config", "transformers_version"}
 """Settings in config.json that say how a model is stored, and by whom."""
@@ -38,21 +38,21 @@ FURTHEST_LEARNT = 0.5
 """Of its norm: what lies further from the original's is another model's, and has not learnt from there."""
 
 
-def adopt(config: RunConfig, run_directory: Path, overwrite: bool, emit: Emit) -> AdoptReport:
+def import_checkpoint(config: RunConfig, run_directory: Path, overwrite: bool, emit: Emit) -> ImportReport:
     """Write `quantized/` from the checkpoint that the settings name, or reuse what was made from the same one.
 
     The run file gets the scheme of the checkpoint. Raises ModelError where it was not made from the run's model.
     """
     started = time.monotonic()
-    known, checkpoint = survey(config), checkpoint_of(config)
+    known, checkpoint = preflight(config), checkpoint_of(config)
     source, plan = known.source, known.plan
     section = config.quantize.model_copy(update={"scheme": str(plan.scheme)})
     run = open_run(run_directory, config.model_copy(update={"quantize": section}), overwrite)
     parents = {"model": source.identity, "checkpoint": checkpoint.identity}
-    adopted = run.reusable("quantized", "quantized", {}, parents, overwrite)
-    if adopted is not None:
-        emit(Noted(f"{adopted.directory} is there already, made from the same checkpoint"))
-        return restored(AdoptReport, adopted.directory, adopted.manifest.results["report"])
+    imported = run.reusable("quantized", "quantized", {}, parents, overwrite)
+    if imported is not None:
+        emit(Noted(f"{imported.directory} is there already, made from the same checkpoint"))
+        return restored(ImportReport, imported.directory, imported.manifest.results["report"])
     reset_peak_memory()
     network, learnt = fitting_network(config, known)
     if other := _other_settings(checkpoint, source):
@@ -75,12 +75,12 @@ def adopt(config: RunConfig, run_directory: Path, overwrite: bool, emit: Emit) -
             "disk_bytes": disk_bytes(run.path),
         }
         model = {"name": source.name, "identity": source.identity}
-        adopted = stage.publish({"plan": plan.to_json(), "layers": {}, "model": model, "report": report})
-    emit(Noted(f"{len(plan.quantized)} layers of {checkpoint.name} are in {adopted.directory}"))
-    return restored(AdoptReport, adopted.directory, report)
+        imported = stage.publish({"plan": plan.to_json(), "layers": {}, "model": model, "report": report})
+    emit(Noted(f"{len(plan.quantized)} layers of {checkpoint.name} are in {imported.directory}"))
+    return restored(ImportReport, imported.directory, report)
 
 
-def fitting_network(config: RunConfig, known: Survey) -> tuple[nn.Module, dict[str, Tensor]]:
+def fitting_network(config: RunConfig, known: Preflight) -> tuple[nn.Module, dict[str, Tensor]]:
     """The network of the checkpoint, and by name what has learnt outside its blocks; all else is as in the original.
 
     Raises ModelError for the first tensor that is not.

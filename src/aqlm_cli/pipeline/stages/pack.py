@@ -23,7 +23,7 @@ from aqlm_cli.formatting import plain, text_name
 from aqlm_cli.memory import peak_memory_bytes, reset_peak_memory
 from aqlm_cli.models import ModelSource, model_config, original_of, save_support_files
 from aqlm_cli.pipeline.stage_reports import PackReport, restored
-from aqlm_cli.runs.artifact import Artifact, remedy
+from aqlm_cli.runs.artifact import Artifact, rebuild_command
 from aqlm_cli.runs.directory import RunDirectory, read_run
 from aqlm_cli.runs.files import disk_bytes, write_file
 from aqlm_cli.spec.cost import Cost
@@ -129,7 +129,7 @@ def _collect(run: RunDirectory, quantized: Artifact, format: str) -> Contents:
     layers = quantized_layers(quantized, format)
     plan = Plan.from_json(quantized.manifest.results["plan"])
     if {layer.path for layer in layers} != {target.path for target in plan.quantized}:
-        way_out = remedy(quantized.directory, "quantized")
+        way_out = rebuild_command(quantized.directory, "quantized")
         raise ArtifactError(f"{quantized.directory} is damaged (its files hold other layers than its plan); {way_out}")
     layout, entries = packed_checkpoint(source, quantized, layers, plan.schemes, format)
     return Contents(source, plan, layers, layout, entries)
@@ -138,7 +138,7 @@ def _collect(run: RunDirectory, quantized: Artifact, format: str) -> Contents:
 def _refuse_what_does_not_load(contents: Contents, directory: Path, format: str) -> None:
     from aqlm_cli.models.trial import disagreement  # takes seconds to import, as a network does
 
-    reason = disagreement(replace(contents.source, name=str(directory), directory=directory, known_identity=None))
+    reason = disagreement(replace(contents.source, name=str(directory), directory=directory, cached_identity=None))
     if reason is not None:
         way_out = "use --format dense" if contents.layout.quantization else "the model cannot be packed"
         raise ArtifactError(f"{directory} is not published in the format {format}: {reason}; {way_out}")
@@ -163,7 +163,7 @@ def _card_facts(run: RunDirectory, quantized: Artifact, contents: Contents) -> C
 
 
 def _calibration_text(run: RunDirectory) -> str:
-    if run.config.quantize.checkpoint is not None:
+    if run.config.quantize.import_from is not None:
         return "not known: the codes are those of another checkpoint"
     return ", ".join(text_name(source) for source in run.config.calibrate.data.split(","))
 

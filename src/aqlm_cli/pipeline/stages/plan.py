@@ -17,7 +17,7 @@ from aqlm_cli.memory import available_memory_bytes
 from aqlm_cli.models import ModelSource, load_tokenizer
 from aqlm_cli.models.weight_files import WEIGHTS, has_weights
 from aqlm_cli.pipeline.forecast_report import ForecastReport
-from aqlm_cli.pipeline.preflight import Survey, disk_needed, planned_work
+from aqlm_cli.pipeline.preflight import Preflight, disk_needed, planned_work
 from aqlm_cli.spec.config import RunConfig
 from aqlm_cli.spec.cost import (
     Cost,
@@ -34,7 +34,7 @@ from aqlm_cli.spec.time_estimate import calibration_seconds, packing_seconds, qu
 TEXT_SAMPLE = 100_000  # characters
 
 
-def forecast(config: RunConfig, known: Survey, directory: Path, emit: Emit) -> ForecastReport:
+def forecast(config: RunConfig, known: Preflight, directory: Path, emit: Emit) -> ForecastReport:
     """What the stages will take if they write to `directory`."""
     model, work = known.shape, planned_work(config, known.shape)
     if grown := known.plan.grown:
@@ -61,10 +61,10 @@ def forecast(config: RunConfig, known: Survey, directory: Path, emit: Emit) -> F
     return dataclasses.replace(report, advice=tuple(_advice(report, model, work)))
 
 
-def tell_if_without_weights(known: Survey, emit: Emit) -> None:
+def tell_if_without_weights(known: Preflight, emit: Emit) -> None:
     """Of a directory here alone: of the hub a plan fetches no weights."""
     source = known.source
-    if source.known_identity is None and not has_weights(source.directory):
+    if source.cached_identity is None and not has_weights(source.directory):
         emit(Warned(f"{source.name} holds no {WEIGHTS}; planned from config.json alone"))
 
 

@@ -7,7 +7,7 @@ For one block, with its inputs for all windows in a file:
 3. the compressed block is fitted to the targets, then rounded to the 16 bits in which it will be stored;
 4. its outputs take the place of the inputs: the next block will see, and correct, the error made here.
 
-Finished blocks, and finished matrices of the present one, are on the disk (unfinished.py): after an interruption the
+Finished blocks, and finished matrices of the present one, are on the disk (resume_state.py): after an interruption the
 same command goes on from there, to the same bytes.
 """
 
@@ -28,13 +28,13 @@ from aqlm_cli.events import Advanced, BlockQuantized, Emit, LayerQuantized, Note
 from aqlm_cli.formatting import plain
 from aqlm_cli.memory import give_back_memory, peak_memory_bytes, reset_peak_memory
 from aqlm_cli.models.blocks import linears
-from aqlm_cli.pipeline.preflight import Survey, plan_report, planned_work, survey, within_limits
+from aqlm_cli.pipeline.preflight import Preflight, plan_report, planned_work, preflight, within_limits
 from aqlm_cli.pipeline.stage_reports import QuantizeReport, restored
 from aqlm_cli.quantization.block_files import block_file, put_matrix, save_block
-from aqlm_cli.quantization.block_inputs import Propagation, machine_of, mixed_windows, start_propagation
+from aqlm_cli.quantization.block_inputs import CalibrationPass, machine_of, mixed_sequences, start_calibration_pass
 from aqlm_cli.quantization.methods import METHODS
 from aqlm_cli.quantization.parallel import Compressed, Task, compress_all
-from aqlm_cli.quantization.resume import Unfinished
+from aqlm_cli.quantization.resume import ResumeState
 from aqlm_cli.quantization.training.block import BlockData, fit_block, round_block
 from aqlm_cli.runs.artifact import Artifact, Stage
 from aqlm_cli.runs.directory import open_run
@@ -59,7 +59,7 @@ def quantize(
     `planned` is what it was thought to take, to stand beside what it took. Raises PlanError where the settings' own
     limits cannot be kept.
     """
-    known = survey(config)
+    known = preflight(config)
     config, source, plan = within_limits(config, known), known.source, known.plan
     run = open_run(run_directory, config, overwrite)
     calibration = run.current("calibration")
@@ -104,38 +104,38 @@ class _Work:
     schemes: Mapping[str, Scheme]  # of every layer to quantize, by path
     workers: int  # matrices compressed at once
     stage: Stage
-    unfinished: Unfinished
+    resume_state: ResumeState
     emit: Emit
 
 
 def _quantize_blocks(
-    config: RunConfig, known: Survey, calibration: Artifact, stage: Stage, emit: Emit
+    config: RunConfig, known: Preflight, calibration: Artifact, stage: Stage, emit: Emit
 ) -> list[dict[str, Any]]:
     """Write `block-NNN.safetensors` of every block that has something to quantize; return what was measured of each."""
     started = time.monotonic()
-    ids, measured = mixed_windows(config, calibration)
+    ids, measured = mixed_sequences(config, calibration)
     if config.quantize.fit.epochs and measured == len(ids):
         emit(Warned("there is one window of text only, so none can be held out and blocks are not fitted; add text"))
-    source, schemes, unfinished = known.source, known.plan.schemes, Unfinished(stage.work)
-    states = start_propagation(source, ids, measured, config, unfinished, emit)
+    source, schemes, resume_state = known.source, known.plan.schemes, ResumeState(stage.work)
+    states = start_calibration_pass(source, ids, measured, config, resume_state, emit)
     last = states.walk.last(list(schemes))
-    if unfinished.blocks:
-        emit(Noted(f"{stage.directory} holds {unfinished.blocks} of {last + 1} blocks, going on after them"))
-    emit(StageStarted(STAGE, last + 1, "block", done=unfinished.blocks))
-    work = _Work(config, schemes, planned_work(config, known.shape).workers, stage, unfinished, emit)
+    if resume_state.blocks:
+        emit(Noted(f"{stage.directory} holds {resume_state.blocks} of {last + 1} blocks, going on after them"))
+    emit(StageStarted(STAGE, last + 1, "block", done=resume_state.blocks))
+    work = _Work(config, schemes, planned_work(config, known.shape).workers, stage, resume_state, emit)
     for index in range(states.index, last + 1):
         block = states.walk.load(index)
         layers = _quantize_block(work, states, block)
         seconds = time.monotonic() - started
         taken = {"memory_bytes": peak_memory_bytes(), "disk_bytes": disk_bytes(stage.directory.parent)}
-        unfinished.record(index, {"layers": layers, "seconds": seconds, **taken})
+        resume_state.record(index, {"layers": layers, "seconds": seconds, **taken})
         states, started = states.next(), started + seconds
-        unfinished.forget_matrices()
+        resume_state.forget_matrices()
         emit(Advanced(STAGE, index + 1))
-    return [unfinished.recorded(index) for index in range(last + 1)]
+    return [resume_state.recorded(index) for index in range(last + 1)]
 
 
-def _quantize_block(work: _Work, states: Propagation, block: nn.Module) -> dict[str, dict[str, float]]:
+def _quantize_block(work: _Work, states: CalibrationPass, block: nn.Module) -> dict[str, dict[str, float]]:
     """One block, start to end, and what was measured of its layers."""
     started = time.monotonic()
     compressed = _compress(work, states, block)
@@ -155,7 +155,7 @@ def _quantize_block(work: _Work, states: Propagation, block: nn.Module) -> dict[
     }
 
 
-def _compress(work: _Work, states: Propagation, block: nn.Module) -> dict[str, Compressed]:
+def _compress(work: _Work, states: CalibrationPass, block: nn.Module) -> dict[str, Compressed]:
     """Put the compressed layers into the block; each of them by its path in the model."""
     section, prefix = work.config.quantize, states.path
     # Paths inside the block, as the block knows them.
@@ -165,7 +165,7 @@ def _compress(work: _Work, states: Propagation, block: nn.Module) -> dict[str, C
     for path in chosen.keys() - statistics.keys():
         work.emit(Warned(f"{prefix}.{path} stays in 16 bits: {UNREACHED}; add text to quantize it"))
     chosen = {path: layer for path, layer in chosen.items() if path in statistics}
-    kept = {path: work.unfinished.kept(f"{prefix}.{path}") for path in chosen}
+    kept = {path: work.resume_state.kept(f"{prefix}.{path}") for path in chosen}
     tasks = [
         Task(f"{prefix}.{path}", layer.weight.detach(), statistics[path], work.schemes[f"{prefix}.{path}"])
         for path, layer in chosen.items()
@@ -179,7 +179,7 @@ def _compress(work: _Work, states: Propagation, block: nn.Module) -> dict[str, C
     return compressed
 
 
-def _fit(work: _Work, states: Propagation, block: nn.Module) -> float:
+def _fit(work: _Work, states: CalibrationPass, block: nn.Module) -> float:
     """Fit what is additive in the block; the share of its held-out error that this removed."""
     settings = work.config.quantize.fit
     if (
@@ -196,7 +196,7 @@ def _fit(work: _Work, states: Propagation, block: nn.Module) -> float:
 
 def _keeper(work: _Work) -> Callable[[Compressed], None]:
     def keep(one: Compressed) -> None:
-        work.unfinished.keep(one)
+        work.resume_state.keep(one)
         work.emit(LayerQuantized(one.path, one.relative_error, one.matrix.bits() / one.weights, one.seconds))
 
     return keep

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from aqlm_cli.data.sequences import beginning
-from aqlm_cli.data.spec import sampled_windows
+from aqlm_cli.data.spec import sampled_sequences
 from aqlm_cli.errors import ArtifactError
 from aqlm_cli.events import Advanced, Emit, Noted, StageStarted
 from aqlm_cli.memory import peak_memory_bytes, reset_peak_memory
@@ -37,7 +37,7 @@ many lie in memory beside the model, before finetuning needs it for a second one
 def sample(config: RunConfig, run_directory: Path, overwrite: bool, emit: Emit) -> None:
     """Write `text/`, unless it is there or `finetune` will not come to read it."""
     run, section = read_run(run_directory), config.finetune
-    source, windows = original_of(run), sampled_windows(section.data, section.sequences)
+    source, windows = original_of(run), sampled_sequences(section.data, section.sequences)
     opening = beginning(load_tokenizer(source), section.bos)
     if not _will_be_read(run, config, bool(opening), overwrite):
         return

@@ -27,7 +27,7 @@ def status(run_directory: Path) -> StatusReport:
     run = read_run(run_directory)
     found = holder(run_directory)
     # A run is whole without these.
-    optional = ["sample", "finetune", *(["calibrate"] if run.config.quantize.checkpoint is not None else [])]
+    optional = ["sample", "finetune", *(["calibrate"] if run.config.quantize.import_from is not None else [])]
     return StatusReport(
         directory=run_directory,
         model=run.config.model,

@@ -18,12 +18,12 @@ from aqlm_cli.events import Advanced, Emit, Noted, StageStarted
 from aqlm_cli.models import original_of
 from aqlm_cli.models.plain_linear import is_plain
 from aqlm_cli.quantization.block_files import block_file, matrix_kinds, read_matrix, restore_block
-from aqlm_cli.quantization.block_inputs import machine_of, mixed_windows, start_propagation
+from aqlm_cli.quantization.block_inputs import machine_of, mixed_sequences, start_calibration_pass
 from aqlm_cli.quantization.methods import METHODS, CompressedMatrix
 from aqlm_cli.quantization.parallel import Task, compress_all
-from aqlm_cli.quantization.resume import Unfinished
+from aqlm_cli.quantization.resume import ResumeState
 from aqlm_cli.records import VerifyReport
-from aqlm_cli.runs.artifact import Artifact, remedy
+from aqlm_cli.runs.artifact import Artifact, rebuild_command
 from aqlm_cli.runs.directory import DIRECTORIES, RunDirectory, read_run
 from aqlm_cli.runs.files import digest_file
 from aqlm_cli.seeds import generator
@@ -62,15 +62,15 @@ def verify(run_directory: Path, emit: Emit) -> VerifyReport:
 def _compare_digest(artifact: Artifact, name: str) -> None:
     path = artifact.path(name)
     if digest_file(path) != artifact.manifest.files[name].sha256:
-        way_out = remedy(artifact.directory, artifact.manifest.kind)
+        way_out = rebuild_command(artifact.directory, artifact.manifest.kind)
         raise ArtifactError(f"{path} is damaged (other bytes than its manifest says); {way_out}")
 
 
 def _requantize(run: RunDirectory, quantized: Artifact, emit: Emit) -> str | None:
     """The path of the layer; None where this machine would not compute the same bits."""
     config, schemes = run.config, Plan.from_json(quantized.manifest.results["plan"]).schemes
-    if config.quantize.checkpoint is not None:
-        emit(Noted(f"the codes are those of {config.quantize.checkpoint}, so no layer is quantized again"))
+    if config.quantize.import_from is not None:
+        emit(Noted(f"the codes are those of {config.quantize.import_from}, so no layer is quantized again"))
         return None
     if quantized.manifest.results.get("machine") != machine_of(config):
         emit(Noted("quantized by another version or on another kind of machine, so no layer is quantized again"))
@@ -84,7 +84,7 @@ def _requantize(run: RunDirectory, quantized: Artifact, emit: Emit) -> str | Non
             share = float((numbers.long() != other.long()).float().mean())
             raise ArtifactError(
                 f"{chosen}: quantized again, {share:.1%} of its {name} are others than in {quantized.directory}; "
-                f"{remedy(quantized.directory, quantized.manifest.kind)}"
+                f"{rebuild_command(quantized.directory, quantized.manifest.kind)}"
             )
     return chosen
 
@@ -94,8 +94,8 @@ def _both(
 ) -> tuple[CompressedMatrix, CompressedMatrix]:
     """The matrix of the chosen layer made again, on what the quantized blocks before it put out, and the stored one."""
     config, source = run.config, original_of(run)
-    ids, measured = mixed_windows(config, run.current("calibration"))
-    states = start_propagation(source, ids, measured, config, Unfinished(work), emit)
+    ids, measured = mixed_sequences(config, run.current("calibration"))
+    states = start_calibration_pass(source, ids, measured, config, ResumeState(work), emit)
     index = states.walk.last([chosen])
     emit(StageStarted(chosen, index + 1, "block"))
     for number in range(index):

@@ -33,7 +33,7 @@ LAZY_COLUMNS = 128
 
 
 def sweep(state: Tensor, base: Tensor, feedback: Feedback, round_group: Rounder) -> tuple[Tensor, Tensor]:
-    """The rounded matrix and the state after it, both `[out, in]`; a forward feedback leaves the state unfinished."""
+    """The rounded matrix and the state after it, both `[out, in]`; a forward feedback leaves the state resume_state."""
     state, rounded = state.clone(), base.clone()
     group = feedback.metric.shape[1]
     width = max(group, LAZY_COLUMNS // group * group)

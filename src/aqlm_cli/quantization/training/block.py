@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from aqlm_cli.errors import QuantizationError
 from aqlm_cli.models.hidden_states import Activations, autocast, run_block
 from aqlm_cli.models.walk import BlockInput
-from aqlm_cli.quantization.training.schedule import copied, put_back, root_mean_square, share_of_rate
+from aqlm_cli.quantization.training.schedule import copied, learning_rate_factor, put_back, root_mean_square
 from aqlm_cli.spec.config import FitConfig
 from aqlm_kernels import AdditiveLinear
 
@@ -91,7 +91,9 @@ def fit_block(
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
-        lambda step: share_of_rate(step, steps_per_epoch * settings.epochs, settings.warmup_steps, settings.final_rate),
+        lambda step: learning_rate_factor(
+            step, steps_per_epoch * settings.epochs, settings.warmup_steps, settings.min_lr_ratio
+        ),
     )
     before = best = data.relative_error(block, held_out, settings.batch)
     kept, stale = copied(parameters), 0

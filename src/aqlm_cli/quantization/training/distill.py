@@ -23,10 +23,10 @@ from torch import Tensor, nn
 
 from aqlm_cli.errors import QuantizationError
 from aqlm_cli.models.hidden_states import autocast
-from aqlm_cli.quantization.training.distributed import Team
+from aqlm_cli.quantization.training.distributed import World
 from aqlm_cli.quantization.training.optimizers import Adam, lamb_stride
 from aqlm_cli.quantization.training.pv import CodeSteps
-from aqlm_cli.quantization.training.schedule import copied, put_back, root_mean_square, share_of_rate
+from aqlm_cli.quantization.training.schedule import copied, learning_rate_factor, put_back, root_mean_square
 from aqlm_cli.seeds import generator
 from aqlm_cli.spec.config import FinetuneConfig
 from aqlm_kernels import AdditiveLinear
@@ -93,7 +93,7 @@ class Distillation:
     held_out: Tensor
     dtype: torch.dtype  # of the products
     device: torch.device
-    team: Team
+    world: World
 
     def divergence(self, ids: Tensor) -> Tensor:
         """KL over the windows `[b, L]`, differentiable in what the student is made of."""
@@ -108,8 +108,8 @@ class Distillation:
 
     @torch.no_grad()
     def held_out_divergence(self, batch: int) -> float:
-        parts = self.held_out.split(batch)[self.team.rank :: self.team.size]
-        return self.team.total(sum(float(self.divergence(ids)) * len(ids) for ids in parts)) / len(self.held_out)
+        parts = self.held_out.split(batch)[self.world.rank :: self.world.size]
+        return self.world.total(sum(float(self.divergence(ids)) * len(ids) for ids in parts)) / len(self.held_out)
 
 
 class _Objective(nn.Module):
@@ -195,7 +195,7 @@ def begin(
         parameter.requires_grad_(True)
     codes = CodeSteps(layers, settings.codes, settings.optimizer == "lamb") if settings.codes.share else None
     trained = [*parameters.values(), *([] if codes is None else codes.ahead.values())]
-    objective = data.team.parallel(_Objective(data, trained))
+    objective = data.world.parallel(_Objective(data, trained))
     training = Training(parameters, codes, Adam(*BETAS), rates, {}, objective)
     training.kept = copied(training.values)
     return training
@@ -228,19 +228,19 @@ def train(
 
 def one_step(data: Distillation, training: Training, settings: FinetuneConfig, seed: int) -> float:
     """The KL before it."""
-    team, codes = data.team, training.codes
-    ids = team.share(data.training[_chosen(training.step, settings.batch, len(data.training), seed)])
-    parts, total = ids.split(settings.windows_at_once), 0.0
+    world, codes = data.world, training.codes
+    ids = world.share(data.training[_chosen(training.step, settings.batch, len(data.training), seed)])
+    parts, total = ids.split(settings.micro_batch), 0.0
     with nullcontext() if codes is None else codes.learning():
         for number, part in enumerate(parts, start=1):
-            with nullcontext() if number == len(parts) else team.apart(training.objective):
+            with nullcontext() if number == len(parts) else world.apart(training.objective):
                 loss = training.objective(part) * (len(part) / len(ids))
                 loss.backward()
             total += float(loss.detach())
-    total = team.total(total) / team.size
+    total = world.total(total) / world.size
     if not math.isfinite(total):
         raise QuantizationError(f"step {training.step}: the KL is {total}; a smaller --learning-rate may help")
-    share = share_of_rate(training.step, settings.steps, settings.warmup_steps, settings.final_rate)
+    share = learning_rate_factor(training.step, settings.steps, settings.warmup_steps, settings.min_lr_ratio)
     training.step += 1
     _update(training, settings, share)
     return total
@@ -271,7 +271,7 @@ def _move(training: Training, name: str, parameter: nn.Parameter, settings: Fine
 
 def _judge(data: Distillation, training: Training, settings: FinetuneConfig) -> None:
     started = time.monotonic()
-    kl = data.held_out_divergence(settings.windows_at_once)
+    kl = data.held_out_divergence(settings.micro_batch)
     training.seconds += time.monotonic() - started
     if kl < training.best:
         training.kept = copied(training.values)

@@ -1,4 +1,4 @@
-"""The processes that train one model together, as torchrun starts them; one that was started alone is a team, too.
+"""The processes that train one model together, as torchrun starts them; one that was started alone is a world, too.
 
     torchrun --nproc-per-node 2 -m aqlm_cli finetune RUN
 
@@ -25,12 +25,12 @@ PATIENCE = timedelta(days=30)
 
 
 @dataclass(frozen=True)
-class Team:
+class World:
     rank: int = 0
     size: int = 1
 
     @property
-    def leads(self) -> bool:
+    def is_rank_zero(self) -> bool:
         return self.rank == 0
 
     def described(self) -> dict[str, str]:
@@ -42,7 +42,7 @@ class Team:
         return windows[self.rank :: self.size]
 
     def parallel(self, module: nn.Module) -> nn.Module:
-        """The module; its gradients become the mean over the team."""
+        """The module; its gradients become the mean over the world."""
         if self.size == 1:
             return module
         return DistributedDataParallel(module, broadcast_buffers=False, find_unused_parameters=True)
@@ -52,14 +52,14 @@ class Team:
         return module.no_sync() if isinstance(module, DistributedDataParallel) else nullcontext()
 
     def total(self, value: float) -> float:
-        """Over the team."""
+        """Over the world."""
         if self.size == 1:
             return value
         found = torch.tensor(value, dtype=torch.float64, device=_message_device())
         distributed.all_reduce(found)
         return float(found)
 
-    def told(self, message: dict[str, Any] | None) -> dict[str, Any]:
+    def broadcast(self, message: dict[str, Any] | None) -> dict[str, Any]:
         """What the first one says; the others give None, and wait."""
         if self.size == 1:
             assert message is not None
@@ -76,7 +76,7 @@ def _message_device() -> torch.device:
 
 
 def processes_here() -> int:
-    """Of the team, on this machine, which share its processor."""
+    """Of the world, on this machine, which share its processor."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
@@ -86,15 +86,15 @@ def own_device(device: str) -> str:
 
 
 @contextmanager
-def joined(device: str) -> Iterator[Team]:
-    """The team that torchrun has set up, over NCCL on GPUs and Gloo elsewhere; a team of one if it has not."""
+def joined(device: str) -> Iterator[World]:
+    """The world that torchrun has set up, over NCCL on GPUs and Gloo elsewhere; a world of one if it has not."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        yield Team()
+        yield World()
         return
     if device.startswith("cuda"):
         torch.cuda.set_device(device)
     distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=PATIENCE)
     try:
-        yield Team(distributed.get_rank(), distributed.get_world_size())
+        yield World(distributed.get_rank(), distributed.get_world_size())
     finally:
         distributed.destroy_process_group()

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 
-def share_of_rate(step: int, steps: int, warmup_steps: int, final_rate: float) -> float:
-    """Of the full rate: a linear warm-up, then half a cosine down to `final_rate`."""
+def learning_rate_factor(step: int, steps: int, warmup_steps: int, min_lr_ratio: float) -> float:
+    """Of the full rate: a linear warm-up, then half a cosine down to `min_lr_ratio`."""
     warm = min(1.0, (step + 1) / (warmup_steps + 1))
-    return warm * (final_rate + (1 - final_rate) * 0.5 * (1 + math.cos(math.pi * step / steps)))
+    return warm * (min_lr_ratio + (1 - min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * step / steps)))
 
 
 def root_mean_square(parameter: Tensor) -> float:
