@@ -47,7 +47,7 @@ QUICK: dict[str, Any] = {
     "threads": 1,
     "calibrate": {"data": "builtin:4", "sequence_length": 16, "statistics_sequences": 1},
     "quantize": {
-        "search": {"rounds": 1, "ldlq_rounds": 1, "kmeans_iterations": 1, "beam": 2, "final_beam": 2},
+        "aqlm": {"rounds": 1, "ldlq_rounds": 1, "kmeans_iterations": 1, "beam": 2, "final_beam": 2},
         "fit": {"epochs": 0},
     },
 }

@@ -29,7 +29,6 @@ from aqlm_cli.pipeline.stages.pack import pack
 from aqlm_cli.pipeline.stages.quantize import quantize
 from aqlm_cli.quantization import block_inputs, parallel
 from aqlm_cli.quantization.block_inputs import CalibrationPass
-from aqlm_cli.quantization.methods import MATRIX_KINDS, CompressedMatrix
 from aqlm_cli.quantization.solvers.hessian import LayerStatistics
 from aqlm_cli.quantization.training.block import fit_block, tuned_parameters
 from aqlm_cli.runs.artifact import Artifact, open_artifact
@@ -39,7 +38,7 @@ from aqlm_cli.seeds import generator
 from aqlm_cli.spec.config import RunConfig
 from aqlm_cli.spec.plan import Plan
 from aqlm_cli.spec.run_file import build_config
-from aqlm_kernels import AdditiveLinear, choose, smallest
+from aqlm_kernels import MATRIX_KINDS, AdditiveLinear, Matrix, choose, smallest
 
 WINDOWS, LENGTH = 12, 32
 QUICK = {"kmeans_iterations": 2, "rounds": 2, "ldlq_rounds": 1, "beam": 2, "final_beam": 2}
@@ -60,7 +59,9 @@ def in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def settings(model: Path, **section: Any) -> RunConfig:
-    given = {"scheme": "2x4g8", "statistics_sequences": 8, "batch": 4, "search": QUICK, "fit": FIT, **section}
+    given = {"scheme": "2x4g8", "statistics_sequences": 8, "batch": 4, "fit": FIT, **section}
+    if section.get("method", "aqlm") == "aqlm":
+        given = {"aqlm": QUICK, **given}
     calibration = {"data": f"a.txt:{WINDOWS}", "sequence_length": LENGTH, "statistics_sequences": 2}
     return build_config(None, None, {"model": str(model), "calibrate": calibration, "quantize": given})
 
@@ -81,9 +82,9 @@ def files(directory: str = "run") -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "manifest.json"}
 
 
-def matrices(directory: str = "run") -> dict[str, CompressedMatrix]:
+def matrices(directory: str = "run") -> dict[str, Matrix]:
     """Every compressed matrix of all blocks, by the path of its layer."""
-    found: dict[str, CompressedMatrix] = {}
+    found: dict[str, Matrix] = {}
     for path in sorted((Path(directory) / "quantized").glob("block-*.safetensors")):
         for name, kind in json.loads(read_metadata(path)["kinds"]).items():
             found[name] = MATRIX_KINDS[kind].from_tensors(load_tensors(path, f"{name}."))
@@ -165,7 +166,7 @@ def test_every_method_is_served(method: str, scheme: str, tmp_path: Path) -> Non
 def test_the_recipe_of_the_paper_is_served_and_leaves_more_error(tmp_path: Path) -> None:
     model = tiny_models.save("llama", tmp_path / "model")
     ours = run(settings(model))
-    theirs = run(settings(model, search={**QUICK, "recipe": "published", "adam_steps": 5}), "other")
+    theirs = run(settings(model, aqlm={**QUICK, "algorithm": "reference", "adam_steps": 5}), "other")
     assert ours.mean_relative_error < theirs.mean_relative_error < 1
 
 
@@ -695,7 +696,7 @@ def test_a_quantized_block_computes_with_what_is_stored(llama: Path, monkeypatch
         assert len(modules) == 7 and not linears(block, "")
         for path, module in modules.items():
             stored = matrices()[f"model.layers.{index}.{path}"]
-            for name, tensor in module.matrix.tensors().items():
+            for name, tensor in module.matrix().tensors().items():
                 assert torch.equal(tensor, stored.tensors()[name])
         for name, values in tuned_parameters(block, f"model.layers.{index}").items():
             if values.ndim == 1 and name in vectors():

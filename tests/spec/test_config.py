@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 
 from aqlm_cli.errors import AqlmError, ConfigError, UsageError
 from aqlm_cli.spec.config import RunConfig
+from aqlm_cli.spec.methods import METHODS
+from aqlm_cli.spec.methods.aqlm import AqlmSettings
 from aqlm_cli.spec.run_file import (
     FINETUNE_PRESETS,
     PRESETS,
@@ -57,9 +59,9 @@ def test_every_shipped_file_is_a_valid_run(path: Path) -> None:
     build_config(None, path, {"model": "any"})
 
 
-def test_the_paper_preset_is_the_published_recipe() -> None:
+def test_the_paper_preset_is_the_algorithm_of_its_authors() -> None:
     quantize = build_config("paper", None, {"model": "any"}).quantize
-    assert (quantize.search.recipe, quantize.search.tolerance) == ("published", 0.01)
+    assert quantize.settings == AqlmSettings(algorithm="reference", kmeans_iterations=100)
     fit = quantize.fit
     assert (fit.learning_rate, fit.learning_rate_unit, fit.batch, fit.epochs) == (1e-4, "absolute", 16, 5)
     assert (fit.sequences, fit.held_out, fit.patience) == (128, 16, 3)
@@ -116,6 +118,10 @@ def settings(draw: st.DrawFn) -> dict[str, Any]:
     uniform = st.builds(UniformScheme, st.integers(2, 8), st.integers(1, 1024))
     method = draw(st.sampled_from(["aqlm", "rtn"]))
     scheme = str(draw(additive if method == "aqlm" else uniform))
+    section = METHODS[method].settings
+    if section is not None:
+        own = section.model_json_schema()
+        drawn = merge(drawn, {"quantize": {method: draw(values(own, own.get("$defs", {})))}})
     sizes = st.one_of(st.none(), st.from_regex(r"[1-9][0-9]{0,3}(\.5)?( ?[KMGT]i?B)?", fullmatch=True))
     limits = {"max_memory": draw(sizes), "max_disk": draw(sizes)}
     budget = draw(st.one_of(st.none(), st.from_regex(r"[1-9][0-9]?h([1-9]m)?", fullmatch=True)))
@@ -155,7 +161,7 @@ def test_merge_goes_into_sections_and_leaves_its_arguments_alone() -> None:
     [
         ("quantize: {shceme: 2x8g8}", "quantize.shceme", "quantize.scheme"),
         ("scheme: 2x8g8", "scheme", "quantize.scheme"),
-        ("calibrate: {final_beam: 4}", "calibrate.final_beam", "quantize.search.final_beam"),
+        ("calibrate: {final_beam: 4}", "calibrate.final_beam", "quantize.aqlm.final_beam"),
         ("quantise: {}", "quantise", "quantize"),
         ("eval-ppl: {dtype: float16}", "eval-ppl.dtype", "eval_ppl.dtype"),
     ],
@@ -189,7 +195,7 @@ def test_a_key_of_an_earlier_version_is_refused_with_its_new_name(tmp_path: Path
         ("quantize: {fit: {batch: 0}}", ["quantize.fit.batch", "found 0"]),
         ("quantize: {batch: 2.5}", ["quantize.batch", "2.5"]),
         ("quantize: {batch: '2'}", ["quantize.batch", "'2'"]),
-        ("quantize: {search: {damping: .nan}}", ["quantize.search.damping"]),
+        ("quantize: {aqlm: {damping: .nan}}", ["quantize.aqlm.damping"]),
         ("quantize: {scheme: 2x8}", ["quantize.scheme", "2x8g8"]),
         ("quantize: {method: rtn}", ["method rtn", "int2g64", "not 2x8g8"]),
         ("quantize: {scheme: int2g64}", ["method aqlm", "additive", "not int2g64"]),
@@ -271,7 +277,7 @@ def test_differences_name_both_values_and_keep_to_their_section() -> None:
     assert differences(there, here, "") == ["model: any there, other here"]
     assert differences(there, here, "quantize") == [
         "quantize.scheme: 2x8g8 there, 3x8g8 here",
-        "quantize.fit.epochs: 2 there, 1 here",
+        "quantize.fit.epochs: None there, 1 here",
     ]
     assert differences(there, here, "calibrate") == []
 

@@ -22,31 +22,30 @@ from aqlm_cli.export.writer import Entry
 from aqlm_cli.models import ModelSource, Placement, load_skeleton, tensor_index
 from aqlm_cli.models.source import StoredTensor
 from aqlm_cli.quantization.block_files import OUTSIDE, block_files, matrix_kinds, read_matrix
-from aqlm_cli.quantization.methods import CompressedMatrix
 from aqlm_cli.runs.artifact import Artifact
 from aqlm_cli.runs.files import read_tensor, tensor_names
 from aqlm_cli.spec.schemes import Scheme
-from aqlm_kernels import AdditiveMatrix, to_checkpoint
+from aqlm_kernels import AdditiveMatrix, Matrix, to_checkpoint
 
 # A matrix, and the 16-bit type of the weight it replaces -> tensors by the last part of their name.
-Exporter: TypeAlias = Callable[[CompressedMatrix, torch.dtype], dict[str, Tensor]]
+Exporter: TypeAlias = Callable[[Matrix, torch.dtype], dict[str, Tensor]]
 
 
-def as_codes(matrix: CompressedMatrix, dtype: torch.dtype) -> dict[str, Tensor]:
+def as_codes(matrix: Matrix, dtype: torch.dtype) -> dict[str, Tensor]:
     """The form of the `aqlm` inference package: float16, whatever the model's type."""
     assert isinstance(matrix, AdditiveMatrix)
     return to_checkpoint(matrix)
 
 
-def as_weight(matrix: CompressedMatrix, dtype: torch.dtype) -> dict[str, Tensor]:
+def as_weight(matrix: Matrix, dtype: torch.dtype) -> dict[str, Tensor]:
     return {"weight": matrix.dequantize(dtype)}
 
 
 EXPORTERS: Mapping[str, Mapping[str, Exporter]] = {
-    "transformers": {"additive": as_codes, "uniform": as_weight},
-    "dense": {"additive": as_weight, "uniform": as_weight},
+    "transformers": {"additive": as_codes},
+    "dense": {},
 }
-"""Format -> kind of matrix -> how it is written."""
+"""Format -> kind of matrix -> its own form there; every other kind is written as an ordinary weight."""
 
 
 SEEN_LOSS = 1e-5
@@ -64,14 +63,14 @@ class QuantizedLayer:
     kind: str
     export: Exporter
 
-    def matrix(self) -> CompressedMatrix:
+    def matrix(self) -> Matrix:
         return read_matrix(self.quantized, self.file, self.path, self.kind)
 
 
 def quantized_layers(quantized: Artifact, format: str) -> list[QuantizedLayer]:
     """Every quantized matrix, in the order of the blocks."""
     return [
-        QuantizedLayer(path, quantized, name, kind, EXPORTERS[format][kind])
+        QuantizedLayer(path, quantized, name, kind, EXPORTERS[format].get(kind, as_weight))
         for name in block_files(quantized)
         for path, kind in matrix_kinds(quantized, name).items()
     ]
