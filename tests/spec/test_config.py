@@ -8,6 +8,7 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from aqlm_cli.errors import AqlmError, ConfigError, UsageError
 from aqlm_cli.spec.config import RunConfig
@@ -178,7 +179,7 @@ def test_an_unknown_key_is_named_with_its_file_and_the_nearest_valid_one(
 @pytest.mark.parametrize(("old", "new"), RENAMED.items())
 def test_a_key_of_an_earlier_version_is_refused_with_its_new_name(tmp_path: Path, old: str, new: str) -> None:
     known = leaves(build_config(None, None, {"model": "tiny"}).model_dump())
-    assert old not in known and new in known
+    assert old not in known and any(f"{key}.".startswith(f"{new}.") for key in known)
     settings: Any = 1
     for name in reversed(old.split(".")):
         settings = {name: settings}
@@ -187,6 +188,58 @@ def test_a_key_of_an_earlier_version_is_refused_with_its_new_name(tmp_path: Path
     with pytest.raises(ConfigError) as error:
         load_run_file(path)
     assert str(error.value) == f"{path}: `{old}` is now called `{new}`; rename it there"
+
+
+def test_a_value_of_an_earlier_version_is_refused_with_its_new_name(tmp_path: Path) -> None:
+    path = run_file(tmp_path, "quantize: {aqlm: {algorithm: published}}")
+    with pytest.raises(ConfigError) as error:
+        load_run_file(path)
+    new = "the value published of `quantize.aqlm.algorithm` is now called `reference`"
+    assert str(error.value) == f"{path}: {new}; rename it there"
+
+
+@pytest.mark.parametrize(
+    ("quantize", "reason"),
+    [
+        (
+            "{method: rtn, scheme: int2g64, aqlm: {beam: 4}}",
+            "`quantize.aqlm`: settings of method aqlm, but quantize.method is rtn; remove them",
+        ),
+        ("{aqlm: {beam: 3}}", "`quantize.aqlm.beam`: Input should be 2, 4, 8, 16, 32, 64, 128 or 256, found 3"),
+        ("{aqlm: 3}", "`quantize.aqlm`: needs a section of keys and values, or {}, found 3"),
+        ("{method: gptq}", "`quantize.method`: there is no method 'gptq'; choose aqlm or rtn"),
+        ("{beam: 4}", "unknown key `quantize.beam`; nearest valid key is `quantize.aqlm.beam`"),
+    ],
+)
+def test_settings_stand_in_the_section_of_their_method(tmp_path: Path, quantize: str, reason: str) -> None:
+    path = run_file(tmp_path, f"model: any\nquantize: {quantize}\n")
+    with pytest.raises(ConfigError) as error:
+        build_config(None, path, {})
+    assert str(error.value) == f"{path}: {reason}"
+
+
+@pytest.mark.parametrize("given", [{"search": {}}, {"method": "rtn", "scheme": "int2g64", "rtn": {}}])
+def test_a_section_that_no_method_has_is_refused(given: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        QuantizeConfig.model_validate(given)
+
+
+def test_a_flag_for_another_method_leaves_the_settings_of_the_first_behind(tmp_path: Path) -> None:
+    path = run_file(tmp_path, "model: any\nquantize: {method: aqlm, aqlm: {beam: 4}}\n")
+    assert build_config("fast", path, {}).quantize.settings == AqlmSettings.model_validate(
+        {"beam": 4, "kmeans_iterations": 10, "rounds": 3, "ldlq_rounds": 1, "final_beam": 32}
+    )
+    config = build_config("fast", path, {"quantize": {"method": "rtn", "scheme": "int2g64"}})
+    assert config.quantize.settings is None and "aqlm" not in config.model_dump()["quantize"]
+
+
+def test_a_method_is_fitted_as_it_says_or_as_the_run_file_says() -> None:
+    def epochs(**quantize: Any) -> int | None:
+        return build_config(None, None, {"model": "any", "quantize": quantize}).quantize.fitting.epochs
+
+    assert (epochs(), epochs(fit={"epochs": 0})) == (2, 0)
+    rounded = {"method": "rtn", "scheme": "int2g64"}
+    assert (epochs(**rounded), epochs(**rounded, fit={"epochs": 3})) == (0, 3)
 
 
 @pytest.mark.parametrize(
