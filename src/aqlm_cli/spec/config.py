@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import ConfigDict, Field, ValidationError, create_model, field_validator, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
@@ -208,8 +208,12 @@ class FinetuneConfig(Section):
         return text if text is None else _understood(parse_duration, text)
 
 
+PackFormat: TypeAlias = Literal["transformers", "dense"]
+"""Names of the exporters, which lie where torch may be imported: `export.EXPORTERS`."""
+
+
 class PackConfig(Section):
-    format: Literal["transformers", "dense"] = "transformers"
+    format: PackFormat = "transformers"
 
 
 class EvalConfig(Section):
