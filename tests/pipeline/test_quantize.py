@@ -29,6 +29,7 @@ from aqlm_cli.pipeline.stages.pack import pack
 from aqlm_cli.pipeline.stages.quantize import quantize
 from aqlm_cli.quantization import block_inputs, parallel
 from aqlm_cli.quantization.block_inputs import CalibrationPass
+from aqlm_cli.quantization.methods import rtn
 from aqlm_cli.quantization.solvers.hessian import LayerStatistics
 from aqlm_cli.quantization.training.block import fit_block, tuned_parameters
 from aqlm_cli.runs.artifact import Artifact, open_artifact
@@ -38,6 +39,7 @@ from aqlm_cli.seeds import generator
 from aqlm_cli.spec.config import RunConfig
 from aqlm_cli.spec.plan import Plan
 from aqlm_cli.spec.run_file import build_config
+from aqlm_cli.spec.schemes import UniformScheme
 from aqlm_kernels import MATRIX_KINDS, AdditiveLinear, Matrix, choose, smallest
 
 WINDOWS, LENGTH = 12, 32
@@ -161,6 +163,28 @@ def test_every_method_is_served(method: str, scheme: str, tmp_path: Path) -> Non
     assert (report.method, report.scheme, report.layers) == (method, scheme, 14)
     weights = sum(matrix.dequantize().numel() for matrix in matrices().values())
     assert report.stored_bits == pytest.approx(sum(matrix.bits() for matrix in matrices().values()) / weights)
+
+
+def test_grids_of_rtn_are_fitted_where_the_run_file_asks_and_never_otherwise(tmp_path: Path, in_float32: None) -> None:
+    model = tiny_models.save("opt", tmp_path / "model")
+    rounded = {"method": "rtn", "scheme": "int3g16"}
+    run(settings(model, **rounded, fit={**FIT, "epochs": None}))
+    original = load_network(resolve(str(model)), torch.float32)
+    for path, matrix in matrices().items():
+        weight = original.get_submodule(path).weight
+        again = rtn.quantize(weight, LayerStatistics(torch.eye(1), 1), UniformScheme(3, 16), torch.Generator(), None)
+        assert all(torch.equal(tensor, again.tensors()[name]) for name, tensor in matrix.tensors().items()), path
+    for name, values in vectors().items():
+        assert torch.equal(values, original.get_parameter(name).half().float())
+
+    events: list[Event] = []
+    run(settings(model, **rounded, fit={**FIT, "epochs": 2}), "fitted", events=events)
+    assert all(event.gain > 0 for event in events if isinstance(event, BlockQuantized))
+    unfitted = matrices()
+    for path, matrix in matrices("fitted").items():
+        tensors, before = matrix.tensors(), unfitted[path].tensors()
+        assert not torch.equal(tensors["scales"], before["scales"]) and tensors["scales"].dtype == torch.float16
+        assert all(torch.equal(tensors[name], before[name]) for name in tensors.keys() - {"scales"})
 
 
 def test_the_recipe_of_the_paper_is_served_and_leaves_more_error(tmp_path: Path) -> None:

@@ -199,7 +199,7 @@ def test_a_new_method_and_kind_go_through_all_stages() -> None:
     (file,) = Path("run/packed").glob("*.safetensors")
     assert file.stat().st_size == planned["forecast"]["safetensors_bytes"]
 
-    assert 1 < told("eval-ppl", "run")["notes.txt"]["perplexity"] < 1e4
+    assert 1 < told("eval-ppl", "run")["perplexity"] < 1e4
     assert told("verify", "run")["layer"] in quantized
     assert "no layer of this run has codes" in refused("finetune", "run", "--codes", "0.1", "--overwrite", status=2)
 
@@ -216,6 +216,10 @@ def refuse_other_settings() -> None:
         changed = {**settings, "quantize": {**settings["quantize"], "sign": section}}
         Path("other.yaml").write_text(yaml.safe_dump(changed))
         assert line in refused("quantize", "--config", "other.yaml", "--out", "run")
+    flags = ("--method", "aqlm", "--scheme", "2x4g8")
+    assert "quantize.method: sign there, aqlm here" in refused(
+        "quantize", "--config", "run.yaml", "--out", "run", *flags
+    )
     Path("other.yaml").write_text(yaml.safe_dump({"quantize": {"sign": {"factor": 2.0}}}))
     line = "`quantize.sign`: settings of method sign, but quantize.method is aqlm; remove them"
     assert line in refused("quantize", "tiny", "--config", "other.yaml")

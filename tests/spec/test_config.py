@@ -335,6 +335,14 @@ def test_differences_name_both_values_and_keep_to_their_section() -> None:
     assert differences(there, here, "calibrate") == []
 
 
+def test_of_two_methods_the_method_is_the_difference() -> None:
+    there = build_config(None, None, {"model": "any"})
+    here = build_config(None, None, {"model": "any", "quantize": {"method": "rtn", "scheme": "int2g64"}})
+    lines = ["quantize.method: {} there, {} here", "quantize.scheme: {} there, {} here"]
+    assert differences(there, here, "quantize") == [lines[0].format("aqlm", "rtn"), lines[1].format("2x8g8", "int2g64")]
+    assert differences(here, there, "quantize") == [lines[0].format("rtn", "aqlm"), lines[1].format("int2g64", "2x8g8")]
+
+
 def test_where_a_run_is_computed_is_no_difference() -> None:
     there = build_config(None, None, {"model": "any"})
     assert differences(there, build_config(None, None, {"model": "any", "threads": 3, "device": "cuda"}), "") == []

@@ -155,13 +155,19 @@ def _compressing(block: BlockShape, work: Work) -> int:
 
 
 def _fitting(block: BlockShape, work: Work) -> int:
-    """Written-out weights and all that the backward pass needs of a training batch; or the pass that ends the block."""
-    weights = sum(target.weights for target in block.quantized)
+    """Dequantized weights and all that the backward pass needs of a training batch; or the pass that ends the block."""
+    weights = sum(target.weights * _copies(target, work) for target in block.quantized)
     codes = sum(quantized_bytes(target) for target in block.quantized)
     features = sum(target.in_features + target.out_features for target in block.targets)
     saved = FLOAT * features * work.fit.batch * work.length if work.fitted else 0
-    training = (FLOAT + work.product_bytes) * weights + saved
+    training = weights + saved
     return codes + max(training, _activations(block, work.batch, work))
+
+
+def _copies(target: Target, work: Work) -> int:
+    """Bytes per weight while a block is fitted: where no compiled product serves, torch keeps two factors, too."""
+    compiled = target.scheme is not None and target.scheme.codebook_shape is not None
+    return work.product_bytes + (FLOAT if compiled or not work.fitted else 3 * FLOAT)
 
 
 def _activations(block: BlockShape, windows: int, work: Work) -> int:

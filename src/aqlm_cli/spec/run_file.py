@@ -174,14 +174,15 @@ def dump_yaml(config: RunConfig) -> str:
 def differences(there: RunConfig, here: RunConfig, section: str) -> list[str]:
     """Each setting of one section in which two runs differ: "quantize.scheme: 2x8g8 there, 3x8g8 here".
 
-    Section "" stands for the settings outside all sections. `threads` and `device` never count.
+    Section "" stands for the settings outside all sections. `threads` and `device` never count, nor do the settings of
+    two methods, which have none in common.
     """
     earlier, later = dict(_leaves(there.model_dump())), dict(_leaves(here.model_dump()))
     return [
         f"{key}: {earlier[key]} there, {later[key]} here"
         for key in later
         if key.rpartition(".")[0].partition(".")[0] == section and key not in _NOT_COMPARED
-        if earlier[key] != later[key]
+        if key in earlier and earlier[key] != later[key]
     ]
 
 

@@ -55,7 +55,7 @@ def _block_seconds(block: BlockShape, work: Work, rates: Rates) -> float:
     measuring += work.measured * work.length * sum(width**2 for width in block.input_widths) * rates.moment
     epochs = work.fit.epochs or 0
     steps = epochs * work.fitted * work.length * weights * rates.step
-    judging = (1 + epochs) * work.held_out * work.length * weights * rates.quantized_forward
+    judging = (1 + epochs) * work.held_out * work.length * weights * rates.quantized_forward if work.fitted else 0.0
     advancing = all_windows * work.length * weights * rates.quantized_forward
     return measuring + _makespan(map(rates.compression, block.quantized), work.workers) + steps + judging + advancing
 
