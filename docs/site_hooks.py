@@ -40,7 +40,7 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Point the links of one page to the pages of this site."""
+    """Point the links of one page to the pages of this site, and keep a number and its error on one line."""
     source = next((ROOT / name for name, src in PAGES.items() if src == page.file.src_uri), DOCS / page.file.src_uri)
 
     def rewritten(match: re.Match[str]) -> str:
@@ -49,7 +49,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
             return match[1]
         return os.path.relpath(_page_of(target), PurePosixPath(page.file.src_uri).parent)
 
-    return LINK.sub(rewritten, markdown)
+    return LINK.sub(rewritten, re.sub(r"(?<=\d) ± (?=\d)", "\u00a0±\u00a0", markdown))
 
 
 def _linked_files(source: Path) -> set[Path]:

@@ -39,7 +39,7 @@ def pages() -> dict[str, str]:
 def cli_page() -> str:
     group: Any = typer.main.get_command(app)
     about = str(group.help).partition("\b")[0].strip()
-    parts = [f"{GENERATED}# Commands\n\n{about}\n"]
+    parts = [f"# Commands\n\n{GENERATED}{about}\n"]
     rows = [(f"[`aqlm {name}`](#aqlm-{name})", short_help(command)) for name, command in sorted(group.commands.items())]
     parts.append(table(("command", "does"), rows))
     parts.append(
@@ -96,7 +96,7 @@ def run_file_page() -> str:
         "[`configs/default.yaml`](../../configs/default.yaml) has every setting with its default. A finished run "
         "keeps its complete settings in `run.yaml`.\n"
     )
-    parts = [f"{GENERATED}# Run file\n\n{introduction}"]
+    parts = [f"# Run file\n\n{GENERATED}{introduction}"]
     for title, section in sections(RunConfig):
         rows = settings_rows(title, section, comments)
         parts.append(f"## {title or 'Outside of all sections'}\n\n" + prose(own_doc(section)))
@@ -173,7 +173,7 @@ def comments_of(text: str) -> dict[str, str]:
 
 
 def python_page() -> str:
-    parts = [f"{GENERATED}# Python\n"]
+    parts = [f"# Python\n\n{GENERATED}".rstrip("\n") + "\n"]
     for module in (aqlm_cli, aqlm_kernels):
         parts.append(f"## {module.__name__}\n\n{prose(inspect.getdoc(module) or '')}")
         parts += [name_section(name, getattr(module, name)) for name in getattr(module, "__all__", ())]
@@ -249,8 +249,13 @@ def prose(text: str) -> str:
 
 
 def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    cells = [head, ("---",) * len(head), *(tuple(cell.replace("|", "\\|") for cell in row) for row in rows)]
+    cells = [head, ("---",) * len(head), *(tuple(map(without_bars, row)) for row in rows)]
     return "".join(f"| {' | '.join(row)} |\n" for row in cells)
+
+
+def without_bars(cell: str) -> str:
+    """A cell of a table; a bar inside a code span has to be written in HTML, as renderers differ on an escaped one."""
+    return re.sub(r"`([^`]*\|[^`]*)`", lambda match: f"<code>{match[1].replace('|', '&#124;')}</code>", cell)
 
 
 def main() -> None:
