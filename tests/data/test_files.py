@@ -100,7 +100,7 @@ GAPS: Mapping[str, list[dict[str, Any]]] = {
 def test_a_record_without_text_is_an_empty_document_in_every_kind_of_file(tmp_path: Path, kind: str, gaps: str) -> None:
     path, told = write(tmp_path / f"texts.{kind}", GAPS[gaps]), list[Event]()
     assert read_texts(path, told.append) == ["", "", "a"]
-    assert told == [Noted(f"{path}: 2 of 3 records have no text, the key is null or missing")]
+    assert told == [Noted(f"{path}: 2 of 3 records have no text: the key is null or missing")]
 
 
 @pytest.mark.parametrize("first", [{"id": 0, "text": None}, {"id": 0}], ids=["null", "missing"])

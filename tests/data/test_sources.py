@@ -143,7 +143,7 @@ def test_text_without_a_token_is_an_error(tmp_path: Path, texts: list[str]) -> N
 
 def test_text_shorter_than_one_window_to_evaluate_on_is_an_error(tmp_path: Path) -> None:
     path = json_lines(tmp_path / "short.jsonl", ["abc"])
-    with pytest.raises(DataError, match="has 4 tokens, fewer than one window of 10"):
+    with pytest.raises(DataError, match="has 4 tokens, fewer than one sequence of 10"):
         evaluation_sequences(path, 10, Letters())
 
 
