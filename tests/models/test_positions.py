@@ -110,7 +110,7 @@ def test_a_text_goes_on_to_the_last_position(family: str, tmp_path: Path) -> Non
     network = load_network(resolve(str(saved(family, tmp_path / "model"))), torch.float32)
     ids = tiny_models.token_ids(1, STATED)
     decoding = decoding_of(network, STATED)
-    decoding.read(ids[0, :-2])
+    decoding.prefill(ids[0, :-2])
     found = [decoding.step(token) for token in ids[0, -2:].tolist()][-1]
     expected = network(input_ids=ids, use_cache=False).logits[0, -1]
     assert (found - expected).norm() < 1e-4 * expected.norm()

@@ -72,7 +72,7 @@ def edited(request: pytest.FixtureRequest, tmp_path: Path) -> dict[str, Any]:
 def greedy(directory: Path, ids: Tensor) -> tuple[Tensor, list[int], str]:
     """The logits of what follows the prompt and after each of our own tokens, these tokens, and what computed them."""
     decoding = open_decoding(resolve(str(directory)), PROMPT + TOKENS)
-    logits = [decoding.read(ids[0])]
+    logits = [decoding.prefill(ids[0])]
     for _ in range(TOKENS - 1):
         logits.append(decoding.step(int(logits[-1].argmax())))
     return torch.stack(logits), [int(row.argmax()) for row in logits], decoding.name
