@@ -35,7 +35,7 @@ def problem(request):
 
 @interpreted_only
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_products_of_integers_equal_the_reference(problem, dtype):
+def test_matmul_of_integers_equals_the_reference(problem, dtype):
     case, matmul = problem
     x, matrix = case.integers()
     packed = PackedMatrix(matrix)
@@ -46,7 +46,7 @@ def test_products_of_integers_equal_the_reference(problem, dtype):
 
 
 @interpreted_only
-def test_products_of_reals_are_near_float64(problem):
+def test_matmul_of_reals_is_near_float64(problem):
     case, matmul = problem
     x, matrix = case.reals()
     if case.rows == 0:

@@ -18,7 +18,7 @@ def tile_bytes(request, monkeypatch):
 
 @pytest.mark.usefixtures("tile_bytes")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_products_and_gradients_of_integers_are_exact(case, dtype):
+def test_matmul_and_gradients_of_integers_are_exact(case, dtype):
     x, matrix = case.integers()
     x = x.to(dtype)
     parts = matrix.codes, matrix.codebooks, matrix.scales

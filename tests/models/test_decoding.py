@@ -56,7 +56,7 @@ def test_its_logits_are_those_of_one_forward(family: str, backend: str, prompt: 
 
 
 @pytest.mark.parametrize("prompt", [PROMPT, LONG_PROMPT])
-def test_it_stops_where_its_room_ends(prompt: int, tmp_path: Path) -> None:
+def test_it_stops_at_its_capacity(prompt: int, tmp_path: Path) -> None:
     decoding = decoding_of(packed_network("llama", tmp_path), prompt + 1)
     decoding.prefill(tiny_models.token_ids(1, prompt)[0])
     decoding.step(3)
@@ -82,7 +82,7 @@ def test_a_checkpoint_decodes_without_a_network(
 
 
 @pytest.mark.parametrize("family", ["gemma3_text", "llama"])
-def test_what_it_cannot_read_is_loaded_as_ever(family: str, tmp_path: Path) -> None:
+def test_a_model_that_it_cannot_read_is_loaded_by_transformers(family: str, tmp_path: Path) -> None:
     changes = {"hidden_act": "gelu"} if family == "llama" else {}
     network = packed_network(family, tmp_path, **changes)
     opened = open_decoding(resolve(str(tmp_path / "packed")), LENGTH)
@@ -113,7 +113,7 @@ def test_codes_that_do_not_fit_the_model_never_reach_compiled_code(tmp_path: Pat
         ),
     ],
 )
-def test_what_it_cannot_run_transformers_runs_and_the_reason_is_said(
+def test_transformers_runs_the_rest_and_the_name_says_why(
     family: str, changes: dict[str, Any], reason: str, tmp_path: Path
 ) -> None:
     network = packed_network(family, tmp_path, **changes)
@@ -145,7 +145,7 @@ def test_a_head_goes_back_to_the_sixteen_bits_it_came_from(dtype: torch.dtype, s
         {"head_dim": 3.5},
     ],
 )
-def test_a_config_that_says_odd_things_never_reaches_compiled_code(change: dict[str, Any], tmp_path: Path) -> None:
+def test_an_invalid_config_never_reaches_compiled_code(change: dict[str, Any], tmp_path: Path) -> None:
     packed_network("llama", tmp_path)
     path = tmp_path / "packed" / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))

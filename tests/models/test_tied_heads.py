@@ -104,9 +104,7 @@ def test_the_head_is_what_transformers_takes_for_it(edited: dict[str, Any], tmp_
     assert known.shape.outside + sum(block.parameters for block in known.shape.blocks) == stored
 
 
-def test_what_one_token_reads_counts_a_head_once_and_embeddings_that_are_none_never(
-    edited: dict[str, Any], tmp_path: Path
-) -> None:
+def test_bytes_of_a_decode_step_count_a_head_once_and_embeddings_never(edited: dict[str, Any], tmp_path: Path) -> None:
     run, _ = quantized_run(tmp_path, **edited)
     directory = packed(run).directory
     chosen = BenchConfig.model_validate({"prompt": PROMPT, "tokens": 2, "repeats": 1})
