@@ -161,7 +161,7 @@ def test_hidden_states_of_another_size_are_refused(half_done: tuple[str, ...]) -
     os.truncate("out/quantized.partial/work/hidden-001.activations", 100)
     result = commands.run(*half_done)
     assert result.exit_code == 1 and "hidden-001.activations has 100 bytes, not" in result.output
-    assert "remove out/quantized.partial/work to begin anew" in result.output
+    assert "remove out/quantized.partial/work to start again" in result.output
     shutil.rmtree("out/quantized.partial/work")
     assert commands.run(*half_done).exit_code == 0
 
