@@ -126,6 +126,7 @@ def test_the_planned_sizes_are_those_of_the_files(
         assert stored == counted
 
 
+@pytest.mark.usefixtures("benchmark")
 def test_a_model_of_70_billion_weights_is_planned_from_its_config_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -162,6 +163,7 @@ def test_a_plan_says_so_where_there_are_no_weights(command: tuple[str, ...], kep
     assert alone.exit_code == 0 and alone.output.count(line) == 1
 
 
+@pytest.mark.usefixtures("benchmark")
 def test_no_weight_is_read_for_a_plan(run_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(digests, "digest_file", lambda path: pytest.fail(f"{path} was read"))
     monkeypatch.setattr(model_source, "read_tensor", lambda *_: pytest.fail("a tensor was read"))
@@ -234,6 +236,7 @@ def test_a_block_that_stays_in_16_bits_hides_none_of_the_others() -> None:
 
 
 @pytest.mark.parametrize("flags", [("--scheme", "1x4g24"), ("--method", "rtn", "--scheme", "int2g192")])
+@pytest.mark.usefixtures("benchmark")
 def test_groups_of_any_size_are_timed_for_matrices_of_any_size(tmp_path: Path, flags: tuple[str, ...]) -> None:
     config = {**LLAMA_3_70B, "hidden_size": 960, "intermediate_size": 1920, "num_hidden_layers": 1, "vocab_size": 100}
     config |= {"num_attention_heads": 15, "num_key_value_heads": 5}

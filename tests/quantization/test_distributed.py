@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.commands import run
+from helpers.commands import add_settings, run
 from safetensors.torch import load_file
 
 from aqlm_cli.quantization.training.distributed import World, own_device
@@ -39,10 +39,9 @@ def succeeded(*arguments: str) -> str:
 
 
 @pytest.fixture
-def made(run_file: Path) -> Path:
-    run_file.write_text(run_file.read_text() + SECTION)
-    assert run("quantize", "--config", "run.yaml", "--out", "run").exit_code == 0
-    return Path("run")
+def made(finished_run: Path) -> Path:
+    add_settings(finished_run, SECTION)
+    return finished_run
 
 
 def test_two_processes_come_to_what_one_does(made: Path) -> None:
