@@ -40,7 +40,7 @@ from aqlm_cli.spec.cost import (
 from aqlm_cli.spec.plan import Target
 from aqlm_cli.spec.run_file import build_config
 from aqlm_cli.spec.schemes import parse_scheme
-from aqlm_cli.spec.time_estimate import _makespan
+from aqlm_cli.spec.time_estimate import Rates, quantization_seconds
 from aqlm_cli.spec.units import parse_bytes
 
 QUICK: dict[str, Any] = {
@@ -194,10 +194,15 @@ def test_layers_that_share_an_input_share_its_second_moment(tmp_path: Path) -> N
     assert sorted(known.shape.blocks[0].input_widths) == [64, 64, 64, 128]
 
 
-def test_the_longest_matrix_is_begun_first() -> None:
-    assert _makespan([1, 1, 1, 3], workers=2) == 3
-    assert _makespan([2, 2, 2], workers=2) == 4
-    assert _makespan([2, 2, 2], workers=1) == 6
+@pytest.mark.parametrize(("times", "workers", "seconds"), [([1, 1, 1, 3], 2, 3), ([2, 2, 2], 2, 4), ([2, 2, 2], 1, 6)])
+def test_the_longest_matrix_is_begun_first(times: list[float], workers: int, seconds: float) -> None:
+    shapes = [(8 * number, 8) for number in range(1, len(times) + 1)]
+    targets = tuple(Target(f"{out}", "linear", out, width, parse_scheme("2x8g8"), None) for out, width in shapes)
+    model = ModelShape((BlockShape(targets, 0),), outside=0, vocabulary=1, hidden=1)
+    work = work_of(build_config(None, None, {"model": "any"}), windows=8, workers=workers, product_bytes=2)
+    nothing = dict.fromkeys(("forward", "quantized_forward", "step", "moment", "weight", "coupling", "character"), 0.0)
+    rates = Rates(**nothing, byte=0.0, matrices=dict(zip(shapes, times, strict=True)))
+    assert quantization_seconds(model, work, rates) == seconds
 
 
 # --------------------------------------------------------------------------------------------------------------- limits
