@@ -170,7 +170,8 @@ def test_a_stored_training_goes_on_to_the_same_bits(stop: int) -> None:
 def test_every_epoch_has_every_window_once_in_an_order_of_its_own() -> None:
     student, data = lesson(windows=4 + 10)
     seen: list[Tensor] = []
-    data = dataclasses.replace(data, teacher=lambda ids: seen.append(ids) or data.teacher(ids))
+    teacher = data.teacher
+    data = dataclasses.replace(data, teacher=lambda ids: seen.append(ids) or teacher(ids))
     section = settings(steps=10)
     training = begin(data, dict(student.named_parameters()), {}, section)
     for _ in range(10):

@@ -94,7 +94,9 @@ class Artifact:
     def path(self, name: str) -> Path:
         """A file that the manifest lists."""
         if name not in self.manifest.files:
-            raise ArtifactError(f"{self.directory} holds no {name}; {rebuild_command(self.directory, self.manifest.kind)}")
+            raise ArtifactError(
+                f"{self.directory} holds no {name}; {rebuild_command(self.directory, self.manifest.kind)}"
+            )
         return self.directory / name
 
     @contextlib.contextmanager

@@ -23,12 +23,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from aqlm_cli.runs.artifact import MADE_BY, MANIFEST, WORK, Artifact, Stage, open_artifact, rebuild_command
-from aqlm_cli.spec.config import FinetuneConfig, RunConfig
 from aqlm_cli.errors import ArtifactError
-from aqlm_cli.runs.lock import LOCK, LOGS
-from aqlm_cli.spec.run_file import build_config, differences, dump_yaml
+from aqlm_cli.runs.artifact import MADE_BY, MANIFEST, WORK, Artifact, Stage, open_artifact, rebuild_command
 from aqlm_cli.runs.files import storage_errors, sync_directory, write_file
+from aqlm_cli.runs.lock import LOCK, LOGS
+from aqlm_cli.spec.config import FinetuneConfig, RunConfig
+from aqlm_cli.spec.run_file import build_config, differences, dump_yaml
 
 RUN_FILE = "run.yaml"
 
