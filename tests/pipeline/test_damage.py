@@ -190,8 +190,8 @@ def flip(path: Path, place: int, bit: int = 1) -> None:
     path.write_bytes(content)
 
 
-# The length of the header, its first character, a name, and the numbers at the end.
-FLIPS = [(0, 0), (3, 0), (6, 0), (8, 4), (12, 0), (40, 2), (60, 2), (-1, 6)]
+# The length of the header, its first character, a name, and the numbers at the end; test_fuzz.py damages every place.
+FLIPS = [(0, 0), (8, 4), (40, 2), (-1, 6)]
 
 
 @pytest.mark.parametrize(("place", "bit"), FLIPS)
@@ -240,7 +240,7 @@ def test_damaged_windows_name_the_command_that_makes_them_anew(whole: dict[str, 
 
 
 @pytest.mark.parametrize("kind", ["calibration", "quantized", "packed"])
-@pytest.mark.parametrize("place", [0, 30, 200])
+@pytest.mark.parametrize("place", [0, 200])
 def test_a_damaged_manifest_names_a_command_that_mends_it(whole: dict[str, Any], kind: str, place: int) -> None:
     flip(Path("whole", kind, "manifest.json"), place, bit=7)
     line = refused("eval-ppl", "whole")
