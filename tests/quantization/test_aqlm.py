@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -94,7 +94,7 @@ def test_error_feedback_and_its_order_pay(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_each_bit_spent_lowers_the_error_as_theory_has_it() -> None:
     """A bit a weight more divides the squared error by four at best, and by more than two here."""
-    one, two, three, four = (geometric_mean([error(seed, f"{m}x4g4") for seed in range(2)]) for m in (1, 2, 3, 4))
+    one, two, three, four = (error(0, f"{m}x4g4") for m in (1, 2, 3, 4))
     for worse, better in ((one, two), (two, three), (three, four)):
         assert 2 < worse / better < 5
 
@@ -343,6 +343,7 @@ def test_a_sweep_around_never_raises_the_damped_objective(beam: int) -> None:
     assert losses[1].sum() < 0.5 * losses[0].sum()
 
 
+@settings(max_examples=60)  # one takes a tenth of a second
 @given(
     rows=st.integers(1, 40),
     groups=st.integers(1, 40),

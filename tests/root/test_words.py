@@ -18,6 +18,8 @@ PACKAGES = (
     "src/aqlm_cli/quantization/parallel.py",
     "src/aqlm_cli/quantization/block_files.py",
     "src/aqlm_cli/quantization/resume.py",
+    "src/aqlm_cli/models/[!r]*.py",
+    "src/aqlm_cli/models/r[!e]*.py",
 )
 """Paths and globs of what has been swept."""
 
