@@ -35,7 +35,7 @@ from aqlm_cli.pipeline.preflight import plan_report, preflight, within_limits
 from aqlm_cli.pipeline.stage_reports import CalibrationReport, ImportReport, PackReport, QuantizeReport
 from aqlm_cli.pipeline.stages.calibrate import calibrate
 from aqlm_cli.pipeline.stages.doctor import doctor
-from aqlm_cli.pipeline.stages.finetune import finetune, follow
+from aqlm_cli.pipeline.stages.finetune import finetune
 from aqlm_cli.pipeline.stages.import_checkpoint import fitting_network, import_checkpoint
 from aqlm_cli.pipeline.stages.pack import pack
 from aqlm_cli.pipeline.stages.plan import forecast, tell_if_without_weights
@@ -237,7 +237,7 @@ def finetune_run(target: str, config: RunConfig, run_directory: Path, overwrite:
     config = config.model_copy(update={"device": own_device(config.device)})
     with joined(config.device) as world:
         if not world.is_rank_zero:
-            follow(config, run_directory, world)
+            finetune(config, run_directory, overwrite, silent, world)
             return {}
         return _finetune_and_pack(target, config, run_directory, overwrite, emit, world)
 
@@ -264,6 +264,7 @@ def _finetune_and_pack(
                 sample(config, run_directory, overwrite, both)
         with logged(run_directory, "finetune", emit) as both:
             tuned = finetune(config, run_directory, overwrite, both, world)
+            assert tuned is not None  # in rank 0
         run = read_run(run_directory)
         packed = run.own("packed", "packed")
         outdated = packed is not None and packed.manifest.parents.get("quantized") != run.current("quantized").digest

@@ -233,7 +233,7 @@ def one_step(data: Distillation, training: Training, settings: FinetuneConfig, s
     parts, total = ids.split(settings.micro_batch), 0.0
     with nullcontext() if codes is None else codes.learning():
         for number, part in enumerate(parts, start=1):
-            with nullcontext() if number == len(parts) else world.apart(training.objective):
+            with nullcontext() if number == len(parts) else world.unsynchronized(training.objective):
                 loss = training.objective(part) * (len(part) / len(ids))
                 loss.backward()
             total += float(loss.detach())
