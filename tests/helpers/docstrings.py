@@ -152,7 +152,7 @@ def lost_modules(pattern: str) -> list[str]:
         for path in files_of(pattern)
         for number, line in enumerate(path.read_text().splitlines(), 1)
         for name in re.findall(r"\b(\w+\.py)\b", line)
-        if name not in names
+        if name not in names and "github.com" not in line
     ]
 
 

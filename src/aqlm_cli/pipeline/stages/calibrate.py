@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from aqlm_cli.data.sequences import TextTokenizer, beginning, calibration_sequences, settings_of_text
+from aqlm_cli.data.sequences import TextTokenizer, calibration_sequences, opening_tokens, settings_of_text
 from aqlm_cli.errors import QuantizationError
 from aqlm_cli.events import Advanced, Emit, Noted, StageStarted
 from aqlm_cli.formatting import plain
@@ -47,7 +47,7 @@ def calibrate(
     source = resolve(config.model, config.revision, config.trust_remote_code)
     refuse_too_long(source, config.calibrate.sequence_length, "--sequence-length")
     tokenizer = load_tokenizer(source)
-    opening = beginning(tokenizer, config.calibrate.bos)
+    opening = opening_tokens(tokenizer, config.calibrate.bos)
     run = open_run(run_directory, config, overwrite)
     settings = {**settings_of_text(config.calibrate, bool(opening)), "seed": config.seed}
     parents = {"model": source.identity}

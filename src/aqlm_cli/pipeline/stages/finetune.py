@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aqlm_cli.data.sequences import beginning, calibration_sequences, recut, settings_of_text
+from aqlm_cli.data.sequences import calibration_sequences, opening_tokens, recut, settings_of_text
 from aqlm_cli.data.spec import sampled_sequences
 from aqlm_cli.errors import ArtifactError, DataError, UsageError
 from aqlm_cli.evaluation.plots import draw_curve
@@ -119,7 +119,7 @@ def _read_inputs(config: RunConfig, run_directory: Path) -> _Inputs:
     elif section.data is None:
         bos = _calibration_has_bos(run)
     else:
-        bos = bool(beginning(load_tokenizer(source), None))
+        bos = bool(opening_tokens(load_tokenizer(source), None))
     return _Inputs(config, run, source, start, bos)
 
 
@@ -156,9 +156,9 @@ def _read_text(inputs: _Inputs, emit: Emit) -> Text:
     if section.data is None and section.sequences is not None:
         raise UsageError("--sequences counts sequences of --data; give that, too")
     tokenizer = load_tokenizer(source)
-    opening = beginning(tokenizer, inputs.bos)
+    opening = opening_tokens(tokenizer, inputs.bos)
     if section.data is None:
-        before = beginning(tokenizer, _calibration_has_bos(run))
+        before = opening_tokens(tokenizer, _calibration_has_bos(run))
         ids = recut(_token_ids(run, "calibration"), length, before, opening)
     else:
         sampled = _token_ids(run, "text") if sampled_sequences(section.data, section.sequences) else None

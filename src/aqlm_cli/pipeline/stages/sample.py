@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from aqlm_cli.data.sequences import beginning
+from aqlm_cli.data.sequences import opening_tokens
 from aqlm_cli.data.spec import sampled_sequences
 from aqlm_cli.errors import ArtifactError
 from aqlm_cli.events import Advanced, Emit, Noted, StageStarted
@@ -38,7 +38,7 @@ def sample(config: RunConfig, run_directory: Path, overwrite: bool, emit: Emit) 
     """Write `text/`, unless it is there or `finetune` will not come to read it."""
     run, section = read_run(run_directory), config.finetune
     source, windows = original_of(run), sampled_sequences(section.data, section.sequences)
-    opening = beginning(load_tokenizer(source), section.bos)
+    opening = opening_tokens(load_tokenizer(source), section.bos)
     if not _will_be_read(run, config, bool(opening), overwrite):
         return
     settings = {"windows": windows, "sequence_length": section.sequence_length, "seed": config.seed}
