@@ -8,15 +8,13 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from aqlm_cli.evaluation import GenerationReport, Perplexity, PerplexityReport
 from aqlm_cli.evaluation.speed_report import BenchReport, BenchRow, ProductRow
 from aqlm_cli.formatting import readable_bytes
 from aqlm_cli.pipeline.stage_reports import CalibrationReport, PackReport, QuantizeReport
 from aqlm_cli.records import (
     BackendReport,
-    GenerationReport,
     MachineReport,
-    Perplexity,
-    PerplexityReport,
     PlanReport,
     Record,
 )

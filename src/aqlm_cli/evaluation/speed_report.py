@@ -70,6 +70,7 @@ class BenchReport(Record):
     read_bandwidth: float
     rows: tuple[BenchRow, ...]
     products: tuple[ProductRow, ...]
+    version: int = 1
 
     def table(self) -> Group:
         return Group(self._models(), self._products()) if self.products else Group(self._models())
