@@ -100,7 +100,7 @@ GAPS: Mapping[str, list[dict[str, Any]]] = {
 def test_a_record_without_text_is_an_empty_document_in_every_kind_of_file(tmp_path: Path, kind: str, gaps: str) -> None:
     path, told = write(tmp_path / f"texts.{kind}", GAPS[gaps]), list[Event]()
     assert read_texts(path, told.append) == ["", "", "a"]
-    assert told == [Noted(f"{path}: 2 of 3 records have no text, the key is null or missing")]
+    assert told == [Noted(f"{path}: 2 of 3 records have no text: the key is null or missing")]
 
 
 @pytest.mark.parametrize("first", [{"id": 0, "text": None}, {"id": 0}], ids=["null", "missing"])
@@ -117,7 +117,7 @@ def test_text_that_comes_after_10_megabytes_of_records_without_is_read(
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_file_in_which_no_record_has_the_key_is_refused_with_the_keys_there_are(tmp_path: Path, kind: str) -> None:
     path = write(tmp_path / f"texts.{kind}", [{"id": 1, "content": "a"}] * 2)
-    with pytest.raises(DataError, match="`text`, `messages` or `conversations`, there are: id, content; rename"):
+    with pytest.raises(DataError, match="`text`, `messages` or `conversations`, only: id, content; rename"):
         read_texts(path)
 
 
@@ -135,7 +135,7 @@ VALUES = [3, 2.5, True, {"a": "b"}, ["a", "b"], [1, 2]]
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("value", VALUES, ids=str)
-def test_a_value_that_is_no_text_is_refused_in_every_kind_of_file(tmp_path: Path, kind: str, value: Any) -> None:
+def test_a_value_that_is_not_text_is_refused_in_every_kind_of_file(tmp_path: Path, kind: str, value: Any) -> None:
     path = write(tmp_path / f"texts.{kind}", [{"text": value}] * 2)
     reason = "column `text` is of type" if kind == "parquet" else "record 1"
     with pytest.raises(DataError, match=reason) as error:
@@ -197,7 +197,7 @@ def test_a_directory_of_parquet_files_is_read_as_one(tmp_path: Path) -> None:
         ("a.txt.gz", b"\xff\xfe\xff", "cannot read .* as .txt.gz"),
         ("a.jsonl", b'{"text": "a"}\n{"text"', "neither one JSON record per line nor a JSON list"),
         ("a.jsonl", b'{"text": "a"}\n' * 500 + b"{bad", "in double quotes at character 2 \\(line 501 of 501\\)"),
-        ("a.json", b'[{"text": "a"},\n{bad}]', "in double quotes at character 18; correct it"),
+        ("a.json", b'[{"text": "a"},\n{bad}]', "in double quotes at character 18; correct or"),
         ("a.txt", b"abc\xff", "a.txt is not UTF-8 at byte 3; save it as UTF-8"),
         ("a.jsonl", b'{"text": "a"}\n"a"', "record 2 is a string; write it as"),
         ("a.json", b'["a"]', "record 1 is a string; write it as"),
@@ -234,7 +234,7 @@ def test_lists_of_messages_are_chats_in_every_kind_of_file(
 ) -> None:
     path, told = write(tmp_path / f"chat.{kind}", [{key: messages}, {key: None}, {key: []}]), list[Event]()
     assert read_texts(path, told.append) == [Chat(f"{path}: record 1", tuple(CHAT)), "", ""]
-    assert told[-1] == Noted(f"{path}: 1 chats, which go through the tokenizer's chat template")
+    assert told[-1] == Noted(f"{path}: 1 chats, formatted with the tokenizer's chat template")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -255,7 +255,7 @@ def test_messages_in_any_of_arrows_lists_are_a_chat(tmp_path: Path, layout: Call
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_keys_that_a_message_lacks_are_none_of_it_in_any_kind_of_file(tmp_path: Path, kind: str) -> None:
+def test_missing_keys_of_a_message_stay_missing_in_any_kind_of_file(tmp_path: Path, kind: str) -> None:
     """In parquet every message, and every struct in it, has the keys of all."""
     call = {"role": "assistant", "content": None, "tool_calls": [{"name": "f", "arguments": {"x": 1}}]}
     other = {"role": "assistant", "content": None, "tool_calls": [{"name": "g", "arguments": {"y": 2}}]}
@@ -266,7 +266,7 @@ def test_keys_that_a_message_lacks_are_none_of_it_in_any_kind_of_file(tmp_path: 
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.json"])
-def test_a_mark_of_the_byte_order_is_no_text(name: str, tmp_path: Path) -> None:
+def test_a_byte_order_mark_is_not_text(name: str, tmp_path: Path) -> None:
     content = {"a.txt": "one", "a.jsonl": '{"text": "one"}\n', "a.json": '[{"text": "one"}]'}[name]
     (tmp_path / name).write_bytes(content.encode("utf-8-sig"))
     assert read_texts(tmp_path / name) == ["one"]

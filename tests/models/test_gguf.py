@@ -79,10 +79,10 @@ def test_parts_that_do_not_belong_together_are_refused(tmp_path: Path, find: Any
         find(tmp_path / "alone.gguf")
     shutil.copy(second, tmp_path / "other-00001-of-00002.gguf")
     shutil.copy(first, tmp_path / "other-00002-of-00002.gguf")
-    with pytest.raises(ModelError, match="says that it is part 2 of 2, and its name that it is 1 of 2"):
+    with pytest.raises(ModelError, match="is part 2 of 2, but its name says 1 of 2"):
         find(tmp_path / "other-00001-of-00002.gguf")
     few = write_split(original, tmp_path, count=2, name="few", **{".split.tensors.count": 30})
-    with pytest.raises(ModelError, match="says that its parts have 30 tensors, and they have 21"):
+    with pytest.raises(ModelError, match="states 30 tensors for its parts, but they have 21"):
         find(few[0])
     twice = write_split(original, tmp_path, count=2, name="twice", **{".split.tensors.count": 42})
     split = {**WITHOUT_ROPE_KEYS, ".split.no": 0, ".split.count": 2, ".split.tensors.count": 42}
@@ -101,9 +101,7 @@ def test_a_damaged_part_is_named(tmp_path: Path, find: Any) -> None:
 
 
 @pytest.mark.parametrize("string", [b"llama.rope.freq_base", b"tokenizer.ggml.model", b"<bos>"])
-def test_a_damaged_string_is_told_of_the_file_and_not_of_one_in_the_cache(
-    string: bytes, tmp_path: Path, find: Any
-) -> None:
+def test_a_damaged_string_names_the_file_and_not_one_in_the_cache(string: bytes, tmp_path: Path, find: Any) -> None:
     path = tmp_path / "tiny.gguf"
     write_gguf(save_halved(tmp_path / "original"), path, F32)
     assert string in path.read_bytes()
@@ -132,7 +130,7 @@ def with_type_q2_0(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
 
 
 @pytest.mark.parametrize(("code", "size", "bits"), [(41, 128, 1), (Q2_0, 64, 2), (Q2_0, 128, 2)])
-def test_blocks_of_one_and_of_two_bits_stand_for_what_llama_cpp_computes_of_them(
+def test_blocks_of_one_and_two_bits_dequantize_as_in_llama_cpp(
     code: int, size: int, bits: int, tmp_path: Path, find: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     original = save_halved(tmp_path / "original", hidden_size=128, intermediate_size=256, head_dim=32)
@@ -198,7 +196,7 @@ def test_types_that_gguf_writes_are_read_as_it_dequantizes_them(name: str, tmp_p
     assert torch.equal(found, expected.to(dtype).float())
 
 
-def test_a_big_endian_file_is_told_with_the_command_that_turns_it(tmp_path: Path, find: Any) -> None:
+def test_a_big_endian_file_is_refused_with_the_command_that_converts_it(tmp_path: Path, find: Any) -> None:
     writer = gguf.GGUFWriter(tmp_path / "tiny.gguf", "llama", endianess=gguf.GGUFEndian.BIG)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -240,7 +238,7 @@ def test_a_tensor_that_the_network_has_no_place_for_is_refused_by_name(tmp_path:
     original = save_halved(tmp_path / "original")
     write_gguf(original, tmp_path / "tiny.gguf", F32, raw={"blk.0.attn_norm.bias": (np.zeros(64, np.float32), 0)})
     with pytest.raises(
-        ModelError, match=r"holds blk\.0\.attn_norm\.bias, for which llama of transformers has no place; use"
+        ModelError, match=r"holds blk\.0\.attn_norm\.bias, which llama in transformers does not use; use"
     ):
         find(tmp_path / "tiny.gguf")
 
@@ -248,7 +246,7 @@ def test_a_tensor_that_the_network_has_no_place_for_is_refused_by_name(tmp_path:
 # ------------------------------------------------------------------------------------------------------- what is saved
 
 
-def test_nothing_of_the_file_s_quantization_is_saved(tmp_path: Path, find: Any) -> None:
+def test_no_quantization_setting_of_the_file_is_saved(tmp_path: Path, find: Any) -> None:
     original = save_halved(tmp_path / "original")
     write_gguf(original, tmp_path / "tiny.gguf", gguf.GGMLQuantizationType.Q8_0)
     source = find(tmp_path / "tiny.gguf")

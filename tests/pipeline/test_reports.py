@@ -125,6 +125,7 @@ def test_a_perplexity_is_exactly_the_object_that_programs_expect() -> None:
         "original": {"perplexity": 21.5, "stderr": 0.2},
         "ratio": 24.5 / 21.5,
         "bos": False,
+        "version": 1,
     }
 
 

@@ -77,7 +77,7 @@ class GenerationEvaluation:
         ends = model.end_tokens()
         draw = torch.Generator(settings.device).manual_seed(settings.seed)
         started = time.perf_counter()
-        new = [_choose(decoding.read(ids), settings.temperature, draw)]
+        new = [_choose(decoding.prefill(ids), settings.temperature, draw)]
         while len(new) < longest and new[-1] not in ends:
             new.append(_choose(decoding.step(new[-1]), settings.temperature, draw))
         seconds = time.perf_counter() - started
