@@ -159,7 +159,7 @@ def test_what_finetune_refuses_costs_no_text(made: Path, interrupted_at: Callabl
     assert "finetuned is there with settings.data self:8 there" in refused("finetune", "run", "--data", "self:9")
     assert torch.equal(text(made), kept)
     shutil.rmtree(made / "text")
-    assert "finetuned is there already" in run("finetune", "run", "--data", "self:8").output
+    assert "finetuned exists already" in run("finetune", "run", "--data", "self:8").output
     assert not (made / "text").exists(), "nobody would read it"
 
 

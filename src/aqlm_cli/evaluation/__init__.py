@@ -38,4 +38,4 @@ EVALUATIONS: Mapping[str, Evaluation[Any]] = {
     "generation": GenerationEvaluation(),
     "speed": SpeedEvaluation(),
 }
-"""By name of the kind."""
+"""Evaluations by name of their kind."""

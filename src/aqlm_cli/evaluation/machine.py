@@ -1,7 +1,7 @@
-"""How fast this machine does the parts of a run: a few steps of each, on random numbers, in seconds.
+"""Micro-benchmark: times of the parts of a run on this machine, from a few steps of each on random values.
 
-What is timed is the code that will run: a block's forward pass, its second moments, the compression of matrices side by
-side, steps of fitting. The block has attention and a gated feed-forward, as most models do, and is at most as wide as
+The code that will run is timed: a block's forward pass, its Hessians, the quantization of matrices in parallel, steps
+of block fit. The block has attention and a gated feed-forward, as most models do, and is at most as wide as
 SmolLM2-135M's; a time a weight and token carries over to wider ones. Small matrices are timed in the model's own
 shapes, larger ones from two sizes that tell the cost of a weight from that of the inputs beside it.
 """
@@ -36,7 +36,7 @@ WIDTHS = (576, 1536)
 """Residual stream and feed-forward of the block that is timed, at most: SmolLM2-135M's."""
 
 SMALL = 1_000_000
-"""Weights of a matrix that is timed in its own shape."""
+"""Most weights of a matrix that is timed in its own shape."""
 
 SAMPLES = ((384, 512), (384, 1536))
 """Shapes that stand for all others."""
@@ -105,7 +105,7 @@ def _block(model: ModelShape, scheme: Scheme) -> _Block:
 
 
 def _best(work: Callable[[], object]) -> float:
-    """Seconds of the faster of two goes, after one to warm up."""
+    """Seconds of the faster of two calls, after one to warm up."""
     work()
     return min(_timed(work) for _ in range(2))
 
@@ -141,7 +141,7 @@ def _compress(
     workers: int,
     rng: torch.Generator,
 ) -> dict[tuple[int, int], float]:
-    """At least as many at once as in the run, for they slow each other down."""
+    """Seconds by shape, with at least as many workers as in the run, which slow each other down."""
     wanted = list(shapes)
     tasks = []
     for number in range(max(len(wanted), workers)):
@@ -184,7 +184,7 @@ def _step(block: _Block, work: Work, device: torch.device, evaluation: float, rn
 
 
 def _byte() -> float:
-    """Seconds to write a byte for good, digest it, and read it back."""
+    """Seconds per byte to write with fsync, digest, and read back."""
     tensors = {"zeros": torch.zeros(2**25, dtype=torch.uint8)}
     with TemporaryDirectory() as directory:
         path = Path(directory) / "zeros.safetensors"

@@ -43,7 +43,7 @@ class SpeedSettings:
 
 
 class SpeedEvaluation:
-    """On the CPU, with one sequence."""
+    """Prefill and decoding on the CPU, with one sequence."""
 
     beside_base = True
 

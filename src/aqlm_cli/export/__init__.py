@@ -30,4 +30,4 @@ __all__ = [
 ]
 
 EXPORTERS: Mapping[str, Exporter] = {exporter.name: exporter for exporter in (TransformersExporter(), DenseExporter())}
-"""By name of the format; `pack.format` of a run file takes these names."""
+"""Exporters by name of the format; `pack.format` of a run file takes these names."""

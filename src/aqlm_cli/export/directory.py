@@ -32,7 +32,7 @@ class Export:
     layout: Layout
 
     def warnings(self) -> list[str]:
-        """What the format loses of this model."""
+        """Losses of this model in this format, for the user."""
         losses = narrowing_losses(self.model, self.layout)
         if not losses:
             return []

@@ -1,4 +1,4 @@
-"""How each tensor of an export is made: read from the base model, quantized, or changed beside the quantized layers."""
+"""Sources of the tensors of an export: the base model, the quantized matrices, and the other changed parameters."""
 
 from __future__ import annotations
 

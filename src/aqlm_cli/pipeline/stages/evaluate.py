@@ -15,7 +15,7 @@ from aqlm_cli.records import Record
 from aqlm_cli.runs.directory import RunDirectory
 
 NEXT_STEP = {"ppl": "; `aqlm pack {run} --overwrite` puts it on the model card"}
-"""What a user can do with a report, by kind of evaluation."""
+"""The use of a report, by kind of evaluation; ends the message that names its file."""
 
 
 def evaluate(subject: Subject, kind: str, settings: Any, device: str, emit: Emit) -> Record:

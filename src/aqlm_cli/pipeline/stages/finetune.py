@@ -42,7 +42,7 @@ from aqlm_cli.spec.units import parse_duration
 STAGE = "finetune"
 
 STATE = "training.safetensors"
-"""In `work/`: everything that an interrupted training resumes from."""
+"""File in `work/` from which an interrupted training resumes."""
 
 
 def finetune(
@@ -244,7 +244,7 @@ def _results(
 def _reuse(run: RunDirectory, emit: Emit) -> FinetuneReport:
     finished = run.own("finetuned", "quantized")
     assert finished is not None
-    emit(Noted(f"{finished.directory} is there already, made with the same settings"))
+    emit(Noted(f"{finished.directory} exists already, made with the same settings"))
     return _report(run, finished)
 
 

@@ -1,4 +1,4 @@
-"""How many training steps fit in a time: measured on a few steps whose effect is undone."""
+"""The number of training steps that fit in a time, measured on a few steps whose effect is undone."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ TIMED_STEPS = 3
 
 
 def steps_within(seconds: float, data: Distillation, training: Training, settings: FinetuneConfig, seed: int) -> int:
-    """At least 1; evaluations on the validation set count, too. All processes get the number of rank 0."""
+    """Steps that fit, evaluations included; at least 1. All processes get the number of rank 0."""
     timed = settings.model_copy(update={"steps": TIMED_STEPS})
     one_step(data, training, timed, seed)  # compiles whatever has to be compiled
     started = time.monotonic()

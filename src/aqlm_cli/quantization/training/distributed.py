@@ -62,7 +62,7 @@ class World:
         return float(sum_)
 
     def from_rank_zero(self, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """What `compute` returns in rank 0, in every process; the others wait for it and do not call `compute`."""
+        """Call `compute` in rank 0 alone, and return its result in every process."""
         if self.size == 1:
             return compute()
         message = [json.dumps(compute()) if self.is_rank_zero else None]
