@@ -20,8 +20,8 @@ from aqlm_cli.models import decoding_of
 from aqlm_cli.models.blocks import count_parameters, replace_module
 from aqlm_cli.models.random_models import empty_network, random_network, random_packed_network
 from aqlm_cli.spec.config import BenchConfig, Head
-from aqlm_cli.spec.schemes import AdditiveScheme
-from aqlm_kernels import AdditiveLinear, KernelError
+from aqlm_cli.spec.schemes import Scheme
+from aqlm_kernels import KernelError, QuantizedLayer, coded_layers
 
 DTYPES = {"FP16": torch.float16, "BF16": torch.bfloat16, "FP32": torch.float32}
 
@@ -39,9 +39,7 @@ def load_candidates(
     return _in_every_type(model, ids, settings.prompt)
 
 
-def candidates_of_shape(
-    shape: str, scheme: AdditiveScheme, ids: Tensor, settings: BenchConfig, emit: Emit
-) -> list[Candidate]:
+def candidates_of_shape(shape: str, scheme: Scheme, ids: Tensor, settings: BenchConfig, emit: Emit) -> list[Candidate]:
     """The same for a model of a shape alone, with random weights and codes: the types that fit in half the memory."""
     length, parameters = len(ids), count_parameters(empty_network(shape))
     free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
@@ -56,7 +54,7 @@ def candidates_of_shape(
     decoding = decoding_of(packed, length, settings.backend, settings.head)
     logits = timing.run_pass(decoding, ids, settings.prompt).logits
     error = None if exact is None else relative_error(logits, exact)
-    size = packed_size(packed).bytes
+    size, layers = packed_size(packed).bytes, tuple(coded_layers(packed).values())
     return [
         *(
             Candidate(
@@ -69,7 +67,9 @@ def candidates_of_shape(
             for name, dtype in DTYPES.items()
             if name not in left_out
         ),
-        Candidate("packed", decoding, size, size - _unread(packed, settings.head), error, _quantized_layers(packed)),
+        Candidate(
+            "packed", decoding, size, size - _unread(packed, settings.head), error, tuple(coded_layers(packed).values())
+        ),
     ]
 
 
@@ -106,11 +106,7 @@ def _quantized(model: EvaluatedModel, ids: Tensor, settings: BenchConfig) -> Can
     decoding = decoding_of(network, len(ids), settings.backend, settings.head)
     error = relative_error(timing.run_pass(decoding, ids, settings.prompt).logits, exact)
     read = size.bytes - _unread(network, settings.head) - size.copies
-    return Candidate("packed", decoding, size.bytes, read, error, _quantized_layers(network))
-
-
-def _quantized_layers(network: nn.Module) -> tuple[AdditiveLinear, ...]:
-    return tuple(module for module in network.modules() if isinstance(module, AdditiveLinear))
+    return Candidate("packed", decoding, size.bytes, read, error, tuple(coded_layers(network).values()))
 
 
 def _unread(network: Any, head: Head) -> int:
@@ -127,10 +123,11 @@ def _embedded_only(network: Any) -> int:
 def dequantized(network: nn.Module) -> nn.Module:
     """The same weights as ordinary linear layers; the given network is changed."""
     for path, module in list(network.named_modules()):
-        if isinstance(module, AdditiveLinear):
-            linear = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None)
-            linear.weight = nn.Parameter(module.matrix.dequantize(), requires_grad=False)
-            if module.bias is not None:
-                linear.bias = module.bias
+        if isinstance(module, QuantizedLayer):
+            weight, bias = module.matrix().dequantize(), module.trainable().get("bias")
+            linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
+            linear.weight = nn.Parameter(weight, requires_grad=False)
+            if bias is not None:
+                linear.bias = bias
             replace_module(network, path, linear)
     return network

@@ -16,7 +16,7 @@ from aqlm_cli.models.positions import stated_length
 from aqlm_cli.models.tokenizer import Tokenizer
 from aqlm_cli.quantization.student import names_in_files
 from aqlm_cli.spec.config import Head
-from aqlm_kernels import AdditiveLinear
+from aqlm_kernels import quantized_layers
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ class LoadedModel:
 
     @property
     def is_quantized(self) -> bool:
-        return any(isinstance(module, AdditiveLinear) for module in self.loaded.modules())
+        return bool(quantized_layers(self.loaded))
 
     def tokenizer(self) -> Any:
         if self.loaded_tokenizer is None:
@@ -192,7 +192,7 @@ class LoadedModel:
 
 def packed_size(network: nn.Module) -> Size:
     """Codes as their schemes count them, and everything else in 16 bits."""
-    layers = [module for module in network.modules() if isinstance(module, AdditiveLinear)]
-    tables = {id(table) for layer in layers for table in (layer.codebooks, layer.scales)}
+    layers = quantized_layers(network).values()
+    tables = {id(table) for layer in layers for name, table in layer.trainable().items() if name != "bias"}
     rest = sum(parameter.numel() for parameter in network.parameters() if id(parameter) not in tables)
-    return Size(2 * rest + sum(layer.matrix.bits() // 8 for layer in layers))
+    return Size(2 * rest + sum(layer.matrix().bits() // 8 for layer in layers))

@@ -30,7 +30,7 @@ from aqlm_cli.evaluation.timing import Candidate, Speed, interleave
 from aqlm_cli.events import Emit
 from aqlm_cli.models.random_models import empty_network
 from aqlm_cli.spec.config import BenchConfig
-from aqlm_cli.spec.schemes import AdditiveScheme
+from aqlm_cli.spec.schemes import Scheme
 from aqlm_kernels import AdditiveLinear, read_bandwidth
 
 
@@ -66,7 +66,7 @@ class SpeedEvaluation:
         return {"bench.json": report.as_json(), **{f"bench.{kind}": data for kind, data in draw_speed(report).items()}}
 
 
-def measure_shape(shape: str, scheme: AdditiveScheme, settings: SpeedSettings, emit: Emit) -> BenchReport:
+def measure_shape(shape: str, scheme: Scheme, settings: SpeedSettings, emit: Emit) -> BenchReport:
     """Measure a model of a shape alone, with random weights and codes."""
     section = settings.section
     others = llama_candidates(section.llama_bench, section.llama_models)

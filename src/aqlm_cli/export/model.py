@@ -14,22 +14,22 @@ from torch import Tensor
 from aqlm_cli.errors import ArtifactError, ModelError
 from aqlm_cli.models import ModelSource, Network, load_skeleton
 from aqlm_cli.quantization.block_files import OUTSIDE, block_files, matrix_kinds, read_matrix
-from aqlm_cli.quantization.methods import CompressedMatrix
 from aqlm_cli.runs.artifact import Artifact, rebuild_command
 from aqlm_cli.runs.files import read_tensor, tensor_names
 from aqlm_cli.spec.plan import Plan
 from aqlm_cli.spec.schemes import Scheme
+from aqlm_kernels import Matrix
 
 
 @dataclass(frozen=True, eq=False)
-class QuantizedLayer:
+class ExportedLayer:
     """The matrix of one linear layer: `[out, in]`, its stored bits in all, and a way to read it, as often as needed."""
 
     shape: tuple[int, int]
     scheme: Scheme | None  # None where the matrix was not made by one
     label: str  # the scheme, or the kind of matrix, for people
     bits: int
-    read: Callable[[], CompressedMatrix]
+    read: Callable[[], Matrix]
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +42,7 @@ class QuantizedModel:
 
     base: ModelSource
     network: Network  # of the base model, without values
-    layers: Mapping[str, QuantizedLayer]  # by path
+    layers: Mapping[str, ExportedLayer]  # by path
     changed: Mapping[str, Callable[[], Tensor]]
     digest: str | None = None
 
@@ -77,7 +77,7 @@ def read_model(base: ModelSource, quantized: Artifact) -> QuantizedModel:
         raise ArtifactError(f"{quantized.directory} is damaged (its files hold other layers than its plan); {fix}")
     schemes, shapes = plan.schemes, {target.path: (target.out_features, target.in_features) for target in plan.targets}
     layers = {
-        path: QuantizedLayer(
+        path: ExportedLayer(
             shapes[path],
             schemes[path],
             str(schemes[path]),
