@@ -67,9 +67,7 @@ def candidates_of_shape(shape: str, scheme: Scheme, ids: Tensor, settings: Bench
             for name, dtype in DTYPES.items()
             if name not in left_out
         ),
-        Candidate(
-            "packed", decoding, size, size - _unread(packed, settings.head), error, tuple(coded_layers(packed).values())
-        ),
+        Candidate("packed", decoding, size, size - _unread(packed, settings.head), error, layers),
     ]
 
 
