@@ -81,7 +81,7 @@ class PerplexityReport(Record):
         ratio = "" if self.ratio is None else f"{self.ratio:.4f}"
         rows = [(self.model, Perplexity(self.perplexity, self.stderr), ratio)]
         if self.original is not None:
-            rows.insert(0, ("base model", self.original, "1"))
+            rows.insert(0, ("base", self.original, "1"))
         for name, measured, ratio in rows:
             table.add_row(
                 Text(name),
