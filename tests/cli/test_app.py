@@ -193,7 +193,19 @@ def test_json_is_one_object_on_stdout_and_nothing_else(run_file: Path) -> None:
     order = [result.stderr.index(words) for words in ("plan", "it runs first", "calibrate: ", "block 0: ", "packed")]
     assert order == sorted(order), "the plan comes before the work"
     single = json.loads(run("eval-ppl", "out", "--json").stdout)
-    keys = "model data perplexity stderr windows sequence_length dtype original ratio bos version".split()
+    keys = [
+        "model",
+        "data",
+        "perplexity",
+        "stderr",
+        "windows",
+        "sequence_length",
+        "dtype",
+        "original",
+        "ratio",
+        "bos",
+        "version",
+    ]
     assert list(single) == keys and list(single["original"]) == ["perplexity", "stderr"]
     assert (single["model"], single["data"], single["ratio"]) == (
         "out",
