@@ -193,7 +193,7 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-# --------------------------------------------------------------------------------------------------- a block and a model
+# -------------------------------------------------------------------------------------------------- a block and a model
 
 
 def block(options: argparse.Namespace) -> None:
