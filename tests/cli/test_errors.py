@@ -62,7 +62,7 @@ ANSWER = MagicMock()  # of whichever HTTP library the hub's client uses
 @pytest.mark.parametrize(
     ("error", "words"),
     [
-        (hub.RepositoryNotFoundError("a\nb", response=ANSWER), "there is no model someone/model, here or on the hub"),
+        (hub.RepositoryNotFoundError("a\nb", response=ANSWER), "someone/model exists neither locally nor on the hub"),
         (hub.GatedRepoError("a\nb", response=ANSWER), "accept its terms at https://huggingface.co/someone/model"),
         (hub.LocalEntryNotFoundError("a\nb"), "local directory, a .gguf file, or smollm2-135m"),
     ],

@@ -20,7 +20,7 @@ calibrate: {data: "builtin:8", sequence_length: 32, statistics_sequences: 2}
 quantize:
   statistics_sequences: 8
   scheme: 2x4g8
-  search: {rounds: 1, ldlq_rounds: 1, kmeans_iterations: 1}
+  aqlm: {rounds: 1, ldlq_rounds: 1, kmeans_iterations: 1}
   fit: {epochs: 1, sequences: 4, held_out: 4}
 eval_ppl: {data: [notes.txt], sequence_length: 32}
 bench: {tokens: 2, prompt: 4, repeats: 1}

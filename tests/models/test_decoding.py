@@ -95,7 +95,7 @@ def test_codes_that_do_not_fit_the_model_never_reach_compiled_code(tmp_path: Pat
     packed_network("llama", tmp_path)
     path = tmp_path / "packed" / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "intermediate_size": 64}))
-    with pytest.raises(ModelError, match=r"mlp.down_proj restore a \(64, 128\) matrix, the model has \(64, 64\)"):
+    with pytest.raises(ModelError, match=r"mlp.down_proj give a matrix \(64, 128\), the model has \(64, 64\)"):
         open_decoding(resolve(str(tmp_path / "packed")), LENGTH)
 
 

@@ -170,8 +170,8 @@ def test_it_is_done_once_and_what_differs_is_refused_by_name(stranger: Path) -> 
     command = ("finetune", "stranger", "--teacher", "tiny", "--out", "new", *SHORT)
     run(*command)
     first = artifacts("new")
-    assert run(*command).output.count("is there already") == 3
-    assert "is there already" in run("finetune", "new").output, "the run knows what it began with"
+    assert run(*command).output.count(" already, made ") == 3
+    assert "exists already" in run("finetune", "new").output, "the run knows what it began with"
     assert artifacts("new") == first
     shutil.copytree("tiny", "other")
     assert "model: tiny there, other here" in refused("finetune", "stranger", "--teacher", "other", "--out", "new")

@@ -154,7 +154,7 @@ def test_hidden_states_of_another_size_are_refused(interrupted_run: tuple[str, .
     os.truncate("out/quantized.partial/work/hidden-001.activations", 100)
     result = commands.run(*interrupted_run)
     assert result.exit_code == 1 and "hidden-001.activations has 100 bytes, not" in result.output
-    assert "remove out/quantized.partial/work to begin anew" in result.output
+    assert "remove out/quantized.partial/work to start again" in result.output
     shutil.rmtree("out/quantized.partial/work")
     assert commands.run(*interrupted_run).exit_code == 0
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from aqlm_cli.quantization.training.distill import Distillation, Training, begin, one_step, train
 from aqlm_cli.quantization.training.distributed import World
-from aqlm_cli.quantization.training.optimizers import Adam, lamb_stride
+from aqlm_cli.quantization.training.optimizers import Adam, trust_ratio
 from aqlm_cli.quantization.training.pv import CodeSteps
 from aqlm_cli.spec.config import CodesConfig, FinetuneConfig
 from aqlm_kernels import AdditiveLinear, AdditiveMatrix
@@ -157,9 +157,9 @@ def test_adam_is_that_of_torch(beta1: float) -> None:
 
 def test_lamb_moves_in_units_of_the_present_norm() -> None:
     values, direction = torch.randn(50), torch.randn(50)
-    step = 0.01 * lamb_stride(values, direction) * direction
+    step = 0.01 * trust_ratio(values, direction) * direction
     assert float(step.norm()) == pytest.approx(0.01 * float(values.norm()))
-    assert lamb_stride(values, torch.zeros(50)) == 0 == lamb_stride(torch.zeros(50), direction)
+    assert trust_ratio(values, torch.zeros(50)) == 0 == trust_ratio(torch.zeros(50), direction)
 
 
 # ------------------------------------------------------------------------------------------------------------- training
@@ -236,8 +236,8 @@ def test_a_stored_training_goes_on_to_the_same_codes(state: str) -> None:
     student, data, again = started(section)
     again.restore(kept, facts)
     train(data, again, section, 0, lambda *_: None)
-    for name, tensor in wanted.matrix.tensors().items():
-        assert torch.equal(tensor, student.matrix.tensors()[name]), name
+    for name, tensor in wanted.matrix().tensors().items():
+        assert torch.equal(tensor, student.matrix().tensors()[name]), name
     assert again.changed == whole.changed > facts["changed"]
 
 

@@ -1,8 +1,8 @@
-"""What a run will take, known before it begins: memory, disk and time of every stage.
+"""The cost estimate of a run before it starts: memory and disk of every stage (time: time_estimate.py).
 
-Arithmetic on the shapes of a model and on what a short measurement says of this machine (rates.py). Memory is what the
-process has resident, so it counts Python and its libraries, too. The coefficients were read off the code and checked
-against peaks of SmolLM2 and of a block of the size of Llama-3.2-1B's.
+Arithmetic on the shapes of a model and on what a short measurement says of this machine (evaluation/machine.py). Memory
+is what the process has resident, so it counts Python and its libraries, too. The coefficients were read off the code
+and checked against peaks of SmolLM2 and of a block of the size of Llama-3.2-1B's.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from aqlm_cli.errors import PlanError
 from aqlm_cli.spec.config import FitConfig, RunConfig
 from aqlm_cli.spec.plan import Target
-from aqlm_cli.spec.schemes import AdditiveScheme
+from aqlm_cli.spec.schemes import total_bytes
 
 PROCESS = 800_000_000
 """Bytes of Python with torch, transformers and the compiled search, before any model (measured, torch 2.13)."""
@@ -38,7 +38,7 @@ class BlockShape:
 
     @property
     def input_widths(self) -> tuple[int, ...]:
-        """Of all inputs whose second moment is needed; layers that share one count once."""
+        """Widths of all inputs whose Hessian is needed; inputs that layers share count once."""
         layers: dict[int, int] = defaultdict(int)
         for target in self.quantized:
             layers[target.in_features] += 1
@@ -52,8 +52,8 @@ class BlockShape:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What the arithmetic knows of a model. `outside` counts the numbers outside its blocks, a tied head once; the
-    largest tensor there is `[vocabulary, hidden]`."""
+    """Sizes of a model. `outside` counts the parameters outside its blocks, a tied head once; the largest tensor there
+    is `[vocabulary, hidden]`."""
 
     blocks: tuple[BlockShape, ...]
     outside: int
@@ -67,14 +67,14 @@ class ModelShape:
 
 @dataclass(frozen=True)
 class Work:
-    """How much a run does at a time, and on how much text."""
+    """The amount of work of a run, and how much of it is done at a time."""
 
-    windows: int
-    length: int  # tokens of a window
+    sequences: int
+    length: int  # tokens of a sequence
     statistics_sequences_of: int  # of calibrate
-    measured: int  # windows that make the second moments
+    measured: int  # sequences that measure the Hessians
     held_out: int
-    batch: int  # windows that go through a block at once
+    batch: int  # sequences that go through a block at once
     fit: FitConfig
     workers: int  # matrices compressed at once
     product_bytes: int  # of a number in the products
@@ -84,33 +84,36 @@ class Work:
         return min(self.fit.sequences, self.measured) if self.fit.epochs else 0
 
 
-def work_of(config: RunConfig, windows: int, workers: int, product_bytes: int) -> Work:
-    """What the settings ask for, of so many windows of text."""
+def work_of(config: RunConfig, sequences: int, workers: int, product_bytes: int) -> Work:
+    """The work that the settings ask for, on so many sequences of text."""
     section = config.quantize
-    measured, held_out = statistics_split(config, windows)
+    measured, held_out = statistics_split(config, sequences)
     return Work(
-        windows=windows,
+        sequences=sequences,
         length=config.calibrate.sequence_length,
-        statistics_sequences_of=min(config.calibrate.statistics_sequences, windows),
+        statistics_sequences_of=min(config.calibrate.statistics_sequences, sequences),
         measured=measured,
         held_out=held_out,
         batch=section.batch,
-        fit=section.fit,
+        fit=section.fitting,
         workers=workers,
         product_bytes=product_bytes,
     )
 
 
-def statistics_split(config: RunConfig, windows: int) -> tuple[int, int]:
-    """How many of the windows make the second moments, and how many are held out to judge the fitting by."""
+def statistics_split(config: RunConfig, sequences: int) -> tuple[int, int]:
+    """The number of sequences that measure the Hessians, and of those held out to validate the fitting.
+
+    Some are held out also where the method is not fitted by default, so that methods are compared on the same ones.
+    """
     section = config.quantize
-    held_out = min(section.fit.held_out, max(1, windows // 4), windows - 1) if section.fit.epochs else 0
-    return min(section.statistics_sequences, windows - held_out), held_out
+    held_out = min(section.fit.held_out, max(1, sequences // 4), sequences - 1) if section.fit.epochs != 0 else 0
+    return min(section.statistics_sequences, sequences - held_out), held_out
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one stage: seconds, the most memory resident, and the most that the run then has on the disk, in bytes."""
+    """One stage: seconds, peak resident memory, and the most that the run then has on the disk, in bytes."""
 
     seconds: float
     memory_bytes: int
@@ -121,11 +124,11 @@ class Cost:
 
 
 def calibration_memory(model: ModelShape, work: Work) -> int:
-    """The logits of one window, beside everything outside the blocks; or one block at work."""
+    """The logits of one sequence, beside everything outside the blocks; or one running block."""
     casts = work.product_bytes * model.vocabulary * model.hidden  # of the head's weight to the type of products
     logits = work.length * model.vocabulary * (work.product_bytes + 2 * FLOAT)
-    at_work = max(FLOAT * block.parameters + _activations(block, 1, work) for block in model.blocks)
-    return PROCESS + FLOAT * model.outside + max(casts + logits, at_work)
+    running = max(FLOAT * block.parameters + _activations(block, 1, work) for block in model.blocks)
+    return PROCESS + FLOAT * model.outside + max(casts + logits, running)
 
 
 def quantization_memory(model: ModelShape, work: Work) -> int:
@@ -146,32 +149,32 @@ def _measuring(block: BlockShape, work: Work) -> int:
 
 def _compressing(block: BlockShape, work: Work) -> int:
     moments = FLOAT * sum(width**2 for width in block.input_widths)
-    largest = sorted(map(_compression_memory, block.quantized), reverse=True)[: work.workers]
+    peaks = (t.scheme.peak_bytes(t.out_features, t.in_features) for t in block.quantized if t.scheme is not None)
+    largest = sorted(peaks, reverse=True)[: work.workers]
     return FLOAT * block.parameters + moments + sum(largest)
 
 
-def _compression_memory(target: Target) -> int:
-    """Two float64 matrices [in, in] in the factorisation and some of float32; later copies of the weight prevail."""
-    if not isinstance(target.scheme, AdditiveScheme):
-        return 4 * FLOAT * target.weights
-    return max(26 * target.in_features**2, 9 * target.in_features**2 + 22 * target.weights)
-
-
 def _fitting(block: BlockShape, work: Work) -> int:
-    """Written-out weights and all that the backward pass needs of a training batch; or the pass that ends the block."""
-    weights = sum(target.weights for target in block.quantized)
+    """Dequantized weights and all that the backward pass needs of a training batch; or the pass that ends the block."""
+    weights = sum(target.weights * _copies(target, work) for target in block.quantized)
     codes = sum(quantized_bytes(target) for target in block.quantized)
     features = sum(target.in_features + target.out_features for target in block.targets)
     saved = FLOAT * features * work.fit.batch * work.length if work.fitted else 0
-    training = (FLOAT + work.product_bytes) * weights + saved
+    training = weights + saved
     return codes + max(training, _activations(block, work.batch, work))
 
 
-def _activations(block: BlockShape, windows: int, work: Work) -> int:
-    """Of one forward pass without gradients: four tensors of the widest layer, eight of the residual stream."""
+def _copies(target: Target, work: Work) -> int:
+    """Bytes per weight while a block is fitted: where no compiled product serves, torch keeps two factors, too."""
+    compiled = target.scheme is not None and target.scheme.codebook_shape is not None
+    return work.product_bytes + (FLOAT if compiled or not work.fitted else 3 * FLOAT)
+
+
+def _activations(block: BlockShape, sequences: int, work: Work) -> int:
+    """Bytes of one forward pass without gradients: four tensors of the widest layer, eight of the residual stream."""
     widest = max((target.out_features for target in block.targets), default=0)
     hidden = min((target.in_features for target in block.targets), default=0)
-    return windows * work.length * (4 * work.product_bytes * widest + 8 * FLOAT * hidden)
+    return sequences * work.length * (4 * work.product_bytes * widest + 8 * FLOAT * hidden)
 
 
 def packing_memory(model: ModelShape) -> int:
@@ -184,7 +187,7 @@ def packing_memory(model: ModelShape) -> int:
 
 
 def calibration_disk(model: ModelShape, work: Work) -> int:
-    """Token ids, second moments of single features, and hidden states while it works."""
+    """Token ids, mean squares of single features, and hidden states while it runs."""
     return _calibration_bytes(model, work) + FLOAT * work.statistics_sequences_of * work.length * model.hidden
 
 
@@ -201,7 +204,7 @@ def packing_disk(model: ModelShape, work: Work, packed_bytes: int) -> int:
 
 def _calibration_bytes(model: ModelShape, work: Work) -> int:
     features = sum(target.in_features for block in model.blocks for target in block.targets)
-    return FLOAT * (work.windows * work.length + features)
+    return FLOAT * (work.sequences * work.length + features)
 
 
 def _stored(block: BlockShape) -> int:
@@ -209,13 +212,9 @@ def _stored(block: BlockShape) -> int:
 
 
 def quantized_bytes(target: Target) -> int:
-    """Of a matrix in `quantized/`: codes in bytes or in four of them, codebooks and scales in float32."""
-    if isinstance(target.scheme, AdditiveScheme):
-        scheme, groups = target.scheme, target.weights // target.scheme.group_size
-        codes = (1 if scheme.codebook_bits <= 8 else 4) * groups * scheme.num_codebooks
-        return codes + FLOAT * (scheme.num_codebooks * scheme.codebook_size * scheme.group_size + target.out_features)
+    """Bytes of a matrix in `quantized/`."""
     assert target.scheme is not None
-    return target.weights + 3 * (target.weights // target.scheme.group_size)
+    return total_bytes(target.scheme.stored_layouts(target.out_features, target.in_features))
 
 
 # ----------------------------------------------------------------------------------------------------------------- time
@@ -225,7 +224,7 @@ def quantized_bytes(target: Target) -> int:
 
 
 def within_memory(model: ModelShape, work: Work, limit: int | None) -> Work:
-    """With the largest batch, a half, a quarter, ... of the one wanted, and then the most workers, below the limit.
+    """The work with the largest batch (as wanted, a half, a quarter, ...), then the most workers, below the limit.
 
     Raises PlanError with the least limit that can be kept.
     """
@@ -238,13 +237,13 @@ def within_memory(model: ModelShape, work: Work, limit: int | None) -> Work:
                 return choice
     least = least_memory(model, work)
     raise PlanError(
-        f"--max-memory {limit / 1e9:.2f}GB: this model needs {least / 1e9:.2f}GB with one window and one matrix at a "
+        f"--max-memory {limit / 1e9:.2f}GB: this model needs {least / 1e9:.2f}GB with one sequence and one matrix at a "
         f"time; {what_needs_less(model)}"
     )
 
 
 def least_memory(model: ModelShape, work: Work) -> int:
-    """With one window and one matrix at a time."""
+    """Peak memory with one sequence and one matrix at a time."""
     return peak_memory(model, replace(work, batch=1, workers=1))
 
 
@@ -253,7 +252,7 @@ def peak_memory(model: ModelShape, work: Work) -> int:
 
 
 def what_needs_less(model: ModelShape) -> str:
-    """Of memory: the matrices with the most inputs are what it goes to."""
+    """Advice against too little memory: the matrices with the most inputs take it."""
     targets = (target for block in model.blocks for target in block.quantized)
     widest = max(targets, key=lambda target: target.in_features)
     return f"--skip '.*{widest.path.rpartition('.')[2]}' leaves those with {widest.in_features} inputs in 16 bits"

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from aqlm_cli.errors import PlanError, UsageError
-from aqlm_cli.spec.schemes import BITS_PER_FLOAT, AdditiveScheme, Scheme, parse_scheme
+from aqlm_cli.spec.schemes import BITS_PER_FLOAT, Scheme, parse_scheme, total_bytes
 
 HEAD = "lm_head"
 """The output head lies outside the blocks and is never a target, so that to skip it is right for every model."""
@@ -26,10 +26,10 @@ ROUTER = "router"
 """The kind of a linear layer that decides where tokens go, or how much of something they get."""
 
 BYTES_PER_FLOAT = BITS_PER_FLOAT // 8
-"""Whatever is not quantized is stored in 16 bits."""
+"""A value that is not quantized is stored in 16 bits."""
 
 LARGER_SHARE = 0.1
-"""Of the weights that can be quantized: a scheme that makes more of them larger was not chosen to save bytes, and is
+"""A share of the weights that can be quantized: a scheme that makes more larger was not chosen to save bytes, and is
 applied as asked."""
 
 
@@ -47,7 +47,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Target:
-    """What happens to one matrix: exactly one of `scheme` and `reason` is set."""
+    """The treatment of one matrix: exactly one of `scheme` and `reason` is set."""
 
     path: str
     kind: str
@@ -62,17 +62,10 @@ class Target:
 
     @property
     def bytes_after(self) -> int:
-        """Bytes of the matrix in a packed checkpoint.
-
-        Codes take one byte up to 8 bits and two up to 16.  A uniform grid has no packed format of its own: its rounded
-        weights are written in 16 bits, as those of a skipped matrix are.
-        """
-        if not isinstance(self.scheme, AdditiveScheme):
+        """Bytes of the matrix in a packed checkpoint."""
+        if self.scheme is None:
             return BYTES_PER_FLOAT * self.weights
-        bytes_per_code = 1 if self.scheme.codebook_bits <= 8 else 2
-        codes = self.weights // self.scheme.group_size * self.scheme.num_codebooks
-        entries = self.scheme.num_codebooks * self.scheme.codebook_size
-        return bytes_per_code * codes + BYTES_PER_FLOAT * (entries * self.scheme.group_size + self.out_features)
+        return total_bytes(self.scheme.packed_layouts(self.out_features, self.in_features))
 
 
 @dataclass(frozen=True)
@@ -91,7 +84,7 @@ class Plan:
 
     @property
     def grown(self) -> tuple[Target, ...]:
-        """What is quantized although it becomes larger than in 16 bits."""
+        """Targets that are quantized although they become larger than in 16 bits."""
         return tuple(target for target in self.quantized if target.bytes_after > BYTES_PER_FLOAT * target.weights)
 
     @property
@@ -100,7 +93,7 @@ class Plan:
 
     @property
     def schemes(self) -> dict[str, Scheme]:
-        """Of what is quantized, by path."""
+        """Schemes of the quantized matrices, by path."""
         return {target.path: target.scheme for target in self.targets if target.scheme is not None}
 
     @property
@@ -195,7 +188,7 @@ def _target(layer: Layer, scheme: Scheme, reason: str | None) -> Target:
 
 
 def _better_left(layer: Layer, scheme: Scheme) -> str | None:
-    """Why a layer that could be quantized had better stay in 16 bits, or None."""
+    """Return the reason why a layer that could be quantized had better stay in 16 bits, or None."""
     target = _target(layer, scheme, None)
     if target.bytes_after > BYTES_PER_FLOAT * target.weights:
         return f"{scheme} and its codebooks would make it larger than it is; name it with --only to quantize it"
@@ -205,13 +198,13 @@ def _better_left(layer: Layer, scheme: Scheme) -> str | None:
 
 
 def _named(choosing: Sequence[re.Pattern[str]], paths: Sequence[str], better_left: Mapping[str, str]) -> set[str]:
-    """Those of `better_left` that are asked for: by a pattern with their last name in it, or that matches no others."""
-    found: set[str] = set()
+    """Paths of `better_left` that are asked for: by a pattern with their last name in it, or that matches no others."""
+    named: set[str] = set()
     for pattern in choosing:
         matched = {path for path in paths if pattern.fullmatch(path)}
         alone = matched <= better_left.keys()
-        found |= {path for path in matched if alone or path.rpartition(".")[2] in pattern.pattern}
-    return found
+        named |= {path for path in matched if alone or path.rpartition(".")[2] in pattern.pattern}
+    return named
 
 
 def _compiled(pattern: str, paths: Sequence[str], flag: str) -> re.Pattern[str]:

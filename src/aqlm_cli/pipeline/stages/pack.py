@@ -37,7 +37,7 @@ def pack(
     parents = {"quantized": quantized.digest}
     packed = run.reusable("packed", "packed", settings, parents, overwrite)
     if packed is not None:
-        emit(Noted(f"{packed.directory} is there already, made from the same quantized model"))
+        emit(Noted(f"{packed.directory} exists already, made from the same quantized model"))
         return restored(PackReport, packed.directory, packed.manifest.results)
     emit(Noted(f"packing {quantized.directory}"))
     reset_peak_memory()

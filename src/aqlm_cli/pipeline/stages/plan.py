@@ -8,6 +8,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
+
 from aqlm_cli.data.sources import builtin_texts
 from aqlm_cli.errors import ModelError
 from aqlm_cli.evaluation.machine import measure_rates
@@ -43,7 +45,8 @@ def forecast(config: RunConfig, known: Preflight, directory: Path, emit: Emit) -
     disks = disk_needed(known, work)
     emit(Noted("measuring how fast this machine is"))
     started = time.monotonic()
-    rates = measure_rates(model, work, config, _seconds_a_character(known.source))
+    device, character = torch.device(config.device), _seconds_a_character(known.source)
+    rates = measure_rates(model, work, config.quantize, device, config.seed, character)
     costs = {
         "calibrate": (calibration_seconds(model, work, rates), calibration_memory(model, work)),
         "quantize": (quantization_seconds(model, work, rates), quantization_memory(model, work)),

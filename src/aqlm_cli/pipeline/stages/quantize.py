@@ -43,7 +43,7 @@ from aqlm_cli.seeds import generator
 from aqlm_cli.spec.config import RunConfig
 from aqlm_cli.spec.cost import Cost
 from aqlm_cli.spec.schemes import Scheme
-from aqlm_kernels import AdditiveLinear
+from aqlm_kernels import quantized_layers
 
 STAGE = "quantize"
 
@@ -114,7 +114,7 @@ def _quantize_blocks(
     """Write `block-NNN.safetensors` of every block that has something to quantize; return what was measured of each."""
     started = time.monotonic()
     ids, measured = mixed_sequences(config, calibration)
-    if config.quantize.fit.epochs and measured == len(ids):
+    if config.quantize.fitting.epochs and measured == len(ids):
         emit(Warned("there is one window of text only, so none can be held out and blocks are not fitted; add text"))
     source, schemes, resume_state = known.source, known.plan.schemes, ResumeState(stage.work)
     states = start_calibration_pass(source, ids, measured, config, resume_state, emit)
@@ -172,7 +172,7 @@ def _compress(work: _Work, states: CalibrationPass, block: nn.Module) -> dict[st
         if kept[path] is None
     ]
     method = METHODS[section.method]
-    made = compress_all(tasks, method, section.search, work.config.seed, work.workers, _keeper(work))
+    made = compress_all(tasks, method, section.settings, work.config.seed, work.workers, _keeper(work))
     compressed = {**made, **{one.path: one for one in kept.values() if one is not None}}
     for path in chosen:
         put_matrix(block, path, compressed[f"{prefix}.{path}"].matrix)
@@ -180,13 +180,9 @@ def _compress(work: _Work, states: CalibrationPass, block: nn.Module) -> dict[st
 
 
 def _fit(work: _Work, states: CalibrationPass, block: nn.Module) -> float:
-    """Fit what is additive in the block; the share of its held-out error that this removed."""
-    settings = work.config.quantize.fit
-    if (
-        not settings.epochs
-        or states.measured == len(states.hidden)
-        or not any(isinstance(module, AdditiveLinear) for module in block.modules())
-    ):
+    """Fit the quantized layers of the block; the share of its held-out error that this removed."""
+    settings = work.config.quantize.fitting
+    if not settings.epochs or states.measured == len(states.hidden) or not quantized_layers(block):
         return 0.0
     data = BlockData(states.given, states.targets, states.dtype, states.device, per_token=settings.error == "per_token")
     training, held_out = torch.arange(states.fitted), torch.arange(states.measured, len(states.hidden))
