@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from aqlm_cli.runs.artifact import Artifact, Manifest, open_artifact
-from aqlm_cli.spec.config import RunConfig
 from aqlm_cli.errors import ArtifactError, StorageError
-from aqlm_cli.spec.run_file import build_config
+from aqlm_cli.runs.artifact import Artifact, Manifest, open_artifact
 from aqlm_cli.runs.directory import RunDirectory, is_run, open_run, read_run
 from aqlm_cli.runs.files import write_file
+from aqlm_cli.spec.config import RunConfig
+from aqlm_cli.spec.run_file import build_config
 
 SETTINGS = {"scheme": "2x8g8", "skip": ("lm_head",)}
 PARENTS = {"model": "sha256:abc"}

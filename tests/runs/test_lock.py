@@ -7,8 +7,8 @@ import sys
 import threading
 from pathlib import Path
 
-from helpers import commands
 import pytest
+from helpers import commands
 
 from aqlm_cli.errors import ArtifactError
 from aqlm_cli.runs.lock import LOCK, exclusive

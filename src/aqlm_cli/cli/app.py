@@ -15,9 +15,9 @@ import typer
 
 from aqlm_cli.cli import evaluate, finetune, inspect, options
 from aqlm_cli.cli.console import OneLineErrors, Screen
-from aqlm_cli.events import silent
 from aqlm_cli.formatting import PROMPT, command_line
 from aqlm_cli.openmp import share_pool
+from aqlm_cli.spec.flags import QUANTIZE, as_settings
 from aqlm_cli.spec.run_file import build_config
 
 app = typer.Typer(
@@ -76,24 +76,16 @@ def calibrate(
     Example:
       aqlm calibrate smollm2-135m --data builtin --sequences 80
     """
+    flags = dict(locals())
     from aqlm_cli.pipeline import order
 
-    settings = build_config(
-        preset,
-        config,
-        {
-            **options.machine_flags(model, revision, trust_remote_code, seed, device, threads),
-            "calibrate": {"data": data, "sequences": sequences, "sequence_length": sequence_length, "bos": bos},
-        },
-    )
+    settings = build_config(preset, config, as_settings(flags, QUANTIZE))
     with Screen(json, quiet, verbose) as screen:
         order.use_machine(settings)
-        directory = out or order.default_run_directory(settings)
-        report = order.calibrate_run(settings, directory, overwrite, screen.emit)
-        screen.finish(
-            {"calibrate": report},
-            following=command_line("quantize", "--config", directory / "run.yaml", "--out", directory),
-        )
+        job = order.make_job(settings, out, overwrite=overwrite, emit=screen.emit)
+        report = order.calibrate_run(job)
+        following = command_line("quantize", "--config", job.directory / "run.yaml", "--out", job.directory)
+        screen.finish({"calibrate": report}, following)
 
 
 @app.command()
@@ -134,29 +126,19 @@ def quantize(
       aqlm quantize --bits 2 HuggingFaceTB/SmolLM2-135M-Instruct
       aqlm quantize --scheme 3x8g8 --skip '.*down_proj' --data notes.txt:64,builtin:64 smollm2-135m
     """
+    flags = dict(locals())
     from aqlm_cli.pipeline import order
 
-    settings = build_config(
-        preset,
-        config,
-        {
-            **options.machine_flags(model, revision, trust_remote_code, seed, device, threads),
-            **options.limits(max_memory, max_disk),
-            "calibrate": {"data": data, "sequences": sequences, "sequence_length": sequence_length, "bos": bos},
-            "quantize": {"method": method, "scheme": options.chosen_scheme(bits, scheme), "skip": skip, "only": only},
-            "pack": {"format": format},
-        },
-    )
+    settings = build_config(preset, config, as_settings(flags, QUANTIZE))
     with Screen(json, quiet, verbose) as screen:
         order.use_machine(settings)
-        directory = out or order.default_run_directory(settings)
-        settings, plan = order.prepare(settings, screen.emit if dry_run else silent)
+        job, plan = order.prepare(order.make_job(settings, out, overwrite=overwrite, emit=screen.emit))
         if dry_run:
             screen.finish({"plan": plan}, following="the same command without --dry-run")
             return
         screen.show(plan)
-        reports = order.quantize_and_pack(settings, directory, overwrite, screen.emit)
-        screen.finish(reports, following=command_line("eval-ppl", directory))
+        reports = order.quantize_and_pack(job)
+        screen.finish(reports, following=command_line("eval-ppl", job.directory))
 
 
 @app.command()
@@ -192,22 +174,14 @@ def plan(
       aqlm plan --bits 2 smollm2-135m
       aqlm plan --bits 2 --max-memory 8GiB path/to/Llama-3-70B
     """
+    flags = dict(locals())
     from aqlm_cli.pipeline import order
 
-    settings = build_config(
-        preset,
-        config,
-        {
-            **options.machine_flags(model, revision, trust_remote_code, None, device, threads),
-            **options.limits(max_memory, max_disk),
-            "calibrate": {"data": data, "sequences": sequences, "sequence_length": sequence_length, "bos": bos},
-            "quantize": {"method": method, "scheme": options.chosen_scheme(bits, scheme), "skip": skip, "only": only},
-            "pack": {"format": format},
-        },
-    )
+    settings = build_config(preset, config, as_settings(flags, QUANTIZE))
     with Screen(json) as screen:
         order.use_machine(settings)
-        reports = order.forecast_run(settings, out or Path.cwd(), screen.emit)
+        job = order.make_job(settings, out or Path.cwd(), emit=screen.emit, with_weights=False)
+        reports = order.forecast_run(job)
         screen.finish(reports, following="the same command with quantize in the place of plan")
 
 
@@ -226,11 +200,12 @@ def pack(
     Example:
       aqlm pack runs/SmolLM2-135M-Instruct-2bit --format dense --overwrite
     """
+    flags = dict(locals())
     from aqlm_cli.pipeline import order
 
-    settings = order.settings_of_run(run, {"pack": {"format": format}})
+    settings = order.settings_of_run(run, as_settings(flags, QUANTIZE))
     with Screen(json, quiet, verbose) as screen:
-        report = order.pack_run(settings, run, overwrite, screen.emit)
+        report = order.pack_run(order.make_job(settings, run, overwrite=overwrite, emit=screen.emit))
         screen.finish({"pack": report}, following=command_line("generate", run, "--prompt", PROMPT))
 
 
@@ -261,11 +236,10 @@ def run(
     settings = build_config(None, file, {})
     with Screen(json, quiet, verbose) as screen:
         order.use_machine(settings)
-        directory = out or order.default_run_directory(settings)
-        settings, plan = order.prepare(settings)
+        job, plan = order.prepare(order.make_job(settings, out, overwrite=overwrite, emit=screen.emit))
         screen.show(plan)
-        reports = order.run_all(settings, directory, overwrite, screen.emit)
-        screen.finish(reports, following=command_line("generate", directory, "--prompt", PROMPT))
+        reports = order.run_all(job)
+        screen.finish(reports, following=command_line("generate", job.directory, "--prompt", PROMPT))
 
 
 for looking in (inspect.status, inspect.verify, inspect.doctor):

@@ -43,12 +43,14 @@ class Screen:
     """Open for the time of one command."""
 
     def __init__(
-        self, as_json: bool, quiet: bool = False, verbose: bool = False, *, for_machines: bool = False
+        self, as_json: bool, quiet: bool = False, verbose: bool = False, *, md: bool = False, csv: bool = False
     ) -> None:
         if quiet and verbose:
             raise UsageError("--quiet and --verbose exclude each other; give one of them")
+        if as_json + md + csv > 1:
+            raise UsageError("--json, --md and --csv exclude each other; give one of them")
         self._as_json, self._quiet, self._verbose = as_json, quiet, verbose
-        self._console = Console(stderr=as_json or for_machines, highlight=False)
+        self._console = Console(stderr=as_json or md or csv, highlight=False)
         if not self._console.is_terminal:
             self._console.width = FILE_WIDTH
         columns = (

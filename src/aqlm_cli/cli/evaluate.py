@@ -8,8 +8,8 @@ import typer
 
 from aqlm_cli.cli import options
 from aqlm_cli.cli.console import Screen
-from aqlm_cli.errors import UsageError
 from aqlm_cli.formatting import PROMPT, command_line
+from aqlm_cli.spec.flags import BENCH, EVAL_PPL, GENERATE, as_settings
 
 
 def eval_ppl(
@@ -36,15 +36,10 @@ def eval_ppl(
     Example:
       aqlm eval-ppl runs/SmolLM2-135M-Instruct-2bit --data wikitext2 --sequence-length 2048
     """
+    flags = dict(locals())
     from aqlm_cli.pipeline import order
 
-    settings = order.settings_for(
-        target,
-        {
-            **options.machine_flags(None, revision, trust_remote_code, None, device, threads),
-            "eval_ppl": {"data": data and [data], "sequence_length": sequence_length, "bos": bos, "dtype": dtype},
-        },
-    )
+    settings = order.settings_for(target, as_settings({**flags, "data": data and [data]}, EVAL_PPL))
     with Screen(json, quiet, verbose) as screen:
         order.use_machine(settings)
         reports = order.measure(target, settings, windows, screen.emit)
@@ -84,32 +79,11 @@ def bench(
       aqlm bench runs/SmolLM2-135M-Instruct-2bit --threads 1
       aqlm bench --shape llama-3.2-1b --scheme 2x8g8
     """
+    flags = dict(locals())
     from aqlm_cli.pipeline import order
 
-    if (target is None) == (shape is None):
-        raise UsageError("give a model, a run or --shape, one of them")
-    if json + md + csv > 1:
-        raise UsageError("--json, --md and --csv are three forms of the same; give one of them")
-    if scheme is not None and shape is None:
-        raise UsageError("--scheme goes with --shape; a run has a scheme of its own")
-    if shape is not None and (revision is not None or trust_remote_code is not None):
-        raise UsageError("--revision and --trust-remote-code belong to a model; --shape has neither, leave them out")
-    lengths = {"tokens": tokens, "prompt": prompt, "repeats": repeats, "batch": batch}
-    settings = order.settings_for(
-        target or str(shape),
-        {
-            **options.machine_flags(None, revision, trust_remote_code, seed, None, threads),
-            "quantize": {"scheme": scheme},
-            "bench": {
-                **lengths,
-                "backend": backend,
-                "head": head,
-                "llama_bench": llama_bench,
-                "llama_models": llama_model,
-            },
-        },
-    )
-    with Screen(json, quiet, verbose, for_machines=md or csv) as screen:
+    settings = order.settings_to_bench(target, shape, as_settings(flags, BENCH))
+    with Screen(json, quiet, verbose, md=md, csv=csv) as screen:
         order.use_machine(settings)
         if target is None:
             report = order.compare_speed_of_shape(str(shape), settings, screen.emit)
@@ -143,10 +117,10 @@ def generate(
     Example:
       aqlm generate runs/SmolLM2-135M-Instruct-2bit --prompt "The capital of France is"
     """
+    flags = dict(locals())
     from aqlm_cli.pipeline import order
 
-    flags = options.machine_flags(None, revision, trust_remote_code, seed, device, threads)
-    settings = order.settings_for(target, {**flags, "bench": {"backend": backend, "head": head}})
+    settings = order.settings_for(target, as_settings(flags, GENERATE))
     with Screen(json, quiet, verbose) as screen:
         order.use_machine(settings)
         report = order.continue_text(target, settings, prompt, tokens, temperature, screen.emit)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from aqlm_cli.cli import options
 from aqlm_cli.cli.console import Screen
-from aqlm_cli.errors import UsageError
 from aqlm_cli.formatting import command_line
+from aqlm_cli.spec.flags import FINETUNE, as_settings
 
 
 def finetune(
@@ -53,17 +53,12 @@ def finetune(
       aqlm finetune runs/SmolLM2-135M-Instruct-2bit --time-budget 30m
       aqlm finetune path/to/AQLM-checkpoint --teacher path/to/original --data notes.txt:400
     """
+    flags = as_settings(locals(), FINETUNE)
     from aqlm_cli.pipeline import order
 
-    if steps is not None and time_budget is not None:
-        raise UsageError("--steps and --time-budget exclude each other; give one of them")
-    section: dict[str, Any] = {"data": data, "sequences": sequences, "sequence_length": sequence_length}
-    section |= {"steps": steps, "time_budget": time_budget, "batch": batch, "learning_rate": learning_rate}
-    section |= {"codes": {"share": codes}, "embeddings": embeddings, "bos": bos}
-    machine = {"device": device, "threads": threads}
-    settings, run = order.settings_to_finetune(target, teacher, out, machine, preset, section)
+    settings, run = order.settings_to_finetune(target, teacher, out, flags, preset)
     with Screen(json, quiet, verbose) as screen:
         order.use_machine(settings)
-        reports = order.finetune_run(target, settings, run, overwrite, screen.emit)
+        reports = order.finetune_run(target, order.make_job(settings, run, overwrite=overwrite, emit=screen.emit))
         if reports:
             screen.finish(reports, following=command_line("eval-ppl", run))

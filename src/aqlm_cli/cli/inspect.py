@@ -43,8 +43,9 @@ def verify(
     from aqlm_cli.pipeline import order
 
     with Screen(json, quiet, verbose) as screen:
-        order.use_machine(order.settings_of_run(run, {}))
-        report = order.verify_run(run, screen.emit)
+        settings = order.settings_of_run(run, {})
+        order.use_machine(settings)
+        report = order.verify_run(order.make_job(settings, run, emit=screen.emit))
         screen.finish({"verify": report}, following=command_line("eval-ppl", run))
 
 

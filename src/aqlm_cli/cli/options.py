@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from aqlm_cli.errors import UsageError
 from aqlm_cli.spec.run_file import FINETUNE_PRESETS, PRESETS
-from aqlm_cli.spec.schemes import SCHEMES_BY_BITS, scheme_for_bits
+from aqlm_cli.spec.schemes import SCHEMES_BY_BITS
 
 
 def _print_version(wanted: bool) -> None:
@@ -86,33 +85,3 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Redo what is there
 Quiet = Annotated[bool, typer.Option("--quiet", help="Results, warnings and errors alone.")]
 Verbose = Annotated[bool, typer.Option("--verbose", help="Every step, with the time of day.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, everything else on stderr.")]
-
-
-def machine_flags(
-    model: str | None,
-    revision: str | None,
-    trust_remote_code: bool | None,
-    seed: int | None,
-    device: str | None,
-    threads: int | None,
-) -> dict[str, Any]:
-    """Those that are settings of no section."""
-    return {
-        "model": model,
-        "revision": revision,
-        "trust_remote_code": trust_remote_code,
-        "seed": seed,
-        "device": device,
-        "threads": threads,
-    }
-
-
-def limits(max_memory: str | None, max_disk: str | None) -> dict[str, Any]:
-    return {"max_memory": max_memory, "max_disk": max_disk}
-
-
-def chosen_scheme(bits: float | None, scheme: str | None) -> str | None:
-    """What `--bits` or `--scheme` says."""
-    if bits is not None and scheme is not None:
-        raise UsageError("--bits and --scheme say the same thing; give one of them")
-    return scheme if bits is None else str(scheme_for_bits(bits))

@@ -22,7 +22,15 @@ from aqlm_cli.models.loading import (
 from aqlm_cli.models.names import Placement, names_of_codes, placements, stored_parameters
 from aqlm_cli.models.positions import refuse_longer_than_stated, refuse_too_long
 from aqlm_cli.models.quantization import is_coded
-from aqlm_cli.models.resolve import Subject, find_subject, original_of, resolve
+from aqlm_cli.models.resolve import (
+    ResolvedModel,
+    Subject,
+    base_model_of,
+    find_subject,
+    original_of,
+    refuse_other_model,
+    resolve,
+)
 from aqlm_cli.models.sampling import open_sampling
 from aqlm_cli.models.source import ModelSource, end_tokens, model_config, save_support_files, tensor_index
 from aqlm_cli.models.tokenizer import open_tokenizer, refuse_unknown_tokens
@@ -35,8 +43,10 @@ __all__ = [
     "ModelSource",
     "Network",
     "Placement",
+    "ResolvedModel",
     "Subject",
     "attend_blockwise",
+    "base_model_of",
     "decoding_of",
     "end_tokens",
     "find_subject",
@@ -57,6 +67,7 @@ __all__ = [
     "placements",
     "plan_of_checkpoint",
     "refuse_longer_than_stated",
+    "refuse_other_model",
     "refuse_too_long",
     "refuse_unknown_tokens",
     "resolve",

@@ -49,22 +49,24 @@ from aqlm_kernels import choose, smallest
 
 @dataclass(frozen=True, eq=False)
 class Preflight:
+    """All that is known of a model before any of its weights is read. `checkpoint` is where its codes come from."""
+
     source: ModelSource
+    checkpoint: ModelSource | None
     plan: Plan
     shape: ModelShape
     packed_bytes: int  # of the safetensors of the packed checkpoint, to the byte
 
 
-def preflight(config: RunConfig, with_weights: bool = True) -> Preflight:
-    """Of the model that the settings name; `with_weights` False fetches none from the hub.
+def preflight(config: RunConfig, source: ModelSource) -> Preflight:
+    """`source` is the model that the settings name.
 
     Raises ModelError where the files do not hold what config.json asks for, ConfigError where the settings ask for
     other codes than those of the checkpoint that they name, and PlanError where what comes of them could not be packed.
     """
     from aqlm_cli.models.trial import refuse_gaps  # takes seconds to import, as a network does
 
-    source = resolve(config.model, config.revision, config.trust_remote_code, with_weights=with_weights)
-    section = config.quantize
+    section, checkpoint = config.quantize, _checkpoint_of(config)
     if section.import_from is None:  # else no text is read
         refuse_too_long(source, config.calibrate.sequence_length, "--sequence-length")
     network = load_skeleton(source)
@@ -74,13 +76,13 @@ def preflight(config: RunConfig, with_weights: bool = True) -> Preflight:
     if there is not None:
         refuse_gaps(source, network, stored)
     layers, count = describe_layers(network), count_parameters(network)
-    if section.import_from is None:
+    if checkpoint is None:
         plan = make_plan(layers, count, parse_scheme(section.scheme), section.skip, section.only)
     else:
-        plan = plan_of_checkpoint(checkpoint_of(config), source, network, layers, count)
+        plan = plan_of_checkpoint(checkpoint, source, network, layers, count)
         _refuse_other_codes(section, str(plan.scheme))
     layout = lay_out(network, stored, plan.schemes, config.pack.format, _fitted(network, plan))
-    return Preflight(source, plan, model_shape(network, plan), checkpoint_bytes(layout.tensors))
+    return Preflight(source, checkpoint, plan, model_shape(network, plan), checkpoint_bytes(layout.tensors))
 
 
 def _refuse_other_codes(section: QuantizeConfig, scheme: str) -> None:
@@ -92,10 +94,10 @@ def _refuse_other_codes(section: QuantizeConfig, scheme: str) -> None:
             raise ConfigError(line)
 
 
-def checkpoint_of(config: RunConfig) -> ModelSource:
-    """That from which the codes are taken over."""
-    assert config.quantize.import_from is not None
-    return resolve(config.quantize.import_from, trust_remote_code=config.trust_remote_code)
+def _checkpoint_of(config: RunConfig) -> ModelSource | None:
+    """The AQLM checkpoint from which the codes are imported, if any."""
+    name = config.quantize.import_from
+    return None if name is None else resolve(name, trust_remote_code=config.trust_remote_code)
 
 
 def model_shape(network: nn.Module, plan: Plan) -> ModelShape:

@@ -28,6 +28,10 @@ class StageReport(Record):
     disk_bytes: int | None = None
     planned: Mapping[str, float] | None = None
 
+    def results(self) -> dict[str, Any]:
+        """The fields as a manifest keeps them; `restored` is the inverse. The directory is where the manifest lies."""
+        return {name: value for name, value in self.as_json().items() if name != "directory"}
+
     def costs(self) -> list[tuple[str, str]]:
         """Rows of a table."""
         rows: dict[str, tuple[str, Callable[[Any], str]]] = {

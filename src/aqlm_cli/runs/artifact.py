@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict
 
 from aqlm_cli.errors import ArtifactError, shortened
 from aqlm_cli.runs.files import digest_file, storage_errors, sync_directory, write_file
+from aqlm_cli.runs.stages import StageKey, stage_at
 from aqlm_kernels import KernelError
 
 FORMAT_VERSION = 1
@@ -28,20 +29,10 @@ MANIFEST = "manifest.json"
 WORK = "work"
 """Where a stage keeps what it needs to go on after an interruption; never published."""
 
-MADE_BY: Mapping[str, str] = {
-    "calibration": "aqlm calibrate --config {run}/run.yaml --out {run}",
-    "text": "aqlm finetune {run}",
-    "quantized": "aqlm quantize --config {run}/run.yaml --out {run}",
-    "finetuned": "aqlm finetune {run}",
-    "packed": "aqlm pack {run}",
-}
-"""The command that makes each artifact of a run, by the name of its directory."""
-
 
 def rebuild_command(directory: Path, kind: str) -> str:
-    """What to do about an artifact of a run that is damaged or out of date."""
-    command = MADE_BY[directory.name if directory.name in MADE_BY else kind]
-    return f"redo it with `{command.format(run=directory.parent)} --overwrite`"
+    """The fix for an artifact of a run that is damaged or out of date."""
+    return f"redo it with `{stage_at(directory, kind).command.format(run=directory.parent)} --overwrite`"
 
 
 # ------------------------------------------------------------------------------------------------------ manifests
@@ -94,7 +85,9 @@ class Artifact:
     def path(self, name: str) -> Path:
         """A file that the manifest lists."""
         if name not in self.manifest.files:
-            raise ArtifactError(f"{self.directory} holds no {name}; {rebuild_command(self.directory, self.manifest.kind)}")
+            raise ArtifactError(
+                f"{self.directory} holds no {name}; {rebuild_command(self.directory, self.manifest.kind)}"
+            )
         return self.directory / name
 
     @contextlib.contextmanager
@@ -159,9 +152,7 @@ class Stage:
 
     directory: Path
     published: Path
-    kind: str
-    settings: Mapping[str, Any]
-    parents: Mapping[str, str]
+    key: StageKey
 
     @property
     def work(self) -> Path:
@@ -179,7 +170,11 @@ class Stage:
                 if path.is_file() and not path.is_relative_to(self.work)
             }
         manifest = Manifest(
-            kind=self.kind, settings=dict(self.settings), parents=dict(self.parents), files=files, results=dict(results)
+            kind=self.key.stage.kind,
+            settings=dict(self.key.settings),
+            parents=dict(self.key.parents),
+            files=files,
+            results=dict(results),
         )
         text = json.dumps(manifest.model_dump(), indent=1, sort_keys=True)
         write_file(self.directory / MANIFEST, text.encode())

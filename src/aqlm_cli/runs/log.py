@@ -17,9 +17,9 @@ from typing import Any
 
 from aqlm_cli.errors import StorageError
 from aqlm_cli.events import Emit, Event
-from aqlm_cli.runs.lock import LOGS
-from aqlm_cli.runs.files import storage_errors
 from aqlm_cli.formatting import plain
+from aqlm_cli.runs.files import storage_errors
+from aqlm_cli.runs.lock import LOGS
 
 BEGAN, ENDED = "Began", "Ended"
 

@@ -23,42 +23,35 @@ from aqlm_cli.errors import QuantizationError
 from aqlm_cli.events import Advanced, Emit, Noted, StageStarted
 from aqlm_cli.formatting import plain
 from aqlm_cli.memory import peak_memory_bytes, reset_peak_memory
-from aqlm_cli.models import ModelSource, load_tokenizer, refuse_too_long, refuse_unknown_tokens, resolve
+from aqlm_cli.models import ModelSource, load_tokenizer, refuse_too_long, refuse_unknown_tokens
 from aqlm_cli.models.blocks import linears
 from aqlm_cli.models.hidden_states import Handed, autocast, run_block
+from aqlm_cli.pipeline.job import Job
 from aqlm_cli.pipeline.stage_reports import CalibrationReport, restored
 from aqlm_cli.quantization.block_inputs import entering_states, walk_through
 from aqlm_cli.runs.artifact import Stage
-from aqlm_cli.runs.directory import open_run
 from aqlm_cli.runs.files import disk_bytes, save_tensors
+from aqlm_cli.runs.stages import CALIBRATE, StageKey
 from aqlm_cli.spec.config import RunConfig
-from aqlm_cli.spec.cost import Cost
-
-STAGE = "calibrate"
 
 
-def calibrate(
-    config: RunConfig, run_directory: Path, overwrite: bool, emit: Emit, planned: Cost | None = None
-) -> CalibrationReport:
-    """Write `calibration/`, or reuse one that was made from the same model, text and seed.
-
-    `planned` is what it was thought to take, to stand beside what it took.
-    """
-    source = resolve(config.model, config.revision, config.trust_remote_code)
+def calibrate(job: Job) -> CalibrationReport:
+    """Write `calibration/`, or reuse one that was made from the same model, text and seed."""
+    config, source = job.config, job.source
     refuse_too_long(source, config.calibrate.sequence_length, "--sequence-length")
     tokenizer = load_tokenizer(source)
     opening = beginning(tokenizer, config.calibrate.bos)
-    run = open_run(run_directory, config, overwrite)
+    run = job.open_run()
     settings = {**settings_of_text(config.calibrate, bool(opening)), "seed": config.seed}
-    parents = {"model": source.identity}
-    calibration = run.reusable("calibration", "calibration", settings, parents, overwrite)
+    key = StageKey(CALIBRATE, settings, {"model": source.identity}, overwrite=job.overwrite)
+    calibration = run.reusable(key)
     if calibration is None:
-        with run.stage("calibration", "calibration", settings, parents) as stage:
+        with run.stage(key) as stage:
             stage.work.mkdir()
-            results = _measure(config, source, tokenizer, opening, stage, emit)
-            calibration = stage.publish({**results, "planned": plain(planned)})
+            results = _measure(config, source, tokenizer, opening, stage, job.emit)
+            calibration = stage.publish({**results, "planned": plain(job.planned.get(CALIBRATE.name))})
     else:
-        emit(Noted(f"{calibration.directory} is there already, made from the same model and text"))
+        job.emit(Noted(f"{calibration.directory} is there already, made from the same model and text"))
     return restored(CalibrationReport, calibration.directory, calibration.manifest.results)
 
 
@@ -109,7 +102,7 @@ def _teacher_statistics(
     windows = torch.arange(len(ids)).split(1)
     hidden = entering_states(walk, ids, 1, work / "hidden.activations")
     handed, handing = Handed(work / "handed"), Handed(work / "handed.partial")
-    emit(StageStarted(STAGE, len(walk.paths), "block"))
+    emit(StageStarted(CALIBRATE.name, len(walk.paths), "block"))
     moments: dict[str, Tensor] = {}
     for index, prefix in enumerate(walk.paths):
         block = walk.load(index)
@@ -125,7 +118,7 @@ def _teacher_statistics(
             if not bool(entries.isfinite().all()):
                 raise QuantizationError(f"{path}: its inputs hold NaN or infinite values; the model overflows")
             moments[path] = entries.float().cpu()
-        emit(Advanced(STAGE, index + 1))
+        emit(Advanced(CALIBRATE.name, index + 1))
     total = 0.0
     for window in windows:
         with autocast(device, walk.dtype):

@@ -24,20 +24,20 @@ from aqlm_cli.errors import ArtifactError, DataError, UsageError
 from aqlm_cli.evaluation.plots import draw_curve
 from aqlm_cli.events import Advanced, Emit, Noted, StageStarted, silent
 from aqlm_cli.memory import peak_memory_bytes, reset_peak_memory
-from aqlm_cli.models import ModelSource, load_tokenizer, original_of, refuse_unknown_tokens
+from aqlm_cli.models import ModelSource, load_tokenizer, refuse_unknown_tokens
+from aqlm_cli.pipeline.job import Job
 from aqlm_cli.pipeline.stage_reports import FinetuneReport, restored
 from aqlm_cli.quantization.block_inputs import machine_of
 from aqlm_cli.quantization.student import Student, load_student
 from aqlm_cli.quantization.training.distill import Training, one_step, train
 from aqlm_cli.quantization.training.distributed import World
 from aqlm_cli.runs.artifact import Artifact, Stage
-from aqlm_cli.runs.directory import START, RunDirectory, read_run
+from aqlm_cli.runs.directory import RunDirectory, read_run
 from aqlm_cli.runs.files import disk_bytes, load_tensors, read_metadata, save_tensors
+from aqlm_cli.runs.stages import FINETUNE, QUANTIZE, START, StageKey
 from aqlm_cli.seeds import generator
 from aqlm_cli.spec.config import RunConfig
 from aqlm_cli.spec.units import parse_duration
-
-STAGE = "finetune"
 
 STATE = "training.safetensors"
 """In `work/`: everything that an interrupted training goes on from."""
@@ -45,25 +45,24 @@ STATE = "training.safetensors"
 TIMED_STEPS = 3
 
 
-def finetune(config: RunConfig, run_directory: Path, overwrite: bool, emit: Emit, world: World) -> FinetuneReport:
+def finetune(job: Job, world: World) -> FinetuneReport:
     """Write `finetuned/` from the run's `quantized/`, or reuse one that was made with the same settings."""
-    run, machine = read_run(run_directory), {**machine_of(config), **world.described()}
-    start, source = run.own("quantized", "quantized"), original_of(run)
+    config, emit, run, overwrite = job.config, job.emit, job.run, job.overwrite
+    machine = {**machine_of(config), **world.described()}
+    start, source = run.own(QUANTIZE), job.original(run)
     if start is None:
-        raise ArtifactError(f"{run_directory} has no complete quantized/; make it with `aqlm quantize`")
+        raise ArtifactError(f"{run.path} has no complete quantized/; make it with `aqlm quantize`")
     run.refuse_outdated(start)
     if config.finetune.batch % world.size:
         raise UsageError(f"--batch {config.finetune.batch} is not the same for each of {world.size} processes")
     bos = _begins(config, source, run)
-    config, timed = _with_known_steps(config, bos, run.known_settings("finetuned", overwrite))
-    found = run.reusable("finetuned", "quantized", *_made_with(config, bos, source, start), overwrite)
+    config, timed = _with_known_steps(config, bos, run.known_settings(FINETUNE, overwrite))
+    found = run.reusable(_key(config, bos, source, start, machine, overwrite))
     if found is not None:
         world.broadcast({"goes_on": False})
         emit(Noted(f"{found.directory} is there already, made with the same settings"))
         return _reported(run, found)
-    run.goes_on(
-        "finetuned", *_made_with(config, bos, source, start), machine, overwrite
-    )  # or is refused before it loads
+    run.resumes(_key(config, bos, source, start, machine, overwrite))  # or is refused before it loads
     world.broadcast({"goes_on": True, "timed": timed, "steps": config.finetune.steps})
     reset_peak_memory()
     student = _load(config, source, start, run, world, emit)
@@ -71,9 +70,8 @@ def finetune(config: RunConfig, run_directory: Path, overwrite: bool, emit: Emit
     if not timed:
         config = _with_steps(config, student, training)
         emit(Noted(f"{config.finetune.time_budget} are {config.finetune.steps} steps"))
-    made_with = _made_with(config, bos, source, start)
-    with run.resumed_stage("finetuned", "quantized", *made_with, machine, overwrite) as stage:
-        run.keep_finetune_settings(config.finetune)
+    with run.resumed_stage(_key(config, bos, source, start, machine, overwrite)) as stage:
+        run.keep_section("finetune", config.finetune)
         _train(config, student, training, stage, emit)
         student.save(stage.directory)
         report = {
@@ -93,16 +91,16 @@ def finetune(config: RunConfig, run_directory: Path, overwrite: bool, emit: Emit
     return _reported(run, made)
 
 
-def follow(config: RunConfig, run_directory: Path, world: World) -> None:
+def follow(job: Job, world: World) -> None:
     """`finetune` in any process but the first: the same steps on windows of its own."""
     begun = world.broadcast(None)
     if not begun["goes_on"]:
         return
-    run = read_run(run_directory)
-    start = run.own("quantized", "quantized")
+    run = job.run
+    start = run.own(QUANTIZE)
     assert start is not None
-    config = _of_steps(config, begun["steps"])
-    student = _load(config, original_of(run), start, run, world, silent)
+    config = _of_steps(job.config, begun["steps"])
+    student = _load(config, job.original(run), start, run, world, silent)
     training = student.begin(config.finetune)
     if not begun["timed"]:
         config = _with_steps(config, student, training)
@@ -114,14 +112,14 @@ def follow(config: RunConfig, run_directory: Path, world: World) -> None:
     student.data.held_out_divergence(config.finetune.micro_batch)
 
 
-def _made_with(
-    config: RunConfig, bos: bool, source: ModelSource, start: Artifact
-) -> tuple[dict[str, object], dict[str, str]]:
+def _key(
+    config: RunConfig, bos: bool, source: ModelSource, start: Artifact, machine: Mapping[str, str], overwrite: bool
+) -> StageKey:
     settings = {**settings_of_text(config.finetune, bos), "seed": config.seed}
     parents = {kind: start.manifest.parents[kind] for kind in ("calibration",) if kind in start.manifest.parents}
     if not parents and config.finetune.data is None:  # the codes were found elsewhere, but this text is learnt from
         parents["calibration"] = read_run(start.directory.parent).current("calibration").digest
-    return settings, {**parents, "model": source.identity, START: start.digest}
+    return StageKey(FINETUNE, settings, {**parents, "model": source.identity, START: start.digest}, machine, overwrite)
 
 
 def _reported(run: RunDirectory, made: Artifact) -> FinetuneReport:
@@ -211,7 +209,7 @@ def _text(config: RunConfig, source: ModelSource, run: RunDirectory, emit: Emit)
             section.data, section.sequences, length, config.seed, tokenizer, sampled, opening=opening, emit=emit
         ).ids
         refuse_unknown_tokens(source, ids)
-    ids = ids[torch.randperm(len(ids), generator=generator(config.seed, STAGE))]
+    ids = ids[torch.randperm(len(ids), generator=generator(config.seed, FINETUNE.name))]
     if len(ids) <= section.held_out:
         raise DataError(f"there are {len(ids)} windows of text, and {section.held_out} are held out; add text")
     return ids[section.held_out :], ids[: section.held_out]
@@ -229,14 +227,14 @@ def _train(config: RunConfig, student: Student, training: Training, stage: Stage
     if state.exists():
         _restore(training, state)
         emit(Noted(f"{stage.directory} holds {training.step} of {section.steps} steps, going on after them"))
-    emit(StageStarted(STAGE, section.steps, "step", done=training.step))
+    emit(StageStarted(FINETUNE.name, section.steps, "step", done=training.step))
 
     def stepped(now: Training, kl: float) -> None:
         tokens = section.batch * section.sequence_length * now.step / now.seconds
         detail = f"KL {kl:.4f}, held out {now.curve[-1]['held_out']:.4f}, {tokens:.0f} tokens/s"
         if now.step % section.save_every == 0:
             save_tensors(state, now.tensors(), {"facts": json.dumps(now.facts())})
-        emit(Advanced(STAGE, now.step, detail))
+        emit(Advanced(FINETUNE.name, now.step, detail))
 
     train(student.data, training, section, config.seed, stepped)
     student.round()

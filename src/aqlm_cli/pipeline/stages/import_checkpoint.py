@@ -19,14 +19,13 @@ from aqlm_cli.formatting import some
 from aqlm_cli.memory import peak_memory_bytes, reset_peak_memory
 from aqlm_cli.models import ModelSource, load_config, load_network, load_without, stored_parameters
 from aqlm_cli.models.blocks import find_blocks
-from aqlm_cli.pipeline.preflight import Preflight, checkpoint_of, preflight
+from aqlm_cli.pipeline.job import Job
 from aqlm_cli.pipeline.stage_reports import ImportReport, restored
 from aqlm_cli.quantization.block_files import OUTSIDE, block_file, save_block
 from aqlm_cli.quantization.student import names_in_files, outside_blocks
 from aqlm_cli.quantization.training.block import tuned_parameters
-from aqlm_cli.runs.directory import open_run
 from aqlm_cli.runs.files import disk_bytes, save_tensors
-from aqlm_cli.spec.config import RunConfig
+from aqlm_cli.runs.stages import QUANTIZE, StageKey
 from aqlm_kernels import AdditiveLinear
 
 STAGE = "import_checkpoint"
@@ -38,57 +37,63 @@ FURTHEST_LEARNT = 0.5
 """Of its norm: what lies further from the original's is another model's, and has not learnt from there."""
 
 
-def import_checkpoint(config: RunConfig, run_directory: Path, overwrite: bool, emit: Emit) -> ImportReport:
+def import_checkpoint(job: Job) -> ImportReport:
     """Write `quantized/` from the checkpoint that the settings name, or reuse what was made from the same one.
 
     The run file gets the scheme of the checkpoint. Raises ModelError where it was not made from the run's model.
     """
     started = time.monotonic()
-    known, checkpoint = preflight(config), checkpoint_of(config)
-    source, plan = known.source, known.plan
-    section = config.quantize.model_copy(update={"scheme": str(plan.scheme)})
-    run = open_run(run_directory, config.model_copy(update={"quantize": section}), overwrite)
+    source, checkpoint, plan = job.source, checkpoint_of(job), job.preflight.plan
+    run = job.with_settings(quantize=job.config.quantize.model_copy(update={"scheme": str(plan.scheme)})).open_run()
     parents = {"model": source.identity, "checkpoint": checkpoint.identity}
-    imported = run.reusable("quantized", "quantized", {}, parents, overwrite)
+    key = StageKey(QUANTIZE, {}, parents, overwrite=job.overwrite)
+    imported = run.reusable(key)
     if imported is not None:
-        emit(Noted(f"{imported.directory} is there already, made from the same checkpoint"))
+        job.emit(Noted(f"{imported.directory} is there already, made from the same checkpoint"))
         return restored(ImportReport, imported.directory, imported.manifest.results["report"])
     reset_peak_memory()
-    network, learnt = fitting_network(config, known)
+    network, learnt = fitting_network(job)
     if other := _other_settings(checkpoint, source):
-        emit(Warned(f"{checkpoint.name} has other settings than {source.name}, whose are kept: {some(other)}"))
-    with run.stage("quantized", "quantized", {}, parents) as stage:
-        _save_blocks(network, stage.directory, emit)
+        job.emit(Warned(f"{checkpoint.name} has other settings than {source.name}, whose are kept: {some(other)}"))
+    with run.stage(key) as stage:
+        _save_blocks(network, stage.directory, job.emit)
         if learnt:
             save_tensors(stage.directory / OUTSIDE, learnt, {})
-        report = {
-            "checkpoint": checkpoint.name,
-            "model": source.name,
-            "scheme": str(plan.scheme),
-            "layers": len(plan.quantized),
-            "code_bits": plan.code_bits,
-            "stored_bits": plan.stored_bits,
-            "bytes_before": plan.bytes_before,
-            "bytes_after": plan.bytes_after,
-            "seconds": time.monotonic() - started,
-            "memory_bytes": peak_memory_bytes(),
-            "disk_bytes": disk_bytes(run.path),
-        }
+        report = ImportReport(
+            directory=stage.published,
+            checkpoint=checkpoint.name,
+            model=source.name,
+            scheme=str(plan.scheme),
+            layers=len(plan.quantized),
+            code_bits=plan.code_bits,
+            stored_bits=plan.stored_bits,
+            bytes_before=plan.bytes_before,
+            bytes_after=plan.bytes_after,
+            seconds=time.monotonic() - started,
+            memory_bytes=peak_memory_bytes(),
+            disk_bytes=disk_bytes(run.path),
+        )
         model = {"name": source.name, "identity": source.identity}
-        imported = stage.publish({"plan": plan.to_json(), "layers": {}, "model": model, "report": report})
-    emit(Noted(f"{len(plan.quantized)} layers of {checkpoint.name} are in {imported.directory}"))
-    return restored(ImportReport, imported.directory, report)
+        stage.publish({"plan": plan.to_json(), "layers": {}, "model": model, "report": report.results()})
+    job.emit(Noted(f"{report.layers} layers of {checkpoint.name} are in {report.directory}"))
+    return report
 
 
-def fitting_network(config: RunConfig, known: Preflight) -> tuple[nn.Module, dict[str, Tensor]]:
+def checkpoint_of(job: Job) -> ModelSource:
+    """The AQLM checkpoint from which the codes are imported."""
+    assert job.preflight.checkpoint is not None
+    return job.preflight.checkpoint
+
+
+def fitting_network(job: Job) -> tuple[nn.Module, dict[str, Tensor]]:
     """The network of the checkpoint, and by name what has learnt outside its blocks; all else is as in the original.
 
     Raises ModelError for the first tensor that is not.
     """
-    checkpoint, source = checkpoint_of(config), known.source
+    checkpoint, source, schemes = checkpoint_of(job), job.source, job.preflight.plan.schemes
     network = load_network(checkpoint, torch.float32)
-    original = load_without(source, list(known.plan.schemes), torch.float32)
-    layers = tuple(f"{path}." for path in known.plan.schemes)
+    original = load_without(source, list(schemes), torch.float32)
+    layers = tuple(f"{path}." for path in schemes)
     there = {name: tensor for name, tensor in _tensors(network).items() if not name.startswith(layers)}
     wanted, taken = _tensors(original), _taken_over(network)
     if alone := sorted(there.keys() ^ wanted.keys()):

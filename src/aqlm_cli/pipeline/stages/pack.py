@@ -14,42 +14,41 @@ from pathlib import Path
 from typing import Any
 
 from aqlm_cli.errors import ArtifactError
-from aqlm_cli.events import Emit, Noted, Warned
+from aqlm_cli.events import Noted, Warned
 from aqlm_cli.export.formats import QuantizedLayer, narrowing_losses, packed_checkpoint, quantized_layers
 from aqlm_cli.export.layout import WITH_CODES, Layout
 from aqlm_cli.export.model_card import CardFacts, model_card
 from aqlm_cli.export.writer import Entry, total_bytes, write_checkpoint
 from aqlm_cli.formatting import plain, text_name
 from aqlm_cli.memory import peak_memory_bytes, reset_peak_memory
-from aqlm_cli.models import ModelSource, model_config, original_of, save_support_files
+from aqlm_cli.models import ModelSource, model_config, save_support_files
+from aqlm_cli.pipeline.job import Job
 from aqlm_cli.pipeline.stage_reports import PackReport, restored
 from aqlm_cli.runs.artifact import Artifact, rebuild_command
-from aqlm_cli.runs.directory import RunDirectory, read_run
+from aqlm_cli.runs.directory import RunDirectory
 from aqlm_cli.runs.files import disk_bytes, write_file
+from aqlm_cli.runs.stages import PACK, StageKey
 from aqlm_cli.spec.cost import Cost
 from aqlm_cli.spec.plan import Plan
 
 
-def pack(
-    run_directory: Path, format: str | None, overwrite: bool, emit: Emit, planned: Cost | None = None
-) -> PackReport:
-    """Write `packed/` of a run, in the given format or else in that of its run file; read it back, load it, compare.
+def pack(job: Job) -> PackReport:
+    """Write `packed/` of an existing run in the format that the settings name; read it back, load it, compare.
 
     Raises ArtifactError where there is nothing to pack or the model is no longer the one that was quantized, and
     PlanError where the format cannot hold it.
     """
     started = time.monotonic()
-    run = read_run(run_directory)
+    run, emit, format = job.run, job.emit, job.config.pack.format
     quantized = run.current("quantized")
-    settings = {"format": format or run.config.pack.format}
-    parents = {"quantized": quantized.digest}
-    packed = run.reusable("packed", "packed", settings, parents, overwrite)
+    key = StageKey(PACK, {"format": format}, {"quantized": quantized.digest}, overwrite=job.overwrite)
+    packed = run.reusable(key)
     if packed is not None:
         emit(Noted(f"{packed.directory} is there already, made from the same quantized model"))
         return restored(PackReport, packed.directory, packed.manifest.results)
     emit(Noted(f"packing {quantized.directory}"))
     reset_peak_memory()
-    contents = _collect(run, quantized, settings["format"])
+    contents = _collect(job.original(run), quantized, format)
     config = contents.config(quantized)
     if losses := narrowing_losses(contents.layers, contents.layout):
         path, loss = max(losses.items(), key=lambda entry: entry[1])
@@ -59,18 +58,17 @@ def pack(
                 f" codes ({len(losses)} such layers); use a bfloat16 copy of the model"
             )
         )
-    with run.stage("packed", "packed", settings, parents) as stage:
+    with run.stage(key) as stage:
         write_checkpoint(stage.directory, contents.entries)
         save_support_files(contents.source, stage.directory)
         write_file(stage.directory / "config.json", json.dumps(config, indent=2, sort_keys=True).encode())
-        _refuse_what_does_not_load(contents, stage.directory, settings["format"])
+        _refuse_what_does_not_load(contents, stage.directory, format)
         write_file(stage.directory / "README.md", model_card(_card_facts(run, quantized, contents)).encode())
         packed = stage.publish(contents.results())
     # Told, and not kept: the same quantized model gives the same manifest, too.
     taken = Cost(time.monotonic() - started, peak_memory_bytes(), disk_bytes(run.path))
-    return restored(
-        PackReport, packed.directory, {**packed.manifest.results, **plain(taken), "planned": plain(planned)}
-    )
+    planned = plain(job.planned.get(PACK.name))
+    return restored(PackReport, packed.directory, {**packed.manifest.results, **plain(taken), "planned": planned})
 
 
 @dataclass(frozen=True)
@@ -124,8 +122,7 @@ class Contents:
         return config
 
 
-def _collect(run: RunDirectory, quantized: Artifact, format: str) -> Contents:
-    source = original_of(run)
+def _collect(source: ModelSource, quantized: Artifact, format: str) -> Contents:
     layers = quantized_layers(quantized, format)
     plan = Plan.from_json(quantized.manifest.results["plan"])
     if {layer.path for layer in layers} != {target.path for target in plan.quantized}:

@@ -1,0 +1,1 @@
+"""What lies on the disk: run directory, artifacts, files, lock and log."""
