@@ -110,8 +110,8 @@ def test_an_interrupt_ends_with_status_130_and_says_what_is_kept(monkeypatch: py
 def test_bits_mean_their_scheme(monkeypatch: pytest.MonkeyPatch, bits: float, scheme: object) -> None:
     seen: list[str] = []
 
-    def prepare(config: Any, emit: Any) -> Any:
-        seen.append(config.quantize.scheme)
+    def prepare(job: Any) -> Any:
+        seen.append(job.config.quantize.scheme)
         raise DataError("enough")
 
     monkeypatch.setattr(order, "prepare", prepare)

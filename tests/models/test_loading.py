@@ -43,6 +43,7 @@ from aqlm_cli.models.blocks import (
 )
 from aqlm_cli.models.walk_check import open_walk
 from aqlm_cli.runs.directory import open_run
+from aqlm_cli.runs.stages import PACK, StageKey
 from aqlm_cli.spec.run_file import build_config
 from aqlm_kernels import AdditiveLinear
 
@@ -293,7 +294,7 @@ def test_a_run_stands_for_what_it_has_packed(tmp_path: Path, find: Any) -> None:
     run = open_run(tmp_path / "my-run", build_config(None, None, {"model": "somewhere"}))
     with pytest.raises(ArtifactError, match="aqlm pack"):
         find(run.path)
-    with run.stage("packed", "packed", {}, {}) as stage:
+    with run.stage(StageKey(PACK, {}, {})) as stage:
         tiny_models.save("llama", stage.directory)
         stage.publish({})
     assert find(run.path).directory == run.path / "packed"
@@ -303,7 +304,7 @@ def test_a_run_stands_for_what_it_has_packed(tmp_path: Path, find: Any) -> None:
 def test_a_run_of_a_revision_is_opened_though_it_lies_on_this_disk(tmp_path: Path) -> None:
     original = tiny_models.save("llama", tmp_path / "original")
     run = open_run(tmp_path / "run", build_config(None, None, {"model": str(original)}))
-    with run.stage("packed", "packed", {}, {}) as stage:
+    with run.stage(StageKey(PACK, {}, {})) as stage:
         tiny_models.save("qwen2", stage.directory)
         stage.publish({})
     subject = find_subject(str(run.path), revision="v2")

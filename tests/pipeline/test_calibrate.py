@@ -17,6 +17,7 @@ from aqlm_cli.data.sequences import calibration_sequences
 from aqlm_cli.errors import ArtifactError, DataError, QuantizationError, StorageError
 from aqlm_cli.events import Advanced, Event, Noted, StageStarted
 from aqlm_cli.models.blocks import find_blocks, linears
+from aqlm_cli.pipeline.job import make_job
 from aqlm_cli.pipeline.stage_reports import CalibrationReport
 from aqlm_cli.pipeline.stages.calibrate import calibrate
 from aqlm_cli.quantization import block_inputs
@@ -52,7 +53,7 @@ def settings(model: Path, seed: int = 0, **section: Any) -> RunConfig:
 
 
 def run(config: RunConfig, overwrite: bool = False, events: list[Event] | None = None) -> CalibrationReport:
-    return calibrate(config, Path("run"), overwrite, ([] if events is None else events).append)
+    return calibrate(make_job(config, Path("run"), overwrite=overwrite, emit=([] if events is None else events).append))
 
 
 def files(directory: Path = Path("run/calibration")) -> dict[str, bytes]:

@@ -20,6 +20,7 @@ from aqlm_cli.data.spec import sampled_sequences
 from aqlm_cli.errors import DataError
 from aqlm_cli.events import Advanced, Event, StageStarted
 from aqlm_cli.models import load_tokenizer, resolve
+from aqlm_cli.pipeline.job import make_job
 from aqlm_cli.pipeline.stages import sample as stage
 from aqlm_cli.runs.directory import read_run
 
@@ -46,7 +47,7 @@ def sampled(directory: Path, data: str = "self:6", **settings: Any) -> tuple[Ten
     """The token ids `[windows, L]` that the stage leaves for these settings, and what it told meanwhile."""
     config, told = read_run(directory).config, list[Event]()
     section = config.finetune.model_copy(update={"data": data})
-    stage.sample(config.model_copy(update={"finetune": section, **settings}), directory, False, told.append)
+    stage.sample(make_job(config.model_copy(update={"finetune": section, **settings}), directory, emit=told.append))
     return text(directory), told
 
 
@@ -156,7 +157,7 @@ def test_what_finetune_refuses_costs_no_text(made: Path, interrupted_at: Callabl
     )
     assert torch.equal(text(made), kept)
     assert "going on after them" in run("finetune", "run", "--data", "self:8").output
-    assert "finetuned is there with settings.data self:8 there" in refused("finetune", "run", "--data", "self:9")
+    assert "finetuned exists with settings.data self:8 there" in refused("finetune", "run", "--data", "self:9")
     assert torch.equal(text(made), kept)
     shutil.rmtree(made / "text")
     assert "finetuned is there already" in run("finetune", "run", "--data", "self:8").output

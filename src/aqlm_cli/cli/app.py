@@ -132,10 +132,11 @@ def quantize(
     settings = build_config(preset, config, as_settings(flags, QUANTIZE))
     with Screen(json, quiet, verbose) as screen:
         order.use_machine(settings)
-        job, plan = order.prepare(order.make_job(settings, out, overwrite=overwrite, emit=screen.emit))
+        job = order.make_job(settings, out, overwrite=overwrite, emit=screen.emit)
         if dry_run:
-            screen.finish({"plan": plan}, following="the same command without --dry-run")
+            screen.finish(order.dry_run(job), following="the same command without --dry-run")
             return
+        job, plan = order.prepare(job)
         screen.show(plan)
         reports = order.quantize_and_pack(job)
         screen.finish(reports, following=command_line("eval-ppl", job.directory))

@@ -61,6 +61,7 @@ __all__ = [
     "compare_speed_of_shape",
     "continue_text",
     "doctor",
+    "dry_run",
     "finetune_run",
     "forecast_run",
     "make_job",
@@ -98,9 +99,15 @@ def use_machine(config: RunConfig) -> None:
 
 def prepare(job: Job) -> tuple[Job, PlanReport]:
     """The job within the limits that its settings name, and what `quantize` would do in it."""
-    tell_if_without_weights(job)
     job = job.within_limits()
     return job, plan_report(job.config, job.preflight.plan)
+
+
+def dry_run(job: Job) -> dict[str, Record]:
+    """The plan of a quantization, and nothing written."""
+    _, plan = prepare(job)
+    tell_if_without_weights(job)
+    return {"plan": plan}
 
 
 def forecast_run(job: Job) -> dict[str, Record]:
@@ -111,6 +118,7 @@ def forecast_run(job: Job) -> dict[str, Record]:
     if job.config.quantize.import_from is not None:
         raise PlanError(f"the codes are those of {job.config.quantize.import_from}, so nothing is quantized")
     job, plan = prepare(job)
+    tell_if_without_weights(job)
     return {"plan": plan, "forecast": forecast(job)}
 
 
