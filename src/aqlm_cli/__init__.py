@@ -1,1 +1,1 @@
-"""Additive quantization of language models from the command line; `cli` is the entrance, `stages` the work."""
+"""Additive quantization of language models from the command line; see `cli` and `pipeline`."""

@@ -1,26 +1,26 @@
-"""The family of errors a user can mend.
+"""Errors that a user can fix.
 
 Every class here is shown as one line that says what is wrong, where, and what to do; it ends the command with
-`exit_status` and leaves nothing published half. Anything else that is raised is a bug and keeps its traceback.
+`exit_status` and leaves nothing half published. Anything else that is raised is a bug and keeps its traceback.
 """
 
 from __future__ import annotations
 
 LONGEST = 4000
-"""Characters of a message; of a longer one the middle is left out."""
+"""Maximum characters of a message; a longer one loses its middle."""
 
 
 FOREIGN_ERRORS = (TypeError, ValueError, LookupError, AttributeError, RuntimeError, AssertionError)
-"""By which the forward of a family, which is not ours, says that it cannot go on."""
+"""Errors that foreign code (the forward of a model in transformers) raises when it fails."""
 
 
 class AqlmError(Exception):
-    """Something outside this program is not as it needs to be."""
+    """Something outside this program is missing, wrong or damaged."""
 
     exit_status = 1
 
     def __str__(self) -> str:
-        """One line of printable characters, whatever names and values of a stranger's file it quotes."""
+        """One line of printable characters, also if the message quotes an untrusted file."""
         text = super().__str__()
         if len(text) > LONGEST:
             text = f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"
@@ -28,7 +28,7 @@ class AqlmError(Exception):
 
 
 def shortened(text: str, longest: int = 80) -> str:
-    """The beginning of what a message quotes from a file."""
+    """The first `longest` characters of a quotation, for use in a message."""
     return text if len(text) <= longest else f"{text[:longest]}..."
 
 
@@ -51,7 +51,7 @@ class DataError(AqlmError):
 
 
 class PlanError(AqlmError):
-    """A choice of layers that names nothing or leaves nothing to do."""
+    """A selection of layers that matches nothing or leaves nothing to do."""
 
 
 class ArtifactError(AqlmError):
@@ -59,7 +59,7 @@ class ArtifactError(AqlmError):
 
 
 class QuantizationError(AqlmError):
-    """Weights or activations that no method can work on, such as NaN."""
+    """Weights or activations that no method can quantize, such as NaN."""
 
 
 class StorageError(AqlmError):

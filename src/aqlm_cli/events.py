@@ -1,4 +1,4 @@
-"""What a stage says while it runs.
+"""Events that a stage emits while it runs.
 
 A stage never prints. It calls `emit(event)` for each thing worth telling, and the command line decides whether that
 becomes a progress bar, a plain line or nothing.
@@ -13,7 +13,7 @@ from typing import TypeAlias
 
 @dataclass(frozen=True)
 class StageStarted:
-    """Of `total` steps of `unit` ("window", "block") `done` were finished before an interruption."""
+    """A stage of `total` steps of `unit` ("sequence", "block"); `done` were finished before an interruption."""
 
     stage: str
     total: int
@@ -23,7 +23,7 @@ class StageStarted:
 
 @dataclass(frozen=True)
 class Advanced:
-    """`done` of the stage's steps are finished, with those before an interruption."""
+    """`done` steps of the stage are finished, including those before an interruption."""
 
     stage: str
     done: int
@@ -43,8 +43,8 @@ class LayerQuantized:
 
 @dataclass(frozen=True)
 class BlockQuantized:
-    """`index` counts from 0. `relative_error` is the squared error of the block's output on the windows fitted to, as a
-    share of the output's square; `gain` is the share of the held-out error that fitting removed."""
+    """`index` counts from 0. `relative_error` is the squared error of the block's output on the training sequences,
+    divided by the square of the output; `gain` is the share of the held-out error that fitting removed."""
 
     index: int
     relative_error: float
@@ -61,7 +61,7 @@ class Noted:
 
 @dataclass(frozen=True)
 class Warned:
-    """Something that may not be what the user wants, though the work goes on."""
+    """Something that may not be what the user wants; the stage continues."""
 
     message: str
 
@@ -71,4 +71,4 @@ Emit: TypeAlias = Callable[[Event], None]
 
 
 def silent(_: Event) -> None:
-    """For whoever wants to be told nothing."""
+    """Discard the event."""

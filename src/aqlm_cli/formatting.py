@@ -1,4 +1,4 @@
-"""How facts are put into words, into tables and into JSON: what all records share."""
+"""Formatting of numbers, tables and JSON, shared by all records."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from rich.table import Table
 from rich.text import Text
 
 PROMPT = "The capital of France is"
-"""To suggest; every language model has something to say to it."""
+"""Default prompt of suggested commands."""
 
 
 def command_line(name: str, *arguments: object) -> str:
-    """A command as one would type it."""
+    """The command as a user would type it, quoted for a shell."""
     return shlex.join(["aqlm", name, *map(str, arguments)])
 
 
@@ -53,7 +53,7 @@ def some(paths: Sequence[str]) -> str:
 
 
 def text_name(source: str) -> str:
-    """A source of text by its name alone: the folder of a file says something of this machine only."""
+    """The name of a text source without its folder, which means something on this machine only."""
     return PurePath(source.strip()).name
 
 
@@ -66,7 +66,7 @@ def facts(title: str, rows: Iterable[tuple[str, str]]) -> Table:
 
 
 def plain(value: Any) -> Any:
-    """`value` in types that JSON knows."""
+    """`value` in JSON types."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, Mapping):

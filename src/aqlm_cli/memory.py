@@ -1,7 +1,7 @@
-"""How much memory this process has resident, the most it has had, and what the machine has left.
+"""Resident memory of this process, its peak, and the memory that is available.
 
 Linux counts the peak for each process image in /proc and lets it be reset. getrusage, which other systems leave as the
-only source, knows one peak for the whole life of the process, and begins it with that of the one which started it.
+only source, keeps one peak for the whole life of the process, and starts it from that of the parent process.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ _STATUS = Path("/proc/self/status")
 
 
 def reset_peak_memory() -> None:
-    """Let the peak begin anew where the system can, so that a stage is not told the peak of the one before it."""
+    """Reset the peak where the system allows it, so that a stage does not report the peak of the stage before it."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_memory_bytes() -> int:
-    """The most memory this process has had resident since the last reset."""
+    """The peak of resident memory since the last reset."""
     if _STATUS.exists():
         return _kilobytes(_STATUS, "VmHWM")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -31,13 +31,13 @@ def peak_memory_bytes() -> int:
 
 
 def give_back_memory() -> None:
-    """Return to the system what was freed: glibc keeps some for every thread that ever asked for any."""
+    """Return freed memory to the system: glibc keeps some for every thread that ever allocated any."""
     with contextlib.suppress(AttributeError, OSError):  # other C libraries have no such call
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def available_memory_bytes() -> int:
-    """What this process could still take without anything being swapped out."""
+    """Bytes that this process can still allocate before the system swaps."""
     info = Path("/proc/meminfo")
     if info.exists():
         return _kilobytes(info, "MemAvailable")

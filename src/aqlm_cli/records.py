@@ -1,7 +1,7 @@
-"""What a stage returns at its end: one frozen record, which knows two ways to be shown.
+"""The result of a stage: one frozen record that can be shown in two ways.
 
 `as_json()` is for programs and `table()` for people. No number in a record stands alone: a perplexity carries its data,
-windows and standard error, a speed its spread and the error of what was computed.
+sequences and standard error, a speed its spread and the error of what was computed.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ class Record(abc.ABC):
     """The result of one stage."""
 
     def as_json(self) -> dict[str, Any]:
-        """The fields by name, in types that JSON knows."""
+        """The fields by name, in JSON types."""
         return {field.name: plain(getattr(self, field.name)) for field in dataclasses.fields(self)}
 
     @abc.abstractmethod
     def table(self) -> Table | Group:
-        """The same for a person to read."""
+        """The fields as a table for the console."""
 
 
 @dataclass(frozen=True)
 class PlanReport(Record):
-    """What `quantize` is about to do. Bits are per quantized weight, bytes those of the whole model.
+    """The plan of `quantize`. Bits are per quantized weight, bytes those of the whole model.
 
-    `kernel` is what will multiply by the compressed layers on this machine, None where it is torch; `schemes` are those
-    of the quantized layers by path, `skipped` pairs a path with the reason why it keeps its 16 bits.
+    `kernel` is the backend that will multiply by the quantized layers on this machine, None where it is torch;
+    `schemes` are those of the quantized layers by path, `skipped` pairs a path with the reason why it stays in 16 bits.
     """
 
     model: str
@@ -65,7 +65,7 @@ class PlanReport(Record):
                 ("layers", f"{self.layers}, {self.method} {self.scheme}"),
                 ("bits per weight", both_bits(self.code_bits, self.stored_bits)),
                 ("model size", shrinkage(self.bytes_before, self.bytes_after)),
-                *([("product kernel", self.kernel)] if self.kernel else []),
+                *([("matmul kernel", self.kernel)] if self.kernel else []),
                 *((f"skipped {len(paths)}", f"{some(paths)}: {reason}") for reason, paths in by_reason.items()),
             ],
         )
@@ -73,9 +73,9 @@ class PlanReport(Record):
 
 @dataclass(frozen=True)
 class VerifyReport(Record):
-    """All `files` of the run's artifacts are what their manifests say; `layer` was quantized again to the same codes.
+    """All `files` of the run's artifacts match their manifests; `layer` was quantized again to the same codes.
 
-    `layer` is None where nothing is quantized yet, or was so on another kind of machine.
+    `layer` is None if nothing is quantized yet, or if that was done on another kind of machine.
     """
 
     directory: Path
@@ -85,9 +85,9 @@ class VerifyReport(Record):
     seconds: float
 
     def table(self) -> Table:
-        again = "nothing here to quantize again" if self.layer is None else f"{self.layer}: the same codes"
+        again = "nothing to quantize again" if self.layer is None else f"{self.layer}: the same codes"
         rows = [
-            ("files", f"{self.files} are what their manifests say, {readable_bytes(self.bytes)}"),
+            ("files", f"{self.files} match their manifests, {readable_bytes(self.bytes)}"),
             ("quantized again", again),
             ("time", clock(self.seconds)),
         ]
@@ -96,7 +96,7 @@ class VerifyReport(Record):
 
 @dataclass(frozen=True)
 class Perplexity:
-    """exp(mean negative log likelihood), with the standard error that the spread over the windows gives it."""
+    """exp(mean negative log likelihood), with its standard error over the sequences."""
 
     perplexity: float
     stderr: float
@@ -104,9 +104,9 @@ class Perplexity:
 
 @dataclass(frozen=True)
 class PerplexityReport(Record):
-    """Perplexity of `model` on `data`; `ratio` is to the original's on the same windows, where there is an original.
+    """Perplexity of `model` on `data`; `ratio` is to that of the base model (`original`) on the same sequences, if any.
 
-    `bos`: each window begins with a beginning-of-text token. Figures with and without it do not compare.
+    `bos`: each sequence starts with the BOS token. Do not compare figures with and without it.
     """
 
     model: str
@@ -121,19 +121,19 @@ class PerplexityReport(Record):
     bos: bool = False
 
     def table(self) -> Table:
-        columns = ("model", "data", "windows x tokens", "type", "perplexity", "ratio")
+        columns = ("model", "data", "sequences x tokens", "type", "perplexity", "ratio")
         table = Table(*columns, title="perplexity", title_justify="left")
         ratio = "" if self.ratio is None else f"{self.ratio:.4f}"
         rows = [(self.model, Perplexity(self.perplexity, self.stderr), ratio)]
         if self.original is not None:
             rows.insert(0, ("original", self.original, "1"))
-        for name, found, ratio in rows:
+        for name, result, ratio in rows:
             table.add_row(
                 Text(name),
                 Text(text_name(self.data)),
                 f"{self.windows} x {self.sequence_length}" + (", bos" if self.bos else ""),
                 self.dtype,
-                f"{found.perplexity:.3f} ± {found.stderr:.3f}",
+                f"{result.perplexity:.3f} ± {result.stderr:.3f}",
                 ratio,
             )
         return table
@@ -158,7 +158,7 @@ class GenerationReport(Record):
 
 @dataclass(frozen=True)
 class StageStatus:
-    """`state` in words; of a stage that has begun, `done` of `total` steps, and the seconds left as far as known."""
+    """`state` in words; for a stage that has started, `done` of `total` steps and the seconds left, if known."""
 
     stage: str
     state: str
@@ -170,7 +170,7 @@ class StageStatus:
 
 @dataclass(frozen=True)
 class StatusReport(Record):
-    """Where a run stands; `process` is at work in it, None if nobody is."""
+    """The state of a run; `process` is the one that runs it, None if there is none."""
 
     directory: Path
     model: str
@@ -179,17 +179,17 @@ class StatusReport(Record):
     stages: tuple[StageStatus, ...]
 
     def table(self) -> Table:
-        rows = [("model", f"{self.model}, {self.scheme}"), ("at work", self.process or "nobody")]
-        for one in self.stages:
-            steps = "" if one.total is None else f", {one.done} of {counted(one.total, one.unit or 'step')}"
-            left = "" if one.seconds_left is None else f", {clock(one.seconds_left)} left"
-            rows.append((one.stage, f"{one.state}{steps}{left}"))
+        rows = [("model", f"{self.model}, {self.scheme}"), ("running", self.process or "no")]
+        for stage in self.stages:
+            steps = "" if stage.total is None else f", {stage.done} of {counted(stage.total, stage.unit or 'step')}"
+            left = "" if stage.seconds_left is None else f", {clock(stage.seconds_left)} left"
+            rows.append((stage.stage, f"{stage.state}{steps}{left}"))
         return facts(str(self.directory), rows)
 
 
 @dataclass(frozen=True)
 class BackendReport:
-    """Whether a backend multiplies by matrices of a scheme here; `refusal` is its reason why not."""
+    """A backend and a scheme on this machine; `refusal` is the reason why it cannot multiply by it, or None."""
 
     name: str
     scheme: str
@@ -199,7 +199,7 @@ class BackendReport:
 
 @dataclass(frozen=True)
 class MachineReport(Record):
-    """What this machine has. `versions` of packages that are not installed are None."""
+    """Processor, accelerators and packages of this machine. `versions` of packages that are not installed are None."""
 
     processor: str
     features: tuple[str, ...]

@@ -1,6 +1,6 @@
-"""Randomness by name: what is drawn for a layer depends on the run's seed and the layer's name, on nothing else.
+"""Random generators by name: draws for a layer depend on the run's seed and the layer's name alone.
 
-So neither the order in which layers are worked on, nor their number, nor an interruption changes a result.
+So the order of layers, their number, or an interruption does not change a result.
 """
 
 from __future__ import annotations

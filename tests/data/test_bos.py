@@ -1,4 +1,4 @@
-"""Sequences that begin with a beginning-of-text token, against computations of a few lines."""
+"""Sequences that start with a BOS token, against computations of a few lines."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from aqlm_cli.data.sequences import beginning, calibration_sequences, evaluation_sequences, recut
+from aqlm_cli.data.sequences import calibration_sequences, evaluation_sequences, opening_tokens, recut
 from aqlm_cli.errors import DataError
 from aqlm_cli.runs.artifact import open_artifact
 
@@ -62,22 +62,22 @@ def file(directory: Path, lines: list[str] = LINES) -> str:
 def test_a_window_begins_as_the_tokenizer_begins_a_text(
     template: str, by_itself: tuple[int, ...], asked: tuple[int, ...]
 ) -> None:
-    assert beginning(tokenizer(template), None) == by_itself
-    assert beginning(tokenizer(template), True) == asked
-    assert beginning(tokenizer(template), False) == ()
+    assert opening_tokens(tokenizer(template), None) == by_itself
+    assert opening_tokens(tokenizer(template), True) == asked
+    assert opening_tokens(tokenizer(template), False) == ()
 
 
 def test_a_tokenizer_without_a_beginning_token_begins_with_none() -> None:
-    assert beginning(tokenizer(bos=False), None) == ()
-    with pytest.raises(DataError, match="no beginning-of-text token; choose --no-bos"):
-        beginning(tokenizer(bos=False), True)
+    assert opening_tokens(tokenizer(bos=False), None) == ()
+    with pytest.raises(DataError, match="no BOS token; choose --no-bos"):
+        opening_tokens(tokenizer(bos=False), True)
 
 
-# -------------------------------------------------------------------------------------------------------------- windows
+# -------------------------------------------------------------------------------------------------------------- sequences
 
 
 @pytest.mark.parametrize("opening", [[], [256], [257, 256]])
-def test_windows_to_calibrate_on_are_the_beginning_and_the_next_tokens(tmp_path: Path, opening: list[int]) -> None:
+def test_calibration_sequences_are_the_opening_and_the_next_tokens(tmp_path: Path, opening: list[int]) -> None:
     found = calibration_sequences(file(tmp_path), 20, LENGTH, 3, tokenizer(), opening=opening).ids
     lines = LINES.copy()
     random.Random("3/documents").shuffle(lines)
@@ -87,7 +87,7 @@ def test_windows_to_calibrate_on_are_the_beginning_and_the_next_tokens(tmp_path:
 
 
 @pytest.mark.parametrize("opening", [[], [256], [257, 256]])
-def test_windows_to_evaluate_on_are_the_beginning_and_the_next_tokens(tmp_path: Path, opening: list[int]) -> None:
+def test_evaluation_sequences_are_the_opening_and_the_next_tokens(tmp_path: Path, opening: list[int]) -> None:
     found = evaluation_sequences(file(tmp_path), LENGTH, tokenizer("<bos> $A"), opening=opening)
     text = tokenizer().encode("\n\n".join(LINES), add_special_tokens=False)
     text = text if opening else [256, *text]  # GPTQ's: as the tokenizer begins the whole text
@@ -105,26 +105,26 @@ def test_a_text_that_begins_with_the_token_itself_has_it_once(tmp_path: Path) ->
         assert tokenizer().batch_decode(found) == ["<bos>" + "a" * 40, "<bos>" + "b" * 40]
 
 
-def test_windows_without_room_behind_the_beginning_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="windows of 2 tokens have no room behind the beginning"):
+def test_sequences_without_room_for_text_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="sequences of 2 tokens leave no room for text"):
         evaluation_sequences(file(tmp_path), 2, tokenizer(), opening=[257, 256])
 
 
 @pytest.mark.parametrize("before", [(), (256,)])
 @pytest.mark.parametrize("after", [(), (256,)])
-def test_windows_are_cut_anew_from_the_text_in_them(before: tuple[int, ...], after: tuple[int, ...]) -> None:
+def test_sequences_are_cut_again_from_their_text(before: tuple[int, ...], after: tuple[int, ...]) -> None:
     text = torch.arange(90)
-    windows = torch.cat([torch.tensor(before * 3, dtype=torch.int64).view(3, -1), text.view(3, 30)], 1)
+    sequences = torch.cat([torch.tensor(before * 3, dtype=torch.int64).view(3, -1), text.view(3, 30)], 1)
     for length in (7, 30 + len(before)):
         step = length - len(after)
         expected = [[*after, *text[start : start + step].tolist()] for start in range(0, 90 - step + 1, step)]
-        assert recut(windows, length, before, after).tolist() == expected
+        assert recut(sequences, length, before, after).tolist() == expected
 
 
 # ----------------------------------------------------------------------------------------------------------- perplexity
 
 
-def windows_by_hand(directory: Path, text: str, opening: list[int]) -> Tensor:
+def sequences_by_hand(directory: Path, text: str, opening: list[int]) -> Tensor:
     ids = AutoTokenizer.from_pretrained(directory).encode(text, add_special_tokens=False)
     step = LENGTH - len(opening)
     return torch.tensor([[*opening, *ids[start : start + step]] for start in range(0, 4 * step, step)])
@@ -142,7 +142,7 @@ def test_every_token_of_the_text_is_scored_behind_the_beginning(
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout)
     network: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-    ids = windows_by_hand(directory, "\n".join(LINES), opening)
+    ids = sequences_by_hand(directory, "\n".join(LINES), opening)
     with torch.no_grad():
         chances = network(ids).logits.log_softmax(2)[:, :-1].gather(2, ids[:, 1:, None])[..., 0]
     assert report["perplexity"] == pytest.approx(math.exp(-chances[:, len(opening) - 1 :].mean()), rel=1e-5)
@@ -213,14 +213,14 @@ def test_the_run_file_has_the_setting_of_each_stage(run_file: Path) -> None:
 def test_a_switch_that_the_tokenizer_cannot_follow_is_one_line(command: str, run_file: Path) -> None:
     tokenizer(bos=False).save_pretrained("tiny")
     line = refused(command, "--config", "run.yaml", "--out", "run", "--bos")
-    assert "has no beginning-of-text token; choose --no-bos, or `bos: false`" in line
-    assert "has no beginning" in refused("eval-ppl", "tiny", "--data", "notes.txt", "--sequence-length", "32", "--bos")
+    assert "has no BOS token; choose --no-bos, or `bos: false`" in line
+    assert "has no BOS token" in refused("eval-ppl", "tiny", "--data", "notes.txt", "--sequence-length", "32", "--bos")
 
 
 FINETUNE = ("--steps", "1", "--sequence-length", "16")
 
 
-def test_finetuning_learns_from_windows_that_begin_as_those_of_calibration(tmp_path: Path, with_bos: Path) -> None:
+def test_finetuning_sequences_have_the_opening_of_calibration(tmp_path: Path, with_bos: Path) -> None:
     section = "finetune: {batch: 2, micro_batch: 2, held_out: 2, save_every: 1}\n"
     Path("run.yaml").write_text(Path("run.yaml").read_text() + section)
     assert run("quantize", "--config", "run.yaml", "--out", "run").exit_code == 0
@@ -247,7 +247,7 @@ def test_a_tokenizer_without_an_end_token_works_from_calibration_to_perplexity(t
     (tmp_path / "run.yaml").write_text((tmp_path / "run.yaml").read_text().replace("tiny", str(tmp_path / "tiny")))
     made = run("calibrate", "--config", str(tmp_path / "run.yaml"), "--out", str(tmp_path / "run"))
     assert made.exit_code == 0, made.output
-    between = "its beginning token" if bos else "nothing"
-    assert f"no end-of-text token; {between} stands between documents" in made.output
+    between = "its BOS token" if bos else "nothing"
+    assert f"no end-of-text token; {between} separates documents" in made.output
     command = ["eval-ppl", str(tmp_path / "tiny"), "--data", str(tmp_path / "notes.txt"), "--sequence-length", "32"]
     assert run(*command).exit_code == 0

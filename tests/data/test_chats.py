@@ -17,7 +17,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from aqlm_cli.data.chats import Chat, chat_ids, chat_of
-from aqlm_cli.data.sequences import beginning, calibration_sequences, evaluation_sequences
+from aqlm_cli.data.sequences import calibration_sequences, evaluation_sequences, opening_tokens
 from aqlm_cli.errors import DataError
 from aqlm_cli.models import load_tokenizer, resolve
 
@@ -124,7 +124,11 @@ def test_a_message_that_no_template_can_read_is_named(message: Any, reason: str)
 @pytest.mark.parametrize(
     ("template", "messages", "reason"),
     [
-        (None, MESSAGES, "no chat template; put a chat_template.jinja beside the model, or give the chats as strings"),
+        (
+            None,
+            MESSAGES,
+            "no chat template; add a chat_template.jinja to the model's directory, or give the chats as strings",
+        ),
         ("{{ raise_exception('roles must alternate') }}", MESSAGES, "refuses these messages: roles must alternate"),
         ("{{ messages[9].content }}", MESSAGES, "refuses these messages"),
         ("{% for", MESSAGES, "refuses these messages"),
@@ -142,7 +146,7 @@ def test_what_the_template_refuses_is_one_line_that_names_the_record(
     assert str(error.value).startswith("a.jsonl: record 7") and "\n" not in str(error.value)
 
 
-# -------------------------------------------------------------------------------------------------------------- windows
+# -------------------------------------------------------------------------------------------------------------- sequences
 
 
 def chats(path: Path, count: int = 30) -> tuple[str, list[list[dict[str, str]]]]:
@@ -154,10 +158,10 @@ def chats(path: Path, count: int = 30) -> tuple[str, list[list[dict[str, str]]]]
 
 @pytest.mark.parametrize("opened", [False, True])
 @pytest.mark.parametrize("template", [CHATML, LLAMA])
-def test_windows_to_evaluate_on_are_the_chats_one_after_the_other(tmp_path: Path, template: str, opened: bool) -> None:
+def test_evaluation_sequences_are_the_chats_in_order(tmp_path: Path, template: str, opened: bool) -> None:
     name, records = chats(tmp_path / "chat.jsonl")
     own = tokenizer(template)
-    opening = beginning(own, None) if opened else ()
+    opening = opening_tokens(own, None) if opened else ()
     found = evaluation_sequences(name, 16, own, opening=opening)
     text = [id for one in records for id in own.apply_chat_template(one, tokenize=True, return_dict=False)]
     expected = []
@@ -188,7 +192,7 @@ def test_a_template_that_begins_as_the_documents_are_joined_begins_once(tmp_path
     name, _ = chats(tmp_path / "chat.jsonl")
     own = tokenizer("{{ bos_token }}{% for message in messages %}{{ message.content }}{% endfor %}")
     own.eos_token = None
-    found = own.decode(calibration_sequences(name, 1, 60, 0, own, opening=beginning(own, True)).ids[0])
+    found = own.decode(calibration_sequences(name, 1, 60, 0, own, opening=opening_tokens(own, True)).ids[0])
     assert found.startswith("<bos>q") and "<bos><bos>" not in found and found.count("<bos>") > 5
 
 
@@ -216,7 +220,7 @@ def test_a_model_without_a_chat_template_is_one_line_that_says_what_to_do(run_fi
     name, _ = chats(Path("chat.jsonl"))
     Path("tiny/chat_template.jinja").unlink()
     line = refused("calibrate", "--config", "run.yaml", "--data", f"{name}:4", "--out", "run")
-    assert "chat.jsonl: record " in line and "the model's tokenizer has no chat template; put a" in line
+    assert "chat.jsonl: record " in line and "the model's tokenizer has no chat template; add a" in line
     assert "no chat template" in refused("eval-ppl", "tiny", "--data", name, "--sequence-length", "64")
 
 

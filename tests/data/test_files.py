@@ -195,7 +195,7 @@ def test_a_directory_of_parquet_files_is_read_as_one(tmp_path: Path) -> None:
     ("name", "content", "reason"),
     [
         ("a.txt.gz", b"\xff\xfe\xff", "cannot read .* as .txt.gz"),
-        ("a.jsonl", b'{"text": "a"}\n{"text"', "neither one JSON record a line nor a JSON list"),
+        ("a.jsonl", b'{"text": "a"}\n{"text"', "neither one JSON record per line nor a JSON list"),
         ("a.jsonl", b'{"text": "a"}\n' * 500 + b"{bad", "in double quotes at character 2 \\(line 501 of 501\\)"),
         ("a.json", b'[{"text": "a"},\n{bad}]', "in double quotes at character 18; correct it"),
         ("a.txt", b"abc\xff", "a.txt is not UTF-8 at byte 3; save it as UTF-8"),

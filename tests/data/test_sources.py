@@ -63,16 +63,16 @@ def test_a_count_follows_the_last_colon() -> None:
 
 
 @pytest.mark.parametrize("spec", ["", "c4,", "c4:0", ":5"])
-def test_a_source_without_name_or_windows_is_refused(spec: str) -> None:
-    with pytest.raises(DataError, match="SOURCE:WINDOWS"):
+def test_a_source_without_name_or_sequences_is_refused(spec: str) -> None:
+    with pytest.raises(DataError, match="SOURCE:SEQUENCES"):
         parse_sources(spec)
 
 
 def test_calibration_joins_shuffled_documents_by_end_of_text_and_cuts_without_a_gap(tmp_path: Path) -> None:
     path = json_lines(tmp_path / "letters.jsonl", DOCUMENTS)
-    windows = calibration_sequences(path, 20, 10, 0, Letters())
-    assert windows.ids.shape == (20, 10) and windows.ids.dtype == torch.int64
-    found = spell(windows.ids).removesuffix("|").split("|")
+    cut = calibration_sequences(path, 20, 10, 0, Letters())
+    assert cut.ids.shape == (20, 10) and cut.ids.dtype == torch.int64
+    found = spell(cut.ids).removesuffix("|").split("|")
     assert len(set(found)) == 25 and set(found) <= set(DOCUMENTS), "every document whole, and once"
     assert found != sorted(found), "in the order of the file: not shuffled"
 
@@ -90,12 +90,12 @@ def test_the_seed_alone_decides_the_order(tmp_path: Path) -> None:
     assert not torch.equal(first, drawn(1))
 
 
-def test_each_source_gives_its_own_windows_in_the_order_of_the_spec(tmp_path: Path) -> None:
+def test_each_source_gives_its_sequences_in_the_order_of_the_spec(tmp_path: Path) -> None:
     small = json_lines(tmp_path / "small.jsonl", ["a" * 50])
     large = json_lines(tmp_path / "large.jsonl", ["b" * 50])
-    windows = calibration_sequences(f"{large}:2,{small}:1", None, 10, 0, Letters())
-    assert spell(windows.ids) == "b" * 20 + "a" * 10
-    assert windows.sources == (large, large, small)
+    cut = calibration_sequences(f"{large}:2,{small}:1", None, 10, 0, Letters())
+    assert spell(cut.ids) == "b" * 20 + "a" * 10
+    assert cut.sources == (large, large, small)
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,11 @@ def test_sources_without_a_count_share_what_is_left(
 
 @pytest.mark.parametrize(
     ("spec", "sequences", "reason"),
-    [("c4:2,builtin:3", 6, "5 windows, but 6"), ("c4:2,builtin", None, "only some"), ("c4:2,builtin", 2, "too few")],
+    [
+        ("c4:2,builtin:3", 6, "5 sequences, but --sequences is 6"),
+        ("c4:2,builtin", None, "only some"),
+        ("c4:2,builtin", 2, "too few"),
+    ],
 )
 def test_counts_that_do_not_fit_the_total_are_refused_before_any_text_is_read(
     spec: str, sequences: int | None, reason: str
@@ -122,9 +126,9 @@ def test_counts_that_do_not_fit_the_total_are_refused_before_any_text_is_read(
         calibration_sequences(spec, sequences, 10, 0, Letters())
 
 
-def test_too_few_tokens_are_an_error_that_says_how_many_windows_there_are(tmp_path: Path) -> None:
+def test_too_few_tokens_are_an_error_with_the_number_of_sequences(tmp_path: Path) -> None:
     path = json_lines(tmp_path / "letters.jsonl", DOCUMENTS)
-    with pytest.raises(DataError, match="asked 96 windows of 10 tokens, found 20; lower --sequences"):
+    with pytest.raises(DataError, match="has 20 sequences of 10 tokens, 96 are needed; lower --sequences"):
         calibration_sequences(path, 96, 10, 0, Letters())
 
 
@@ -144,7 +148,7 @@ def test_text_shorter_than_one_window_to_evaluate_on_is_an_error(tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    ("tokenizer", "between", "told"), [(WithoutEnd(), "<", "its beginning token"), (WithoutMarks(), "", "nothing")]
+    ("tokenizer", "between", "told"), [(WithoutEnd(), "<", "its BOS token"), (WithoutMarks(), "", "nothing")]
 )
 def test_without_an_end_of_text_token_documents_are_joined_by_the_beginning_token_or_nothing(
     tmp_path: Path, tokenizer: Letters, between: str, told: str
@@ -152,7 +156,7 @@ def test_without_an_end_of_text_token_documents_are_joined_by_the_beginning_toke
     path, events = json_lines(tmp_path / "letters.jsonl", ["aaa", "aaa", "aaa"]), list[Event]()
     found = calibration_sequences(path, 1, 9, 0, tokenizer, emit=events.append)
     assert spell(found.ids) == between.join(["aaa"] * 3)[:9]
-    assert events == [Noted(f"the model's tokenizer has no end-of-text token; {told} stands between documents")]
+    assert events == [Noted(f"the model's tokenizer has no end-of-text token; {told} separates documents")]
 
 
 # --------------------------------------------------------------------------------------------------------- evaluation

@@ -94,7 +94,7 @@ def test_parts_that_do_not_belong_together_are_refused(tmp_path: Path, find: Any
 def test_a_damaged_part_is_named(tmp_path: Path, find: Any) -> None:
     paths = write_split(save_halved(tmp_path / "original"), tmp_path, count=3)
     data = paths[2].read_bytes()
-    for damaged, words in [(data[:300], "is no whole GGUF file"), (data[:-5000], r"needs \d+ bytes, and there are")]:
+    for damaged, words in [(data[:300], "not a complete GGUF file"), (data[:-5000], r"needs \d+ bytes, the file has")]:
         paths[2].write_bytes(damaged)
         with pytest.raises(ModelError, match=rf"tiny-00003-of-00003\.gguf cannot be converted: .*{words}"):
             find(paths[0])

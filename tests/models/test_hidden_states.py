@@ -72,7 +72,7 @@ def test_states_cut_short_behind_our_back_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "hidden.activations"
     states = Activations.create(path, (2, 4))
     os.truncate(path, 20)
-    with pytest.raises(ArtifactError, match="cut short"):
+    with pytest.raises(ArtifactError, match="truncated"):
         states[torch.arange(2)]
 
 

@@ -404,7 +404,7 @@ def test_a_gguf_cut_before_a_tensor_is_refused(tmp_path: Path, find: Any) -> Non
     original = tiny_models.save("llama", tmp_path / "original", vocab_size=259)
     write_gguf(original, tmp_path / "a.gguf", gguf.GGMLQuantizationType.F16)
     data = (tmp_path / "a.gguf").read_bytes()
-    for share, words in [(0.3, "a tensor beyond its end"), (0.999, "cannot be converted")]:
+    for share, words in [(0.3, "a tensor beyond the end of the file"), (0.999, "cannot be converted")]:
         (tmp_path / "a.gguf").write_bytes(data[: int(share * len(data))])
         with pytest.raises(ModelError, match=words):
             find(tmp_path / "a.gguf")

@@ -67,7 +67,7 @@ def test_with_a_cache_come_the_tokens_that_the_whole_text_calls_for(
     family: str, opening: list[int], opened: Callable[..., Sampling], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Longer than a sliding window. The reference reads the text from its beginning for every token."""
-    monkeypatch.setattr(module, "ROOM", 8)  # which is enlarged several times
+    monkeypatch.setattr(module, "CAPACITY_STEP", 8)  # which is enlarged several times
     drawn, sampling, given = chances(3, 2 * tiny_models.WINDOW), opened(family), len(opening)
     found = write(sampling, drawn, opening)
     assert found.shape == drawn.shape
@@ -124,7 +124,7 @@ def test_the_least_and_the_greatest_chance_draw_no_token_that_is_impossible() ->
 
 def test_texts_begin_with_any_token_but_special_ones(opened: Callable[..., Sampling]) -> None:
     sampling = opened()
-    assert torch.equal(sampling.beginnings, torch.arange(256))
+    assert torch.equal(sampling.first_tokens, torch.arange(256))
     counts = torch.bincount(write(sampling, chances(256 * 100, 1))[:, 0], minlength=256)
     assert len(counts) == 256 and bool(((counts - 100).abs() < 50).all()), "five standard deviations"
 

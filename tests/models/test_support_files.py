@@ -207,7 +207,7 @@ def test_what_is_fetched_of_a_template_is_read_by_the_tokenizer(tmp_path: Path, 
         *("chat_template.jinja", "additional_chat_templates/rag.jinja", "code.py"),
     ],
 )
-@pytest.mark.parametrize(("kind", "words"), [("link", "a link to nothing"), ("directory", "a directory")])
+@pytest.mark.parametrize(("kind", "words"), [("link", "a dangling link"), ("directory", "a directory")])
 def test_a_name_that_leads_to_no_file_is_refused_by_every_command(
     kind: str, words: str, name: str, tmp_path: Path, find: Any
 ) -> None:
@@ -231,7 +231,7 @@ def test_folders_and_links_beside_a_model_change_nothing(tmp_path: Path, find: A
 def test_a_tokenizer_behind_a_link_to_nothing_is_refused(tmp_path: Path, find: Any) -> None:
     directory = tiny_models.save("llama", tmp_path / "model")
     (directory / "qwen.tiktoken").symlink_to(tmp_path / "gone")
-    with pytest.raises(ModelError, match=r"qwen\.tiktoken is a link to nothing"):
+    with pytest.raises(ModelError, match=r"qwen\.tiktoken is a dangling link"):
         find(directory)
 
 
@@ -242,13 +242,13 @@ def test_a_tokenizer_behind_a_link_to_nothing_is_refused(tmp_path: Path, find: A
 def test_settings_for_generation_that_are_none_are_told_in_the_plan(content: str, tmp_path: Path) -> None:
     path = tiny_models.save("llama", tmp_path / "model") / "generation_config.json"
     path.write_text(content)
-    line = f"error: {path} holds no settings of a model; fetch the model again\n"
+    line = f"error: {path} is not a JSON object; fetch the model again\n"
     assert commands.refused("plan", str(tmp_path / "model")) == line
 
 
 @pytest.mark.parametrize("name", ["tokenizer_config.json", "tokenizer.json"])
 @pytest.mark.parametrize(
-    ("content", "words"), [("[]", "holds no settings of a model"), ("{", "cannot be read .Expecting property name")]
+    ("content", "words"), [("[]", "is not a JSON object"), ("{", "cannot be read .Expecting property name")]
 )
 def test_the_file_of_a_tokenizer_that_is_damaged_is_named(
     content: str, words: str, name: str, tmp_path: Path, find: Any

@@ -42,7 +42,7 @@ def test_a_family_that_looks_for_the_weight_of_a_coded_layer_is_refused_before_a
     name, settings = LOOKING[family]
     directory = tiny_models.save(family, tmp_path / "model", **settings)
     wanted = (
-        rf"looks for the weight of .*\.0\..*{name} in a network of the family {family}.*--skip '\.\*\\.{name}'.*dense"
+        rf"accesses the weight of .*\.0\..*{name} in a network of the family {family}.*--skip '\.\*\\.{name}'.*dense"
     )
     with pytest.raises(PlanError, match=wanted):
         planned(directory, "transformers")
@@ -129,7 +129,7 @@ def test_a_packed_checkpoint_agrees_with_itself_until_it_is_changed(tmp_path: Pa
     original = load_file(Path(run.config.model) / "model.safetensors")
     weights = {f"{path}.weight": original[f"{path}.weight"].half() for path in coded}
     save_file({**load_file(place / "model.safetensors"), **weights}, place / "model.safetensors", {"format": "pt"})
-    assert with_list([*listed, *coded]) == "transformers computes something else with it than aqlm"
+    assert with_list([*listed, *coded]) == "transformers computes other logits with it than aqlm"
 
 
 def test_what_does_not_load_is_not_published_and_what_was_there_stays(tmp_path: Path, monkeypatch: Any) -> None:

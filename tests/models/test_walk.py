@@ -16,7 +16,7 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from aqlm_cli.errors import ModelError
 from aqlm_cli.models.blocks import find_blocks
-from aqlm_cli.models.walk_check import open_walk, unlike_sequences
+from aqlm_cli.models.walk_check import distinct_sequences, open_walk
 
 
 def load(family: str, directory: Path) -> nn.Module:
@@ -213,7 +213,7 @@ class LeavesOneOut(Toy):
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [
-        (HeadOfAllBlocks, "its logits are not those of the model"),
+        (HeadOfAllBlocks, "the logits differ from those of the model"),
         (StateOfItsOwn, "block 2 would be given another mask than"),
         (LeavesOneOut, "leaves blocks out"),
     ],
@@ -258,6 +258,6 @@ def test_products_are_in_float32_where_a_block_computes_with_nothing_else(kind: 
 @pytest.mark.parametrize("text", [[5] * 8 + [6], list(range(9)), [1, 2] * 40, [3, 3, 4]])
 @pytest.mark.parametrize("windows", [3, 5])
 def test_the_windows_compared_are_unlike_and_of_the_text(text: list[int], windows: int) -> None:
-    rows = unlike_sequences(torch.tensor([text]), windows)
+    rows = distinct_sequences(torch.tensor([text]), windows)
     assert rows.shape == (windows, min(len(text), 24)) and {*rows.flatten().tolist()} <= {*text}
     assert len({tuple(row) for row in rows.tolist()}) == windows

@@ -1,9 +1,9 @@
 """Documents from a local file: plain text, JSON lines or a JSON list, parquet; all but the last also compressed.
 
-Plain text is one document. Of the others each record is one: a string under the key or column `text`, which is the
-shape of the public shards of C4, Wikipedia and WikiText, or a list of messages under any of `KEYS`. The first of them
-that is not null counts. A record in which all are null or missing, which parquet cannot tell apart, is an empty
-document. What is neither string nor messages is refused, never converted.
+Plain text is one document. In the other formats each record is one: a string under the key or column `text`, as in the
+public shards of C4, Wikipedia and WikiText, or a list of messages under any of `KEYS`. The first of them that is not
+null counts. A record in which all are null or missing, which parquet cannot distinguish, is an empty document. Other
+types of values are refused, never converted.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ FILE_KINDS = f".txt, .json, .jsonl, each also with {', '.join(COMPRESSIONS)}, or
 def read_texts(path: Path, emit: Emit = silent) -> list[Document]:
     """All documents in the order of the file, empty ones included; DataError if it cannot be read.
 
-    Tells of chats, and of records without text.
+    Emits a note for chats, and for records without text.
     """
     unpack = COMPRESSIONS.get(path.suffix)
     kind = path.suffix if unpack is None else Path(path.stem).suffix
@@ -59,19 +59,19 @@ def read_texts(path: Path, emit: Emit = silent) -> list[Document]:
         text = _decoded(path, kind, unpack)
         documents = [text] if kind == ".txt" else _from_json(path, text)
     else:
-        raise DataError(f"{path} is no file of text that can be read; its name must end in {FILE_KINDS}")
+        raise DataError(f"{path} is not a supported text file; its name must end in {FILE_KINDS}")
     missing, chats = documents.count(None), sum(isinstance(document, Chat) for document in documents)
     if missing:
-        emit(Noted(f"{path}: {missing} of {len(documents)} records have no text, the key is null or missing"))
+        emit(Noted(f"{path}: {missing} of {len(documents)} records have no text: the key is null or missing"))
     if chats:
-        emit(Noted(f"{path}: {chats} chats, which go through the tokenizer's chat template"))
+        emit(Noted(f"{path}: {chats} chats, formatted with the tokenizer's chat template"))
     return ["" if document is None else document for document in documents]
 
 
 def _decoded(path: Path, kind: str, unpack: Callable[[bytes], bytes] | None) -> str:
     try:
         content = path.read_bytes()
-        # Some tools of Windows begin a file with a mark of its byte order.
+        # Some tools on Windows start a file with a byte order mark.
         return (content if unpack is None else unpack(content)).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 at byte {error.start}; save it as UTF-8") from error
@@ -81,7 +81,7 @@ def _decoded(path: Path, kind: str, unpack: Callable[[bytes], bytes] | None) -> 
 
 
 def _from_json(path: Path, content: str) -> list[Document | None]:
-    """One list of records, or one record a line; a line ends at a newline only, as texts hold U+2028 and the like."""
+    """One list of records, or one record per line; only a newline ends a line, because texts hold U+2028."""
     records: list[Any] = []
     whole = content.lstrip().startswith("[")
     lines = [content] if whole else content.split("\n")
@@ -101,7 +101,7 @@ def _no_json(path: Path, number: int, lines: int, error: Exception) -> str:
     place = f" (line {number} of {lines})" if lines > 1 else ""
     column = f" at character {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else ""
     reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
-    return f"{path} is neither one JSON record a line nor a JSON list: {reason}{column}{place}; correct it or remove it"
+    return f"{path} is neither one JSON record per line nor a JSON list: {reason}{column}{place}; correct or remove it"
 
 
 def _from_record(place: str, record: Any) -> Document | None:
@@ -111,7 +111,7 @@ def _from_record(place: str, record: Any) -> Document | None:
 
 
 def _document(place: str, key: str, value: Any) -> Document:
-    """Of a value that is not null; a chat without messages is an empty document."""
+    """The document of a value that is not null; a chat without messages is an empty document."""
     if key == "text" and isinstance(value, str):
         refuse_half_characters(place, value)
         return value
@@ -122,8 +122,8 @@ def _document(place: str, key: str, value: Any) -> Document:
 
 
 def _no_key(kind: str, names: Sequence[str] | Mapping[str, Any]) -> str:
-    found = shortened(", ".join(names), 300) or "none"
-    return f"a {kind} `text`, `messages` or `conversations`, there are: {found}; rename the one that holds the text"
+    existing = shortened(", ".join(names), 300) or "none"
+    return f"a {kind} `text`, `messages` or `conversations`, only: {existing}; rename the one that holds the text"
 
 
 # ------------------------------------------------------------------------------------------------------------- parquet
@@ -138,7 +138,7 @@ def _from_parquet(path: Path) -> list[Document | None]:
         file = pyarrow.parquet.ParquetDataset(path)
         columns = [key for key in KEYS if key in file.schema.names]
         if not columns:
-            raise DataError(f"{path} has not {_no_key('column', file.schema.names)}")
+            raise DataError(f"{path} does not have {_no_key('column', file.schema.names)}")
         for key in columns:
             if file.schema.names.count(key) > 1:
                 raise DataError(f"{path} has {file.schema.names.count(key)} columns `{key}`; rename all but one")
@@ -156,7 +156,7 @@ def _from_parquet(path: Path) -> list[Document | None]:
 
 
 def _refuse_column(path: Path, field: pyarrow.Field) -> None:
-    """DataError for a column that holds neither strings nor lists of records, in any of arrow's layouts."""
+    """Raise DataError for a column that holds neither strings nor lists of records, in any of arrow's layouts."""
     from pyarrow import types
 
     kind = field.type
@@ -164,17 +164,17 @@ def _refuse_column(path: Path, field: pyarrow.Field) -> None:
         return
     value = kind.value_type if types.is_dictionary(kind) else kind
     strings = (types.is_string, types.is_large_string, types.is_string_view)
-    if field.name == "text" and any(known(value) for known in strings):
+    if field.name == "text" and any(is_string(value) for is_string in strings):
         return
     lists = (types.is_list, types.is_large_list, types.is_fixed_size_list, types.is_list_view, types.is_large_list_view)
-    if any(known(kind) for known in lists) and (types.is_struct(kind.value_type) or types.is_null(kind.value_type)):
+    if any(is_list(kind) for is_list in lists) and (types.is_struct(kind.value_type) or types.is_null(kind.value_type)):
         return
     wanted = "strings or lists of messages" if field.name == "text" else "lists of messages"
     raise DataError(f"{path}: column `{field.name}` is of type {kind}; it must hold {wanted}, convert it")
 
 
 def _without_nulls(value: Any) -> Any:
-    """Structs without their keys that are null: every struct of a column has the keys of all of them."""
+    """Structs without null keys: in parquet every struct of a column has the keys of all of them."""
     if isinstance(value, list):
         return [_without_nulls(entry) for entry in value]
     if isinstance(value, dict):

@@ -1,7 +1,7 @@
 """Text: the documents of a source. The only file that imports `datasets`.
 
 A source is `builtin` (reference text inside Python's standard library), a data set of the hub by its usual short name,
-or a local file. What is cut from them is in windows.py.
+or a local file. sequences.py cuts them into sequences.
 """
 
 from __future__ import annotations
@@ -39,16 +39,16 @@ def documents(name: str, split: Split, characters: int | None = None, emit: Emit
     elif Path(name).exists():
         texts = read_texts(Path(name), emit)
     else:
-        raise DataError(f"there is no text source {name!r}; choose {', '.join(HUB)}, builtin, or a file")
+        raise DataError(f"unknown text source {name!r}; choose {', '.join(HUB)}, builtin, or a file that exists")
     if not any(isinstance(text, Chat) or text.strip() for text in texts):
         raise DataError(f"{name} has no text; choose another source")
     return list(texts)
 
 
 def builtin_texts(split: Split) -> list[str]:
-    """The language reference that `help()` shows, a document a topic; those after 4/5 of all characters evaluate.
+    """Python's language reference as in `help()`, one document per topic; those after 4/5 of all characters evaluate.
 
-    Not covered: the topics repeat each other in places, some 4 % of the evaluation text stands in the rest, too.
+    Not covered: the topics repeat each other in places; some 4 % of the evaluation text is in the rest, too.
     """
     from pydoc_data.topics import topics
 
@@ -67,14 +67,14 @@ def builtin_texts(split: Split) -> list[str]:
 
 @dataclass(frozen=True)
 class HubFiles:
-    """Arguments of `datasets.load_dataset`, and the share of the characters that comes from there."""
+    """Arguments of `datasets.load_dataset`, and the share of the characters that it contributes."""
 
     arguments: Mapping[str, Any]
     share: float = 1.0
 
 
 def _redpajama(part: str, billions: float) -> HubFiles:
-    """One file of the sample, weighed by the tokens of its part in the full data set, 1,210 billion (from its card)."""
+    """One file of the sample, weighted by the tokens of its part in the full set, 1,210 billion (from its card)."""
     # Read as plain JSON: the repository's own loading script is refused by datasets >= 4.
     url = f"hf://datasets/togethercomputer/RedPajama-Data-1T-Sample/{part}_sample.jsonl"
     return HubFiles({"path": "json", "data_files": url, "split": "train", "streaming": True}, billions / 1210)
@@ -96,7 +96,7 @@ HUB: Mapping[str, Mapping[Split, tuple[HubFiles, ...]]] = {
         "evaluation": (HubFiles({"path": "allenai/c4", "data_files": _C4_VALIDATION, "split": "train"}),),
     },
     "redpajama": {
-        # The card gives the five crawls as one; they are taken as equal.
+        # The card lists the five crawls as one; they get equal shares.
         "calibration": (
             *(_redpajama(f"cc_{crawl}", 878 / 5) for crawl in ("2019-30", "2020-05", "2021-04", "2022-05", "2023-06")),
             _redpajama("c4", 175),
@@ -112,7 +112,7 @@ HUB: Mapping[str, Mapping[Split, tuple[HubFiles, ...]]] = {
 
 def _from_hub(name: str, split: Split, characters: int | None) -> list[str]:
     if split not in HUB[name]:
-        raise DataError(f"{name} has no part kept for {split}; choose another source, such as wikitext2 or builtin")
+        raise DataError(f"{name} has no {split} split; choose another source, such as wikitext2 or builtin")
     import datasets
 
     if not (datasets.config.HF_HUB_OFFLINE or _answers(datasets.config.HF_ENDPOINT)):
@@ -124,35 +124,35 @@ def _from_hub(name: str, split: Split, characters: int | None) -> list[str]:
     for files in HUB[name][split]:
         try:
             rows = datasets.load_dataset(**files.arguments)
-            room = characters if files.arguments.get("streaming") else None
-            texts += _take((_text_of(name, row) for row in rows), None if room is None else int(room * files.share))
+            limit = characters if files.arguments.get("streaming") else None
+            texts += _take((_text_of(name, row) for row in rows), None if limit is None else int(limit * files.share))
         except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
             reason = " ".join(str(error).split())
-            raise DataError(f"{name} could not be read: {reason}; or choose {NO_CONNECTION_NEEDED}") from error
+            raise DataError(f"{name} could not be read: {reason}; fix it or choose {NO_CONNECTION_NEEDED}") from error
     return texts
 
 
 def _text_of(name: str, row: Mapping[str, Any]) -> str:
-    """A row's text, which is empty where there is none."""
+    """The text of a row; empty if it has none."""
     text = row.get("text")
     if not isinstance(text, str | None):
-        raise DataError(f"{name} has {kind_of(text)} as a `text`; choose {NO_CONNECTION_NEEDED}")
+        raise DataError(f"{name} has {kind_of(text)} as `text`; choose {NO_CONNECTION_NEEDED}")
     return text or ""
 
 
 def _answers(url: str) -> bool:
-    """Asked first, and once, since `datasets` retries for half a minute where there is no connection."""
+    """True if the server responds. Checked first, since `datasets` retries for half a minute without a connection."""
     try:
         with urllib.request.urlopen(url, timeout=10):
             return True
-    except urllib.error.HTTPError:  # an answer, if not a friendly one
+    except urllib.error.HTTPError:  # a response, even if an error
         return True
     except OSError:
         return False
 
 
 def _take(texts: Iterable[str], characters: int | None) -> Iterator[str]:
-    """Texts until their lengths add up to `characters`, the last one cut: one book must not outweigh all else."""
+    """Texts until their lengths add up to `characters`, the last one truncated: one book must not dominate."""
     for text in texts:
         yield text if characters is None else text[:characters]
         if characters is not None:

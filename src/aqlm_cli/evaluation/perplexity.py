@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from aqlm_cli import models
-from aqlm_cli.data.sequences import beginning, evaluation_sequences
+from aqlm_cli.data.sequences import evaluation_sequences, opening_tokens
 from aqlm_cli.errors import DataError, ModelError
 from aqlm_cli.events import Advanced, Emit, Noted, StageStarted
 from aqlm_cli.formatting import text_name
@@ -108,7 +108,7 @@ def _windows(
     """Token ids `[windows, length]`, and how many at the beginning of each are no text."""
     models.refuse_longer_than_stated(source, sequence_length, "--sequence-length")
     tokenizer = models.load_tokenizer(source)
-    opening = beginning(tokenizer, bos)
+    opening = opening_tokens(tokenizer, bos)
     if opening and bos is None:
         emit(Noted("every window begins as the tokenizer begins a text; published figures mostly need --no-bos"))
     ids = evaluation_sequences(text, sequence_length, tokenizer, opening=opening, emit=emit)[:windows]

@@ -35,7 +35,7 @@ from aqlm_cli.models import (
     ModelSource,
     Subject,
     decoding_of,
-    is_coded,
+    is_quantized,
     load_network,
     load_tokenizer,
     refuse_longer_than_stated,
@@ -198,7 +198,7 @@ def _candidates(subject: Subject, ids: Tensor, settings: BenchConfig) -> list[Ca
     original, source = subject.original(), subject.source
     if original is not None:
         return [*_originals(original, ids, settings.prompt), _packed(source, ids, settings)]
-    if is_coded(source):
+    if is_quantized(source):
         return [_packed(source, ids, settings)]
     if settings.backend is not None or settings.head != "exact":
         raise KernelError(f"{source.name} has no packed layers; leave --backend and --head out")

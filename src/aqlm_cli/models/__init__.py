@@ -1,7 +1,7 @@
-"""Models of transformers: the only package here that imports it.
+"""Models, loaded with transformers. No other package imports it.
 
-`resolve` makes a local Hugging Face directory of whatever name the user typed; everything else reads that directory.
-`load_network` gives an ordinary `nn.Module`, frozen and in evaluation mode, of an original or of a packed model alike.
+`resolve` turns the name that the user typed into a local Hugging Face directory; everything else reads that directory.
+`load_network` returns an ordinary `nn.Module`, frozen and in evaluation mode, of a base model or of a packed one.
 """
 
 from aqlm_cli.models.aqlm_checkpoint import plan_of_checkpoint
@@ -21,7 +21,7 @@ from aqlm_cli.models.loading import (
 )
 from aqlm_cli.models.names import Placement, names_of_codes, placements, stored_parameters
 from aqlm_cli.models.positions import refuse_longer_than_stated, refuse_too_long
-from aqlm_cli.models.quantization import is_coded
+from aqlm_cli.models.quantization import is_quantized
 from aqlm_cli.models.resolve import (
     ResolvedModel,
     Subject,
@@ -51,7 +51,7 @@ __all__ = [
     "end_tokens",
     "find_subject",
     "halves_of",
-    "is_coded",
+    "is_quantized",
     "load_config",
     "load_network",
     "load_outside",

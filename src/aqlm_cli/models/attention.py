@@ -1,9 +1,12 @@
-"""Causal attention for training on a CPU: three products of bfloat16 and a softmax for each block of queries.
+"""Causal attention for training on a CPU: three bfloat16 matmuls and a softmax for each block of queries.
 
-torch's flash attention works in float32 between its products there; for heads of 64 and windows of 512 this takes 0.7
-of its time, forward and backward. Scores are rounded to bfloat16, as everything else between two products is.
-Keys that no query of a block sees are left out. Probabilities are computed anew in the backward, so that memory stays
-linear in the window.
+torch's flash attention works in float32 between its matmuls there; for heads of 64 and sequences of 512 this takes 0.7
+of its time, forward and backward. Scores are rounded to bfloat16, as everything else between two matmuls is.
+Keys that no query of a block sees are left out. Probabilities are computed again in the backward, so that memory stays
+linear in the sequence length.
+
+Shapes: b sequences, L tokens, h query heads, d features of a query or key, e features of a value; n = b * key heads,
+r query heads share one key head.
 """
 
 from __future__ import annotations
@@ -19,15 +22,15 @@ from aqlm_cli.models.loading import quiet
 NAME = "blockwise"
 
 Attention: TypeAlias = Callable[..., tuple[Tensor, None]]
-"""As transformers calls it, with the module, queries, keys, values and a mask: the output `[b, L, heads, e]`."""
+"""Signature in transformers: module, queries, keys, values and a mask -> the output `[b, L, heads, e]`."""
 
-QUERIES = 64  # of a block
+QUERIES = 64  # queries in a block
 
 
 class BlockwiseAttention(torch.autograd.Function):
     """softmax(q k^T) v, causal, for q `[n, r, L, d]`, k `[n, L, d]` and v `[n, L, e]`: `[n, r, L, e]`.
 
-    r query heads share the keys of one, in n windows and key heads.
+    r query heads share one key head; n counts the key heads of all sequences.
     """
 
     @staticmethod
@@ -58,7 +61,7 @@ def _blocks(length: int) -> list[slice]:
 
 
 def _probabilities(q: Tensor, k: Tensor, block: slice) -> Tensor:
-    """Of the block's queries for all keys that any of them sees, `[n, r * queries, keys]`."""
+    """Probabilities `[n, r * queries, keys]` of the block's queries for all keys that any of them sees."""
     queries = block.stop - block.start
     scores = q[:, :, block].flatten(1, 2) @ k[:, : block.stop].transpose(1, 2)
     later = torch.ones(queries, queries, dtype=torch.bool).triu(1)
@@ -76,15 +79,15 @@ def _attention(
     scaling: float | None = None,
     **rest: Any,
 ) -> tuple[Tensor, None]:
-    """As transformers calls it; torch's own wherever this one has not been made for it."""
+    """Blockwise attention where it applies; torch's own elsewhere."""
     device, causal = query.device.type, getattr(module, "is_causal", True) and rest.get("is_causal") in (None, True)
     plain = causal and attention_mask is None and dropout == 0 and rest.get("position_bias") is None
     if not (plain and device == "cpu" and torch.is_autocast_enabled(device) and query.shape[2] == key.shape[2] > 1):
-        said = {"dropout": dropout, "scaling": scaling, **rest}
-        return torchs_attention(module, query, key, value, attention_mask, **said)
+        options = {"dropout": dropout, "scaling": scaling, **rest}
+        return torchs_attention(module, query, key, value, attention_mask, **options)
     dtype, (batch, heads, length, width) = torch.get_autocast_dtype(device), query.shape
     queries = query * (width**-0.5 if scaling is None else scaling)
-    # What all keys share adds the same to all scores of a query, and would cost them their last bits.
+    # The mean of all keys adds the same to all scores of a query; without it they keep their last bits in bfloat16.
     keys = key - key.detach().float().mean(2, keepdim=True)
     grouped = queries.to(dtype).reshape(batch * key.shape[1], -1, length, width)
     out: Tensor = BlockwiseAttention.apply(  # type: ignore[no-untyped-call]
@@ -94,12 +97,12 @@ def _attention(
 
 
 def attend_blockwise(network: nn.Module) -> None:
-    """Where the network would use torch's attention and lets it be changed; others keep what they have."""
+    """Use blockwise attention in a network that would use torch's and lets it be changed; change no other."""
     attend_by(network, NAME, _attention)
 
 
 def attend_by(network: nn.Module, name: str, attention: Attention) -> None:
-    """The same by any attention, which transformers will know by this name, with the masks of torch's."""
+    """Use `attention` in such a network, registered in transformers by this name, with the masks of torch's."""
     from transformers import AttentionInterface, AttentionMaskInterface  # imports transformers' networks, in a second
     from transformers.masking_utils import sdpa_mask
 
@@ -111,10 +114,10 @@ def attend_by(network: nn.Module, name: str, attention: Attention) -> None:
             model.set_attn_implementation(name)
 
 
-def torchs_attention(*tensors: Any, **said: Any) -> tuple[Tensor, None]:
-    """What an attention leaves to torch that it was not made for."""
+def torchs_attention(*tensors: Any, **options: Any) -> tuple[Tensor, None]:
+    """Call torch's attention, the fallback of the others."""
     from transformers import AttentionInterface
 
     torchs: Any = AttentionInterface()["sdpa"]
-    found: tuple[Tensor, None] = torchs(*tensors, **said)
-    return found
+    output: tuple[Tensor, None] = torchs(*tensors, **options)
+    return output

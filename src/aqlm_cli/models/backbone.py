@@ -1,4 +1,4 @@
-"""A language model in two halves: what makes hidden states of tokens, and what makes logits of those."""
+"""A language model in two halves: a backbone, from tokens to hidden states, and a head, from these to logits."""
 
 from __future__ import annotations
 
@@ -15,34 +15,34 @@ from aqlm_cli.models.blocks import find_blocks
 
 @dataclass(frozen=True)
 class Halves:
-    """`logits(states(ids))` is what the network gives for the ids."""
+    """`logits(states(ids))` are the network's logits for the ids."""
 
     network: transformers.PreTrainedModel
-    body: nn.Module  # what the network's own forward calls, and its head goes on from
-    answer: type[Any]  # what the body returns, a class of transformers
+    body: nn.Module  # the backbone: the network's own forward calls it, and applies the head to its output
+    answer: type[Any]  # class of the body's output, from transformers
 
     def states(self, ids: Tensor) -> Tensor:
-        """Token ids `[b, L]` -> what enters the head `[b, L, d]`, the last norm done."""
-        found: Tensor = self.body(input_ids=ids, use_cache=False).last_hidden_state
-        return found
+        """Token ids `[b, L]` -> input of the head `[b, L, d]`, after the last norm."""
+        hidden: Tensor = self.body(input_ids=ids, use_cache=False).last_hidden_state
+        return hidden
 
     def logits(self, states: Tensor) -> Tensor:
-        """What enters the head `[tokens, d]` -> logits `[tokens, vocabulary]`.
+        """Input of the head `[tokens, d]` -> logits `[tokens, vocabulary]`.
 
         The network's own forward runs without its body: some families scale or bound their logits after the head.
         """
         ids = torch.zeros(1, len(states), dtype=torch.long, device=states.device)
         self.body.forward = lambda *_, **__: self.answer(last_hidden_state=states[None])
         try:
-            found: Tensor = self.network(input_ids=ids, use_cache=False).logits
+            logits: Tensor = self.network(input_ids=ids, use_cache=False).logits
         finally:
-            del self.body.forward  # that of the class shows again
-        return found[0]
+            del self.body.forward  # restores the forward of the class
+        return logits[0]
 
 
 @torch.no_grad()
 def halves_of(network: transformers.PreTrainedModel) -> Halves:
-    """Raises ModelError where the network is no body with a head on it."""
+    """Split a network; ModelError if it has no separate backbone and lm_head."""
     parts = find_blocks(network).path.split(".")
     called: list[tuple[nn.Module, Any]] = []
     hooks = [
@@ -60,4 +60,6 @@ def halves_of(network: transformers.PreTrainedModel) -> Halves:
         halves = Halves(network, body, type(output))
         if torch.allclose(halves.logits(halves.states(ids)[0]), whole, rtol=1e-2, atol=1e-3):
             return halves
-    raise ModelError(f"{type(network).__name__} is no body with a head on it, which finetune does not know")
+    raise ModelError(
+        f"{type(network).__name__} has no separate backbone and lm_head; finetune does not support this architecture"
+    )

@@ -1,7 +1,7 @@
-"""The blocks of a decoder-only transformer: found, described, and watched.
+"""Blocks of a decoder-only transformer: find, describe and observe them.
 
 A language model is an embedding, a list of blocks, a last norm and a head.  Quantization goes through that list block
-by block (walk.py).  Nothing here knows a family, or transformers.
+by block (walk.py).  Nothing here depends on a model type, or on transformers.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ def find_blocks(network: nn.Module) -> Blocks:
     """The `nn.ModuleList` that holds the most weights.
 
     Weight is a surer sign than length: a list of 64 experts lies inside a list of 28 blocks, and the vision tower of a
-    model with eyes may be deeper than its text model.  Buffers count too, for the codes of a packed model are buffers.
+    multimodal model may be deeper than its text model.  Buffers count too: the codes of a packed model are buffers.
     """
     lists = [(path, module) for path, module in network.named_modules() if isinstance(module, nn.ModuleList)]
-    path, found = max(lists, key=lambda entry: _elements(entry[1]), default=("", nn.ModuleList()))
-    if _elements(found) == 0:
+    path, modules = max(lists, key=lambda entry: _elements(entry[1]), default=("", nn.ModuleList()))
+    if _elements(modules) == 0:
         raise ModelError(
             f"{type(network).__name__} has no list of repeated layers, so there are no blocks to quantize; "
             "choose a decoder-only transformer"
         )
-    return Blocks(path, tuple(found))
+    return Blocks(path, tuple(modules))
 
 
 def _elements(module: nn.Module) -> int:
@@ -53,14 +53,12 @@ def _elements(module: nn.Module) -> int:
 
 
 def linears(block: nn.Module, prefix: str) -> dict[str, nn.Linear]:
-    """Every linear layer of a block that its product can replace, by its full path, in the order in which the block
-    defines them."""
-    found = block.named_modules(prefix=prefix)
-    return {path: module for path, module in found if is_plain(module)}
+    """Every linear layer of a block that computes x W^T + b alone, by its full path, in the order of definition."""
+    return {path: module for path, module in block.named_modules(prefix=prefix) if is_plain(module)}
 
 
 def replace_module(root: nn.Module, path: str, module: nn.Module) -> None:
-    """Put `module` in the place of the submodule of `root` at `path`."""
+    """Replace the submodule of `root` at `path` by `module`."""
     parent, _, name = path.rpartition(".")
     setattr(root.get_submodule(parent), name, module)
 
@@ -69,14 +67,14 @@ def replace_module(root: nn.Module, path: str, module: nn.Module) -> None:
 
 
 def describe_layers(network: nn.Module) -> list[Layer]:
-    """Every matrix inside the blocks as the plan sees it; those that cannot be replaced come with the reason.
+    """Every matrix inside the blocks, for the plan; one that cannot be quantized carries the reason.
 
     Such are experts fused into one 3-D parameter, GPT-2's `Conv1D`, a router's bare matrix or a linear layer with a
     forward of its own, layers whose weight another module reads, and weights that two layers share: they are listed, so
     that the plan can say why they stay as they are.
     """
-    found = find_blocks(network)
-    blocks = dict(zip(found.paths, found.modules, strict=True))
+    listed = find_blocks(network)
+    blocks = dict(zip(listed.paths, listed.modules, strict=True))
     readers, shared = weight_readers(network, blocks), _shared_weights(network)
     layers: list[Layer] = []
     for prefix, block in blocks.items():
@@ -95,7 +93,7 @@ def describe_layers(network: nn.Module) -> list[Layer]:
 
 
 def _shared_weights(network: nn.Module) -> dict[str, str]:
-    """By name, every parameter that has another name, too; and which."""
+    """Reason, by name, for every parameter that has a second name."""
     names: dict[int, list[str]] = {}
     for name, parameter in network.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
@@ -124,7 +122,7 @@ def _other_matrices(path: str, module: nn.Module) -> Iterator[Layer]:
 
 
 def count_parameters(network: nn.Module) -> int:
-    """Numbers that a checkpoint of the network stores; a head tied to the embeddings counts once."""
+    """Count of parameters in a checkpoint of the network; a head tied to the embeddings counts once."""
     unique = {id(tensor): tensor for tensor in network.state_dict(keep_vars=True).values()}
     return sum(tensor.numel() for tensor in unique.values())
 
@@ -134,7 +132,7 @@ def count_parameters(network: nn.Module) -> int:
 
 @contextmanager
 def observe_inputs(block: nn.Module, callback: Callable[[tuple[str, ...], Tensor], None]) -> Iterator[None]:
-    """While open, every forward of `block` ends with `callback(paths, x [tokens, in])` for each input of its linears.
+    """Call `callback(paths, x [tokens, in])` for each input of the linear layers, after every forward of `block`.
 
     Layers that read the same tensor (q, k and v; gate and up) share one call, so what is computed from x, such as
     x^T x, is computed once.  "The same" means the same tensor object in this forward.  Paths are relative to the block.

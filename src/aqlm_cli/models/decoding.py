@@ -1,4 +1,4 @@
-"""One token after another, by compiled code where it knows the family, else by transformers' own loop: which, is said.
+"""Decoding token by token, in compiled code where it supports the model, else in transformers; `name` says which.
 
 transformers spends some milliseconds of Python on every token, most of the time of a small model, and seconds on its
 own imports before the first. The compiled decoder needs neither the network nor, from a checkpoint, transformers.
@@ -16,8 +16,8 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from aqlm_cli.models.loading import load_network
-from aqlm_cli.models.names import CODED
-from aqlm_cli.models.quantization import is_coded
+from aqlm_cli.models.names import CODE_TENSORS
+from aqlm_cli.models.quantization import is_quantized
 from aqlm_cli.models.source import ModelSource, model_config, tensor_index
 from aqlm_cli.models.stepping import Stepping
 from aqlm_cli.runs.files import load_tensors
@@ -25,12 +25,12 @@ from aqlm_cli.spec.config import Head
 from aqlm_kernels import AdditiveLinear, ByteRows, Decoder, DecoderBlock, KernelError, choose, from_checkpoint, smallest
 
 FAMILIES = ("llama", "mistral", "qwen2")
-FIXED_ANGLES = ("default", "linear", "llama3", "yarn")  # which do not change as the text grows
+FIXED_ANGLES = ("default", "linear", "llama3", "yarn")  # rope types that do not change as the text grows
 ATTENTION_IN = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 ATTENTION_OUT = "self_attn.o_proj"
 NETWORK_IN = ("mlp.gate_proj", "mlp.up_proj")
 NETWORK_OUT = "mlp.down_proj"
-LINEARS = len((*ATTENTION_IN, ATTENTION_OUT, *NETWORK_IN, NETWORK_OUT))  # of a block
+LINEARS = len((*ATTENTION_IN, ATTENTION_OUT, *NETWORK_IN, NETWORK_OUT))  # linear layers in a block
 NORMS = ("input", "post_attention")
 EMBEDDINGS, LAST = "model.embed_tokens.weight", "lm_head.weight"
 COUNTS = (
@@ -41,34 +41,34 @@ COUNTS = (
     "num_key_value_heads",
     "vocab_size",
 )
-"""Keys of config.json that size the compiled decoder."""
+"""Keys of config.json that give the sizes of the compiled decoder."""
 
 PLANES = {"cpu-avx512": 2, "cpu-avx512-8bit": 1, "cpu-lut": 0}
 
 
 class Decoding(Protocol):
-    """`name` says what runs; tokens follow on one another from the last `read`."""
+    """A prompt, then token after token; `name` says which code runs."""
 
     name: str
 
     def read(self, ids: Tensor) -> Tensor:
-        """The logits [vocabulary] of what follows the prompt [length]."""
+        """Start again with a prompt [length]; the logits [vocabulary] after it."""
         ...
 
     def step(self, token: int) -> Tensor:
-        """The logits [vocabulary] of what follows the token."""
+        """Append one token; the logits [vocabulary] after it."""
         ...
 
 
 def decoding_of(network: nn.Module, room: int, backend: str | None = None, head: Head = "exact") -> Decoding:
-    """For sequences of up to `room` tokens; packed layers multiply by the named backend, or the first that can.
+    """Decoding of up to `room` tokens; packed layers multiply by the named backend, or the first that can.
 
-    Raises KernelError where the named backend cannot serve, or an int8 head is asked of a model that transformers runs.
+    Raises KernelError if the named backend cannot serve, or for an int8 head in a model that transformers runs.
     """
     parts = Parts.of(network)
     layers = parts.layers.values()
     if backend is not None and not layers:
-        raise KernelError(f"backend {backend} multiplies by packed layers, and the model has none; leave it out")
+        raise KernelError(f"backend {backend} needs packed layers, and the model has none; leave --backend out")
     names = _backends(parts, backend)
     reason = _why_not(parts, room, names)
     if reason is None:
@@ -83,9 +83,9 @@ def decoding_of(network: nn.Module, room: int, backend: str | None = None, head:
 def open_decoding(
     source: ModelSource, room: int, backend: str | None = None, head: Head = "exact", device: str = "cpu"
 ) -> Decoding:
-    """The same for a model on this disk, without its network where the compiled decoder serves.
+    """Decoding of a model on this disk, which loads no network of transformers if the compiled decoder serves.
 
-    transformers' own config would import all of it. What config.json does not say, as that of an older version, is not
+    transformers' own config would import all of it. A value that config.json lacks, as that of an older version, is not
     guessed: the network is loaded then.
     """
     config = _plain_config(source) if device == "cpu" and not source.trust_remote_code else None
@@ -94,13 +94,13 @@ def open_decoding(
         names = _backends(parts, backend)
         if _why_not(parts, room, names) is None:
             return _Compiled(parts, room, names[0], head)
-        del parts  # before the same comes again
+        del parts  # frees memory before the network is loaded
     return decoding_of(load_network(source, torch.float32, device), room, backend, head)
 
 
 def _plain_config(source: ModelSource) -> Any:
-    """config.json, where it and the headers of the tensors leave no doubt that the compiled decoder serves; or None."""
-    if not is_coded(source):
+    """config.json, if it and the tensor headers show that the compiled decoder serves; else None."""
+    if not is_quantized(source):
         return None
     said, index = model_config(source), tensor_index(source.directory)
     rotary = said.get("rope_parameters")
@@ -122,7 +122,7 @@ def _plain_config(source: ModelSource) -> Any:
 
 
 class Parts(NamedTuple):
-    """A model taken apart, by the names of its tensors and linear layers."""
+    """Tensors and linear layers of a model, by name."""
 
     config: Any
     layers: Mapping[str, AdditiveLinear]
@@ -136,15 +136,17 @@ class Parts(NamedTuple):
 
     @classmethod
     def read(cls, source: ModelSource, config: Any) -> Parts:
-        """Of an AQLM checkpoint; what it lacks is lacking here, but for one of two tensors that config.json ties.
+        """Parts of an AQLM checkpoint; of two tensors that config.json ties, one may be missing from it.
 
-        Two that are both stored stay two: transformers ties them only where they are equal, which changes no number.
+        Two that are both stored stay two: transformers ties them only if they are equal, which changes no value.
         """
         files = {stored.file for stored in tensor_index(source.directory).values()}
         tensors = {name: tensor for file in files for name, tensor in load_tensors(file).items()}
         layers = {}
         for path in [name.removesuffix(".codes") for name in tensors if name.endswith(".codes")]:
-            own = {name: tensors.pop(f"{path}.{name}") for name in (*CODED, "bias") if f"{path}.{name}" in tensors}
+            own = {
+                name: tensors.pop(f"{path}.{name}") for name in (*CODE_TENSORS, "bias") if f"{path}.{name}" in tensors
+            }
             if {"codebooks", "scales"} <= own.keys():
                 layers[path] = AdditiveLinear(from_checkpoint(own), own.get("bias")).requires_grad_(False)
         for name, other in ((EMBEDDINGS, LAST), (LAST, EMBEDDINGS)) if config.tie_word_embeddings else ():
@@ -175,7 +177,7 @@ class _Compiled:
     def __init__(self, parts: Parts, room: int, backend: str, head: Head) -> None:
         self.name = f"compiled decoder, {backend}"
         decoder = _decoder(parts, room, PLANES[backend], head)
-        decoder.step(0)  # compiles, in some seconds, where no earlier process has
+        decoder.step(0)  # compiles, which takes some seconds, unless an earlier process did
         self.read, self.step = decoder.read, decoder.step
 
 
@@ -188,30 +190,30 @@ def _backends(parts: Parts, backend: str | None) -> list[str]:
 
 
 def _why_not(parts: Parts, room: int, backends: list[str]) -> str | None:
-    """Why the compiled decoder cannot run the model, or None."""
+    """Reason why the compiled decoder cannot run the model, or None."""
     config = parts.config
     if config.model_type not in FAMILIES:
-        return f"the compiled decoder knows {', '.join(FAMILIES)}, this is {config.model_type}"
+        return f"the compiled decoder supports {', '.join(FAMILIES)}, not {config.model_type}"
     if len(backends) != 1 or backends[0] not in PLANES:
         return f"the compiled decoder needs one of {', '.join(PLANES)}"
     if config.hidden_act != "silu":
-        return f"the compiled decoder knows no {config.hidden_act}"
+        return f"the compiled decoder does not support {config.hidden_act}"
     if config.rope_parameters["rope_type"] not in FIXED_ANGLES:
-        return f"the compiled decoder knows no {config.rope_parameters['rope_type']} positions"
+        return f"the compiled decoder does not support {config.rope_parameters['rope_type']} position embeddings"
     if config.rope_parameters.get("partial_rotary_factor", 1) != 1:
-        return "the compiled decoder knows no heads with positions in a part of them"
+        return "the compiled decoder does not support partial rotary embeddings"
     if (getattr(config, "sliding_window", None) or room) < room:
-        return f"the compiled decoder sees all tokens, this model {config.sliding_window}"
+        return f"the compiled decoder does not support a sliding window of {config.sliding_window}"
     if _head_size(config) % 2 or config.num_attention_heads % config.num_key_value_heads:
-        return "the compiled decoder knows heads of an even size alone, as many for each key"
+        return "the compiled decoder needs an even head size, and as many query heads for each key head"
     for path, shape in _linear_shapes(config).items():
         layer = parts.layers.get(path)
         if layer is None:
-            return f"the compiled decoder needs codes for {path}, too"
+            return f"the compiled decoder needs {path} to be quantized"
         if (layer.out_features, layer.in_features) != shape:
             return f"the compiled decoder needs {shape} weights in {path}"
         if layer.bias is not None and not path.endswith(ATTENTION_IN):
-            return f"the compiled decoder knows no bias of {path}"
+            return f"the compiled decoder does not support the bias of {path}"
     for block in _block_paths(config):
         for stack in ATTENTION_IN, NETWORK_IN:
             if len({parts.layers[f"{block}.{name}"].codebooks.shape for name in stack}) > 1:
@@ -227,7 +229,7 @@ def _block_paths(config: Any) -> list[str]:
 
 
 def _linear_shapes(config: Any) -> dict[str, tuple[int, int]]:
-    """Outputs and inputs of every linear layer in the blocks."""
+    """Sizes (out, in) of every linear layer in the blocks."""
     d, f, e = config.hidden_size, config.intermediate_size, _head_size(config)
     heads, key_heads = config.num_attention_heads * e, config.num_key_value_heads * e
     shapes = dict(zip(ATTENTION_IN, [(heads, d), (key_heads, d), (key_heads, d)], strict=True))
@@ -286,7 +288,7 @@ def _angles(config: Any, room: int) -> tuple[Tensor, Tensor]:
 
 
 def narrowest(weight: Tensor) -> Tensor:
-    """The same numbers in 16 bits, where that loses nothing: a model in float32 comes from a file in 16 bits."""
+    """The weight in 16 bits if that is exact: a model in float32 often comes from a file in 16 bits."""
     weight = weight.float() if weight.dtype == torch.float64 else weight
     for dtype in (torch.float16, torch.bfloat16) if weight.itemsize > 2 else ():
         if torch.equal(weight.to(dtype).to(weight.dtype), weight):

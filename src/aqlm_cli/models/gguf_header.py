@@ -1,6 +1,6 @@
-"""The header of a GGUF file walked along once, before a reader that trusts it.
+"""The header of a GGUF file, checked before gguf's reader, which trusts it.
 
-gguf's reader goes by the counts that a file gives. Past the end of the file it reads nothing and goes on, so that an
+gguf's reader believes the counts that a file gives. Past the end of the file it reads nothing and continues, so that an
 array of 2^60 numbers in a file of 100 bytes keeps it busy for ever. Here every count must fit into the bytes that
 follow.
 
@@ -20,7 +20,7 @@ from pathlib import Path
 from aqlm_cli.errors import ModelError
 
 MOST_VALUES = 4_000_000
-"""Of all settings together; gguf's reader takes 600 bytes for each. The largest vocabularies have a third as many."""
+"""Values in all settings together; gguf's reader takes 600 bytes for each. The largest vocabularies have a third."""
 
 MOST_DIMENSIONS = 4
 
@@ -29,20 +29,20 @@ _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: 
 _STRING, _ARRAY = 8, 9
 
 _KEPT = ("split.no", "split.count", "split.tensors.count", "general.alignment")
-"""Settings that say how to read the file, and not what is in it."""
+"""Settings about the layout of the file, not about the model."""
 
 
 @dataclass(frozen=True)
 class GgufTensor:
-    """A tensor as the header names it."""
+    """A tensor in the header."""
 
-    path: Path  # of the file that holds it
+    path: Path  # file that holds it
     name: str
-    shape: tuple[int, ...]  # as torch has it: GGUF counts the dimensions from the last
-    kind: int  # the code of its type
-    start: int  # of its bytes, in the file
+    shape: tuple[int, ...]  # in torch's order: GGUF counts the dimensions from the last
+    kind: int  # code of its type
+    start: int  # position of its first byte in the file
     room: int  # bytes up to the next tensor, or to the end of the file
-    alignment: int  # that of the file: room may be longer than its bytes by less than this
+    alignment: int  # of the file: room exceeds the tensor's bytes by less than this
 
     @property
     def count(self) -> int:
@@ -52,20 +52,20 @@ class GgufTensor:
 @dataclass(frozen=True)
 class GgufHeader:
     path: Path
-    settings: bytes  # all keys and values, as they stand in the file
+    settings: bytes  # all keys and values, unchanged
     settings_count: int
-    numbers: dict[str, int]  # those of _KEPT, and the count of blocks as "block_count"
+    numbers: dict[str, int]  # values of _KEPT, and the count of blocks as "block_count"
     tensors: tuple[GgufTensor, ...]
     alignment: int
 
 
 def read_header(path: Path) -> GgufHeader:
-    """ModelError if the header does not fit into the file."""
+    """Read a header; ModelError if it does not fit into the file."""
     try:
         with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             return _Walk(path, data).header()
     except (OSError, ValueError, struct.error) as error:  # ValueError: an empty file; struct.error: its end
-        raise ModelError(f"{path} cannot be converted: it is no whole GGUF file ({error})") from error
+        raise ModelError(f"{path} cannot be converted: it is not a complete GGUF file ({error})") from error
 
 
 class _Walk:
@@ -75,12 +75,12 @@ class _Walk:
 
     def header(self) -> GgufHeader:
         if self._bytes(4) != b"GGUF":
-            raise ValueError("it does not begin with GGUF")
+            raise ValueError("it does not start with GGUF")
         version = self._number("I")
         if version & 0xFFFF == 0:
             raise ModelError(f"{self._path} is big-endian; run `gguf-convert-endian {self._path} little`, then use it")
         if version not in (2, 3):
-            raise ValueError(f"version {version}, where 2 and 3 are read")
+            raise ValueError(f"version {version} is not supported, only 2 and 3")
         tensors, settings = self._count(least=24), self._count(least=13)
         begin = self._position
         for _ in range(settings):
@@ -89,11 +89,11 @@ class _Walk:
         infos = [self._tensor() for _ in range(tensors)]
         alignment = self._numbers.get("general.alignment", 32)
         if alignment <= 0 or alignment & (alignment - 1) or alignment > len(self._data):
-            raise ValueError(f"an alignment of {alignment}")
+            raise ValueError(f"invalid alignment {alignment}")
         return GgufHeader(self._path, kept, settings, self._numbers, self._placed(infos, alignment), alignment)
 
     def _placed(self, infos: list[tuple[str, tuple[int, ...], int, int]], alignment: int) -> tuple[GgufTensor, ...]:
-        """The tensors, each with the room up to what follows it."""
+        """The tensors, each with the bytes up to the next one."""
         start, end = -(-self._position // alignment) * alignment, len(self._data)
         places = sorted({start + offset for *_, offset in infos} | {end})
         following = dict(itertools.pairwise(places))
@@ -107,11 +107,11 @@ class _Walk:
         name = self._bytes(self._count(least=1)).decode()
         dimensions = self._number("I")
         if dimensions > MOST_DIMENSIONS:
-            raise ValueError(f"{dimensions} dimensions of a tensor")
+            raise ValueError(f"a tensor with {dimensions} dimensions")
         shape = tuple(reversed([self._number("Q") for _ in range(dimensions)]))
         kind, offset = self._number("I"), self._number("Q")
         if offset > len(self._data):
-            raise ValueError("a tensor beyond its end")
+            raise ValueError("a tensor beyond the end of the file")
         return name, shape, kind, offset
 
     def _setting(self) -> None:
@@ -141,14 +141,14 @@ class _Walk:
 
     def _value(self, kind: int) -> None:
         if kind != _STRING:
-            raise ValueError(f"a value of type {kind}")
+            raise ValueError(f"a value of unknown type {kind}")
         self._bytes(self._count(least=1))
 
     def _count(self, least: int) -> int:
-        """A count of things that have at least so many bytes each."""
+        """A count of items of at least `least` bytes each."""
         count = self._number("Q")
         if count * least > len(self._data) - self._position:
-            raise ValueError(f"{count} where {len(self._data) - self._position} bytes are left")
+            raise ValueError(f"a count of {count}, but {len(self._data) - self._position} bytes are left")
         return count
 
     def _number(self, kind: str) -> int:
@@ -157,6 +157,6 @@ class _Walk:
 
     def _bytes(self, count: int) -> bytes:
         if count > len(self._data) - self._position:
-            raise ValueError(f"{count} bytes where {len(self._data) - self._position} are left")
+            raise ValueError(f"{count} bytes expected, but {len(self._data) - self._position} are left")
         self._position += count
         return self._data[self._position - count : self._position]

@@ -1,4 +1,4 @@
-"""A GGUF file becomes a Hugging Face directory: once, tensor by tensor, kept in the cache by the file's digest."""
+"""Conversion of a GGUF file to a Hugging Face directory, once, tensor by tensor; cached by the file's digest."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ from aqlm_cli.models.weight_files import SHARD, WEIGHTS
 from aqlm_cli.runs.files import TensorLayout, storage_errors, stream_tensors, write_file
 
 FORM = 2
-"""Raised when the same file becomes another directory than before; the first form had no scaled positions."""
+"""Version of the conversion, raised when its result changes; the first had no scaled position embeddings."""
 
 
 def gguf_source(found: GgufFile, cache: Path) -> ModelSource:
-    """The converted file, from the cache where it has been converted before."""
+    """The converted file, from the cache if it was converted before."""
     parts = parts_of(found.path)
     digest = digest_of(parts, cache)
     directory = cache / "gguf" / f"{digest}-{FORM}"
@@ -62,7 +62,7 @@ def gguf_source(found: GgufFile, cache: Path) -> ModelSource:
 
 @contextlib.contextmanager
 def _foreign_errors(path: Path) -> Iterator[None]:
-    """Whatever gguf, transformers and tokenizers say to a damaged file, in one line: they raise errors of any kind."""
+    """ModelError for any error that gguf, transformers or tokenizers raise for a damaged file."""
     try:
         yield
     except (AqlmError, OSError):  # the latter is from writing, which the caller names
@@ -74,7 +74,7 @@ def _foreign_errors(path: Path) -> Iterator[None]:
 def _convert(whole: WholeGguf, directory: Path) -> None:
     """Write the model of a GGUF as a Hugging Face directory in 16 bits, with one tensor in memory at a time.
 
-    bfloat16 weights stay what they are.  Everything else becomes float16, which holds the block formats of GGUF (an
+    bfloat16 weights stay as they are.  Everything else becomes float16, which holds the block formats of GGUF (an
     integer times a float16 scale, in the main) ten times more exactly than bfloat16: to 2e-4 in relative RMS for Q4_1.
     """
     path, blocks = whole.path, check_types(whole.tensors)
@@ -88,7 +88,7 @@ def _convert(whole: WholeGguf, directory: Path) -> None:
         except (OSError, UnicodeDecodeError) as error:
             if isinstance(error, OSError) and error.errno is not None:  # from writing
                 raise
-            # Of a string that is damaged transformers says that the header is a config file and no JSON.
+            # For a damaged string transformers reports that the header is a config file and not JSON.
             raise ModelError(f"the settings of {path} are damaged ({_cause(error)}); fetch it again") from error
     architecture = fields["general.architecture"]
     settings = {key.removeprefix(f"{architecture}."): value for key, value in fields.items()}
@@ -109,7 +109,7 @@ def _convert(whole: WholeGguf, directory: Path) -> None:
 
 
 def _cause(error: BaseException) -> str:
-    """What was raised at first; transformers speaks of a file that is there for this conversion alone."""
+    """The first error of the chain; the message of the last one names a temporary file."""
     while error.__context__ is not None:
         error = error.__context__
     return first_line(error) if isinstance(error, Exception) else type(error).__name__
@@ -123,7 +123,7 @@ def _write_weights(
     config: PreTrainedConfig,
     directory: Path,
 ) -> None:
-    """Those of the network, and its config."""
+    """Write the weights of the network, and its config."""
     kinds = {place[0].kind for place in tensors.values() if place is not None}
     dtype = torch.bfloat16 if gguf.GGMLQuantizationType.BF16 in kinds else torch.float16
     shapes = {name: tuple(parameter.shape) for name, parameter in network.state_dict().items()}
@@ -136,7 +136,7 @@ def _write_weights(
         weights = processor.process(weights=read_values(tensor, blocks[tensor.name]), name=tensor.name).weights
         rounded = torch.from_numpy(weights.copy()).to(dtype).reshape(shapes[name])
         if not rounded.isfinite().all():
-            raise ModelError(f"{path}: {tensor.name} holds values that are no numbers in {dtype}")
+            raise ModelError(f"{path}: {tensor.name} holds values that are not finite in {dtype}")
         return rounded
 
     layouts = {name: TensorLayout(dtype, shapes[name]) for name in tensors}
@@ -147,11 +147,11 @@ def _write_weights(
 
 
 Place: TypeAlias = tuple[GgufTensor, TensorProcessor] | None
-"""A tensor of the file, and what brings it into transformers' order; None for a bias that is zero."""
+"""A tensor of the file, and the function that converts it to transformers' order; None for a bias that is zero."""
 
 
 def _tensors(whole: WholeGguf, architecture: str, network: PreTrainedModel) -> dict[str, Place]:
-    """For each tensor of the network its place in the file."""
+    """The place in the file of each tensor of the network."""
     kind: type[TensorProcessor] = TENSOR_PROCESSORS.get(architecture, TensorProcessor)
     processor = kind(config=network.config.to_dict())
     names = get_gguf_hf_weights_map(network, processor)
@@ -159,8 +159,8 @@ def _tensors(whole: WholeGguf, architecture: str, network: PreTrainedModel) -> d
     strange = [tensor for tensor in stored if tensor.name not in names]
     if strange:
         raise ModelError(
-            f"{strange[0].path} holds {shortened(strange[0].name)}, for which {architecture} of transformers has no "
-            f"place; use the original model in safetensors"
+            f"{strange[0].path} holds {shortened(strange[0].name)}, which {architecture} in transformers does not use; "
+            f"use the model in safetensors"
         )
     tensors: dict[str, Place] = {names[tensor.name]: (tensor, processor) for tensor in stored}
     missing = network.state_dict().keys() - tensors.keys() - network.all_tied_weights_keys.keys()
@@ -177,7 +177,7 @@ def _tensors(whole: WholeGguf, architecture: str, network: PreTrainedModel) -> d
 
 
 def _card(fields: Mapping[str, Any]) -> str:
-    """A model card with what the file says of its licence and origin."""
+    """A model card with the file's licence and origin."""
     keys = {"license": "general.license", "base_model": "general.base_model.0.repo_url"}
     facts = {key: fields[field] for key, field in keys.items() if field in fields}
     if "base_model" in facts:

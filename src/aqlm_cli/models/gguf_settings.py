@@ -1,4 +1,4 @@
-"""What a GGUF says beside its weights and transformers does not ask it: biases, the size of a head, named templates."""
+"""Settings of a GGUF that transformers does not read: biases, head size, named chat templates."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ BIASES: Mapping[str, str] = {
     "attention_bias": r"blk\.\d+\.attn_(q|k|v|output)\.bias",
     "mlp_bias": r"blk\.\d+\.ffn_(gate|up|down)\.bias",
 }
-"""Switches of a config, and the tensors that are there where they are on."""
+"""Switches of a config, and the tensors that a model has if they are on."""
 
 
 BLOCKS_OF_27B: Mapping[str, int] = {"gemma2": 46, "gemma3_text": 62}
-"""Their one size whose attention is scaled by the width: no file says so, and llama.cpp goes by this, too."""
+"""The one size whose attention is scaled by the width: no file says so; llama.cpp has the same rule."""
 
 
 def set_shapes(settings: Mapping[str, Any], tensors: Sequence[GgufTensor], config: PreTrainedConfig) -> None:
-    """Biases are told by their tensors; a head may have another size than the width by the count of heads.
+    """Set biases by the tensors of the file, and head size and attention scale by its settings.
 
-    So may what attention is scaled by, which transformers leaves at the value of one model.
+    transformers takes the width divided by the count of heads as head size, and one model's attention scale for all.
     """
     own = config.to_dict()
     for switch, name in BIASES.items():
@@ -40,14 +40,14 @@ def set_shapes(settings: Mapping[str, Any], tensors: Sequence[GgufTensor], confi
 
 
 def zero_biases(missing: Collection[str], stored: Sequence[GgufTensor]) -> set[str]:
-    """Biases that no layer of the file has: of the output, where a family has them of q, k and v alone."""
+    """Biases that no layer of the file has, such as that of o_proj where only q, k and v have one."""
     if any(re.fullmatch(r"blk\.\d+\.attn_output\.bias", tensor.name) for tensor in stored):
         return set()
     return {name for name in missing if name.endswith(".o_proj.bias")}
 
 
 def chat_templates(fields: Mapping[str, Any], default: Any) -> Any:
-    """The named templates of a file with the default one, as a tokenizer has them; that alone where there are none."""
+    """The named templates of a file and the default one, in a tokenizer's form; only the default if none is named."""
     prefix = "tokenizer.chat_template."
     named = {key.removeprefix(prefix): value for key, value in fields.items() if key.startswith(prefix)}
     if not named:

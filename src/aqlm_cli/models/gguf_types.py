@@ -1,4 +1,4 @@
-"""Numbers of a GGUF file in every block format that can be read: gguf's own, and three that it lacks.
+"""Values of a GGUF file in every supported block format: gguf's own, and three that it lacks.
 
     Q1_0: 128 weights in 18 bytes, a float16 scale d and a bit for each, the lowest first: w = d or -d
     Q2_0: 64 weights in 18 bytes, or 128 in 34, d and two bits for each, the lowest first: w = (q - 1) d
@@ -26,11 +26,11 @@ Q2_0_BLOCKS = (64, 128)
 F32, F16, F64 = 0, 1, 28
 
 Blocks = tuple[int, int]
-"""Weights of a block, and its bytes."""
+"""Weights in a block, and bytes of a block."""
 
 
 def check_types(tensors: Sequence[GgufTensor]) -> dict[str, Blocks]:
-    """The blocks of each tensor by its name; ModelError for a type that cannot be read, or bytes that are not there."""
+    """The blocks of each tensor by its name; ModelError for an unsupported type or missing bytes."""
     known = {tensor.name: _blocks(tensor) for tensor in tensors}
     of_q2_0 = [tensor for tensor in tensors if tensor.kind == Q2_0]
     fitting = [size for size in Q2_0_BLOCKS if all(_fills(tensor, (size, 2 + size // 4)) for tensor in of_q2_0)]
@@ -45,15 +45,15 @@ def check_types(tensors: Sequence[GgufTensor]) -> dict[str, Blocks]:
         size, size_bytes = known[tensor.name]
         needed = tensor.count // size * size_bytes
         if (tensor.shape[-1] if tensor.shape else 1) % size:
-            raise ModelError(f"{tensor.path}: {tensor.name} has rows of {tensor.shape[-1]}, and blocks of {size}")
+            raise ModelError(f"{tensor.path}: {tensor.name} has rows of {tensor.shape[-1]}, not a multiple of {size}")
         if needed > tensor.room:
-            reason = f"{shortened(tensor.name)} needs {needed} bytes, and there are {tensor.room}"
+            reason = f"{shortened(tensor.name)} needs {needed} bytes, the file has {tensor.room}"
             raise ModelError(f"{tensor.path} cannot be converted: {reason}; fetch it again")
     return known
 
 
 def _blocks(tensor: GgufTensor) -> Blocks:
-    """Those of its type; for Q2_0 what llama.cpp writes."""
+    """Block format of the tensor's type; for Q2_0 the one of llama.cpp."""
     if tensor.kind in BITS:
         size = {Q1_0: 128, Q2_0: 64}[tensor.kind]
         return size, 2 + size * BITS[tensor.kind] // 8
@@ -75,7 +75,7 @@ _NUMPY: dict[int, Any] = {F32: np.float32, F16: np.float16}
 
 
 def _fills(tensor: GgufTensor, blocks: Blocks) -> bool:
-    """Whether the tensor in these blocks takes all its room, but for the padding."""
+    """True if the tensor in these blocks fills its bytes in the file, apart from padding."""
     size, size_bytes = blocks
     if not tensor.shape or tensor.shape[-1] % size:
         return False
@@ -83,7 +83,7 @@ def _fills(tensor: GgufTensor, blocks: Blocks) -> bool:
 
 
 def read_values(tensor: GgufTensor, blocks: Blocks) -> npt.NDArray[np.float32]:
-    """Its numbers in float32, in the shape of torch."""
+    """Values of the tensor in float32, in torch's shape."""
     size, size_bytes = blocks
     count = tensor.count // size * size_bytes
     data = np.memmap(tensor.path, np.uint8, "r", tensor.start, (count,)) if count else np.zeros(0, np.uint8)
@@ -98,7 +98,7 @@ def read_values(tensor: GgufTensor, blocks: Blocks) -> npt.NDArray[np.float32]:
 
 
 def _of_bits(blocks: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.float32]:
-    """Weights [blocks, size] of blocks [blocks, bytes] that begin with a float16 scale."""
+    """Weights [blocks, size] of blocks [blocks, bytes] that start with a float16 scale."""
     scales = blocks[:, :2].copy().view("<f2").astype(np.float32)  # [blocks, 1]
     shifts = np.arange(0, 8, bits, dtype=np.uint8)
     codes = (blocks[:, 2:, None] >> shifts) & ((1 << bits) - 1)  # [blocks, bytes, codes of a byte]

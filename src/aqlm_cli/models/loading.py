@@ -24,7 +24,7 @@ from aqlm_cli.models.blocks import count_parameters, find_blocks, replace_module
 from aqlm_cli.models.gaps import why_unfit
 from aqlm_cli.models.names import places_of_codes
 from aqlm_cli.models.plain_linear import is_plain
-from aqlm_cli.models.quantization import is_coded, refuse_quantized
+from aqlm_cli.models.quantization import is_quantized, refuse_quantized
 from aqlm_cli.models.source import ModelSource, StoredTensor, model_config, tensor_index
 from aqlm_cli.models.untrusted_config import (
     MOST_PARTS,
@@ -46,7 +46,7 @@ def load_network(
 ) -> transformers.PreTrainedModel:
     """The model in evaluation mode, without gradients; weights are in `dtype`, packed layers work in the type of x."""
     with quiet():
-        if is_coded(source):
+        if is_quantized(source):
             network = _load_coded(source, dtype)
         else:
             load_skeleton(source)  # refuses what is quantized otherwise, or larger than its files

@@ -1,10 +1,10 @@
-"""Which linear layers can be replaced: those that are given x, return x W^T + b, and are asked for nothing else.
+"""Check which linear layers can be quantized: those that take x, return x W^T + b, and do nothing else.
 
-A replaced layer has no `weight`. So a layer must not compute something of its own (routers of Phi-3.5-MoE and Llama 4
-are subclasses of nn.Linear that return a choice of experts), and nobody else may look into it (the gate of Hunyuan asks
-for the type of its weight, Jamba multiplies by it itself). The first is tried on a small matrix. The second is watched
-in a forward pass of a hollow copy of the network, whose linear layers put out zeros without a weight to multiply by;
-blocks that this pass does not reach are judged by their source.
+A quantized layer has no `weight`. So a layer must not compute something else (routers of Phi-3.5-MoE and Llama 4 are
+subclasses of nn.Linear that return a choice of experts), and no other module may read its weight (the gate of Hunyuan
+reads its type, Jamba multiplies by it itself). The first is tried on a small matrix. The second is observed in a
+forward pass of a hollow copy of the network, whose linear layers return zeros without a weight to multiply by; for
+blocks that this pass does not reach, the source code decides.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
 TOKENS = 4
-"""Of the text of a watched forward pass."""
+"""Tokens of the observed forward pass."""
 
 MOST_COMPUTED = 2**22
-"""Numbers of a tensor of several matrices, such as those of all experts, beyond which its module does not compute."""
+"""Elements of a tensor of several matrices, such as fused experts, above which its module is not run."""
 
 
 def is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
-    """Whether it is an nn.Linear that holds a weight, perhaps a bias, and computes x W^T + b."""
+    """True for an nn.Linear that holds a weight, perhaps a bias, and computes x W^T + b."""
     return isinstance(module, nn.Linear) and why_not_plain(module) is None
 
 
 def why_not_plain(module: nn.Linear) -> str | None:
-    """Why a linear layer cannot be replaced by its product, or None."""
+    """Reason why a linear layer cannot be quantized, or None."""
     kind = type(module).__name__
     if parametrize.is_parametrized(module):
         return "its weight is computed from other parameters"
@@ -49,11 +49,11 @@ def why_not_plain(module: nn.Linear) -> str | None:
         return f"{kind} holds more than a weight and a bias"
     if type(module).forward is nn.Linear.forward or _computes_the_product(module):
         return None
-    return f"{kind} computes something of its own from it"
+    return f"{kind} computes something else than x W^T + b"
 
 
 def _computes_the_product(module: nn.Linear) -> bool:
-    """Tried with a small matrix in the place of its weight: a subclass may write the same product in its own words."""
+    """Try the layer with a small matrix as its weight: a subclass may implement the same matmul in its own code."""
     draw = torch.Generator().manual_seed(0)
     weight, x = torch.randn(3, 8, generator=draw), torch.randn(2, 4, 8, generator=draw)
     bias = None if module.bias is None else torch.randn(3, generator=draw)
@@ -62,20 +62,20 @@ def _computes_the_product(module: nn.Linear) -> bool:
     small._parameters = {"weight": nn.Parameter(weight), "bias": None if bias is None else nn.Parameter(bias)}
     try:
         with torch.no_grad(), torch.device("cpu"):
-            found = type(module).forward(small, x)  # no hooks, which are those of the module
-    except Exception:  # what a forward of its own may ask for has no bounds
+            output = type(module).forward(small, x)  # without the hooks of the module
+    except Exception:  # a custom forward may fail in any way
         return False
     expected = F.linear(x, weight, bias)
-    return isinstance(found, Tensor) and found.shape == expected.shape and torch.allclose(found, expected, atol=1e-5)
+    return isinstance(output, Tensor) and output.shape == expected.shape and torch.allclose(output, expected, atol=1e-5)
 
 
 # ------------------------------------------------------------------------------------------------ who reads the weights
 
 
 def weight_readers(network: nn.Module, blocks: Mapping[str, nn.Module]) -> dict[str, str]:
-    """The plain linear layers of the blocks whose weight is read by another module: by path, the class of that module.
+    """Plain linear layers of the blocks whose weight another module reads: path -> class of that module.
 
-    The network may be without weights, and is not changed. Of blocks that are made alike one is enough.
+    The network may be without weights, and is not changed. One of several blocks with the same structure is enough.
     """
     readers: dict[str, str] = {}
     finished: set[str] = set()
@@ -84,7 +84,7 @@ def weight_readers(network: nn.Module, blocks: Mapping[str, nn.Module]) -> dict[
         _watch_forward(network, kinds, readers, finished)
     except _Seen:
         pass
-    except Exception:  # a family may ask for anything that a hollow network does not have
+    except Exception:  # a model may need anything that a hollow network does not have
         one_of_each = {kind: prefix for prefix, kind in kinds.items()}
         for kind in one_of_each.keys() - {kinds[prefix] for prefix in finished}:
             readers |= _readers_by_source(one_of_each[kind], blocks[one_of_each[kind]])
@@ -100,11 +100,11 @@ def weight_readers(network: nn.Module, blocks: Mapping[str, nn.Module]) -> dict[
 
 
 class _Seen(Exception):
-    """Ends a forward pass in which a block of each kind has run."""
+    """Signal that ends a forward pass once a block of each kind has run."""
 
 
 def _kind(block: nn.Module) -> Hashable:
-    """Equal for blocks of the same modules with parameters of the same shapes."""
+    """Key that is equal for blocks of the same modules with parameters of the same shapes."""
     shapes = ((path, type(module), module.named_parameters(recurse=False)) for path, module in block.named_modules())
     return tuple((path, kind, tuple((name, one.shape) for name, one in own)) for path, kind, own in shapes)
 
@@ -113,12 +113,12 @@ def _kind(block: nn.Module) -> Hashable:
 def _watch_forward(
     network: nn.Module, kinds: Mapping[str, Hashable], readers: dict[str, str], finished: set[str]
 ) -> None:
-    """Fill `readers` with who looks at which weight, and `finished` with the paths of the blocks that ran to their end.
+    """Fill `readers` with the class that reads each weight, and `finished` with the paths of completed blocks.
 
-    Raises _Seen as soon as there is one of each kind.
+    Raises _Seen as soon as one block of each kind has run.
     """
     hollow = _hollow(network).eval()
-    zeros = cache(lambda shape: _zeros(shape, torch.float32))  # one for all, for RWKV writes to what it reads
+    zeros = cache(lambda shape: _zeros(shape, torch.float32))  # one for all, because RWKV writes to its inputs
 
     def finish(path: str) -> None:
         finished.add(path)
@@ -136,7 +136,7 @@ def _watch_forward(
 
 @contextmanager
 def _silence() -> Iterator[None]:
-    """What a network has to say of itself is not meant for a copy of it."""
+    """Suppress warnings and log messages, which a user should not see for a copy of the network."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -148,7 +148,7 @@ def _silence() -> Iterator[None]:
 
 
 def _watch(layer: nn.Linear, path: str, readers: dict[str, str], zeros: Callable[[torch.Size], Tensor]) -> None:
-    """From here on the layer puts out zeros, and `readers` tells who looked at its weight from outside."""
+    """Make the layer return zeros, and record in `readers` who reads its weight from outside."""
     kind: Any = type(layer)
     shape, outputs = layer.weight.shape, layer.out_features
 
@@ -163,19 +163,19 @@ def _watch(layer: nn.Linear, path: str, readers: dict[str, str], zeros: Callable
 
 
 def _reader(frame: FrameType | None) -> str:
-    """The class of the innermost module at work in this frame or around it."""
+    """The class of the innermost module that runs in this frame or around it."""
     while frame is not None and not isinstance(frame.f_locals.get("self"), nn.Module):
         frame = frame.f_back
     return "the network" if frame is None else type(frame.f_locals["self"]).__name__
 
 
 def _hollow(network: nn.Module) -> nn.Module:
-    """A copy on the CPU with zeros for all parameters but the weights of plain linear layers, which are not there."""
-    parameters = {id(one): nn.Parameter(torch.empty_like(one, device="meta"), False) for one in network.parameters()}
+    """A copy on the CPU with zeros for all parameters but the weights of plain linear layers, which it lacks."""
+    parameters = {id(p): nn.Parameter(torch.empty_like(p, device="meta"), False) for p in network.parameters()}
     copied = copy.deepcopy(network, memo=dict(parameters))
     for module in copied.modules():
         linear = is_plain(module)
-        large = any(one.ndim > 2 and one.numel() > MOST_COMPUTED for one in module.parameters(recurse=False))
+        large = any(p.ndim > 2 and p.numel() > MOST_COMPUTED for p in module.parameters(recurse=False))
         if large:
             module.forward = _zeros_like_first
         for name, parameter in module.named_parameters(recurse=False):
@@ -214,19 +214,18 @@ def _readers_by_source(prefix: str, block: nn.Module) -> dict[str, str]:
 
 
 def _weights_in_source(kind: type) -> set[str]:
-    """Every PATH of a `self.PATH.weight` in the methods of a class and of those it is made from, but not in how they
-    are made."""
-    found: set[str] = set()
+    """Every PATH of a `self.PATH.weight` in the methods of a class and its bases, except those that initialize it."""
+    paths: set[str] = set()
     for base in kind.__mro__:
         if base.__module__.partition(".")[0] in ("torch", "builtins"):
             continue
-        with suppress(OSError, TypeError, SyntaxError):  # a class made by hand has no source
+        with suppress(OSError, TypeError, SyntaxError):  # a class created at run time has no source
             tree = ast.parse(textwrap.dedent(inspect.getsource(base)))
             methods = (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef))
             for method in methods:
                 if method.name not in ("__init__", "_init_weights", "reset_parameters"):
-                    found.update(path for node in ast.walk(method) if (path := _weight_path(node)))
-    return found
+                    paths.update(path for node in ast.walk(method) if (path := _weight_path(node)))
+    return paths
 
 
 def _weight_path(node: ast.AST) -> str:

@@ -1,4 +1,4 @@
-"""Models by their shape alone, with random numbers: to see the speed of a scheme before anything is fetched."""
+"""Models with random weights, by name of their shape: to measure the speed of a scheme before any download."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from aqlm_cli.spec.schemes import AdditiveScheme
 from aqlm_kernels import AdditiveLinear, AdditiveMatrix
 
 SHAPES: dict[str, tuple[int, int, int, int, int, int, bool]] = {
-    # hidden, intermediate, blocks, heads, key heads, vocabulary, whether the head is the embedding
+    # hidden, intermediate, blocks, heads, key heads, vocabulary, tied embeddings
     "smollm2-135m": (576, 1536, 30, 9, 3, 49152, True),
     "llama-3.2-1b": (2048, 8192, 16, 32, 8, 128256, True),
     "llama-3.2-3b": (3072, 8192, 28, 24, 8, 128256, True),
@@ -27,12 +27,12 @@ SHAPES: dict[str, tuple[int, int, int, int, int, int, bool]] = {
 
 
 def empty_network(shape: str) -> transformers.PreTrainedModel:
-    """A Llama of the shape without weights. Raises UsageError for a shape that is not known."""
+    """A Llama of the shape without weights. Raises UsageError for an unknown shape."""
     return without_weights(_config(shape))
 
 
 def random_network(shape: str, dtype: torch.dtype) -> transformers.PreTrainedModel:
-    """The same with random weights."""
+    """A Llama of the shape with random weights."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         network = transformers.AutoModelForCausalLM.from_config(_config(shape), dtype=dtype)
@@ -40,7 +40,7 @@ def random_network(shape: str, dtype: torch.dtype) -> transformers.PreTrainedMod
 
 
 def random_packed_network(shape: str, scheme: AdditiveScheme) -> transformers.PreTrainedModel:
-    """The same with random codes in the linear layers of its blocks, which never exist in full; float32 elsewhere."""
+    """A Llama of the shape with random codes in the linear layers of its blocks; float32 elsewhere."""
     network = empty_network(shape)
     draw = torch.Generator().manual_seed(0)
     blocks = find_blocks(network)
@@ -54,7 +54,7 @@ def random_packed_network(shape: str, scheme: AdditiveScheme) -> transformers.Pr
                 setattr(module, name, nn.Parameter(values if parameter.ndim > 1 else torch.ones(parameter.shape)))
     network.tie_weights()
     rotary: Any = network.model.rotary_emb
-    network.model.rotary_emb = type(rotary)(network.config)  # its angles are buffers, which were not made
+    network.model.rotary_emb = type(rotary)(network.config)  # its angles are buffers, which do not exist yet
     return _ready(network)
 
 
@@ -75,7 +75,7 @@ def _ready(network: transformers.PreTrainedModel) -> transformers.PreTrainedMode
 
 def _config(shape: str) -> Any:
     if shape not in SHAPES:
-        raise UsageError(f"there is no shape {shape}; choose one of {', '.join(SHAPES)}")
+        raise UsageError(f"unknown shape {shape}; choose one of {', '.join(SHAPES)}")
     hidden, intermediate, blocks, heads, key_heads, vocabulary, tied = SHAPES[shape]
     return transformers.AutoConfig.for_model(
         "llama",

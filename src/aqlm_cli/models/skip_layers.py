@@ -1,10 +1,9 @@
-"""transformers' extension point for quantized models, used to load a part of a model: what is left out is never read.
+"""Loading a part of a model through transformers' extension point for quantized models; the rest is never read.
 
-A network looks into its modules while it is loaded: it ties weights of one block to those of another, computes buffers
-for its blocks, and initializes a weight by the name of the layer that holds it. So a module that is left out stays what
-it is, with its class, its submodules and its weights; these are hidden from whoever lists them (`state_dict`,
-`named_parameters`, `named_buffers`), take no memory, and are marked as initialized. transformers then neither reads nor
-makes up a number for them, and every look at one by name still finds it.
+A network accesses its modules while it is loaded: it ties weights of one block to those of another, computes buffers
+for its blocks, and initializes a weight by the name of the layer that holds it. So a skipped module keeps its class,
+its submodules and its weights; these are hidden from lists (`state_dict`, `named_parameters`, `named_buffers`), take no
+memory, and are marked as initialized. transformers then neither reads nor initializes them, and access by name works.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 LEFT_OUT = "aqlm-cli-left-out"
-"""The name under which transformers knows `LeaveOut`."""
+"""Name of `LeaveOut` in transformers."""
 
 
 def leaving_out(paths: Sequence[str], kept: Collection[str] = ()) -> dict[str, Any]:
@@ -29,7 +28,7 @@ def leaving_out(paths: Sequence[str], kept: Collection[str] = ()) -> dict[str, A
 
 @register_quantization_config(LEFT_OUT)
 class LeftOut(QuantizationConfigMixin):
-    """What transformers makes of `leaving_out`."""
+    """Settings of `leaving_out`, as transformers parses them."""
 
     quant_method: Any
 
@@ -51,7 +50,7 @@ class LeaveOut(HfQuantizer):
             for name, module in model.get_submodule(path).named_modules(prefix=path):
                 if not any(_within(name, kept) for kept in settings.kept):
                     _hide(module)
-                    # One that holds what is kept may have to compute it, and finds its own hidden weights done.
+                    # A module with kept submodules may compute them, and finds its own hidden weights initialized.
                     module._is_hf_initialized = not any(_within(kept, name) for kept in settings.kept)
         listed = model.state_dict().keys()
         tied = model.all_tied_weights_keys
@@ -70,7 +69,7 @@ def _within(path: str, root: str) -> bool:
 
 
 def _hide(module: nn.Module) -> None:
-    """Make plain attributes of the module's own parameters and buffers, which must be without numbers."""
+    """Turn the module's own parameters and buffers, which must be empty, into plain attributes."""
     for kind in (module._parameters, module._buffers):
         for name, tensor in list(kind.items()):
             if isinstance(tensor, Tensor):

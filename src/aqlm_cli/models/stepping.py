@@ -1,4 +1,4 @@
-"""A network that reads a text part by part, and keeps what it needs of the parts before."""
+"""Calls of a network with one part of a text after the other, with its cache of the parts before."""
 
 from __future__ import annotations
 
@@ -12,14 +12,13 @@ from aqlm_cli.errors import FOREIGN_ERRORS, ModelError, shortened
 from aqlm_cli.models.walk import family_of
 
 CACHES = ("past_key_values", "cache_params")
-"""By what name a family takes and gives what it keeps: keys and values, or the states of a recurrence."""
+"""Names of the cache in a network's arguments and output: keys and values, or the states of a recurrence."""
 
 
 class Stepping:
-    """`stepping(ids)` gives the logits after these tokens, which follow those of the calls before.
+    """`stepping(ids)` returns the logits after these tokens, which follow those of the calls before.
 
-    A family that keeps nothing, or nothing that it gives away, or fails with what it keeps, reads the whole text again
-    each time.
+    A network without a cache, one that does not return it, or one that fails with it, runs on the whole text each time.
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -29,17 +28,17 @@ class Stepping:
         self._caching = True
         parameters = inspect.signature(network.forward).parameters
         self._name = next((name for name in CACHES if name in parameters), None)
-        # Some families find the place of a token by the cache of their first layer, which may have no keys.
+        # Some networks derive positions from the cache of their first layer, which may have no keys.
         self._places = "position_ids" in parameters
 
     def __call__(self, ids: Tensor) -> Tensor:
-        """From `[b, T]` to `[b, vocabulary]`; ModelError where the family's forward fails."""
+        """Ids `[b, T]` -> logits `[b, vocabulary]`; ModelError if the network's forward fails."""
         first = 0 if self._ids is None or self.cache is None else self._ids.shape[1]
         self._ids = ids if self._ids is None else torch.cat([self._ids, ids], 1)
         if self._caching:
             try:
                 out = self._forward(self._ids[:, first:], first)
-            except FOREIGN_ERRORS:  # Blt asks its config for what it has not got, xLSTM's states do not fit
+            except FOREIGN_ERRORS:  # Blt reads a field that its config lacks, xLSTM's states do not fit
                 self._caching, self.cache = False, None
             else:
                 self.cache = None if self._name is None else getattr(out, self._name, None)
@@ -52,7 +51,7 @@ class Stepping:
             raise ModelError(f"{family_of(self.network)} fails on a text of {length} tokens ({reason})") from error
 
     def _forward(self, ids: Tensor, first: int) -> Any:
-        """On ids `[b, T]`, of which the first is number `first` of the text."""
+        """Run on ids `[b, T]`, the first of which has position `first`."""
         kept = {} if self._name is None or self.cache is None else {self._name: self.cache}
         if self._places:
             kept["position_ids"] = torch.arange(first, first + ids.shape[1], device=ids.device)[None]

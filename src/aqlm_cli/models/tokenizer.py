@@ -1,6 +1,6 @@
-"""Text to tokens and back, without transformers where the tokenizer's file says it all.
+"""Text to tokens and back, without transformers if tokenizer.json is enough.
 
-transformers imports its networks with its tokenizers, a second before a short text begins.
+transformers imports its networks with its tokenizers, which takes a second.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from aqlm_cli.models.loading import load_tokenizer
 from aqlm_cli.models.source import ModelSource, model_config
 
 PLAIN = ("TokenizersBackend", "PreTrainedTokenizerFast")
-"""Classes of transformers that do what tokenizer.json says."""
+"""Tokenizer classes of transformers that follow tokenizer.json."""
 
 CHANGES = (
     "add_bos_token",
@@ -30,18 +30,18 @@ CHANGES = (
     "extra_special_tokens",
     "split_special_tokens",
 )
-"""Settings of tokenizer_config.json by which they would do something else."""
+"""Settings of tokenizer_config.json that change the result."""
 
 
 class Tokenizer(Protocol):
-    """What a prompt and its continuation need."""
+    """Encoding of a prompt, and decoding of its continuation."""
 
     def encode(self, text: str) -> list[int]: ...
     def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str: ...
 
 
 def open_tokenizer(source: ModelSource) -> Tokenizer:
-    """The model's tokenizer; ModelError where there is none that can be loaded."""
+    """The model's tokenizer; ModelError if none can be loaded."""
     tokenizer = _from_file(source.directory)
     if tokenizer is not None:
         return _FileTokenizer(tokenizer)
@@ -51,18 +51,18 @@ def open_tokenizer(source: ModelSource) -> Tokenizer:
 
 
 def refuse_unknown_tokens(source: ModelSource, ids: Tensor) -> None:
-    """ModelError where a text has become a token that the model has no embedding of."""
+    """Raise ModelError if a token id has no embedding in the model."""
     config, largest = model_config(source), int(ids.max())
-    known = config.get("vocab_size", (config.get("text_config") or {}).get("vocab_size"))
-    if isinstance(known, int) and largest >= known:
+    vocab_size = config.get("vocab_size", (config.get("text_config") or {}).get("vocab_size"))
+    if isinstance(vocab_size, int) and largest >= vocab_size:
         raise ModelError(
-            f"{source.name} knows {known} tokens, and its tokenizer made of the text one that is number {largest}; "
-            f"put the tokenizer there that belongs to it"
+            f"{source.name}: token id {largest} is outside vocab_size {vocab_size}; the tokenizer does not match the "
+            "model, replace its files with those of this model"
         )
 
 
 def _from_file(directory: Path) -> tokenizers.Tokenizer | None:
-    """What tokenizer.json says, where tokenizer_config.json adds nothing; whatever is odd is transformers' task."""
+    """The tokenizer of tokenizer.json, if tokenizer_config.json changes nothing; else None: use transformers."""
     try:
         settings = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8"))
         if settings.get("tokenizer_class") not in PLAIN or any(settings.get(name) for name in CHANGES):

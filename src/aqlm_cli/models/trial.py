@@ -1,8 +1,8 @@
-"""Whether transformers will load a packed checkpoint: tried on the meta device, and with numbers where it is small.
+"""Trial of a packed checkpoint in transformers, before it is written: on the meta device, and in full if small.
 
-The `aqlm` inference package puts a module of its own in the place of each linear layer that has codes. It has no
-`weight`, and a family that looks for one while it loads or computes fails. The package need not be installed for a
-trial: a stand-in has its parameters and no weight either, and transformers' own rule says which layers it replaces.
+The `aqlm` inference package replaces each quantized linear layer by its own module. That has no `weight`, and a network
+that accesses one while it loads or computes fails. The package need not be installed for a trial: a stand-in has the
+same parameters and no weight either, and transformers' own rule says which layers it replaces.
 """
 
 from __future__ import annotations
@@ -23,33 +23,33 @@ from aqlm_cli.errors import ModelError
 from aqlm_cli.models.blocks import count_parameters, replace_module
 from aqlm_cli.models.gaps import why_unfit
 from aqlm_cli.models.loading import first_line, load_config, load_network, quiet, without_weights
-from aqlm_cli.models.names import CODED, placements
+from aqlm_cli.models.names import CODE_TENSORS, placements
 from aqlm_cli.models.positions import stated_length
 from aqlm_cli.models.source import ModelSource, model_config, tensor_index
 from aqlm_cli.runs.files import TensorLayout
 from aqlm_kernels import from_checkpoint
 
 TRIAL = "aqlm-cli-trial"
-"""The name under which transformers knows `Trial`."""
+"""Name of `Trial` in transformers."""
 
 TOKENS = 40
-"""Of the forward that is tried, at most: more than what our own kernels read by tables of 16 bits."""
+"""Tokens of the trial forward, at most: more rows than the LUT kernels take."""
 
 SMALL = 32_000_000
-"""Weights of a network that is loaded twice, in 32 bits, to see whether both compute the same."""
+"""Most parameters of a network that is loaded twice, in 32 bits, to compare the logits."""
 
 SAME = 1e-3
-"""Relative difference of one token's logits; sums in another order make less than 1e-5 of it, and seldom choose another
-expert."""
+"""Relative difference of one token's logits above which they differ. Sums in another order change less than 1e-5, and
+seldom select another expert."""
 
 EXCEPTIONS = "linear_weights_not_to_quantize"
 
 
 class NoWeightError(AttributeError):
-    """Something looked for the weight of the layer at `path`, which has codes."""
+    """Access to the weight of the layer at `path`, which is quantized."""
 
     def __init__(self, path: str) -> None:
-        super().__init__(f"{path} has codes and no weight")
+        super().__init__(f"{path} is quantized and has no weight")
         self.path = path
 
 
@@ -57,25 +57,25 @@ def refusal(
     network: transformers.PreTrainedModel,
     layouts: Mapping[str, TensorLayout],
     quantization: Mapping[str, Any] | None,
-    coded: Collection[str],
+    quantized: Collection[str],
 ) -> str | None:
-    """Why transformers could not load a checkpoint with these tensors, or compute with it; None where it can.
+    """Reason why transformers could not load a checkpoint with these tensors, or compute with it; or None.
 
-    `network` is without numbers, `quantization` what config.json will say of codes, and `coded` the paths of the layers
-    that have some; None and no paths where none has.
+    `network` is without weights, `quantization` the description of the codes in config.json, and `quantized` the paths
+    of the quantized layers; None and no paths if there are none.
     """
     for names in network.all_tied_weights_keys.items():
-        if any(name.rpartition(".")[0] in coded for name in names):
-            return f"{names[0]} and {names[1]} are one tensor, which codes cannot be"
+        if any(name.rpartition(".")[0] in quantized for name in names):
+            return f"{names[0]} and {names[1]} share one tensor, which codes cannot express"
     try:
         loaded, missing = _load(network, layouts, quantization)
         if missing:
-            return f"transformers would find no tensor for {missing[0]} in it"
+            return f"transformers would find no tensor for {missing[0]}"
         _run(loaded)
     except NoWeightError:
         assert quantization is not None
         return _looking(network, layouts, quantization)
-    except Exception as error:  # whatever a family makes of names and shapes that it does not expect
+    except Exception as error:  # a network may fail in any way on names and shapes that it does not expect
         return f"transformers {transformers.__version__} fails on it: {first_line(error)}"
     return None
 
@@ -83,10 +83,10 @@ def refusal(
 def refuse_gaps(
     source: ModelSource, network: transformers.PreTrainedModel, layouts: Mapping[str, TensorLayout]
 ) -> None:
-    """ModelError where the model's files, which have tensors of these layouts, do not fill its network."""
+    """Raise ModelError if the model's files, with tensors of these layouts, do not fill its network."""
     try:
         _, report = _report(network, layouts, None, ignore_mismatched_sizes=True)
-    except Exception:  # tensors that cannot be cut or joined are named here, and the rest by `refusal`
+    except Exception:  # tensors that cannot be split or joined are named here, the rest by `refusal`
         placements(network, layouts)
         return
 
@@ -103,7 +103,7 @@ def refuse_gaps(
 def _looking(
     network: transformers.PreTrainedModel, layouts: Mapping[str, TensorLayout], quantization: Mapping[str, Any]
 ) -> str:
-    """Name the layers that have to keep their weights: one after another is spared until nothing looks for any."""
+    """Name the layers that must keep their weights: they are spared one by one until no weight is accessed."""
     spared: dict[str, str] = {}
     while True:
         patterns = [rf".*\.{name}$" for name in spared]
@@ -118,7 +118,7 @@ def _looking(
         first, skips = next(iter(spared.values())), " ".join(rf"--skip '.*\.{name}'" for name in spared)
         family = network.config.model_type
         return (
-            f"transformers looks for the weight of {first} in a network of the family {family}, and a layer with codes "
+            f"transformers accesses the weight of {first} in a network of the family {family}, and a quantized layer "
             f"has none ({skips} leaves such layers in 16 bits)"
         )
 
@@ -126,7 +126,7 @@ def _looking(
 def _load(
     network: transformers.PreTrainedModel, layouts: Mapping[str, TensorLayout], quantization: Mapping[str, Any] | None
 ) -> tuple[transformers.PreTrainedModel, Sequence[str]]:
-    """The network as transformers would load it, and what it would find no tensor for."""
+    """The network as transformers would load it, and the parameters for which it would find no tensor."""
     loaded, report = _report(network, layouts, quantization)
     return loaded, sorted(report["missing_keys"])
 
@@ -148,7 +148,7 @@ def _report(
             None,
             config=config,
             state_dict=state,
-            dtype=torch.bfloat16,  # in which products of grouped experts are known without numbers
+            dtype=torch.bfloat16,  # grouped matmuls of experts run on the meta device in this type
             device_map={"": "meta"},
             output_loading_info=True,
             **options,
@@ -158,39 +158,39 @@ def _report(
 
 @torch.no_grad()
 def _run(loaded: transformers.PreTrainedModel) -> None:
-    """Compute without numbers as far as that goes; only a look for a weight counts."""
+    """Run on the meta device as far as that is possible; only access to a missing weight counts."""
     ids = torch.zeros((1, TOKENS), dtype=torch.long, device="meta")
-    # Most families look at the numbers to make a mask, and take one of four dimensions as it is.
+    # Most networks read values to make a mask, and accept a mask of four dimensions as it is.
     for masks in {}, {"attention_mask": torch.zeros((1, 1, TOKENS, TOKENS), dtype=torch.bool, device="meta")}:
         try:
             with quiet():
                 loaded(input_ids=ids, use_cache=False, **masks)
         except NoWeightError:
             raise
-        except Exception:  # what depends on numbers
+        except Exception:  # a step that depends on values
             continue
 
 
 def disagreement(packed: ModelSource) -> str | None:
-    """How what transformers makes of a packed checkpoint differs from what we do; None where it does not.
+    """Difference between a packed checkpoint in transformers and in this package, or None.
 
-    On the meta device, and for a small one also by the logits of some tokens.
+    Compared on the meta device, and for a small model also by the logits of some tokens.
     """
     said, stored = model_config(packed).get("quantization_config"), tensor_index(packed.directory)
     network = without_weights(load_config(packed), packed.trust_remote_code)
     reason = refusal(network, {name: tensor.layout for name, tensor in stored.items()}, said, ())
     if reason is not None or count_parameters(network) > SMALL:
         return reason
-    words = max(1, network.config.get_text_config().vocab_size // 2)  # what stands for pictures and the like comes last
+    words = max(1, network.config.get_text_config().vocab_size // 2)  # tokens for images and the like come last
     stated = stated_length(model_config(packed))
     tokens = TOKENS if stated is None else min(TOKENS, stated[1])
     ids = torch.randint(0, words, (1, tokens), generator=torch.Generator().manual_seed(0))
     try:
         theirs, ours = _logits(_load_numbers(packed, said), ids), _logits(load_network(packed, torch.float32), ids)
-    except Exception as error:  # as above
+    except Exception as error:  # any, see `refusal`
         return f"transformers {transformers.__version__} fails on it: {first_line(error)}"
     apart = (theirs - ours).norm(dim=-1) > SAME * ours.norm(dim=-1)  # [1, tokens]
-    return "transformers computes something else with it than aqlm" if apart.float().mean() > 0.5 else None
+    return "transformers computes other logits with it than aqlm" if apart.float().mean() > 0.5 else None
 
 
 def _load_numbers(packed: ModelSource, quantization: Mapping[str, Any] | None) -> nn.Module:
@@ -211,7 +211,7 @@ def _logits(network: nn.Module, ids: Tensor) -> Tensor:
     return logits.float()
 
 
-class CodedLinear(nn.Module):
+class QuantizedLinear(nn.Module):
     """The stand-in for a layer of the inference package."""
 
     def __init__(self, path: str, linear: nn.Linear, settings: TrialSettings) -> None:
@@ -238,13 +238,13 @@ class CodedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.is_meta:
             return x.new_empty((*x.shape[:-1], self.out_features))
-        matrix = from_checkpoint({name: getattr(self, name) for name in CODED})
+        matrix = from_checkpoint({name: getattr(self, name) for name in CODE_TENSORS})
         return nn.functional.linear(x, matrix.dequantize().to(x.dtype), self.bias)
 
 
 @register_quantization_config(TRIAL)
 class TrialSettings(QuantizationConfigMixin):
-    """What transformers makes of the description of the codes."""
+    """Description of the codes in config.json, as transformers parses it."""
 
     quant_method: Any
 
@@ -265,7 +265,7 @@ class TrialSettings(QuantizationConfigMixin):
 
 @register_quantizer(TRIAL)
 class Trial(HfQuantizer):
-    """transformers puts a stand-in wherever it would put a layer of the inference package."""
+    """Quantizer that inserts a stand-in wherever transformers would insert a layer of the inference package."""
 
     quantization_config: TrialSettings
 
@@ -273,7 +273,7 @@ class Trial(HfQuantizer):
         settings = self.quantization_config
         for path, module in list(model.named_modules()):
             if isinstance(module, nn.Linear) and should_convert_module(path, settings.linear_weights_not_to_quantize):
-                replace_module(model, path, CodedLinear(path, module, settings))
+                replace_module(model, path, QuantizedLinear(path, module, settings))
 
     def is_serializable(self) -> bool:
         return False

@@ -1,7 +1,7 @@
-"""A head is the embeddings where files hold one tensor for both, whatever config.json says of it.
+"""Tied embeddings: a head is tied if the files hold one tensor for both, regardless of config.json.
 
-transformers ties what `tie_word_embeddings` names only where one of the two is not stored, or both are equal: a head
-that was trained apart stays its own, with a warning.
+With `tie_word_embeddings`, transformers ties only if one of the two is not stored, or both are equal: a head that was
+trained separately stays separate, with a warning.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from torch import nn
 
 
 def untie_stored(network: transformers.PreTrainedModel, stored: Collection[str]) -> None:
-    """Give each parameter of a network without weights that is tied to another, while both are `stored`, a place of its
-    own: so many numbers are in the files, and will be in those of the packed model."""
+    """Untie parameters of a network without weights if both of a tied pair are `stored`: the files hold two tensors,
+    and those of the packed model will."""
     for name, other in list(network.all_tied_weights_keys.items()):
         if _is_stored(name, stored) and _is_stored(other, stored):
             path, _, last = name.rpartition(".")
@@ -25,5 +25,5 @@ def untie_stored(network: transformers.PreTrainedModel, stored: Collection[str])
 
 
 def _is_stored(name: str, stored: Collection[str]) -> bool:
-    """Files of some families leave out the first part of a name: "wte.weight" for "transformer.wte.weight"."""
+    """True for a stored name; some files omit its first part: "wte.weight" for "transformer.wte.weight"."""
     return name in stored or name.partition(".")[2] in stored

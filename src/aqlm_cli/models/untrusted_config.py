@@ -1,4 +1,4 @@
-"""What a stranger's config.json may ask for at most: in a few bytes it can name a billion layers, or code to fetch."""
+"""Limits for an untrusted config.json: in a few bytes it can ask for a billion layers, or for code to download."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ MOST_PARTS = 100_000
 """Layers, heads, experts or labels that a config.json may ask for: a hundred times as many as any does."""
 
 PARAMETERS_PER_TENSOR = 300
-"""Parameters that a network may have for each tensor in its files: experts may be one there, and three each here."""
+"""Parameters that a network may have per tensor in its files: fused experts are one there, and three each here."""
 
 NUMBERS_PER_BYTE = 64
-"""Numbers that a network may have for each byte of its files, which are coded at an eighth of a bit then."""
+"""Weights that a network may have per byte of its files: an eighth of a bit per weight."""
 
 
 @contextmanager
 def at_most(parameters: int, name: str) -> Iterator[None]:
-    """ModelError once a network under construction has more: in a few bytes a file can ask for a billion layers."""
+    """Raise ModelError once a network under construction has more parameters."""
     seen = 0
 
     def count(module: nn.Module, own_name: str, parameter: nn.Parameter | None) -> None:
         nonlocal seen
         seen += 1
         if seen > parameters:
-            raise ModelError(f"{name}: its settings ask for more than {parameters} tensors, which it does not hold")
+            raise ModelError(f"{name}: its settings ask for more than {parameters} tensors, more than it holds")
 
     hook = register_module_parameter_registration_hook(count)
     try:
@@ -42,18 +42,18 @@ def at_most(parameters: int, name: str) -> Iterator[None]:
 
 
 def refuse_untrusted(source: ModelSource) -> None:
-    """ModelError for what must not reach transformers: counts that it would loop over, and code that it would fetch."""
+    """Raise ModelError for settings that must not reach transformers: huge loop counts, and code from the hub."""
     for path, value in _leaves(model_config(source)):
-        said = f"{shortened(path)} {shortened(str(value))}"
+        setting = f"{shortened(path)} {shortened(str(value))}"
         counts = re.search(r"(^|\.)(num_|n_(layer|head|expert))[^.]*$|layers?$", path)
         if counts and isinstance(value, int) and abs(value) > MOST_PARTS:
-            raise ModelError(f"{source.name} asks in its config.json for {said}, more than any model has")
+            raise ModelError(f"{source.name} asks in its config.json for {setting}, more than any model has")
         if "_implementation" in path and "/" in str(value):
-            raise ModelError(f"{source.name} asks in its config.json for {said}, code from the hub; remove that line")
+            raise ModelError(f"{source.name} asks in its config.json for {setting}, code from the hub; remove it")
 
 
 def _leaves(settings: Any) -> Iterator[tuple[str, Any]]:
-    """Whatever is neither object nor list in a JSON value, with the keys that lead there: "text_config.dtype"."""
+    """Scalars in a JSON value, each with its path of keys: "text_config.dtype"."""
     waiting = [("", settings)]
     while waiting:
         path, value = waiting.pop()

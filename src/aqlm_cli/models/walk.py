@@ -1,21 +1,23 @@
-"""The walk: one block of a transformer after another, each given what the whole model would give it.
+"""The walk: one block of a transformer after another, each called with the inputs that the whole model gives it.
 
-A language model is an embedding, a list of blocks, a last norm and a head. What a block is given besides its hidden
-states differs by family: rotary embeddings, masks, embeddings of its own tokens (Gemma 3n), keys of an earlier block
-(Gemma 4), the router states of the one before (Zaya). None of it is rebuilt here. To call block i on some windows, the
-model's own forward runs on their token ids with stand-ins for the blocks, which return what the blocks returned, and
-stops at block i: its arguments are then those of the model. What costs time, the blocks, is computed once.
+A language model is an embedding, a list of blocks, a last norm and a head. The inputs of a block besides its hidden
+states differ by model type: rotary embeddings, masks, embeddings of its own tokens (Gemma 3n), keys of an earlier block
+(Gemma 4), the router states of the one before (Zaya). None of it is rebuilt here. To call block i on some sequences,
+the model's own forward runs on their token ids with stand-ins for the blocks, which return the blocks' outputs, and
+stops at block i: its arguments are then those of the model. The expensive part, the blocks, is computed once.
 
-    walk = open_walk(network, load, ids)              # refuses a family for which this is not what the model computes
+    walk = open_walk(network, load, ids)              # refuses a model type for which this differs from the model
     hidden, handed = walk.entering(ids), {}           # [b, L, d]
     for index in range(len(walk.paths)):
         hidden, handed = walk.given(index, ids, hidden, handed).run(load(index))
     logits = walk.logits(ids, hidden, handed)
 
-`handed` is what blocks hand on besides their hidden states: further elements of the tuple that they return, and what
-they put into a dictionary that they share. Its names are paths in JSON: ["out", 1], ["kwargs", "shared_kv_states",
-"full_attention", 0]. All tensors between two blocks have the windows first. Nothing here knows a family, or
-transformers.
+`handed` holds the tensors that blocks hand on besides their hidden states: further elements of the tuple that they
+return, and entries of a dictionary that they share. Its names are paths in JSON: ["out", 1], ["kwargs",
+"shared_kv_states", "full_attention", 0]. All tensors between two blocks have the batch dimension first. Nothing here
+depends on a model type, or on transformers.
+
+Shapes: b sequences, L tokens, d hidden size.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ from aqlm_cli.errors import ModelError
 from aqlm_cli.models.blocks import Blocks
 
 Path: TypeAlias = tuple[str | int, ...]
-"""Where a tensor lies in the arguments of a block, or in what it returns."""
+"""Position of a tensor in the arguments of a block, or in its output."""
 
 HIDDEN = json.dumps(["out", 0])
 """The name of the hidden states in `Form.batch_dims`."""
@@ -43,25 +45,25 @@ HIDDEN = json.dumps(["out", 0])
 
 @dataclass(frozen=True)
 class Form:
-    """What the blocks of a model return and hand on."""
+    """Structure of the values that the blocks of a model return and hand on."""
 
-    lengths: tuple[int | None, ...]  # of the tuple that each block returns; None where it returns hidden states alone
+    lengths: tuple[int | None, ...]  # of the tuple that each block returns; None if it returns hidden states alone
     needed: frozenset[int]  # elements of these tuples, beside the hidden states, that the model passes to later blocks
-    batch_dims: Mapping[str, int]  # the dimension of the windows in each tensor, by name
+    batch_dims: Mapping[str, int]  # the batch dimension of each tensor, by name
 
 
 @dataclass(frozen=True, eq=False)
 class BlockInput:
-    """All that the model gives one block for some windows, hidden states included; to be used once."""
+    """All inputs of one block for some sequences, hidden states included; can be used once."""
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     form: Form
-    carried: frozenset[str] = frozenset()  # names of what earlier blocks have handed on to this one
+    carried: frozenset[str] = frozenset()  # names of the tensors that earlier blocks handed on to this one
 
     @classmethod
     def alone(cls, hidden: Tensor) -> BlockInput:
-        """Of a block that takes hidden states `[b, L, d]` and nothing else."""
+        """Input of a block that takes hidden states `[b, L, d]` and nothing else."""
         return cls((hidden,), {}, Form((None,), frozenset(), {HIDDEN: 0}))
 
     @property
@@ -69,11 +71,11 @@ class BlockInput:
         return next(tensor.device for _, tensor in leaves((self.args, self.kwargs)))
 
     def __call__(self, block: nn.Module) -> Tensor:
-        """The block's output, windows first."""
-        return self._windows_first(HIDDEN, elements_of(block(*self.args, **self.kwargs))[0])
+        """The block's output, batch first."""
+        return self._batch_first(HIDDEN, elements_of(block(*self.args, **self.kwargs))[0])
 
     def run(self, block: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
-        """The block's output and what it hands on, windows first."""
+        """The block's output and the tensors that it hands on, batch first."""
         before = dict(shared_tensors(self.args, self.kwargs))
         elements = elements_of(block(*self.args, **self.kwargs))
         handed = {json.dumps(["out", place]): elements[place] for place in self.form.needed if place < len(elements)}
@@ -81,22 +83,22 @@ class BlockInput:
             if name in self.carried or before.get(name) is not tensor:
                 handed[name] = tensor
         tensors = {name: value for name, value in handed.items() if isinstance(value, Tensor)}
-        first = {name: self._windows_first(name, tensor) for name, tensor in tensors.items()}
-        return self._windows_first(HIDDEN, elements[0]), first
+        first = {name: self._batch_first(name, tensor) for name, tensor in tensors.items()}
+        return self._batch_first(HIDDEN, elements[0]), first
 
-    def _windows_first(self, name: str, tensor: Tensor) -> Tensor:
+    def _batch_first(self, name: str, tensor: Tensor) -> Tensor:
         return tensor.movedim(self.form.batch_dims[name], 0)
 
 
 @dataclass(frozen=True, eq=False)
 class Walk:
-    """`network` needs no weights inside of its blocks, which `load` gives by their index."""
+    """One pass through the blocks of `network`, which needs no weights in them: `load` returns a block by index."""
 
     network: nn.Module
     blocks: Blocks
     load: Callable[[int], nn.Module]
     form: Form
-    dtype: torch.dtype = torch.float32  # of the products in its blocks
+    dtype: torch.dtype = torch.float32  # of the matmuls in its blocks
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -111,15 +113,15 @@ class Walk:
         return max(i for i, path in enumerate(self.paths) if any(name.startswith(path + ".") for name in layers))
 
     def entering(self, ids: Tensor) -> Tensor:
-        """The hidden states that enter block 0 for the token ids `[b, L]`, windows first; no block is computed."""
+        """The hidden states that enter block 0 for the token ids `[b, L]`, batch first; no block is computed."""
         args, kwargs = self._reached(0, ids, None, {})
         hidden: Tensor = args[0] if args else kwargs[_hidden_name(self.blocks.modules[0])]
         return hidden.movedim(self.form.batch_dims[HIDDEN], 0)
 
     def given(self, index: int, ids: Tensor, hidden: Tensor, handed: Mapping[str, Tensor]) -> BlockInput:
-        """For block `index` after the one before it has put out `hidden`, and all before it have handed on `handed`.
+        """Inputs of block `index`: `hidden` is the output of the one before it, `handed` the tensors handed on so far.
 
-        For block 0 both are what `entering` and an empty mapping say.
+        For block 0 these are the result of `entering` and an empty mapping.
         """
         args, kwargs = self._reached(index, ids, hidden, handed)
         placed = {name: self._placed(name, tensor) for name, tensor in handed.items()}
@@ -127,7 +129,7 @@ class Walk:
         return BlockInput(args, kwargs, self.form, frozenset(name for name in placed if json.loads(name)[0] != "out"))
 
     def logits(self, ids: Tensor, hidden: Tensor, handed: Mapping[str, Tensor]) -> Tensor:
-        """The logits `[b, L, vocabulary]` where the last block puts out `hidden`; no block is computed."""
+        """The logits `[b, L, vocabulary]` for the last block's output `hidden`; no block is computed."""
         with torch.no_grad(), standing_in(self.blocks, self._answers(hidden, handed)):
             logits: Tensor = self.network(input_ids=ids.to(self.device), use_cache=False).logits
         return logits
@@ -135,7 +137,7 @@ class Walk:
     def _reached(
         self, index: int, ids: Tensor, hidden: Tensor | None, handed: Mapping[str, Tensor]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments of block `index`, as the model's own forward makes them."""
+        """The arguments that the model's own forward passes to block `index`."""
         reached: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         answers = self._answers(hidden, handed)
 
@@ -145,7 +147,7 @@ class Walk:
                 raise _Reached
             return answers(number, args, kwargs)
 
-        # no_grad and not inference_mode: what is recorded here takes part in later passes that do have gradients.
+        # no_grad and not inference_mode: these tensors take part in later passes that do have gradients.
         with torch.no_grad(), standing_in(self.blocks, answer):
             try:
                 self.network(input_ids=ids.to(self.device), use_cache=False)
@@ -167,24 +169,24 @@ class Walk:
         return answer
 
     def _placed(self, name: str, tensor: Tensor) -> Tensor:
-        """As the model has it, from windows first."""
+        """The tensor on the model's device, with the model's batch dimension."""
         return tensor.to(self.device).movedim(0, self.form.batch_dims[name])
 
 
 Answer: TypeAlias = Callable[[int, tuple[Any, ...], dict[str, Any]], Any]
-"""What the block with this number returns for these arguments."""
+"""Function from index and arguments of a block to its output."""
 
 
 class _Reached(Exception):
-    """Leaves a forward pass at the point up to which it was wanted."""
+    """Signal that ends a forward pass at the block that was asked for."""
 
 
 @contextmanager
 def standing_in(blocks: Blocks, answer: Answer) -> Iterator[None]:
-    """While open, none of the blocks computes: each returns what `answer` gives."""
+    """Replace the forward of all blocks by `answer` while the context is open."""
 
     def stand_in(index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
-        @wraps(forward)  # some families look at the signature
+        @wraps(forward)  # some networks inspect the signature
         def forward_in_its_place(*args: Any, **kwargs: Any) -> Any:
             return answer(index, args, kwargs)
 
@@ -196,11 +198,11 @@ def standing_in(blocks: Blocks, answer: Answer) -> Iterator[None]:
         yield
     finally:
         for block in blocks.modules:
-            del block.forward  # that of the class shows again
+            del block.forward  # restores the forward of the class
 
 
 def _hidden_name(block: nn.Module) -> str:
-    """The hidden states are the first parameter of a block's forward."""
+    """Name of the first parameter of a block's forward, the hidden states."""
     return next(iter(inspect.signature(block.forward).parameters))
 
 
@@ -209,7 +211,7 @@ def elements_of(returned: Any) -> Sequence[Any]:
 
 
 def device_of(network: nn.Module) -> torch.device:
-    """Of its weights; those inside of its blocks may be without numbers."""
+    """Device of the network's weights; those in its blocks may be on the meta device."""
     return next(tensor.device for tensor in network.parameters() if not tensor.is_meta)
 
 
@@ -234,7 +236,7 @@ def leaves(value: Any, path: Path = ()) -> Iterator[tuple[Path, Tensor]]:
 
 
 def shared_tensors(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    """By name every tensor in the dictionaries among the arguments, into which a block may put more."""
+    """Every tensor, by name, in dictionaries among the arguments, to which a block may add more."""
     roots: list[tuple[Path, Any]] = [(("args", place), value) for place, value in enumerate(args)]
     roots += [(("kwargs", name), value) for name, value in kwargs.items()]
     for root, value in roots:
@@ -244,7 +246,7 @@ def shared_tensors(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator
 
 
 def _fill(args: tuple[Any, ...], kwargs: Mapping[str, Any], handed: Mapping[str, Tensor]) -> None:
-    """Put what earlier blocks have handed on into the dictionaries from which it came."""
+    """Put tensors that earlier blocks handed on into the dictionaries from which they came."""
     inside: dict[tuple[str, Any, Any], dict[Path, Tensor]] = {}
     for name, tensor in handed.items():
         root, *path = json.loads(name)
@@ -256,7 +258,7 @@ def _fill(args: tuple[Any, ...], kwargs: Mapping[str, Any], handed: Mapping[str,
 
 
 def _built(parts: Mapping[Path, Tensor]) -> Any:
-    """Nested tuples, by number, and dictionaries, by name, from their leaves."""
+    """Nested tuples (integer keys) and dictionaries (string keys), built from their leaves."""
     if () in parts:
         return parts[()]
     heads = dict.fromkeys(path[0] for path in parts)

@@ -1,9 +1,9 @@
-"""Opens a walk, after making sure that it computes what the model does.
+"""Open a walk, after a check that it computes the same as the model.
 
-Some unlike windows go through the model's own forward, each block loaded as it is called, so that a model larger than
-memory can be checked too. What the model gave each of its blocks is then compared with what the walk gives them, and
-the logits with those of the walk: a family that runs a block twice, or hands something on in a way that the walk does
-not see, is refused by name before any work.
+Some different sequences go through the model's own forward, each block loaded as it is called, so that a model larger
+than memory can be checked too. The inputs of each block are then compared with those of the walk, and so are the
+logits: a model type that runs a block twice, or hands a tensor on in a way that the walk does not see, is refused by
+name before any work.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ from aqlm_cli.models.walk import (
 )
 
 TOLERANCE = 1e-5
-"""Of every tensor that a block is given, and of the logits, relative to the tensor's largest entry. The same code on
-the same numbers gives the same bits; what is allowed for is a sum in another order."""
+"""Tolerance for every input of a block and for the logits, relative to the tensor's largest entry. The same code on
+the same values gives the same bits; the tolerance allows for a sum in another order."""
 
 LENGTH = 24
-"""Tokens of a window that is compared, at most."""
+"""Maximum tokens of a compared sequence."""
 
-WINDOWS = (3, 5, 7)
-"""Numbers of windows to try: the dimension of the windows is told by a size that no other dimension has."""
+COUNTS = (3, 5, 7)
+"""Numbers of sequences to try: the batch dimension is recognised by a size that no other dimension has."""
 
 
 def open_walk(
@@ -51,30 +51,30 @@ def open_walk(
     dtype: torch.dtype = torch.float32,
     watch: Callable[[int], None] = lambda blocks: None,
 ) -> Walk:
-    """The walk through `network`, whose blocks need no weights: `load` gives each by its index, in float32.
+    """The walk through `network`, whose blocks need no weights: `load` returns each by its index, in float32.
 
-    `ids` `[windows, L]` are text, of which some windows are compared; `watch` is told how many blocks are done.
-    Products will be in `dtype`, or in float32 where a block does not compute with other ones. Raises ModelError for a
-    family whose blocks cannot be called one after another.
+    `ids` `[n, L]` are text, of which some sequences are compared; `watch` is called with the count of finished blocks.
+    Matmuls will be in `dtype`, or in float32 if a block cannot compute with another type. Raises ModelError for a model
+    type whose blocks cannot be called one after another.
     """
     blocks = find_blocks(network)
-    for windows in WINDOWS:
-        chosen = unlike_sequences(ids, windows).to(device_of(network))
+    for count in COUNTS:
+        chosen = distinct_sequences(ids, count).to(device_of(network))
         seen = _forward(network, blocks, load, chosen, dtype, watch)
-        if not seen.ambiguous(windows):
+        if not seen.ambiguous(count):
             break
-    form = Form(tuple(seen.lengths), frozenset(), seen.batch_dims(windows))
+    form = Form(tuple(seen.lengths), frozenset(), seen.batch_dims(count))
     walk = Walk(network, blocks, load, form, dtype if all(seen.computes) else torch.float32)
     return _checked(walk, seen, chosen)
 
 
-def unlike_sequences(ids: Tensor, windows: int) -> Tensor:
-    """`[windows, L']` of the tokens in `ids`, no two windows alike where the text has two tokens or more."""
+def distinct_sequences(ids: Tensor, count: int) -> Tensor:
+    """`[count, L']` of the tokens in `ids`, all different if the text has two distinct tokens or more."""
     tokens = ids.flatten()
     length = min(ids.shape[1], LENGTH)
-    rows = torch.stack([tokens.roll(-shift * (len(tokens) // windows)) for shift in range(windows)])[:, :length]
-    if len(rows.unique(dim=0)) < windows:  # the text repeats itself: count in the tokens that it has
-        kinds, numbers = tokens.unique(), torch.arange(windows)[:, None]
+    rows = torch.stack([tokens.roll(-shift * (len(tokens) // count)) for shift in range(count)])[:, :length]
+    if len(rows.unique(dim=0)) < count:  # the text repeats itself: write 0, 1, 2 ... in the tokens that it has
+        kinds, numbers = tokens.unique(), torch.arange(count)[:, None]
         rows = kinds[numbers // len(kinds) ** torch.arange(length).clamp(max=8) % len(kinds)]
     return rows
 
@@ -84,28 +84,28 @@ def unlike_sequences(ids: Tensor, windows: int) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class _Seen:
-    """A forward pass of the model, by block."""
+    """Record of a forward pass of the model, by block."""
 
     given: list[dict[Path, Tensor]] = field(default_factory=list)  # every tensor in the arguments
-    returned: list[dict[str, Tensor]] = field(default_factory=list)  # hidden states and what is handed on, by name
-    lengths: list[int | None] = field(default_factory=list)  # of the tuple that the block returns
-    computes: list[bool] = field(default_factory=list)  # whether the block does with products in the type asked for
+    returned: list[dict[str, Tensor]] = field(default_factory=list)  # hidden states and handed-on tensors, by name
+    lengths: list[int | None] = field(default_factory=list)  # of the tuple that each block returns
+    computes: list[bool] = field(default_factory=list)  # True if the block runs with matmuls in `dtype`
     logits: list[Tensor] = field(default_factory=list)  # one, when all is done
 
     @property
     def elements(self) -> frozenset[int]:
-        """Places in the tuples at which a tensor came, beside the hidden states."""
+        """Positions in the tuples that hold a tensor, beside the hidden states."""
         names = {tuple(_path(name)) for returned in self.returned for name in returned} - {("out", 0)}
         return frozenset(place for root, place, *_ in names if root == "out" and isinstance(place, int))
 
-    def ambiguous(self, windows: int) -> bool:
-        """Whether some tensor has more than one dimension of this size."""
-        return any(list(tensor.shape).count(windows) > 1 for returned in self.returned for tensor in returned.values())
+    def ambiguous(self, count: int) -> bool:
+        """True if some tensor has more than one dimension of this size."""
+        return any(list(tensor.shape).count(count) > 1 for returned in self.returned for tensor in returned.values())
 
-    def batch_dims(self, windows: int) -> dict[str, int]:
-        """The dimension of so many windows in each tensor; those that have none are left out."""
+    def batch_dims(self, count: int) -> dict[str, int]:
+        """The dimension of this size in each tensor that has one."""
         tensors = [(name, list(tensor.shape)) for returned in self.returned for name, tensor in returned.items()]
-        return {name: shape.index(windows) for name, shape in tensors if windows in shape}
+        return {name: shape.index(count) for name, shape in tensors if count in shape}
 
 
 def _forward(
@@ -129,8 +129,8 @@ def _forward(
         returned = block(*args, **kwargs)
         seen.lengths.append(len(returned) if isinstance(returned, (tuple, list)) else None)
         tensors = {_name("out", place): value for place, value in enumerate(elements_of(returned))}
-        tensors |= {name: one for name, one in shared_tensors(args, kwargs) if before.get(name) is not one}
-        seen.returned.append({name: one.clone() for name, one in tensors.items() if isinstance(one, Tensor)})
+        tensors |= {name: tensor for name, tensor in shared_tensors(args, kwargs) if before.get(name) is not tensor}
+        seen.returned.append({name: value.clone() for name, value in tensors.items() if isinstance(value, Tensor)})
         watch(number + 1)
         return returned
 
@@ -139,7 +139,7 @@ def _forward(
             seen.logits.append(network(input_ids=ids, use_cache=False).logits)
     except FOREIGN_ERRORS as error:
         reason = f"{type(error).__name__}: {shortened(str(error), 300)}"
-        shape = f"{len(ids)} windows of {ids.shape[1]} tokens"
+        shape = f"{len(ids)} sequences of {ids.shape[1]} tokens"
         raise ModelError(f"{family_of(network)} fails on {shape} ({reason}); it is not supported") from error
     if len(seen.given) < len(blocks.modules):
         raise ModelError(f"{family_of(network)} finishes without calling all of its blocks; it is not supported")
@@ -147,7 +147,7 @@ def _forward(
 
 
 def _computes(block: nn.Module, dtype: torch.dtype, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-    """Whether the block computes with products in `dtype`: some mix the types of what they add up."""
+    """True if the block runs under autocast to `dtype`: some blocks add tensors of different types."""
     own_args, own_kwargs = copy.deepcopy((args, dict(kwargs)))
     device = next(tensor.device for _, tensor in leaves((args, kwargs)))
     try:
@@ -159,7 +159,7 @@ def _computes(block: nn.Module, dtype: torch.dtype, args: tuple[Any, ...], kwarg
 
 
 def _copies(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[Path, Tensor]:
-    """A block may write into what it is given."""
+    """Copies of all tensors in the arguments, because a block may write to them."""
     return {path: tensor.clone() for path, tensor in leaves({"args": args, "kwargs": kwargs})}
 
 
@@ -167,7 +167,7 @@ def _copies(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[Path, Tens
 
 
 def _checked(walk: Walk, seen: _Seen, ids: Tensor) -> Walk:
-    """The walk that hands on the fewest elements of what blocks return, and is what was seen."""
+    """The walk that hands on the fewest elements of the blocks' outputs and agrees with the forward pass."""
 
     def handing_on(elements: frozenset[int]) -> Walk:
         return replace(walk, form=replace(walk.form, needed=elements))
@@ -178,8 +178,7 @@ def _checked(walk: Walk, seen: _Seen, ids: Tensor) -> Walk:
     reason = _difference(handing_on(needed), seen, ids)
     if reason is not None:
         raise ModelError(
-            f"{family_of(walk.network)} cannot be quantized block by block: {reason}; it is not supported, use a model "
-            "of another family"
+            f"{family_of(walk.network)} cannot be quantized block by block: {reason}; use a model of another family"
         )
     for place in sorted(seen.elements):  # attention weights, say, are returned by many and needed by none
         if _difference(handing_on(needed - {place}), seen, ids) is None:
@@ -188,16 +187,16 @@ def _checked(walk: Walk, seen: _Seen, ids: Tensor) -> Walk:
 
 
 def _difference(walk: Walk, seen: _Seen, ids: Tensor) -> str | None:
-    """Where the walk is not what the model's forward was; None if it is."""
+    """First difference between the walk and the model's forward, or None."""
     hidden, handed = torch.empty(0), dict[str, Tensor]()
     try:
         hidden = walk.entering(ids)
         for index, wanted in enumerate(seen.given):
             given = walk.given(index, ids, hidden, handed)
-            path = _first_unlike(dict(leaves({"args": given.args, "kwargs": given.kwargs})), wanted)
+            path = _first_difference(dict(leaves({"args": given.args, "kwargs": given.kwargs})), wanted)
             if path is not None:
                 name = _argument(walk.blocks.modules[index], path)
-                return f"block {index} would be given another {name} than the model gives it"
+                return f"block {index} would get another {name} than in the model"
             returned = {
                 name: tensor.movedim(walk.form.batch_dims[name], 0) for name, tensor in seen.returned[index].items()
             }
@@ -206,7 +205,7 @@ def _difference(walk: Walk, seen: _Seen, ids: Tensor) -> str | None:
         logits = walk.logits(ids, hidden, handed)
     except FOREIGN_ERRORS as error:
         return f"its forward fails without its blocks ({type(error).__name__}: {shortened(str(error))})"
-    return None if _alike(logits, seen.logits[0]) else "its logits are not those of the model"
+    return None if _close(logits, seen.logits[0]) else "the logits differ from those of the model"
 
 
 def _needed(returned: Mapping[str, Tensor], form: Form) -> dict[str, Tensor]:
@@ -214,29 +213,29 @@ def _needed(returned: Mapping[str, Tensor], form: Form) -> dict[str, Tensor]:
     return {name: returned[name] for name, (root, place, *_) in paths.items() if root != "out" or place in form.needed}
 
 
-def _first_unlike(given: Mapping[Path, Tensor], wanted: Mapping[Path, Tensor]) -> Path | None:
+def _first_difference(given: Mapping[Path, Tensor], wanted: Mapping[Path, Tensor]) -> Path | None:
     for path in [*wanted, *(given.keys() - wanted.keys())]:
-        if path not in given or path not in wanted or not _alike(given[path], wanted[path]):
+        if path not in given or path not in wanted or not _close(given[path], wanted[path]):
             return path
     return None
 
 
 def _argument(block: nn.Module, path: Path) -> str:
-    """The name of the parameter of the block's forward that holds the tensor, and the keys inside of it."""
+    """Name of the parameter of the block's forward that holds the tensor, and the keys inside of it."""
     root, first, *inner = path
     names = list(inspect.signature(block.forward).parameters)
     name = names[first] if root == "args" and isinstance(first, int) and first < len(names) else first
     return ".".join(map(str, [name, *inner]))
 
 
-def _alike(one: Tensor, other: Tensor) -> bool:
-    if one.shape != other.shape or one.dtype != other.dtype:
+def _close(tensor: Tensor, wanted: Tensor) -> bool:
+    if tensor.shape != wanted.shape or tensor.dtype != wanted.dtype:
         return False
-    if not other.is_floating_point():
-        return torch.equal(one, other)
-    finite = other[other.isfinite()]
+    if not wanted.is_floating_point():
+        return torch.equal(tensor, wanted)
+    finite = wanted[wanted.isfinite()]
     bound = TOLERANCE * float(finite.abs().max()) if finite.numel() else 0.0
-    return torch.allclose(one, other, rtol=0, atol=bound, equal_nan=True)
+    return torch.allclose(tensor, wanted, rtol=0, atol=bound, equal_nan=True)
 
 
 def _path(name: str) -> list[str | int]:

@@ -1,7 +1,7 @@
-"""Weights as others store them: what a directory without `model.safetensors` holds, and what its owner can do.
+"""Weight files of models: those that can be read, and the fix for those that cannot.
 
-transformers reads `model.safetensors`, or the shards that `model.safetensors.index.json` names. Shards that are all
-there need no more than that index, which their own headers tell. Everything else is one line with the way out. Nothing
+transformers reads `model.safetensors`, or the shards that `model.safetensors.index.json` names. If only that index is
+missing, it is rebuilt from the headers of the shards. Everything else is an error of one line with its fix. Nothing
 here opens a pickle: such weights are converted by transformers, which loads them with `weights_only=True`.
 """
 
@@ -41,7 +41,7 @@ MERGE = (
     "T.from_pretrained(m.peft_config[m.active_adapter].base_model_name_or_path).save_pretrained(d); "
     "m.merge_and_unload().save_pretrained(d)"
 )
-"""Programs with two arguments, a directory or an id of the hub, and the directory to write."""
+"""Programs with two arguments: a directory or a hub id, and the directory to write."""
 
 
 def file_names(directory: Path) -> list[str]:
@@ -52,29 +52,29 @@ def file_names(directory: Path) -> list[str]:
 
 
 def has_weights(directory: Path) -> bool:
-    """Whether it has weights in safetensors; an index alone is what a plan fetches from the hub."""
+    """True if the directory has weights in safetensors; a plan fetches from the hub the index alone."""
     names = file_names(directory)
     return WEIGHTS in names or (WEIGHTS_INDEX in names and any(name.endswith(".safetensors") for name in names))
 
 
 def holds_weights(directory: Path) -> bool:
-    """Whether it holds weights, or a list of them, in whatever form."""
+    """True if the directory has weights, or a list of them, in any format."""
     names = set(file_names(directory)) - OF_A_TRAINER
     return any(name == WEIGHTS_INDEX or Path(name).suffix in WEIGHT_SUFFIXES for name in names)
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """The files that transformers reads the weights from; ModelError where they are not there."""
+    """The files that transformers reads the weights from; ModelError if they are missing."""
     names = set(file_names(directory))
-    if WEIGHTS in names:  # with an index beside it, too
+    if WEIGHTS in names:  # takes precedence over an index
         return [directory / WEIGHTS]
     if WEIGHTS_INDEX not in names:
         raise ModelError(why_no_weights(str(directory), names))
     index = directory / WEIGHTS_INDEX
     files = read_settings(index).get("weight_map")
     if not (isinstance(files, dict) and all(isinstance(name, str) for name in files.values())):
-        raise ModelError(f"{index} does not say in which file each tensor lies; fetch the model again")
-    # Never outside of the directory, whatever the index says.
+        raise ModelError(f"{index} has no valid weight_map; fetch the model again")
+    # Names are reduced to the directory itself: an index is untrusted.
     paths = [directory / Path(name).name for name in sorted(set(files.values()))]
     missing = [path.name for path in paths if path.name not in names]
     if missing:
@@ -89,7 +89,7 @@ def read_settings(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{path} cannot be read ({error}); fetch the model, or pack the run, again") from error
     if not isinstance(settings, dict):
-        raise ModelError(f"{path} holds no settings of a model; fetch the model again")
+        raise ModelError(f"{path} is not a JSON object; fetch the model again")
     return settings
 
 
@@ -97,7 +97,7 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 
 def why_no_config(directory: Path) -> str:
-    """What a directory without config.json is, and what to do about it."""
+    """Error message for a directory without config.json, with the fix."""
     names = file_names(directory)
     if ADAPTER in names:
         return _adapter(str(directory))
@@ -109,12 +109,12 @@ def why_no_config(directory: Path) -> str:
 
 
 def why_no_weights(place: str, names: Collection[str], here: bool = True) -> str:
-    """What stands in place of weights that can be read, and what to do; `place` is a directory, or an id of the hub."""
+    """Error message for a model without readable weights, with the fix; `place` is a directory or a hub id."""
     names = sorted(names)
     shards = [match for name in names if (match := SHARD.fullmatch(name)) and name.endswith(".safetensors")]
     if any(re.fullmatch(r"pytorch_model.*\.bin", name) for name in names):
         command = _command(CONVERT, place, "safetensors")
-        return f"{place} has pickles, and only weights in safetensors are read; run `{command}` and use that"
+        return f"{place} has pickles; only weights in safetensors are read: run `{command}` and use the result"
     if any(name.startswith("consolidated") for name in names):
         return _of_its_maker(place, names)
     if shards:
@@ -124,7 +124,7 @@ def why_no_weights(place: str, names: Collection[str], here: bool = True) -> str
     for name, program in {"tf_model.h5": "TensorFlow", "flax_model.msgpack": "Flax"}.items():
         if name in names:
             return (
-                f"{place} has weights for {program} alone ({name}), which transformers 5 does not read; use another "
+                f"{place} has only {program} weights ({name}), which transformers 5 does not read; use another "
                 f"copy of the model, or load it with transformers 4 and save it with save_pretrained"
             )
     others = [name for name in names if Path(name).suffix in WEIGHT_SUFFIXES and name not in OF_A_TRAINER]
@@ -134,26 +134,26 @@ def why_no_weights(place: str, names: Collection[str], here: bool = True) -> str
 
 
 def refuse_adapter(place: str, directory: Path) -> None:
-    """ModelError for a directory that has an adapter: transformers would load the base that it names, from anywhere."""
+    """Raise ModelError for a directory with an adapter: transformers would load its base model from anywhere."""
     if (directory / ADAPTER).is_file():
         raise ModelError(_adapter(place))
 
 
 def _adapter(place: str) -> str:
     command = _command(MERGE, place, "merged")
-    return f"{place} holds a PEFT adapter ({ADAPTER}) and not a whole model; merge it: run `{command}` and use that"
+    return f"{place} holds a PEFT adapter ({ADAPTER}), not a full model; merge it: run `{command}` and use the result"
 
 
 def _of_its_maker(place: str, names: Iterable[str]) -> str:
     files = [name for name in names if name.startswith("consolidated")]
     return (
-        f"{place} holds a model in its maker's own form ({_listed(files)}); use the copy of it in transformers' form, "
+        f"{place} holds a model in its publisher's own format ({_listed(files)}); use the transformers version, "
         f"which has {WEIGHTS} or {WEIGHTS_INDEX}"
     )
 
 
 def _gguf(place: str, names: Iterable[str], here: bool) -> str:
-    """The parts of a file that is split count as their first."""
+    """Error message for GGUF files; a split file is named by its first part."""
     files = [name for name in names if name.endswith(".gguf")]
     first = [name for name in files if not (part := SHARD.fullmatch(name)) or int(part["number"]) == 1] or files
     more = f" (or another of its {len(first)} files)" if len(first) > 1 else ""
@@ -164,14 +164,14 @@ def _gguf(place: str, names: Iterable[str], here: bool) -> str:
 
 
 def _missing(shards: list[re.Match[str]]) -> str:
-    """Names of the shards that are not there, or what makes their names those of no one set."""
+    """Names of missing shards, or why the names do not form one set."""
     sets = {(shard["stem"], shard["count"]) for shard in shards}
     if len(sets) > 1:
-        return f"{WEIGHTS_INDEX}, and its shards are of {len(sets)} sets ({_listed([shard[0] for shard in shards])})"
+        return f"{WEIGHTS_INDEX}, and has shards of {len(sets)} sets ({_listed([shard[0] for shard in shards])})"
     ((stem, count),) = sets
-    there = {int(shard["number"]) for shard in shards}
-    first = next((number for number in range(1, int(count) + 1) if number not in there), 0)
-    absent = int(count) - len(there)
+    present = {int(shard["number"]) for shard in shards}
+    first = next((number for number in range(1, int(count) + 1) if number not in present), 0)
+    absent = int(count) - len(present)
     more = f" and {absent - 1} more" if absent > 1 else ""
     return f"{stem}-{first:0{len(shards[0]['number'])}d}-of-{count}.safetensors{more}"
 
@@ -189,7 +189,7 @@ def _listed(names: list[str]) -> str:
 
 
 def with_index(directory: Path, cache: Path) -> Path:
-    """The directory, or one of links to its files with the index that its shards lack; nothing large is read."""
+    """The directory, or one of links to its files plus the missing index; reads headers only."""
     names = file_names(directory)
     index = None if WEIGHTS in names else _completed(directory) if WEIGHTS_INDEX in names else _made(directory, names)
     if index is None:
@@ -213,20 +213,20 @@ def with_index(directory: Path, cache: Path) -> Path:
 
 
 def _completed(directory: Path) -> str | None:
-    """The text of its index with the `metadata` that transformers asks for; None where that is there, or no shard."""
+    """Text of the index with the `metadata` that transformers needs; None if it has them, or if there is no shard."""
     index = read_settings(directory / WEIGHTS_INDEX)
     if isinstance(index.get("metadata"), dict) or not has_weights(directory):
         return None
-    files = weight_files(directory)  # first, for it refuses what is no list of them
+    files = weight_files(directory)  # first, because it refuses an invalid index
     return _text(index["weight_map"], files)
 
 
 def _made(directory: Path, names: Iterable[str]) -> str | None:
-    """The text of an index for its shards; None where they are not all there."""
+    """Text of an index for the shards; None if some are missing."""
     shards = [match for name in names if (match := SHARD.fullmatch(name)) and name.endswith(".safetensors")]
     numbers = sorted(int(shard["number"]) for shard in shards)
     sets = {(shard["stem"], shard["count"]) for shard in shards}
-    # As many as they say, before the numbers up to theirs are listed: a name may say any.
+    # The count is compared before numbers are listed: a file name may claim any count.
     whole = len(sets) == 1 and len(shards) == int(shards[0]["count"]) and numbers == list(range(1, len(shards) + 1))
     if not whole or shards[0]["stem"].startswith("consolidated"):
         return None
@@ -234,14 +234,16 @@ def _made(directory: Path, names: Iterable[str]) -> str | None:
 
 
 def _index(directory: Path, shards: list[str]) -> str:
-    """The text of model.safetensors.index.json for these files."""
+    """Text of model.safetensors.index.json for these files."""
     files: dict[str, str] = {}
     for name in shards:
         try:
             with safe_open(directory / name, framework="pt") as opened:
                 for tensor in opened.keys():  # noqa: SIM118 - not a dict
                     if tensor in files:
-                        raise ModelError(f"{directory}: {files[tensor]} and {name} both hold {tensor}; fetch it again")
+                        raise ModelError(
+                            f"{directory}: {files[tensor]} and {name} both hold {tensor}; fetch the model again"
+                        )
                     files[tensor] = name
         except (OSError, SafetensorError) as error:
             raise ModelError(f"{directory / name} is damaged ({error}); fetch the model again") from error

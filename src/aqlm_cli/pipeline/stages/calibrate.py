@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from aqlm_cli.data.sequences import TextTokenizer, beginning, calibration_sequences, settings_of_text
+from aqlm_cli.data.sequences import TextTokenizer, calibration_sequences, opening_tokens, settings_of_text
 from aqlm_cli.errors import QuantizationError
 from aqlm_cli.events import Advanced, Emit, Noted, StageStarted
 from aqlm_cli.formatting import plain
@@ -40,7 +40,7 @@ def calibrate(job: Job) -> CalibrationReport:
     config, source = job.config, job.source
     refuse_too_long(source, config.calibrate.sequence_length, "--sequence-length")
     tokenizer = load_tokenizer(source)
-    opening = beginning(tokenizer, config.calibrate.bos)
+    opening = opening_tokens(tokenizer, config.calibrate.bos)
     run = job.open_run()
     settings = {**settings_of_text(config.calibrate, bool(opening)), "seed": config.seed}
     key = StageKey(CALIBRATE, settings, {"model": source.identity}, overwrite=job.overwrite)

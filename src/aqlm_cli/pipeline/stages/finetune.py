@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aqlm_cli.data.sequences import beginning, calibration_sequences, recut, settings_of_text
+from aqlm_cli.data.sequences import calibration_sequences, opening_tokens, recut, settings_of_text
 from aqlm_cli.data.spec import sampled_sequences
 from aqlm_cli.errors import ArtifactError, DataError, UsageError
 from aqlm_cli.evaluation.plots import draw_curve
@@ -141,7 +141,7 @@ def _begins(config: RunConfig, source: ModelSource, run: RunDirectory) -> bool:
         return section.bos
     if section.data is None:
         return _bos_of(run.current("calibration"))
-    return bool(beginning(load_tokenizer(source), None))
+    return bool(opening_tokens(load_tokenizer(source), None))
 
 
 def _bos_of(calibration: Artifact) -> bool:
@@ -199,9 +199,9 @@ def _text(config: RunConfig, source: ModelSource, run: RunDirectory, emit: Emit)
     if section.data is None and section.sequences is not None:
         raise UsageError("--sequences counts windows of --data; give that, too")
     tokenizer = load_tokenizer(source)
-    opening = beginning(tokenizer, _begins(config, source, run))
+    opening = opening_tokens(tokenizer, _begins(config, source, run))
     if section.data is None:
-        before = beginning(tokenizer, _bos_of(run.current("calibration")))
+        before = opening_tokens(tokenizer, _bos_of(run.current("calibration")))
         ids = recut(_stored(run, "calibration"), length, before, opening)
     else:
         sampled = _stored(run, "text") if sampled_sequences(section.data, section.sequences) else None

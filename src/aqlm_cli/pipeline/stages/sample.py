@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from aqlm_cli.data.sequences import beginning
+from aqlm_cli.data.sequences import opening_tokens
 from aqlm_cli.data.spec import sampled_sequences
 from aqlm_cli.errors import ArtifactError
 from aqlm_cli.events import Advanced, Emit, Noted, StageStarted
@@ -37,7 +37,7 @@ def sample(job: Job) -> None:
     """Write `text/`, unless it exists or `finetune` will not come to read it."""
     run, config, section = job.run, job.config, job.config.finetune
     source, windows = job.original(run), sampled_sequences(section.data, section.sequences)
-    opening = beginning(load_tokenizer(source), section.bos)
+    opening = opening_tokens(load_tokenizer(source), section.bos)
     if not _will_be_read(run, config, bool(opening), job.overwrite):
         return
     settings = {"windows": windows, "sequence_length": section.sequence_length, "seed": config.seed}
