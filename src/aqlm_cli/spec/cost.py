@@ -11,6 +11,7 @@ from collections import defaultdict
 from dataclasses import dataclass, replace
 
 from aqlm_cli.errors import PlanError
+from aqlm_cli.spec.calibration_split import split_sequences
 from aqlm_cli.spec.config import FitConfig, RunConfig
 from aqlm_cli.spec.plan import Target
 from aqlm_cli.spec.schemes import AdditiveScheme
@@ -86,26 +87,18 @@ class Work:
 
 def work_of(config: RunConfig, windows: int, workers: int, product_bytes: int) -> Work:
     """What the settings ask for, of so many windows of text."""
-    section = config.quantize
-    measured, held_out = statistics_split(config, windows)
+    section, split = config.quantize, split_sequences(config.quantize, windows)
     return Work(
         windows=windows,
         length=config.calibrate.sequence_length,
         statistics_sequences_of=min(config.calibrate.statistics_sequences, windows),
-        measured=measured,
-        held_out=held_out,
+        measured=split.measured,
+        held_out=split.held_out,
         batch=section.batch,
         fit=section.fit,
         workers=workers,
         product_bytes=product_bytes,
     )
-
-
-def statistics_split(config: RunConfig, windows: int) -> tuple[int, int]:
-    """How many of the windows make the second moments, and how many are held out to judge the fitting by."""
-    section = config.quantize
-    held_out = min(section.fit.held_out, max(1, windows // 4), windows - 1) if section.fit.epochs else 0
-    return min(section.statistics_sequences, windows - held_out), held_out
 
 
 @dataclass(frozen=True)
@@ -216,9 +209,6 @@ def quantized_bytes(target: Target) -> int:
         return codes + FLOAT * (scheme.num_codebooks * scheme.codebook_size * scheme.group_size + target.out_features)
     assert target.scheme is not None
     return target.weights + 3 * (target.weights // target.scheme.group_size)
-
-
-# ----------------------------------------------------------------------------------------------------------------- time
 
 
 # --------------------------------------------------------------------------------------------------------------- limits

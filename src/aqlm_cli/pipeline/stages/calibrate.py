@@ -32,7 +32,6 @@ from aqlm_cli.quantization.block_inputs import entering_states, walk_through
 from aqlm_cli.runs.artifact import Stage
 from aqlm_cli.runs.files import disk_bytes, save_tensors
 from aqlm_cli.runs.stages import CALIBRATE, StageKey
-from aqlm_cli.spec.config import RunConfig
 
 
 def calibrate(job: Job) -> CalibrationReport:
@@ -48,22 +47,16 @@ def calibrate(job: Job) -> CalibrationReport:
     if calibration is None:
         with run.stage(key) as stage:
             stage.work.mkdir()
-            results = _measure(config, source, tokenizer, opening, stage, job.emit)
-            calibration = stage.publish({**results, "planned": plain(job.planned.get(CALIBRATE.name))})
-    else:
-        job.emit(Noted(f"{calibration.directory} is there already, made from the same model and text"))
+            report = _measure(job, tokenizer, opening, stage)
+            stage.publish(report.results())
+            return report
+    job.emit(Noted(f"{calibration.directory} is there already, made from the same model and text"))
     return restored(CalibrationReport, calibration.directory, calibration.manifest.results)
 
 
-def _measure(
-    config: RunConfig,
-    source: ModelSource,
-    tokenizer: TextTokenizer,
-    opening: Sequence[int],
-    stage: Stage,
-    emit: Emit,
-) -> dict[str, object]:
-    """Write the windows and the moments; return the fields of the report."""
+def _measure(job: Job, tokenizer: TextTokenizer, opening: Sequence[int], stage: Stage) -> CalibrationReport:
+    """Write the token ids and the moments."""
+    config, source, emit = job.config, job.source, job.emit
     started = time.monotonic()
     reset_peak_memory()
     section, length = config.calibrate, config.calibrate.sequence_length
@@ -76,17 +69,19 @@ def _measure(
     chosen = torch.linspace(0, len(windows.ids) - 1, min(section.statistics_sequences, len(windows.ids))).long()
     moments, loss = _teacher_statistics(source, windows.ids[chosen], stage.work, torch.device(config.device), emit)
     save_tensors(stage.directory / "second_moments.safetensors", moments)
-    return {
-        "windows": len(windows.ids),
-        "sequence_length": length,
-        "tokens": windows.ids.numel(),
-        "loss": loss,
-        "sources": dict(Counter(windows.sources)),
-        "bos": bool(opening),
-        "seconds": time.monotonic() - started,
-        "memory_bytes": peak_memory_bytes(),
-        "disk_bytes": disk_bytes(stage.directory.parent),
-    }
+    return CalibrationReport(
+        directory=stage.published,
+        windows=len(windows.ids),
+        sequence_length=length,
+        tokens=windows.ids.numel(),
+        loss=loss,
+        sources=dict(Counter(windows.sources)),
+        bos=bool(opening),
+        seconds=time.monotonic() - started,
+        memory_bytes=peak_memory_bytes(),
+        disk_bytes=disk_bytes(stage.directory.parent),
+        planned=plain(job.planned.get(CALIBRATE.name)),
+    )
 
 
 @torch.no_grad()
