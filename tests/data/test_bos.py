@@ -73,7 +73,7 @@ def test_a_tokenizer_without_a_beginning_token_begins_with_none() -> None:
         opening_tokens(tokenizer(bos=False), True)
 
 
-# -------------------------------------------------------------------------------------------------------------- sequences
+# ------------------------------------------------------------------------------------------------------------ sequences
 
 
 @pytest.mark.parametrize("opening", [[], [256], [257, 256]])

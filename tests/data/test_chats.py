@@ -99,9 +99,9 @@ def test_keys_that_are_null_are_as_good_as_missing() -> None:
     [
         ("hello", "message 2 is a string; write it as"),
         (None, "message 2 is null; write it as"),
-        ({"content": "a"}, "message 2 has no `role` that is a string; write it as"),
-        ({"role": 3, "content": "a"}, "message 2 has no `role`"),
-        ({"role": "", "content": "a"}, "message 2 has no `role`"),
+        ({"content": "a"}, "message 2 has no string `role`; write it as"),
+        ({"role": 3, "content": "a"}, "message 2 has no string `role`"),
+        ({"role": "", "content": "a"}, "message 2 has no string `role`"),
         ({"role": "user"}, "message 2 has no `content`; give it a string"),
         ({"role": "user", "content": None}, "message 2 has no `content`; give it a string"),
         ({"role": "user", "content": 3}, "message 2 has a number as its `content`"),
@@ -146,7 +146,7 @@ def test_what_the_template_refuses_is_one_line_that_names_the_record(
     assert str(error.value).startswith("a.jsonl: record 7") and "\n" not in str(error.value)
 
 
-# -------------------------------------------------------------------------------------------------------------- sequences
+# ------------------------------------------------------------------------------------------------------------ sequences
 
 
 def chats(path: Path, count: int = 30) -> tuple[str, list[list[dict[str, str]]]]:
@@ -203,7 +203,7 @@ def test_calibrate_finetune_and_eval_ppl_say_which_file_goes_through_the_templat
     _, records = chats(Path("chat.jsonl"), 200)
     name = "chat.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"text": records}), name)
-    said = f"{name}: 200 chats, which go through the tokenizer's chat template"
+    said = f"{name}: 200 chats, formatted with the tokenizer's chat template"
     made = run("quantize", "--config", "run.yaml", "--data", f"{name}:8", "--out", "run")
     assert made.exit_code == 0 and said in made.output
     own: Any = load_tokenizer(resolve("tiny"))

@@ -117,7 +117,7 @@ def test_text_that_comes_after_10_megabytes_of_records_without_is_read(
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_file_in_which_no_record_has_the_key_is_refused_with_the_keys_there_are(tmp_path: Path, kind: str) -> None:
     path = write(tmp_path / f"texts.{kind}", [{"id": 1, "content": "a"}] * 2)
-    with pytest.raises(DataError, match="`text`, `messages` or `conversations`, there are: id, content; rename"):
+    with pytest.raises(DataError, match="`text`, `messages` or `conversations`, only: id, content; rename"):
         read_texts(path)
 
 
@@ -197,7 +197,7 @@ def test_a_directory_of_parquet_files_is_read_as_one(tmp_path: Path) -> None:
         ("a.txt.gz", b"\xff\xfe\xff", "cannot read .* as .txt.gz"),
         ("a.jsonl", b'{"text": "a"}\n{"text"', "neither one JSON record per line nor a JSON list"),
         ("a.jsonl", b'{"text": "a"}\n' * 500 + b"{bad", "in double quotes at character 2 \\(line 501 of 501\\)"),
-        ("a.json", b'[{"text": "a"},\n{bad}]', "in double quotes at character 18; correct it"),
+        ("a.json", b'[{"text": "a"},\n{bad}]', "in double quotes at character 18; correct or"),
         ("a.txt", b"abc\xff", "a.txt is not UTF-8 at byte 3; save it as UTF-8"),
         ("a.jsonl", b'{"text": "a"}\n"a"', "record 2 is a string; write it as"),
         ("a.json", b'["a"]', "record 1 is a string; write it as"),
@@ -234,7 +234,7 @@ def test_lists_of_messages_are_chats_in_every_kind_of_file(
 ) -> None:
     path, told = write(tmp_path / f"chat.{kind}", [{key: messages}, {key: None}, {key: []}]), list[Event]()
     assert read_texts(path, told.append) == [Chat(f"{path}: record 1", tuple(CHAT)), "", ""]
-    assert told[-1] == Noted(f"{path}: 1 chats, which go through the tokenizer's chat template")
+    assert told[-1] == Noted(f"{path}: 1 chats, formatted with the tokenizer's chat template")
 
 
 @pytest.mark.parametrize("kind", KINDS)

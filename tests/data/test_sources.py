@@ -234,7 +234,7 @@ def test_a_hub_data_set_that_cannot_be_read_is_one_line(monkeypatch: pytest.Monk
 
 
 def test_redpajama_has_nothing_to_evaluate_on() -> None:
-    with pytest.raises(DataError, match="no part kept for evaluation"):
+    with pytest.raises(DataError, match="no evaluation split"):
         documents("redpajama", "evaluation")
 
 

@@ -116,5 +116,5 @@ def test_a_tokenizer_that_begins_every_text_itself_needs_no_prompt(model: Path) 
 
 
 def test_a_backend_is_not_forgotten_where_no_layer_is_packed(model: Path) -> None:
-    with pytest.raises(KernelError, match="backend cpu-lut multiplies by packed layers, and the model has none"):
+    with pytest.raises(KernelError, match="backend cpu-lut needs packed layers, and the model has none"):
         generated(model, backend="cpu-lut")

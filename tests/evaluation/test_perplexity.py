@@ -150,7 +150,7 @@ def test_a_run_without_a_packed_model_says_how_to_make_one(tmp_path: Path, text:
 @pytest.mark.parametrize(
     ("length", "windows", "error", "reason"),
     [
-        (257, 2, ModelError, "reads 256 tokens, not 257"),
+        (257, 2, ModelError, "accepts 256 tokens, not 257"),
         (LENGTH, 1, DataError, "no standard error"),
         (256, None, DataError, "no standard error"),
     ],

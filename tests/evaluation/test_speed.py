@@ -178,7 +178,7 @@ def test_what_is_compared_with_holds_no_codes_and_keeps_the_biases(tmp_path: Pat
 
 
 def test_more_tokens_than_the_model_reads_are_refused(model: Path) -> None:
-    with pytest.raises(ModelError, match="reads 256 tokens, not 303; lower --prompt or --tokens"):
+    with pytest.raises(ModelError, match="accepts 256 tokens, not 303; lower --prompt or --tokens"):
         measured(model, prompt=300, tokens=3)
 
 
@@ -249,7 +249,7 @@ def test_types_that_do_not_fit_are_left_out_and_named(shape: str, monkeypatch: p
 
 
 def test_a_shape_that_is_not_known_names_those_that_are() -> None:
-    with pytest.raises(UsageError, match=r"there is no shape huge; choose one of smollm2-135m, llama-3\.2-1b"):
+    with pytest.raises(UsageError, match=r"unknown shape huge; choose one of smollm2-135m, llama-3\.2-1b"):
         measured_shape("huge", "2x8g8")
 
 

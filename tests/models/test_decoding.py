@@ -102,14 +102,14 @@ def test_codes_that_do_not_fit_the_model_never_reach_compiled_code(tmp_path: Pat
 @pytest.mark.parametrize(
     ("family", "changes", "reason"),
     [
-        ("gemma3_text", {}, "knows llama, mistral, qwen2, this is gemma3_text"),
-        ("llama", {"hidden_act": "gelu"}, "knows no gelu"),
-        ("mistral", {"sliding_window": 16}, "sees all tokens, this model 16"),
-        ("llama", {"attention_bias": True}, "knows no bias of model.layers.0.self_attn.o_proj"),
+        ("gemma3_text", {}, "supports llama, mistral, qwen2, not gemma3_text"),
+        ("llama", {"hidden_act": "gelu"}, "does not support gelu"),
+        ("mistral", {"sliding_window": 16}, "does not support a sliding window of 16"),
+        ("llama", {"attention_bias": True}, "does not support the bias of model.layers.0.self_attn.o_proj"),
         (
             "llama",
             {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}},
-            "knows no dynamic positions",
+            "does not support dynamic position embeddings",
         ),
     ],
 )

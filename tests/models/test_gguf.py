@@ -79,10 +79,10 @@ def test_parts_that_do_not_belong_together_are_refused(tmp_path: Path, find: Any
         find(tmp_path / "alone.gguf")
     shutil.copy(second, tmp_path / "other-00001-of-00002.gguf")
     shutil.copy(first, tmp_path / "other-00002-of-00002.gguf")
-    with pytest.raises(ModelError, match="says that it is part 2 of 2, and its name that it is 1 of 2"):
+    with pytest.raises(ModelError, match="is part 2 of 2, but its name says 1 of 2"):
         find(tmp_path / "other-00001-of-00002.gguf")
     few = write_split(original, tmp_path, count=2, name="few", **{".split.tensors.count": 30})
-    with pytest.raises(ModelError, match="says that its parts have 30 tensors, and they have 21"):
+    with pytest.raises(ModelError, match="states 30 tensors for its parts, but they have 21"):
         find(few[0])
     twice = write_split(original, tmp_path, count=2, name="twice", **{".split.tensors.count": 42})
     split = {**WITHOUT_ROPE_KEYS, ".split.no": 0, ".split.count": 2, ".split.tensors.count": 42}
@@ -240,7 +240,7 @@ def test_a_tensor_that_the_network_has_no_place_for_is_refused_by_name(tmp_path:
     original = save_halved(tmp_path / "original")
     write_gguf(original, tmp_path / "tiny.gguf", F32, raw={"blk.0.attn_norm.bias": (np.zeros(64, np.float32), 0)})
     with pytest.raises(
-        ModelError, match=r"holds blk\.0\.attn_norm\.bias, for which llama of transformers has no place; use"
+        ModelError, match=r"holds blk\.0\.attn_norm\.bias, which llama in transformers does not use; use"
     ):
         find(tmp_path / "tiny.gguf")
 

@@ -87,8 +87,8 @@ def test_what_is_planned_can_be_replaced(family: str) -> None:
 @pytest.mark.parametrize(
     ("family", "layer", "reason"),
     [
-        ("phimoe", "mlp.router", "PhimoeTopKRouter computes something of its own"),
-        ("llama4_text", "feed_forward.router", "Llama4Router computes something of its own"),
+        ("phimoe", "mlp.router", "PhimoeTopKRouter computes something else"),
+        ("llama4_text", "feed_forward.router", "Llama4Router computes something else"),
         ("hunyuan_v1_moe", "mlp.gate.wg", "HunYuanMoEV1Gate reads its weight itself"),
         ("longcat_flash", "mlp.router.classifier", "LongcatFlashTopkRouter reads its weight itself"),
         ("jamba", "mamba.dt_proj", "JambaMambaMixer reads its weight itself"),
@@ -147,8 +147,8 @@ def test_the_product_in_other_words_is_plain(bias: bool, device: str) -> None:
 @pytest.mark.parametrize(
     ("layer", "reason"),
     [
-        (Scaled(8, 8), "Scaled computes something of its own"),
-        (Choosing(8, 8), "Choosing computes something of its own"),
+        (Scaled(8, 8), "Scaled computes something else"),
+        (Choosing(8, 8), "Choosing computes something else"),
         (Adapted(), "Adapted holds more than a weight and a bias"),
         (with_another_parameter(), "Linear holds more than a weight and a bias"),
         (parametrizations.weight_norm(nn.Linear(8, 8)), "its weight is computed from other parameters"),

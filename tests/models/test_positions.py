@@ -77,7 +77,7 @@ def test_as_many_tokens_as_the_network_reads_are_allowed_and_no_more(family: str
     assert computes(directory, longest) and not computes(directory, longest + 1)
     refuse_too_long(source, longest, "--tokens")
     for more in (longest + 1, 3 * STATED):
-        line = rf"reads {longest} tokens, not {more}; lower --tokens \(config.json: {ENDING[family][0]} {STATED}\)"
+        line = rf"accepts {longest} tokens, not {more}; lower --tokens \(config.json: {ENDING[family][0]} {STATED}\)"
         with pytest.raises(ModelError, match=line):
             refuse_too_long(source, more, "--tokens")
 
@@ -92,7 +92,7 @@ def test_positions_that_are_computed_have_no_end(family: str, tmp_path: Path) ->
 def test_what_is_measured_stays_within_what_config_json_says(tmp_path: Path) -> None:
     source = resolve(str(saved("xglm", tmp_path / "model")))
     refuse_longer_than_stated(source, STATED, "--tokens")
-    with pytest.raises(ModelError, match=f"reads {STATED} tokens, not {STATED + 1}"):
+    with pytest.raises(ModelError, match=f"accepts {STATED} tokens, not {STATED + 1}"):
         refuse_longer_than_stated(source, STATED + 1, "--tokens")
 
 
@@ -101,7 +101,7 @@ def test_a_table_too_long_to_be_tried_is_as_long_as_config_json_says(tmp_path: P
         str(tiny_models.save("opt", tmp_path / "model", **{**ENDING["opt"][1], **{"max_position_embeddings": 9000}}))
     )
     refuse_too_long(source, 9000, "--tokens")
-    with pytest.raises(ModelError, match="reads 9000 tokens, not 9001"):
+    with pytest.raises(ModelError, match="accepts 9000 tokens, not 9001"):
         refuse_too_long(source, 9001, "--tokens")
 
 
@@ -158,8 +158,8 @@ def test_every_command_says_it_before_any_weight_is_read(tmp_path: Path, monkeyp
         ("finetune", "run", "--data", "self:8", *window),
     ):
         line = commands.refused(*arguments)
-        assert "reads 32 tokens, not 33; lower --" in line and "(config.json: n_positions 32)" in line, arguments
+        assert "accepts 32 tokens, not 33; lower --" in line and "(config.json: n_positions 32)" in line, arguments
     for section in lengths:
         Path("run.yaml").write_text(RUN_FILE.format(**{**lengths, section: 33}))
-        assert "reads 32 tokens, not 3" in commands.refused("run", "run.yaml", "--out", "other"), section
+        assert "accepts 32 tokens, not 3" in commands.refused("run", "run.yaml", "--out", "other"), section
     assert not Path("other/calibration").exists()

@@ -51,7 +51,7 @@ def mlx_weights(directory: Path) -> None:
     [
         ({"quantization": {"group_size": 64, "bits": 4}}, r"MLX \(4 bits, groups of 64\)"),
         ({k: {"group_size": 64, "bits": 4} for k in ("quantization", "quantization_config")}, r"MLX \(4 bits, .*"),
-        ({}, r"MLX \(.*weight is of U32\)"),
+        ({}, r"MLX \(.*weight has type U32\)"),
     ],
 )
 def test_a_model_quantized_by_mlx_is_told_so(settings: dict[str, Any], words: str, tmp_path: Path, find: Any) -> None:

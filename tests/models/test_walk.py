@@ -214,7 +214,7 @@ class LeavesOneOut(Toy):
     ("kind", "reason"),
     [
         (HeadOfAllBlocks, "the logits differ from those of the model"),
-        (StateOfItsOwn, "block 2 would be given another mask than"),
+        (StateOfItsOwn, "block 2 would get another mask than"),
         (LeavesOneOut, "leaves blocks out"),
     ],
 )

@@ -202,7 +202,7 @@ def test_pickles_on_the_hub_are_told_by_the_name_there(tmp_path: Path, find: Any
     (pickled(tmp_path / "model") / "pytorch_model.bin").unlink()
     monkeypatch.setattr(model_source, "snapshot_download", lambda *_, **__: str(tmp_path / "model"))
     monkeypatch.setattr(model_source, "list_repo_files", lambda *_, **__: ["config.json", "pytorch_model.bin"])
-    with pytest.raises(ModelError, match=r"someone/Tiny has pickles, .* someone/Tiny Tiny-safetensors` and use that"):
+    with pytest.raises(ModelError, match=r"someone/Tiny has pickles; .* someone/Tiny Tiny-safetensors`"):
         find("someone/Tiny")
     monkeypatch.setattr(model_source, "list_repo_files", lambda *_, **__: ["config.json", "Tiny.Q4_0.gguf"])
     with pytest.raises(ModelError, match=r"holds GGUF files; run `hf download someone/Tiny Tiny\.Q4_0\.gguf"):
@@ -235,8 +235,8 @@ def test_an_adapter_is_refused_with_a_command_that_merges_it(tmp_path: Path, fin
         (["Tiny.Q4_0.gguf"], r"name the file: .*/model/Tiny\.Q4_0\.gguf$"),
         (["A.gguf", "B.gguf"], r"name the file: .*/A\.gguf \(or another of its 2 files\)$"),
         (["A-00002-of-00002.gguf", "A-00001-of-00002.gguf"], r"name the file: .*/A-00001-of-00002\.gguf$"),
-        (["consolidated.safetensors", "params.json"], r"its maker's own form \(consolidated\.safetensors\)"),
-        (["consolidated.00.pth", "consolidated.01.pth"], r"own form \(consolidated\.00\.pth and 1 more\)"),
+        (["consolidated.safetensors", "params.json"], r"its publisher's own format \(consolidated\.safetensors\)"),
+        (["consolidated.00.pth", "consolidated.01.pth"], r"own format \(consolidated\.00\.pth and 1 more\)"),
     ],
 )
 def test_files_of_other_programs_are_told_by_name(
@@ -255,11 +255,11 @@ def test_files_of_other_programs_are_told_by_name(
 @pytest.mark.parametrize(
     ("files", "words"),
     [
-        (["tf_model.h5"], r"weights for TensorFlow alone \(tf_model\.h5\)"),
-        (["flax_model.msgpack"], r"weights for Flax alone"),
+        (["tf_model.h5"], r"only TensorFlow weights \(tf_model\.h5\)"),
+        (["flax_model.msgpack"], r"only Flax weights"),
         (["weights.safetensors"], r"has weights\.safetensors and no model\.safetensors, .* rename or convert it"),
         (["model.pth"], r"has model\.pth and no model\.safetensors"),
-        (["model-00001-of-00001.safetensors", "b-00001-of-00002.safetensors"], "its shards are of 2 sets"),
+        (["model-00001-of-00001.safetensors", "b-00001-of-00002.safetensors"], "has shards of 2 sets"),
         (["training_args.bin", "weights.pt"], r"has weights\.pt and no"),
     ],
 )

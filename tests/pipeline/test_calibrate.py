@@ -211,7 +211,7 @@ def test_activations_that_are_no_numbers_are_refused_with_the_first_layer_that_m
 
 def test_too_little_text_is_refused_before_any_work(model: Path) -> None:
     events: list[Event] = []
-    with pytest.raises(DataError, match="asked 1000 windows of 32 tokens, found 24"):
+    with pytest.raises(DataError, match="has 24 sequences of 32 tokens, 1000 are needed"):
         run(settings(model, data="a.txt:1000"), events=events)
     assert events == []
 

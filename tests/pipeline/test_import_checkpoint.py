@@ -266,7 +266,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "a head with codes": (
         lambda path: edit(path, lambda tensors: tensors.update({"lm_head.codes": tensors[f"{LAYER}.codes"].clone()})),
-        "codes for lm_head, and only those of linear layers in the blocks",
+        "codes for lm_head; only codes of linear layers in the blocks",
     ),
     "a layer without codes": (
         lambda path: edit(path, without_codes),
@@ -293,7 +293,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "no codes": (
         lambda path: edit_config(path, lambda config: config.pop("quantization_config")),
-        "stranger is no AQLM checkpoint",
+        "stranger is not an AQLM checkpoint",
     ),
 }  # fmt: skip
 
@@ -310,10 +310,10 @@ def test_a_checkpoint_that_the_run_would_change_in_silence_is_refused(case: str,
 @pytest.mark.parametrize(
     ("family", "settings", "words"),
     [
-        ("qwen2", {}, "is of the family llama, other of qwen2"),
+        ("qwen2", {}, "has model type llama, other has qwen2"),
         ("llama", {"num_hidden_layers": 1}, "codes for model.layers.1."),
         ("llama", {"num_hidden_layers": 3}, "only other has model.layers.2."),
-        ("llama", {"intermediate_size": 192}, "and the original there 192 x 64 weights"),
+        ("llama", {"intermediate_size": 192}, "the base model has 192 x 64 weights"),
         ("llama", {"vocab_size": 300}, "is [258, 64] there and [300, 64] in other"),
         ("llama", {"attention_bias": True}, "and no bias"),
     ],
@@ -334,7 +334,7 @@ def test_settings_of_a_search_that_does_not_take_place_are_refused(stranger: Pat
 
 
 def test_what_is_no_checkpoint_or_has_no_original_is_refused(stranger: Path) -> None:
-    assert "tiny is no AQLM checkpoint" in refused("finetune", "tiny", "--teacher", "tiny")
+    assert "tiny is not an AQLM checkpoint" in refused("finetune", "tiny", "--teacher", "tiny")
     Path("empty").mkdir()
     assert "no config.json" in refused("finetune", "empty", "--teacher", "tiny")
     assert "name its original with --teacher" in refused("finetune", "stranger")

@@ -189,5 +189,5 @@ def test_sampled_text_that_is_too_short_is_refused_like_any(made: Path) -> None:
     assert "only some sources of self:2,notes.txt have a count" in refused(
         "finetune", "run", "--data", "self:2,notes.txt"
     )
-    with pytest.raises(DataError, match="2 windows, but 3 are asked"):
+    with pytest.raises(DataError, match="2 sequences, but --sequences is 3"):
         sampled_sequences("self:2", 3)

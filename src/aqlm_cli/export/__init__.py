@@ -1,1 +1,33 @@
-"""A quantized model in, files that others load out: one file a format."""
+"""A quantized model in, files that others load out: one file a format.
+
+    export(base, {"model.layers.0.mlp.up_proj": matrix}, {}, Path("packed"), EXPORTERS["dense"])
+
+A new format is one file with an Exporter, one row in EXPORTERS, and its name in `spec.config.PackFormat`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from aqlm_cli.export.dense import DenseExporter
+from aqlm_cli.export.directory import Export, export, plan_export
+from aqlm_cli.export.exporter import Exporter
+from aqlm_cli.export.model import QuantizedLayer, QuantizedModel, read_model
+from aqlm_cli.export.model_card import ExportFacts, Origin
+from aqlm_cli.export.transformers import TransformersExporter
+
+__all__ = [
+    "EXPORTERS",
+    "Export",
+    "ExportFacts",
+    "Exporter",
+    "Origin",
+    "QuantizedLayer",
+    "QuantizedModel",
+    "export",
+    "plan_export",
+    "read_model",
+]
+
+EXPORTERS: Mapping[str, Exporter] = {exporter.name: exporter for exporter in (TransformersExporter(), DenseExporter())}
+"""By name of the format; `pack.format` of a run file takes these names."""

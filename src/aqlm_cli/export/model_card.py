@@ -19,20 +19,19 @@ TEMPLATE = """\
 
 # {title}
 
-{origin} with the weights of {layers} linear layers compressed by `aqlm` ({method}, {scheme}).
+{origin} with the weights of {layers} linear layers compressed by `aqlm` ({made_by}).
 
 | | |
 |---|---|
 | bits per compressed weight | {nominal_bits:.3f}, with codebooks and scales |
 | bits per compressed weight in these files | {stored_bits:.3f} |
 | size of all tensors | {size}, embeddings and head included |
-| calibration text | {data} |
-{perplexities}
+{data}{perplexities}
 ## Loading
 
 {loading}"""
 
-DENSE = """\
+DENSE_LOADING = """\
 An ordinary 16-bit checkpoint: `pip install transformers`.
 
 ```python
@@ -45,7 +44,7 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0]))
 ```
 """
 
-CODED = """\
+LOADING = """\
 On a CPU, `pip install transformers accelerate "aqlm[cpu]==1.1.7"`:
 
 ```python
@@ -71,43 +70,65 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0]))
 
 
 @dataclass(frozen=True)
-class CardFacts:
-    """What the card says; `perplexities` are results of `aqlm eval-ppl` on this very model, as JSON."""
+class Origin:
+    """How a model was made; None where that is not known. `perplexities` are reports of `eval-ppl` on it, as JSON."""
 
-    short_name: str
-    base_model: str | None
-    licence: str | None
-    method: str
+    method: str | None = None
+    data: str | None = None
+    perplexities: Sequence[Mapping[str, Any]] = ()
+
+
+@dataclass(frozen=True)
+class ExportFacts:
+    """Size of an exported model.
+
+    `nominal_bits` per quantized weight are the scheme's, `stored_bits` those in the files. `bytes` counts every tensor,
+    embeddings and head included.
+    """
+
+    format: str
     scheme: str
     nominal_bits: float
     stored_bits: float
     bytes: int
     layers: int
-    data: str
-    needs_package: bool
-    perplexities: Sequence[Mapping[str, Any]]
 
 
-def model_card(facts: CardFacts) -> str:
-    tags = ["quantized", "text-generation", *(["aqlm"] if facts.needs_package else [])]
-    front_matter: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": tags}
+@dataclass(frozen=True)
+class CardFacts:
+    """Everything a card tells."""
+
+    short_name: str
+    base_model: str | None
+    licence: str | None
+    size: ExportFacts
+    origin: Origin
+
+
+def model_card(facts: CardFacts, loading: str, tags: Sequence[str] = ()) -> str:
+    """The card; `loading` is its last section, and `tags` follow those that every quantized model has."""
+    size, origin = facts.size, facts.origin
+    front_matter: dict[str, Any] = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["quantized", "text-generation", *tags],
+    }
     if facts.base_model is not None:
         front_matter |= {"base_model": facts.base_model, "base_model_relation": "quantized"}
     if facts.licence is not None:
         front_matter["license"] = facts.licence
     return TEMPLATE.format(
         front_matter=yaml.safe_dump(front_matter, sort_keys=True),
-        title=f"{facts.short_name}, {facts.nominal_bits:.2f} bits",
+        title=f"{facts.short_name}, {size.nominal_bits:.2f} bits",
         origin=facts.base_model or facts.short_name,
-        layers=facts.layers,
-        method=facts.method,
-        scheme=facts.scheme,
-        nominal_bits=facts.nominal_bits,
-        stored_bits=facts.stored_bits,
-        size=readable_bytes(facts.bytes),
-        data=facts.data,
-        perplexities="".join(_perplexity_row(report) for report in facts.perplexities),
-        loading=CODED if facts.needs_package else DENSE,
+        layers=size.layers,
+        made_by=", ".join([*([origin.method] if origin.method else []), size.scheme]),
+        nominal_bits=size.nominal_bits,
+        stored_bits=size.stored_bits,
+        size=readable_bytes(size.bytes),
+        data="" if origin.data is None else f"| calibration text | {origin.data} |\n",
+        perplexities="".join(_perplexity_row(report) for report in origin.perplexities),
+        loading=loading,
     )
 
 

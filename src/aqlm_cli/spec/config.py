@@ -184,8 +184,12 @@ class FinetuneConfig(Section):
         return text if text is None else _understood(parse_duration, text)
 
 
+PackFormat: TypeAlias = Literal["transformers", "dense"]
+"""Names of the exporters, which lie where torch may be imported: `export.EXPORTERS`."""
+
+
 class PackConfig(Section):
-    format: Literal["transformers", "dense"] = "transformers"
+    format: PackFormat = "transformers"
 
 
 class EvalConfig(Section):

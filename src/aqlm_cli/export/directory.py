@@ -1,0 +1,123 @@
+"""Writing a quantized model into a directory, in any format."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from aqlm_cli.errors import ArtifactError, ModelError
+from aqlm_cli.export.exporter import Exporter
+from aqlm_cli.export.layout import Layout
+from aqlm_cli.export.model import QuantizedLayer, QuantizedModel
+from aqlm_cli.export.model_card import CardFacts, ExportFacts, Origin
+from aqlm_cli.export.tensors import narrowing_losses
+from aqlm_cli.export.transformers import TransformersExporter, scheme_of
+from aqlm_cli.export.writer import write_checkpoint
+from aqlm_cli.models import ModelSource, load_skeleton, save_support_files, tensor_index
+from aqlm_cli.quantization.methods import CompressedMatrix
+from aqlm_cli.runs.files import storage_errors, write_file
+
+
+@dataclass(frozen=True, eq=False)
+class Export:
+    """A model in one format, planned and not yet written."""
+
+    model: QuantizedModel
+    exporter: Exporter
+    layout: Layout
+
+    def warnings(self) -> list[str]:
+        """What the format loses of this model."""
+        losses = narrowing_losses(self.model, self.layout)
+        if not losses:
+            return []
+        path, loss = max(losses.items(), key=lambda item: item[1])
+        return [
+            f"{path} has rows so small that float16 loses {loss:.2g} of one's energy, beside the error of its codes"
+            f" ({len(losses)} such layers); use a bfloat16 copy of the model"
+        ]
+
+    def facts(self) -> ExportFacts:
+        return ExportFacts(
+            format="dense" if self.layout.quantization is None else self.exporter.name,
+            scheme=self.model.scheme,
+            nominal_bits=self.model.stored_bits,
+            stored_bits=8 * self.layout.bytes_of(self.model.layers) / self.model.weights,
+            bytes=sum(layout.bytes for layout in self.layout.tensors.values()),
+            layers=len(self.model.layers),
+        )
+
+    def write(self, directory: Path, origin: Origin) -> None:
+        """Fill an empty directory. ArtifactError where what was written does not read or load as it should."""
+        model, base = self.model, self.model.base
+        config = self.exporter.config(model, self.layout)
+        write_checkpoint(directory, self.exporter.tensors(model, self.layout))
+        save_support_files(base, directory)
+        write_file(directory / "config.json", json.dumps(config, indent=2, sort_keys=True).encode())
+        self.exporter.verify(base, self.layout, directory)
+        facts = CardFacts(base.short_name, base.base_model, base.licence, self.facts(), origin)
+        write_file(directory / "README.md", self.exporter.card(facts, self.layout).encode())
+
+
+def plan_export(model: QuantizedModel, exporter: Exporter) -> Export:
+    """Plan every tensor. Raises PlanError where the format cannot hold the model."""
+    stored = {name: tensor.layout for name, tensor in tensor_index(model.base.directory).items()}
+    schemes = {path: layer.scheme for path, layer in model.layers.items()}
+    return Export(model, exporter, exporter.layouts(model.network, stored, schemes, model.changed.keys()))
+
+
+def export(
+    base: ModelSource,
+    matrices: Mapping[str, CompressedMatrix],
+    changed: Mapping[str, Tensor],
+    directory: Path,
+    exporter: Exporter = TransformersExporter(),  # noqa: B008 - it has no state
+) -> ExportFacts:
+    """Write the model at `base` with these matrices, by path of the layer, in place of its weights.
+
+    `changed` are other parameters that differ, by name. Raises ModelError where the network has no such layer or
+    parameter, PlanError where the format cannot hold the model, and ArtifactError where `directory` is not empty, or
+    what was written does not load.
+    """
+    network = load_skeleton(base)
+    for path, matrix in matrices.items():
+        shape, asked = _layer_shape(network, path), _matrix_shape(matrix)
+        if shape != asked:
+            raise ModelError(
+                f"{base.name}: {path} is {shape or 'no linear layer'}, and its matrix {asked}; give one that fits"
+            )
+    parameters = network.state_dict()
+    for name, tensor in changed.items():
+        if name not in parameters or parameters[name].shape != tensor.shape:
+            raise ModelError(f"{base.name} has no parameter {name} of the shape {list(tensor.shape)}; leave it out")
+    with storage_errors(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+    if any(directory.iterdir()):
+        raise ArtifactError(f"{directory} is not empty; choose another directory")
+    layers = {path: _layer(matrix) for path, matrix in matrices.items()}
+    readers = {name: partial(Tensor.detach, tensor) for name, tensor in changed.items()}
+    planned = plan_export(QuantizedModel(base, network, layers, readers), exporter)
+    planned.write(directory, Origin())
+    return planned.facts()
+
+
+def _layer_shape(network: nn.Module, path: str) -> tuple[int, int] | None:
+    """`(out, in)` of the linear layer at `path`; None where none is."""
+    layer = dict(network.named_modules()).get(path)
+    return (layer.out_features, layer.in_features) if isinstance(layer, nn.Linear) else None
+
+
+def _matrix_shape(matrix: CompressedMatrix) -> tuple[int, int]:
+    rows, columns = matrix.dequantize().shape
+    return rows, columns
+
+
+def _layer(matrix: CompressedMatrix) -> QuantizedLayer:
+    scheme = scheme_of(matrix)
+    label = matrix.kind if scheme is None else str(scheme)
+    return QuantizedLayer(_matrix_shape(matrix), scheme, label, matrix.bits(), lambda: matrix)

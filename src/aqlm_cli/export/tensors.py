@@ -1,0 +1,99 @@
+"""How each tensor of an export is made: read from the base model, quantized, or changed beside the quantized layers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from aqlm_cli.errors import QuantizationError
+from aqlm_cli.export.layout import Layout, Slot
+from aqlm_cli.export.model import QuantizedLayer, QuantizedModel
+from aqlm_cli.export.writer import Entry
+from aqlm_cli.models import Placement, tensor_index
+from aqlm_cli.models.source import StoredTensor
+from aqlm_cli.quantization.methods import CompressedMatrix
+
+MatrixTensor: TypeAlias = Callable[[CompressedMatrix, str, torch.dtype], Tensor]
+"""A matrix, the last part of a tensor's name, and the type that its layout gives it -> the tensor."""
+
+VISIBLE_LOSS = 1e-5
+"""Share of a row's energy: more than rounding to 16 bits takes where float16 has all its bits, 3e-8 to 1e-7, and less
+than the error of any scheme."""
+
+
+def entries(model: QuantizedModel, layout: Layout, matrix_tensor: MatrixTensor) -> dict[str, Entry]:
+    """Every tensor of the layout by name; `matrix_tensor` is how the format writes a matrix."""
+    stored = tensor_index(model.base.directory)
+    return {
+        name: Entry(slot.layout, _reader(name, slot, stored, model, matrix_tensor))
+        for name, slot in layout.slots.items()
+    }
+
+
+def _reader(
+    name: str, slot: Slot, stored: Mapping[str, StoredTensor], model: QuantizedModel, matrix_tensor: MatrixTensor
+) -> Callable[[], Tensor]:
+    parameter, placement, dtype = slot.parameter, slot.placement, slot.layout.dtype
+    if parameter is None:
+        return partial(_narrowed, partial(stored[name].read, name), dtype, name)
+    path, _, last = parameter.rpartition(".")
+    if path in model.layers and last != "bias":
+        return partial(_exported, model.layers[path], path, last, dtype, matrix_tensor)
+    if parameter in model.changed:
+        return partial(_narrowed, model.changed[parameter], dtype, name)
+    assert placement is not None  # what is neither quantized nor changed is the base model's
+    return partial(_narrowed, partial(_of_base, parameter, placement, stored), dtype, name)
+
+
+def _of_base(parameter: str, placement: Placement, stored: Mapping[str, StoredTensor]) -> Tensor:
+    if placement.convert is None:
+        (name,) = placement.stored
+        return stored[name].read(name)
+    return placement.convert(lambda name: stored[name].read(name))[parameter].contiguous()
+
+
+def _exported(layer: QuantizedLayer, path: str, last: str, dtype: torch.dtype, matrix_tensor: MatrixTensor) -> Tensor:
+    matrix = layer.read()
+    tensor = matrix_tensor(matrix, last, dtype)
+    if tensor.is_floating_point() and not tensor.isfinite().all():
+        raise _out_of_range(f"{path}.{last}", matrix.dequantize(), dtype)
+    return tensor
+
+
+def _narrowed(read: Callable[[], Tensor], dtype: torch.dtype, name: str) -> Tensor:
+    tensor = read()
+    narrow = tensor.to(dtype)
+    if tensor.isfinite().all() and not narrow.isfinite().all():
+        raise _out_of_range(name, tensor, dtype)
+    return narrow
+
+
+def _out_of_range(name: str, values: Tensor, dtype: torch.dtype) -> QuantizationError:
+    largest = float(values.abs().max())
+    return QuantizationError(f"{name} reaches {largest:.4g}, too much for {dtype}; use a bfloat16 copy of the model")
+
+
+def narrowing_losses(model: QuantizedModel, layout: Layout) -> dict[str, float]:
+    """The largest share of a row's energy that is lost in float16, by path, of the matrices where the loss is visible.
+
+    Only matrices that are written as float16 weights. float16 has all of its bits from 6e-5 on, and the error of a
+    smaller weight grows as the weight falls.
+    """
+    dtypes = {slot.parameter: slot.layout.dtype for slot in layout.slots.values()}
+    losses: dict[str, float] = {}
+    for path, layer in model.layers.items():
+        if dtypes.get(f"{path}.weight") != torch.float16:
+            continue
+        weight = layer.read().dequantize()
+        units = weight.abs().amax(1, keepdim=True)
+        units = torch.where(units > 0, units, 1.0)
+        lost = ((weight - weight.half()) / units).square().sum(1) / (weight / units).square().sum(1)  # [out]
+        loss = float(lost.nan_to_num(0.0, posinf=math.inf).max())  # a row of zeros loses nothing
+        if VISIBLE_LOSS < loss < math.inf:  # an overflow is refused when the weight is read
+            losses[path] = loss
+    return losses
