@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: setup demo test check docs-models fmt bench soak
+.PHONY: setup demo test check docs docs-reference docs-models fmt bench soak
 
 setup: $(INSTALLED)
 
@@ -30,6 +30,15 @@ check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# The documentation as a site; site/index.html opens from disk. The variable silences an advertisement that looks like a warning.
+docs: $(INSTALLED)
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
+# The pages that are generated from the commands, the settings and the docstrings.
+docs-reference: $(INSTALLED)
+	$(BIN)/python docs/reference/generate.py
 
 # What becomes of every family of models that transformers knows.
 docs-models: setup

@@ -29,7 +29,7 @@ def decoding_product(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor
 @torch.library.custom_op("aqlm::product", mutates_args=(), device_types="cpu")
 def product(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor) -> Tensor:
     """x W^T [..., out] in the type of x. W is written anew in the backward, which is cheaper than keeping it."""
-    return gemm.product(x, codes, codebooks, scales)
+    return gemm.matmul(x, codes, codebooks, scales)
 
 
 @torch.library.custom_op("aqlm::input_gradient", mutates_args=(), device_types="cpu")
@@ -48,7 +48,7 @@ def _weight_gradients(dy: Tensor, x: Tensor, codes: Tensor, codebooks: Tensor, s
 def _(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor) -> Tensor:
     from aqlm_kernels.gpu import matmul
 
-    return matmul.product(x, codes, codebooks, scales)
+    return matmul.gemm(x, codes, codebooks, scales)
 
 
 @_input_gradient.register_kernel("cuda")

@@ -59,7 +59,7 @@ def file(directory: Path, lines: list[str] = LINES) -> str:
         ("<eos> <bos> $A", (257, 256), (257, 256)),
     ],
 )
-def test_a_window_begins_as_the_tokenizer_begins_a_text(
+def test_a_sequence_starts_as_the_tokenizer_starts_a_text(
     template: str, by_itself: tuple[int, ...], asked: tuple[int, ...]
 ) -> None:
     assert opening_tokens(tokenizer(template), None) == by_itself
@@ -67,7 +67,7 @@ def test_a_window_begins_as_the_tokenizer_begins_a_text(
     assert opening_tokens(tokenizer(template), False) == ()
 
 
-def test_a_tokenizer_without_a_beginning_token_begins_with_none() -> None:
+def test_a_tokenizer_without_a_bos_token_gives_no_opening() -> None:
     assert opening_tokens(tokenizer(bos=False), None) == ()
     with pytest.raises(DataError, match="no BOS token; choose --no-bos"):
         opening_tokens(tokenizer(bos=False), True)
@@ -131,9 +131,7 @@ def sequences_by_hand(directory: Path, text: str, opening: list[int]) -> Tensor:
 
 
 @pytest.mark.parametrize(("template", "opening"), [("<bos> $A", [256]), ("<eos> <bos> $A", [257, 256])])
-def test_every_token_of_the_text_is_scored_behind_the_beginning(
-    tmp_path: Path, template: str, opening: list[int]
-) -> None:
+def test_every_token_of_the_text_after_the_opening_is_scored(tmp_path: Path, template: str, opening: list[int]) -> None:
     directory = tiny_models.save("gemma2", tmp_path / "model")
     tokenizer(template).save_pretrained(directory)
     (tmp_path / "text.txt").write_text("\n".join(LINES))
@@ -151,7 +149,7 @@ def test_every_token_of_the_text_is_scored_behind_the_beginning(
     assert without["bos"] is False and without["perplexity"] != report["perplexity"]
 
 
-def test_the_switch_asks_for_what_the_tokenizer_does_not_add(tmp_path: Path) -> None:
+def test_the_switch_adds_bos_where_the_tokenizer_does_not(tmp_path: Path) -> None:
     directory = tiny_models.save("llama", tmp_path / "model")
     (tmp_path / "text.txt").write_text("\n".join(LINES))
     command = ["eval-ppl", str(directory), "--data", str(tmp_path / "text.txt"), "--sequence-length", str(LENGTH)]
@@ -177,7 +175,7 @@ def calibrated(*flags: str) -> Tensor:
     return load_file("run/calibration/windows.safetensors")["ids"].clone()
 
 
-def test_calibration_begins_every_window_and_other_settings_are_refused(with_bos: Path) -> None:
+def test_calibration_starts_every_sequence_with_bos_and_refuses_other_settings(with_bos: Path) -> None:
     ids = calibrated()
     assert (ids[:, 0] == 256).all() and not (ids[:, 1:] == 256).any() and ids.shape == (8, 32)
     artifact = open_artifact(Path("run/calibration"), "calibration")
@@ -188,7 +186,7 @@ def test_calibration_begins_every_window_and_other_settings_are_refused(with_bos
     assert not (calibrated("--no-bos", "--overwrite") == 256).any()
 
 
-def test_what_was_calibrated_before_the_tokenizer_was_asked_is_not_taken_for_the_same(with_bos: Path) -> None:
+def test_a_calibration_from_before_bos_was_resolved_is_not_reused(with_bos: Path) -> None:
     calibrated("--no-bos")
     assert "bos" not in open_artifact(Path("run/calibration"), "calibration").manifest.settings
     path = Path("run/run.yaml")
@@ -197,7 +195,7 @@ def test_what_was_calibrated_before_the_tokenizer_was_asked_is_not_taken_for_the
     assert "settings.bos None there, True asked; add --overwrite" in line
 
 
-def test_where_the_tokenizer_adds_none_the_artifact_is_what_it_was(run_file: Path) -> None:
+def test_a_tokenizer_without_bos_leaves_the_artifact_unchanged(run_file: Path) -> None:
     ids = calibrated()
     assert not (ids == 256).any()
     assert "bos" not in open_artifact(Path("run/calibration"), "calibration").manifest.settings

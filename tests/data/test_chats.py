@@ -67,7 +67,7 @@ def ids(messages: list[dict[str, Any]], template: str | None) -> list[int]:
     ("template", "messages"),
     [(CHATML, MESSAGES), (LLAMA, MESSAGES), (PARTS, [*MESSAGES, CALL, IN_PARTS]), (PRINTS, [*MESSAGES, CALL])],
 )
-def test_the_tokens_are_those_of_transformers(template: str, messages: list[dict[str, Any]]) -> None:
+def test_the_tokens_equal_those_of_transformers(template: str, messages: list[dict[str, Any]]) -> None:
     own = tokenizer(template)
     found = ids(messages, template)
     assert found == own.apply_chat_template(messages, tokenize=True, return_dict=False)
@@ -86,7 +86,7 @@ def test_the_older_form_gives_the_same_tokens() -> None:
     assert ids(older, CHATML) == ids(MESSAGES, CHATML)
 
 
-def test_keys_that_are_null_are_as_good_as_missing() -> None:
+def test_null_keys_count_as_missing() -> None:
     template = "{% for message in messages %}{% if 'name' in message %}{{ message.name }}{% endif %}{% endfor %}a"
     assert ids([{**MESSAGES[0], "name": None}], template) == ids([MESSAGES[0]], template)
 
@@ -106,9 +106,9 @@ def test_keys_that_are_null_are_as_good_as_missing() -> None:
         ({"role": "user", "content": None}, "message 2 has no `content`; give it a string"),
         ({"role": "user", "content": 3}, "message 2 has a number as its `content`"),
         ({"role": "user", "content": {"a": "b"}}, "message 2 has a record as its `content`"),
-        ({"role": "user", "content": ["a"]}, "message 2, part 1 is no text"),
-        ({"role": "user", "content": [{"type": "image_url"}]}, "message 2, part 1 is no text"),
-        ({"role": "user", "content": [{"type": "text", "text": 3}]}, "message 2, part 1 is no text"),
+        ({"role": "user", "content": ["a"]}, "message 2, part 1 is not text"),
+        ({"role": "user", "content": [{"type": "image_url"}]}, "message 2, part 1 is not text"),
+        ({"role": "user", "content": [{"type": "text", "text": 3}]}, "message 2, part 1 is not text"),
         ({"role": "user", "content": "\ud83d"}, "message 2 holds half a character"),
         ({"from": "bing", "value": "a"}, "message 2 is from 'bing'; only human"),
         ({"from": ["human"], "value": "a"}, "message 2 is from"),
@@ -138,7 +138,7 @@ def test_a_message_that_no_template_can_read_is_named(message: Any, reason: str)
         (CHATML, [IN_PARTS], "refuses these messages"),
     ],
 )
-def test_what_the_template_refuses_is_one_line_that_names_the_record(
+def test_messages_that_the_template_refuses_are_one_line_with_the_record(
     template: str | None, messages: list[dict[str, Any]], reason: str
 ) -> None:
     with pytest.raises(DataError, match=reason) as error:
@@ -199,7 +199,7 @@ def test_a_template_that_begins_as_the_documents_are_joined_begins_once(tmp_path
 # ------------------------------------------------------------------------------------------------------------- commands
 
 
-def test_calibrate_finetune_and_eval_ppl_say_which_file_goes_through_the_template(run_file: Path) -> None:
+def test_calibrate_finetune_and_eval_ppl_note_which_file_uses_the_template(run_file: Path) -> None:
     _, records = chats(Path("chat.jsonl"), 200)
     name = "chat.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"text": records}), name)

@@ -100,7 +100,7 @@ GAPS: Mapping[str, list[dict[str, Any]]] = {
 def test_a_record_without_text_is_an_empty_document_in_every_kind_of_file(tmp_path: Path, kind: str, gaps: str) -> None:
     path, told = write(tmp_path / f"texts.{kind}", GAPS[gaps]), list[Event]()
     assert read_texts(path, told.append) == ["", "", "a"]
-    assert told == [Noted(f"{path}: 2 of 3 records have no text, the key is null or missing")]
+    assert told == [Noted(f"{path}: 2 of 3 records have no text: the key is null or missing")]
 
 
 @pytest.mark.parametrize("first", [{"id": 0, "text": None}, {"id": 0}], ids=["null", "missing"])
@@ -135,7 +135,7 @@ VALUES = [3, 2.5, True, {"a": "b"}, ["a", "b"], [1, 2]]
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("value", VALUES, ids=str)
-def test_a_value_that_is_no_text_is_refused_in_every_kind_of_file(tmp_path: Path, kind: str, value: Any) -> None:
+def test_a_value_that_is_not_text_is_refused_in_every_kind_of_file(tmp_path: Path, kind: str, value: Any) -> None:
     path = write(tmp_path / f"texts.{kind}", [{"text": value}] * 2)
     reason = "column `text` is of type" if kind == "parquet" else "record 1"
     with pytest.raises(DataError, match=reason) as error:
@@ -255,7 +255,7 @@ def test_messages_in_any_of_arrows_lists_are_a_chat(tmp_path: Path, layout: Call
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_keys_that_a_message_lacks_are_none_of_it_in_any_kind_of_file(tmp_path: Path, kind: str) -> None:
+def test_missing_keys_of_a_message_stay_missing_in_any_kind_of_file(tmp_path: Path, kind: str) -> None:
     """In parquet every message, and every struct in it, has the keys of all."""
     call = {"role": "assistant", "content": None, "tool_calls": [{"name": "f", "arguments": {"x": 1}}]}
     other = {"role": "assistant", "content": None, "tool_calls": [{"name": "g", "arguments": {"y": 2}}]}
@@ -266,7 +266,7 @@ def test_keys_that_a_message_lacks_are_none_of_it_in_any_kind_of_file(tmp_path: 
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.json"])
-def test_a_mark_of_the_byte_order_is_no_text(name: str, tmp_path: Path) -> None:
+def test_a_byte_order_mark_is_not_text(name: str, tmp_path: Path) -> None:
     content = {"a.txt": "one", "a.jsonl": '{"text": "one"}\n', "a.json": '[{"text": "one"}]'}[name]
     (tmp_path / name).write_bytes(content.encode("utf-8-sig"))
     assert read_texts(tmp_path / name) == ["one"]

@@ -141,16 +141,16 @@ def test_text_without_a_token_is_an_error(tmp_path: Path, texts: list[str]) -> N
         evaluation_sequences(path, 10, Letters())
 
 
-def test_text_shorter_than_one_window_to_evaluate_on_is_an_error(tmp_path: Path) -> None:
+def test_text_shorter_than_one_evaluation_sequence_is_an_error(tmp_path: Path) -> None:
     path = json_lines(tmp_path / "short.jsonl", ["abc"])
-    with pytest.raises(DataError, match="has 4 tokens, fewer than one window of 10"):
+    with pytest.raises(DataError, match="has 4 tokens, fewer than one sequence of 10"):
         evaluation_sequences(path, 10, Letters())
 
 
 @pytest.mark.parametrize(
     ("tokenizer", "between", "told"), [(WithoutEnd(), "<", "its BOS token"), (WithoutMarks(), "", "nothing")]
 )
-def test_without_an_end_of_text_token_documents_are_joined_by_the_beginning_token_or_nothing(
+def test_without_an_end_of_text_token_documents_are_joined_by_bos_or_nothing(
     tmp_path: Path, tokenizer: Letters, between: str, told: str
 ) -> None:
     path, events = json_lines(tmp_path / "letters.jsonl", ["aaa", "aaa", "aaa"]), list[Event]()
@@ -184,13 +184,13 @@ def test_c4_is_drawn_exactly_as_in_gptq(monkeypatch: pytest.MonkeyPatch) -> None
     assert found.tolist() == expected
 
 
-def test_c4_without_a_document_longer_than_the_window_ends_in_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_c4_without_a_document_longer_than_a_sequence_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sequences, "documents", lambda name, split, emit: ["short", "shorter"])
     with pytest.raises(DataError, match="longer than 20 tokens"):
         evaluation_sequences("c4", 20, Letters())
 
 
-def test_builtin_text_is_there_and_its_last_fifth_is_kept_for_evaluation() -> None:
+def test_the_last_fifth_of_builtin_text_is_for_evaluation() -> None:
     calibration, evaluation = documents("builtin", "calibration"), documents("builtin", "evaluation")
     assert not set(calibration) & set(evaluation)
     sizes = [sum(map(len, texts)) for texts in (calibration, evaluation)]
@@ -238,7 +238,7 @@ def test_redpajama_has_nothing_to_evaluate_on() -> None:
         documents("redpajama", "evaluation")
 
 
-def test_a_stream_is_read_as_far_as_asked_and_in_its_parts_shares(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stream_is_read_up_to_the_limit_in_the_shares_of_its_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 
     read: list[str] = []

@@ -86,7 +86,7 @@ class Docstring(NamedTuple):
 
     @property
     def is_fragment(self) -> bool:
-        words = re.findall(r"[\w'`]+", self.text.lower())[:2]
+        words = [word.strip(".,:;") for word in self.text.lower().split()[:2]]
         return bool(words) and (words[0] in FRAGMENTS or words == ["one", "of"])
 
 

@@ -93,7 +93,7 @@ def measured(product: str, scheme: str) -> list[str]:
         elif product.startswith("dx"):
             matmul.input_gradient(dy, *parts)
         elif rows > 64:
-            matmul.product(x, *parts)
+            matmul.gemm(x, *parts)
         else:
             matmul.multiply(x, packed)
     anyone, programs = traffic.by_anyone(), traffic.by_program()

@@ -67,7 +67,7 @@ CODES, CODEBOOKS, SCALES = torch.zeros(2, 3, 1, dtype=torch.long), torch.zeros(1
         (CODES - 1, CODEBOOKS, SCALES, "codes lie in \\[-1, -1\\]"),
     ],
 )
-def test_what_is_not_a_matrix_is_refused_with_the_reason(codes, codebooks, scales, reason):
+def test_invalid_matrices_are_refused_with_the_reason(codes, codebooks, scales, reason):
     with pytest.raises(KernelError, match=reason):
         AdditiveMatrix(codes, codebooks, scales)
 

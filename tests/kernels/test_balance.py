@@ -27,7 +27,7 @@ def row_errors(found, wanted):
 
 @pytest.mark.parametrize("exponents", [[0, 1], [-13, 14], [-5] * 3])
 @pytest.mark.parametrize("entry_exponent", [-8, 0, 12])
-def test_what_float16_holds_already_is_left_alone(exponents, entry_exponent):
+def test_values_that_float16_holds_exactly_do_not_change(exponents, entry_exponent):
     ordinary = matrix(exponents, entry_exponent)
     assert balanced(ordinary) is ordinary
 
@@ -55,14 +55,14 @@ def test_small_rows_beside_large_ones_keep_their_precision_where_one_power_serve
     assert row_errors(balanced(given_matrix), given_matrix).max() < 2e-7
 
 
-def test_where_no_power_serves_all_rows_the_largest_are_held_and_the_smallest_lose_least():
+def test_if_no_power_fits_all_rows_the_largest_are_exact_and_the_smallest_lose_least():
     given_matrix = matrix([-18, -10, 17])  # 2^35 between them, and float16 has all its bits over 2^29
     errors = row_errors(balanced(given_matrix), given_matrix)
     assert errors[1:].max() < 2e-7 and 2e-7 < errors[0] < 1e-2
 
 
 @pytest.mark.parametrize(("size", "bound"), [(-33, 2e-5), (-40, 5e-3)])  # weights of 1e-10 and of 1e-12
-def test_what_is_too_small_for_both_loses_as_much_in_each(size, bound):
+def test_values_too_small_for_both_lose_equally_in_each(size, bound):
     given_matrix = matrix([size + 3] * 3)
     found = balanced(given_matrix)
     assert row_errors(found, given_matrix).max() < bound
@@ -70,7 +70,7 @@ def test_what_is_too_small_for_both_loses_as_much_in_each(size, bound):
     assert all(2.0 ** (size / 2 - 4) < float(one) < 2.0 ** (size / 2 + 4) for one in largest)
 
 
-def test_rows_of_zeros_and_rows_that_nothing_can_save_move_nothing():
+def test_rows_of_zeros_and_rows_out_of_range_change_nothing():
     ordinary = matrix([0, 1, 2])
     scales = torch.stack([ordinary.scales[0], torch.tensor(0.0), torch.tensor(1e-30)])
     assert balancing_shift(ordinary.codebooks, scales) == 0
@@ -79,7 +79,7 @@ def test_rows_of_zeros_and_rows_that_nothing_can_save_move_nothing():
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-def test_what_is_no_number_is_left_for_others_to_refuse(bad):
+def test_nan_is_passed_through(bad):
     assert balancing_shift(torch.full((1, 2, 8), bad), torch.tensor([1e-7])) == 0
     assert balancing_shift(torch.ones(1, 2, 8), torch.tensor([1e-7, bad])) == 0
 

@@ -23,13 +23,13 @@ def reals(*shape, seed=1):
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 @pytest.mark.parametrize(("rows", "inputs", "outputs"), SHAPES)
-def test_products_of_integers_are_exact(rows, inputs, outputs, dtype):
+def test_matmul_of_integers_is_exact(rows, inputs, outputs, dtype):
     x, weight = integers(rows, inputs), integers(outputs, inputs)
     assert torch.equal(matmul_dense(x, weight.to(dtype)), x @ weight.T)
 
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
-def test_products_of_reals_are_near_float64_and_one_wrong_weight_is_not(dtype):
+def test_matmul_of_reals_is_near_float64_and_one_wrong_weight_is_not(dtype):
     x, weight = reals(2, 576), reals(130, 576, seed=2).to(dtype)
     exact = x.double() @ weight.double().T
     assert (matmul_dense(x, weight) - exact).norm() < 1e-6 * exact.norm()
@@ -52,7 +52,7 @@ def test_byte_rows_are_the_nearest_of_their_levels():
     assert not rows.dequantize()[7].any()
 
 
-def test_products_with_byte_rows_are_those_of_what_they_stand_for():
+def test_matmul_with_byte_rows_equals_that_with_their_dequantized_weight():
     x, rows = reals(3, 200), ByteRows.of(reals(130, 200, seed=2))
     exact = x.double() @ rows.dequantize().double().T
     assert (matmul_dense(x, rows) - exact).norm() < 1e-6 * exact.norm()

@@ -35,7 +35,7 @@ def problem(request):
 
 @interpreted_only
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_products_of_integers_equal_the_reference(problem, dtype):
+def test_matmul_of_integers_equals_the_reference(problem, dtype):
     case, matmul = problem
     x, matrix = case.integers()
     packed = PackedMatrix(matrix)
@@ -46,7 +46,7 @@ def test_products_of_integers_equal_the_reference(problem, dtype):
 
 
 @interpreted_only
-def test_products_of_reals_are_near_float64(problem):
+def test_matmul_of_reals_is_near_float64(problem):
     case, matmul = problem
     x, matrix = case.reals()
     if case.rows == 0:
@@ -66,7 +66,7 @@ def test_many_rows_and_their_gradients_equal_float64_on_integers(problem):
     dy = torch.randint(-3, 4, (len(x), case.out_features), generator=draw).float()
     parts = matrix.codes, matrix.codebooks, matrix.scales
     weight = matrix.dequantize(torch.float64)
-    assert torch.equal(matmul.product(x, *parts), (x.double() @ weight.T).float())
+    assert torch.equal(matmul.gemm(x, *parts), (x.double() @ weight.T).float())
     assert torch.equal(matmul.input_gradient(dy, *parts), (dy.double() @ weight).float())
     codebooks, scales = matrix.codebooks.double().requires_grad_(), matrix.scales.double().requires_grad_()
     additive.dequantize(matrix.codes, codebooks, scales, torch.float64).backward(dy.double().T @ x.double())
@@ -89,7 +89,7 @@ def test_gradients_of_reals_are_near_float64(problem):
     weight = additive.dequantize(matrix.codes, codebooks, scales, torch.float64)
     weight.backward(dy.double().flatten(0, 1).T @ x.double().flatten(0, 1))
     for found, exact in [
-        (matmul.product(x, *parts), x.double() @ weight.T),
+        (matmul.gemm(x, *parts), x.double() @ weight.T),
         (matmul.input_gradient(dy, *parts), dy.double() @ weight),
         *zip(matmul.weight_gradients(dy, x, *parts), (codebooks.grad, scales.grad), strict=True),
     ]:

@@ -96,7 +96,7 @@ def test_a_frozen_parameter_gets_no_gradient(frozen):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("rows", [0, 1, linear.FEW_ROWS["cpu"], linear.FEW_ROWS["cpu"] + 1])
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_few_and_many_rows_give_the_same_product(scheme, rows, dtype):
+def test_few_and_many_rows_give_the_same_result(scheme, rows, dtype):
     matrix, bias = random_matrix(*scheme), torch.randn(OUT)
     x = random_rows(rows).to(dtype)
     with torch.no_grad():
@@ -152,7 +152,7 @@ def test_the_packed_matrix_is_made_once():
     assert other.packed() is other.packed() and layer.packed() is layer.packed()  # neither drives the other out
 
 
-def test_what_is_kept_for_a_layer_goes_with_it():
+def test_the_cache_of_a_layer_is_freed_with_it():
     layer = AdditiveLinear(random_matrix())
     packed = weakref.ref(layer.packed())
     del layer
@@ -243,7 +243,7 @@ def test_the_scheme_shows_in_the_printed_module():
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
-def test_a_compiled_graph_holds_the_whole_product(scheme, frozen):
+def test_a_compiled_graph_holds_the_whole_matmul(scheme, frozen):
     layers = torch.nn.Sequential(AdditiveLinear(random_matrix(*scheme), torch.randn(OUT)), torch.nn.ReLU())
     layers.requires_grad_(not frozen)
     compiled = torch.compile(layers, fullgraph=True, backend="aot_eager")

@@ -47,7 +47,7 @@ def small(request):
 
 
 @pytest.mark.parametrize("product", GREATEST, ids=lambda product: product.__name__)
-def test_it_is_the_product_by_rounded_tables(small, product):
+def test_it_is_the_matmul_by_rounded_tables(small, product):
     if small.rows == 0:
         pytest.skip("no numbers to compare")
     x, matrix = small.reals()
@@ -81,7 +81,7 @@ def test_an_input_of_zeros_gives_zeros(small, product):
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("product", GREATEST, ids=lambda product: product.__name__)
-def test_what_is_not_finite_spoils_its_own_row_only(product, value):
+def test_values_that_are_not_finite_spoil_their_own_row_only(product, value):
     x, matrix = CASES[3].reals()
     clean = product(x, PackedMatrix(matrix))
     x[2, 7] = value

@@ -20,7 +20,7 @@ def test_every_code_lies_in_its_tile_with_its_group_and_codebook(case):
     assert not tiled.int().permute(0, 3, 1, 2).flatten(0, 1)[case.out_features :].any()
 
 
-def test_the_stream_holds_every_code_where_look_ups_come_by(case):
+def test_the_stream_holds_every_code_in_the_order_of_lookups(case):
     _, matrix = case.reals()
     if matrix.codebook_size > 256:
         return

@@ -36,7 +36,7 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("after_a_product", [False, True])
-def test_logits_stay_what_they_were(stock: Any, after_a_product: bool, one_thread: None) -> None:
+def test_logits_do_not_change(stock: Any, after_a_product: bool, one_thread: None) -> None:
     ids = tiny_models.token_ids(1, 20)
     expected = stock(ids).logits
     if not after_a_product:

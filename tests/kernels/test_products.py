@@ -37,14 +37,14 @@ def exact_product(x, matrix):
     return x.double() @ matrix.dequantize(torch.float64).T
 
 
-def test_products_of_integers_equal_the_reference_bit_for_bit(case, backend):
+def test_matmul_of_integers_equals_the_reference_bit_for_bit(case, backend):
     x, matrix = case.integers()
     y = matmul(x, PackedMatrix(matrix), backend)
     assert torch.equal(y, reference.matmul(x, PackedMatrix(matrix)))
     assert torch.equal(y.double(), exact_product(x, matrix))
 
 
-def test_products_of_reals_are_near_float64_and_one_wrong_code_is_not(case, backend):
+def test_matmul_of_reals_is_near_float64_and_one_wrong_code_is_not(case, backend):
     if case.rows == 0:
         pytest.skip("no numbers to compare")
     x, matrix = case.reals()
@@ -57,7 +57,7 @@ def test_products_of_reals_are_near_float64_and_one_wrong_code_is_not(case, back
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_the_float32_product_rounded_once(case, backend, dtype):
+def test_half_precision_is_the_float32_result_rounded_once(case, backend, dtype):
     x, matrix = case.reals()
     x, packed = x.to(dtype), PackedMatrix(matrix)
     y = matmul(x, packed, backend)
@@ -66,7 +66,7 @@ def test_half_precision_is_the_float32_product_rounded_once(case, backend, dtype
 
 @pytest.mark.parametrize("name", [backend.name for backend in BACKENDS if not backend.on_request])
 @given(drawn=cases(), dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
-def test_a_product_of_any_scheme_and_shape_is_that_of_the_reference(name, drawn, dtype):
+def test_a_matmul_of_any_scheme_and_shape_equals_the_reference(name, drawn, dtype):
     chosen = next(backend for backend in BACKENDS if backend.name == name)
     if chosen.refuses(packed_with(256), CPU):
         pytest.skip("the backend refuses this machine")
@@ -85,7 +85,7 @@ def test_any_leading_axes_are_rows(case, backend):
         assert torch.equal(matmul(row, packed, backend), y)
 
 
-def test_a_product_changes_nothing_it_reads(case, backend):
+def test_a_matmul_does_not_change_its_inputs(case, backend):
     x, matrix = case.reals()
     packed = PackedMatrix(matrix)
     before = [tensor.clone() for tensor in (x, matrix.codes, matrix.codebooks, matrix.scales)]
@@ -94,7 +94,7 @@ def test_a_product_changes_nothing_it_reads(case, backend):
     assert all(torch.equal(a.float(), b.float()) for a, b in zip(before, after, strict=True))
 
 
-def test_autocast_does_not_coarsen_a_product(case, backend):
+def test_autocast_does_not_coarsen_a_matmul(case, backend):
     x, matrix = case.reals()
     packed = PackedMatrix(matrix)
     with torch.autocast("cpu", torch.bfloat16):

@@ -235,7 +235,7 @@ def test_of_three_codebooks_every_pair_is_chosen_jointly(form: str) -> None:
     assert all((now != before).any() for now, before in zip(rest, problem[3].T[1:], strict=True))
 
 
-def test_a_search_changes_nothing_it_reads(case: Search, form: str) -> None:
+def test_a_search_does_not_change_its_inputs(case: Search, form: str) -> None:
     problem = case.reals()
     before = [part.clone() for part in problem]
     chosen = FORMS[form](*problem, 4)
@@ -245,7 +245,7 @@ def test_a_search_changes_nothing_it_reads(case: Search, form: str) -> None:
     assert torch.equal(problem[3], before[3])
 
 
-def test_slices_of_larger_tensors_are_read_as_they_stand(case: Search, form: str) -> None:
+def test_slices_of_larger_tensors_are_read_in_place(case: Search, form: str) -> None:
     metric, targets, codebooks, codes = problem = case.integers()
     strided = [torch.stack([part, torch.zeros_like(part)], -1)[..., 0] for part in (metric, targets, codebooks, codes)]
     assert not strided[1].is_contiguous() or targets.numel() == 1

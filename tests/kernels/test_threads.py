@@ -67,6 +67,6 @@ def digests() -> list[tuple[str, str]]:
     return [(threads, digest) for threads, digest in (line.split() for line in done.stdout.splitlines())]
 
 
-def test_products_weights_and_gradients_have_the_same_bits_for_any_number_of_threads(digests):
+def test_results_have_the_same_bits_for_any_number_of_threads(digests):
     assert {threads for threads, _ in digests} == {"1", "2", "3", "4"}
     assert len({digest for _, digest in digests}) == 1

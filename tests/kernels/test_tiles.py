@@ -18,13 +18,13 @@ def tile_bytes(request, monkeypatch):
 
 @pytest.mark.usefixtures("tile_bytes")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_products_and_gradients_of_integers_are_exact(case, dtype):
+def test_matmul_and_gradients_of_integers_are_exact(case, dtype):
     x, matrix = case.integers()
     x = x.to(dtype)
     parts = matrix.codes, matrix.codebooks, matrix.scales
     dy = torch.randint(-3, 4, (case.rows, case.out_features), generator=torch.Generator().manual_seed(2)).to(dtype)
     weight = matrix.dequantize(torch.float64)
-    assert torch.equal(gemm.product(x, *parts), (x.double() @ weight.T).to(dtype))
+    assert torch.equal(gemm.matmul(x, *parts), (x.double() @ weight.T).to(dtype))
     assert torch.equal(gemm.input_gradient(dy, *parts), (dy.double() @ weight).to(dtype))
     codebooks, scales = matrix.codebooks.double().requires_grad_(), matrix.scales.double().requires_grad_()
     dw = (dy.double().T @ x.double()).to(dtype).double()
@@ -46,7 +46,7 @@ def test_no_more_than_a_tile_is_written(monkeypatch):
     monkeypatch.setattr(gemm, "dequantize", spy)
     codes = torch.zeros(4000, 100, 1, dtype=torch.uint8)
     parts = codes, torch.zeros(1, 256, 8), torch.ones(4000)
-    gemm.product(torch.ones(2, 3, 800), *parts)
+    gemm.matmul(torch.ones(2, 3, 800), *parts)
     gemm.input_gradient(torch.ones(2, 3, 4000), *parts)
     assert sum(written) == 2 * 4000 * 800 * 4
     assert max(written) < 1.2 * gemm.TILE_BYTES
@@ -54,5 +54,5 @@ def test_no_more_than_a_tile_is_written(monkeypatch):
 
 def test_leading_axes_stay():
     parts = torch.zeros(10, 3, 1, dtype=torch.uint8), torch.ones(1, 256, 8), torch.ones(10)
-    assert gemm.product(torch.ones(2, 3, 24), *parts).shape == (2, 3, 10)
+    assert gemm.matmul(torch.ones(2, 3, 24), *parts).shape == (2, 3, 10)
     assert gemm.input_gradient(torch.ones(2, 3, 10), *parts).shape == (2, 3, 24)

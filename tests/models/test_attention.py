@@ -81,7 +81,7 @@ def test_every_family_computes_the_same_with_it(family: str, tmp_path: Path, mon
     assert float((found[1] - found[0]).norm() / found[0].norm()) < 0.02
 
 
-def test_what_runs_in_float32_keeps_torch_s_attention(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_float32_network_keeps_torchs_attention(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(BlockwiseAttention, "forward", lambda *_: pytest.fail("it is for bfloat16"))
     network = load_network(resolve(str(tiny_models.save("llama", tmp_path / "model"))), torch.float32)
     ids = tiny_models.token_ids()

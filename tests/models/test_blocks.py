@@ -96,7 +96,7 @@ def test_all_linears_of_the_blocks_are_found_and_the_head_is_not(family: str, tm
         assert layer.reason is None
 
 
-def test_a_longer_list_inside_a_block_is_not_taken_for_the_blocks() -> None:
+def test_a_longer_list_inside_a_block_is_not_the_list_of_blocks() -> None:
     network = nn.Module()
     network.heads = nn.ModuleList(nn.LayerNorm(4) for _ in range(20))
     network.layers = nn.ModuleList(nn.Module() for _ in range(2))

@@ -35,7 +35,7 @@ def test_positions_of_long_models_are_those_of_one_forward(tmp_path: Path) -> No
     ids = tiny_models.token_ids(1, LENGTH)
     decoding = decoding_of(network, LENGTH)
     assert decoding.name.startswith("compiled decoder")
-    found = [decoding.read(ids[0, :LONG_PROMPT]), *(decoding.step(token) for token in ids[0, LONG_PROMPT:].tolist())]
+    found = [decoding.prefill(ids[0, :LONG_PROMPT]), *(decoding.step(token) for token in ids[0, LONG_PROMPT:].tolist())]
     expected = network(ids).logits[0, LONG_PROMPT - 1 :]
     assert (torch.stack(found) - expected).norm() < 1e-3 * expected.norm()
 
@@ -51,19 +51,19 @@ def test_its_logits_are_those_of_one_forward(family: str, backend: str, prompt: 
     decoding = decoding_of(network, LENGTH, backend)
     assert decoding.name == f"compiled decoder, {backend}"
     for _ in range(2):  # a second prompt begins anew
-        found = [decoding.read(ids[0, :prompt]), *(decoding.step(token) for token in ids[0, prompt:].tolist())]
+        found = [decoding.prefill(ids[0, :prompt]), *(decoding.step(token) for token in ids[0, prompt:].tolist())]
         assert (torch.stack(found) - expected).norm() < 1e-3 * expected.norm()
 
 
 @pytest.mark.parametrize("prompt", [PROMPT, LONG_PROMPT])
-def test_it_stops_where_its_room_ends(prompt: int, tmp_path: Path) -> None:
+def test_it_stops_at_its_capacity(prompt: int, tmp_path: Path) -> None:
     decoding = decoding_of(packed_network("llama", tmp_path), prompt + 1)
-    decoding.read(tiny_models.token_ids(1, prompt)[0])
+    decoding.prefill(tiny_models.token_ids(1, prompt)[0])
     decoding.step(3)
-    with pytest.raises(KernelError, match=f"room for {prompt + 1} positions"):
+    with pytest.raises(KernelError, match=f"capacity of {prompt + 1} positions"):
         decoding.step(3)
-    with pytest.raises(KernelError, match=f"room for {prompt + 1} positions"):
-        decoding.read(tiny_models.token_ids(1, prompt + 2)[0])
+    with pytest.raises(KernelError, match=f"capacity of {prompt + 1} positions"):
+        decoding.prefill(tiny_models.token_ids(1, prompt + 2)[0])
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -77,18 +77,18 @@ def test_a_checkpoint_decodes_without_a_network(
     expected = decoding_of(network, LENGTH, head=head)
     ids = tiny_models.token_ids(1, LONG_PROMPT)[0]
     assert opened.name == expected.name
-    assert torch.equal(opened.read(ids), expected.read(ids))
+    assert torch.equal(opened.prefill(ids), expected.prefill(ids))
     assert torch.equal(opened.step(3), expected.step(3))
 
 
 @pytest.mark.parametrize("family", ["gemma3_text", "llama"])
-def test_what_it_cannot_read_is_loaded_as_ever(family: str, tmp_path: Path) -> None:
+def test_a_model_that_it_cannot_read_is_loaded_by_transformers(family: str, tmp_path: Path) -> None:
     changes = {"hidden_act": "gelu"} if family == "llama" else {}
     network = packed_network(family, tmp_path, **changes)
     opened = open_decoding(resolve(str(tmp_path / "packed")), LENGTH)
     ids = tiny_models.token_ids(1, PROMPT)[0]
     assert opened.name == decoding_of(network, LENGTH).name
-    assert torch.equal(opened.read(ids), decoding_of(network, LENGTH).read(ids))
+    assert torch.equal(opened.prefill(ids), decoding_of(network, LENGTH).prefill(ids))
 
 
 def test_codes_that_do_not_fit_the_model_never_reach_compiled_code(tmp_path: Path) -> None:
@@ -113,14 +113,14 @@ def test_codes_that_do_not_fit_the_model_never_reach_compiled_code(tmp_path: Pat
         ),
     ],
 )
-def test_what_it_cannot_run_transformers_runs_and_the_reason_is_said(
+def test_transformers_runs_the_rest_and_the_name_says_why(
     family: str, changes: dict[str, Any], reason: str, tmp_path: Path
 ) -> None:
     network = packed_network(family, tmp_path, **changes)
     ids = tiny_models.token_ids(1, LENGTH)
     decoding = decoding_of(network, LENGTH)
     assert decoding.name.startswith(f"transformers, {BACKENDS[0]} (the compiled decoder") and reason in decoding.name
-    found = [decoding.read(ids[0, :PROMPT]), *(decoding.step(token) for token in ids[0, PROMPT:].tolist())]
+    found = [decoding.prefill(ids[0, :PROMPT]), *(decoding.step(token) for token in ids[0, PROMPT:].tolist())]
     expected = network(ids).logits[0, PROMPT - 1 :]
     assert (torch.stack(found) - expected).norm() < 1e-3 * expected.norm()
 
@@ -145,7 +145,7 @@ def test_a_head_goes_back_to_the_sixteen_bits_it_came_from(dtype: torch.dtype, s
         {"head_dim": 3.5},
     ],
 )
-def test_a_config_that_says_odd_things_never_reaches_compiled_code(change: dict[str, Any], tmp_path: Path) -> None:
+def test_an_invalid_config_never_reaches_compiled_code(change: dict[str, Any], tmp_path: Path) -> None:
     packed_network("llama", tmp_path)
     path = tmp_path / "packed" / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))

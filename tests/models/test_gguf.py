@@ -101,9 +101,7 @@ def test_a_damaged_part_is_named(tmp_path: Path, find: Any) -> None:
 
 
 @pytest.mark.parametrize("string", [b"llama.rope.freq_base", b"tokenizer.ggml.model", b"<bos>"])
-def test_a_damaged_string_is_told_of_the_file_and_not_of_one_in_the_cache(
-    string: bytes, tmp_path: Path, find: Any
-) -> None:
+def test_a_damaged_string_names_the_file_and_not_one_in_the_cache(string: bytes, tmp_path: Path, find: Any) -> None:
     path = tmp_path / "tiny.gguf"
     write_gguf(save_halved(tmp_path / "original"), path, F32)
     assert string in path.read_bytes()
@@ -132,7 +130,7 @@ def with_type_q2_0(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
 
 
 @pytest.mark.parametrize(("code", "size", "bits"), [(41, 128, 1), (Q2_0, 64, 2), (Q2_0, 128, 2)])
-def test_blocks_of_one_and_of_two_bits_stand_for_what_llama_cpp_computes_of_them(
+def test_blocks_of_one_and_two_bits_dequantize_as_in_llama_cpp(
     code: int, size: int, bits: int, tmp_path: Path, find: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     original = save_halved(tmp_path / "original", hidden_size=128, intermediate_size=256, head_dim=32)
@@ -198,7 +196,7 @@ def test_types_that_gguf_writes_are_read_as_it_dequantizes_them(name: str, tmp_p
     assert torch.equal(found, expected.to(dtype).float())
 
 
-def test_a_big_endian_file_is_told_with_the_command_that_turns_it(tmp_path: Path, find: Any) -> None:
+def test_a_big_endian_file_is_refused_with_the_command_that_converts_it(tmp_path: Path, find: Any) -> None:
     writer = gguf.GGUFWriter(tmp_path / "tiny.gguf", "llama", endianess=gguf.GGUFEndian.BIG)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -248,7 +246,7 @@ def test_a_tensor_that_the_network_has_no_place_for_is_refused_by_name(tmp_path:
 # ------------------------------------------------------------------------------------------------------- what is saved
 
 
-def test_nothing_of_the_file_s_quantization_is_saved(tmp_path: Path, find: Any) -> None:
+def test_no_quantization_setting_of_the_file_is_saved(tmp_path: Path, find: Any) -> None:
     original = save_halved(tmp_path / "original")
     write_gguf(original, tmp_path / "tiny.gguf", gguf.GGMLQuantizationType.Q8_0)
     source = find(tmp_path / "tiny.gguf")

@@ -42,7 +42,7 @@ LLAMA_3_1 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "or
 )
 @pytest.mark.parametrize("length", [64, 8192])
 @pytest.mark.parametrize("head", [16, 64, 128])
-def test_rope_freqs_of_a_llama3_scaling_give_the_logits_of_the_original(
+def test_rope_freqs_of_a_llama3_scaling_give_the_logits_of_the_base_model(
     head: int, length: int, scaling: dict[str, float], tmp_path: Path, find: Any
 ) -> None:
     said = {**LLAMA_3_1, **scaling, "original_max_position_embeddings": length}
@@ -180,7 +180,7 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
         ("starcoder2", {"rope_type": "default", "rope_theta": 99999.0}, {"rope.freq_base": 99999.0}),
     ],
 )
-def test_positions_in_the_settings_give_the_logits_of_the_original(
+def test_positions_in_the_settings_give_the_logits_of_the_base_model(
     family: str, parameters: dict[str, Any], settings: dict[str, Any], tmp_path: Path, find: Any
 ) -> None:
     """transformers' own conversion leaves all of these at their defaults, without a word."""
@@ -209,7 +209,7 @@ def test_positions_in_the_settings_give_the_logits_of_the_original(
         ({"rope.dimension_count": 8}, "has the shape"),
     ],
 )
-def test_positions_that_no_config_says_are_refused(
+def test_positions_that_no_config_can_express_are_refused(
     settings: dict[str, Any], words: str, tmp_path: Path, find: Any
 ) -> None:
     original = save_halved(tmp_path / "original")
@@ -219,7 +219,7 @@ def test_positions_that_no_config_says_are_refused(
 
 
 @pytest.mark.parametrize(("layers", "scalar"), [(2, 32), (6, 32), (62, 16)])
-def test_a_gemma_has_the_bases_of_its_windows_and_the_scale_of_its_size(
+def test_a_gemma_has_the_bases_of_its_sliding_windows_and_the_scale_of_its_size(
     layers: int, scalar: int, tmp_path: Path, find: Any
 ) -> None:
     parameters = {

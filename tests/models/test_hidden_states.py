@@ -33,7 +33,7 @@ class Block(nn.Module):
 # ---------------------------------------------------------------------------------------------------------- the file
 
 
-def test_what_is_stored_lies_in_the_file_and_all_its_space_is_taken_at_once(tmp_path: Path) -> None:
+def test_states_are_in_the_file_and_its_space_is_allocated_at_once(tmp_path: Path) -> None:
     path = tmp_path / "hidden.activations"
     states = Activations.create(path, (5, 3, 1000))
     assert len(states) == 5 and path.stat().st_size == 4 * 15000
@@ -55,7 +55,7 @@ def test_a_file_left_by_an_earlier_run_is_replaced(tmp_path: Path) -> None:
     assert path.stat().st_size == 32
 
 
-def test_states_are_no_memory_of_the_process(tmp_path: Path) -> None:
+def test_states_take_no_memory_of_the_process(tmp_path: Path) -> None:
     states = Activations.create(tmp_path / "hidden.activations", (64, 1024, 1024))  # 256 MB
     before = resident_bytes()
     for window in torch.arange(64).split(1):
@@ -68,7 +68,7 @@ def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def test_states_cut_short_behind_our_back_are_refused(tmp_path: Path) -> None:
+def test_a_truncated_file_of_states_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "hidden.activations"
     states = Activations.create(path, (2, 4))
     os.truncate(path, 20)
@@ -94,7 +94,7 @@ def test_a_disk_that_cannot_hold_it_is_one_line_that_names_the_file(
     assert str(path) in str(error.value)
 
 
-def test_a_place_that_is_not_there_is_refused(tmp_path: Path) -> None:
+def test_a_missing_directory_is_refused(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="cannot write"):
         Activations.create(tmp_path / "missing" / "hidden.activations", (1, 1))
 
@@ -103,7 +103,7 @@ def test_a_place_that_is_not_there_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_products_are_in_the_type_asked_and_the_residual_stream_is_float32(dtype: torch.dtype) -> None:
+def test_matmuls_are_in_the_requested_type_and_the_residual_stream_is_float32(dtype: torch.dtype) -> None:
     block, hidden = Block(), torch.randn(2, 3, 8)
     output, handed = run_block(block, BlockInput.alone(hidden), dtype)
     assert not handed
@@ -112,7 +112,7 @@ def test_products_are_in_the_type_asked_and_the_residual_stream_is_float32(dtype
     torch.testing.assert_close(output, block(hidden).detach(), rtol=0, atol=1e-6 if dtype == torch.float32 else 0.05)
 
 
-def test_autocast_leaves_gradients_to_whoever_asks_for_them() -> None:
+def test_autocast_leaves_gradients_in_the_requested_type() -> None:
     block, hidden = Block(), torch.randn(2, 3, 8)
     with autocast(CPU, torch.bfloat16):
         block(hidden).sum().backward()

@@ -155,7 +155,7 @@ def test_a_block_that_is_loaded_again_has_its_own_weights(tmp_path: Path, find: 
     assert again.keys() == wanted.keys() and all(torch.equal(again[name], wanted[name]) for name in wanted)
 
 
-def test_nothing_is_planned_for_what_is_quantized_already(tmp_path: Path, find: Any) -> None:
+def test_a_quantized_model_is_refused_by_the_plan(tmp_path: Path, find: Any) -> None:
     tiny_models.save_additive(tiny_models.save("llama", tmp_path / "original"), tmp_path / "packed")
     with pytest.raises(ModelError, match="packed is quantized already, with aqlm; use the model it was made from"):
         load_skeleton(find(tmp_path / "packed"))
@@ -240,7 +240,7 @@ def with_dense_weights(directory: Path, weights: dict[str, Tensor]) -> torch.nn.
     "family", ["llama", "gemma2", "qwen2", "opt"]
 )  # untied and tied heads, without and with biases
 @pytest.mark.parametrize(("length", "bound"), [(40, 1e-5), (3, 5e-4)])  # many rows, and few by tables in 16 bits
-def test_an_aqlm_checkpoint_computes_what_its_codes_stand_for(
+def test_an_aqlm_checkpoint_computes_with_its_dequantized_weights(
     family: str, length: int, bound: float, tmp_path: Path, find: Any
 ) -> None:
     original = tiny_models.save(family, tmp_path / "original")
@@ -277,7 +277,7 @@ def test_checkpoints_are_read_whatever_form_their_list_of_exceptions_has(
 
 
 @pytest.mark.parametrize("family", ["gpt_neox", "mixtral"])
-def test_what_the_files_name_otherwise_than_the_modules_is_loaded_too(family: str, tmp_path: Path, find: Any) -> None:
+def test_files_with_other_names_than_the_modules_are_loaded(family: str, tmp_path: Path, find: Any) -> None:
     """GPT-NeoX's head is `embed_out` there; an expert of Mixtral's is a tensor there, all are one in the network."""
     original = tiny_models.save(family, tmp_path / "original", tie_word_embeddings=False)
     weights = tiny_models.save_additive(original, tmp_path / "packed")
@@ -287,7 +287,7 @@ def test_what_the_files_name_otherwise_than_the_modules_is_loaded_too(family: st
     assert relative_error(network(ids).logits, expected(ids).logits) < 1e-5
 
 
-def test_decoding_reads_the_codes_and_never_writes_the_weights_out(
+def test_decoding_reads_the_codes_and_never_dequantizes_the_weights(
     tmp_path: Path, find: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tiny_models.save_additive(tiny_models.save("llama", tmp_path / "original"), tmp_path / "packed")
@@ -324,7 +324,7 @@ def test_codes_without_their_layer_are_refused(tmp_path: Path, find: Any) -> Non
         load_network(find(tmp_path / "packed"), torch.float32)
 
 
-def test_a_run_stands_for_what_it_has_packed(tmp_path: Path, find: Any) -> None:
+def test_a_run_resolves_to_its_packed_model(tmp_path: Path, find: Any) -> None:
     run = open_run(tmp_path / "my-run", build_config(None, None, {"model": "somewhere"}))
     with pytest.raises(ArtifactError, match="aqlm pack"):
         find(run.path)
@@ -515,7 +515,7 @@ ANSWER = MagicMock()  # of whichever HTTP library the hub's client uses
         (hub.HfHubHTTPError("a\nb", response=ANSWER), "the hub does not answer"),
     ],
 )
-def test_what_the_hub_refuses_is_told_in_one_line(
+def test_an_error_of_the_hub_is_one_line(
     error: Exception, words: str, find: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(name: str, **options: Any) -> str:
@@ -548,7 +548,7 @@ def test_a_revision_of_a_local_model_is_refused(tmp_path: Path, find: Any) -> No
     ("kind", "architecture"),
     [("bert", "BertForMaskedLM"), ("t5", "T5ForConditionalGeneration"), ("vit", "ViTForImageClassification")],
 )
-def test_what_is_no_language_model_is_refused(kind: str, architecture: str, tmp_path: Path, find: Any) -> None:
+def test_a_model_of_another_kind_is_refused(kind: str, architecture: str, tmp_path: Path, find: Any) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": kind, "architectures": [architecture]}))
     with pytest.raises(ModelError, match=f"not a decoder-only language model but {architecture}"):
         find(tmp_path)
@@ -610,7 +610,7 @@ def test_a_config_of_wrong_types_is_refused(tmp_path: Path, find: Any, settings:
 @pytest.mark.parametrize(
     "content", ["[" * 100_000, "{}", '{"weight_map": {"a": 5}}', '{"weight_map": {"a": "\\u0000"}}']
 )
-def test_an_index_of_weights_that_says_nothing_is_refused(tmp_path: Path, content: str) -> None:
+def test_an_index_without_a_weight_map_is_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / "model.safetensors.index.json").write_text(content)
     with pytest.raises(ModelError):
         tensor_index(tmp_path)
@@ -622,7 +622,7 @@ def test_a_tensor_of_a_type_that_is_not_read_has_no_size(tmp_path: Path) -> None
         _ = tensor_index(tmp_path)["a"].bytes
 
 
-def test_what_is_no_token_ends_no_text(tmp_path: Path, find: Any) -> None:
+def test_invalid_end_tokens_end_no_text(tmp_path: Path, find: Any) -> None:
     directory = tiny_models.save("llama", tmp_path / "model")
     (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": [257, [1], {}, "x", None]}))
     assert model_source.end_tokens(find(directory)) == {257}
@@ -635,7 +635,7 @@ def test_a_model_quantized_otherwise_is_refused(tmp_path: Path, find: Any) -> No
         load_network(find(directory), torch.float32)
 
 
-def test_missing_weights_are_refused_and_not_made_up(tmp_path: Path, find: Any) -> None:
+def test_missing_weights_are_refused_and_not_initialized(tmp_path: Path, find: Any) -> None:
     directory = tiny_models.save("llama", tmp_path / "model")
     weights = load_file(directory / "model.safetensors")
     save_file({k: w for k, w in weights.items() if "layers.1.mlp" not in k}, directory / "model.safetensors")

@@ -69,7 +69,7 @@ MODELS: Mapping[str, Callable[[Path], Path]] = {
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_what_is_packed_under_the_names_of_the_files_computes_what_it_stands_for(kind: str, tmp_path: Path) -> None:
+def test_a_model_packed_under_the_names_of_its_files_computes_the_same(kind: str, tmp_path: Path) -> None:
     run, plan = quantized_model(MODELS[kind](tmp_path / "model"), tmp_path, "2x4g8", skip=[r".*\.1\..*q_proj"])
     wanted = logits(with_weights_written_out(run, plan))
     directory = packed(run).directory
@@ -81,9 +81,7 @@ def test_what_is_packed_under_the_names_of_the_files_computes_what_it_stands_for
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_nothing_of_the_files_gets_another_name_than_what_is_cut_out_of_a_quantized_layer(
-    kind: str, tmp_path: Path
-) -> None:
+def test_only_slices_of_a_quantized_layer_get_another_name(kind: str, tmp_path: Path) -> None:
     run, _ = quantized_model(MODELS[kind](tmp_path / "model"), tmp_path, "2x4g8", skip=[r".*\.1\..*q_proj"])
     before, after = (tensor_index(path) for path in (Path(run.config.model), packed(run, "dense").directory))
     removed, added = before.keys() - after.keys(), after.keys() - before.keys()

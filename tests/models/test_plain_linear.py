@@ -69,7 +69,7 @@ def planned(of: nn.Module) -> Plan:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_what_is_planned_can_be_replaced(family: str) -> None:
+def test_planned_layers_can_be_replaced(family: str) -> None:
     plan = planned(network(family, "meta"))
     dense, coded, ids = network(family), network(family), tiny_models.token_ids(length=12)
     before = dense(ids, use_cache=False).logits
@@ -139,7 +139,7 @@ def with_another_parameter() -> nn.Linear:
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_the_product_in_other_words_is_plain(bias: bool, device: str) -> None:
+def test_another_implementation_of_the_matmul_is_plain(bias: bool, device: str) -> None:
     assert is_plain(nn.Linear(40, 24, bias, device)) and is_plain(OwnWords(40, 24, bias, device))
     assert not is_plain(nn.LayerNorm(8))
 
@@ -154,7 +154,7 @@ def test_the_product_in_other_words_is_plain(bias: bool, device: str) -> None:
         (parametrizations.weight_norm(nn.Linear(8, 8)), "its weight is computed from other parameters"),
     ],
 )
-def test_what_computes_or_holds_something_else_is_not_plain(layer: nn.Linear, reason: str) -> None:
+def test_a_layer_that_computes_or_holds_something_else_is_not_plain(layer: nn.Linear, reason: str) -> None:
     assert str(why_not_plain(layer)).startswith(reason)
     before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
     block = nn.ModuleList([nn.ModuleList([layer])])
@@ -213,7 +213,7 @@ def read_in(of: nn.Module) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_whoever_reads_a_weight_is_found_and_nothing_is_changed(device: str) -> None:
+def test_readers_of_a_weight_are_found_and_nothing_is_changed(device: str) -> None:
     with torch.device(device):
         of = Network().train()
     before = dict(of.named_parameters())
@@ -225,7 +225,7 @@ def test_whoever_reads_a_weight_is_found_and_nothing_is_changed(device: str) -> 
     assert {type(module) for module in of.modules() if isinstance(module, nn.Linear)} == {nn.Linear}
 
 
-def test_blocks_that_cannot_be_run_are_judged_by_their_source() -> None:
+def test_blocks_that_cannot_run_are_checked_by_their_source() -> None:
     """Which has no eyes for lists and conditions."""
     layers = ("layers.never", "direct")
     assert read_in(Network(refusing=True)) == {
@@ -242,7 +242,7 @@ def test_a_weight_that_two_layers_share_stays_as_it_is() -> None:
     assert reasons["blocks.0.layers.measured"] is None
 
 
-def test_a_real_size_is_looked_at_without_its_weights() -> None:
+def test_a_model_of_real_size_is_planned_without_its_weights() -> None:
     """64 experts of 1408 are 14 billion numbers, and the copy that runs has none of them."""
     with torch.device("meta"):
         of = AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen2_moe", num_hidden_layers=2))

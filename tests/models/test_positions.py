@@ -71,7 +71,7 @@ def computes(directory: Path, tokens: int) -> bool:
 
 
 @pytest.mark.parametrize("family", ENDING)
-def test_as_many_tokens_as_the_network_reads_are_allowed_and_no_more(family: str, tmp_path: Path) -> None:
+def test_as_many_tokens_as_the_network_accepts_are_allowed_and_no_more(family: str, tmp_path: Path) -> None:
     directory = saved(family, tmp_path / "model")
     source, longest = resolve(str(directory)), STATED - (family == "roberta")  # its table begins behind the padding
     assert computes(directory, longest) and not computes(directory, longest + 1)
@@ -89,7 +89,7 @@ def test_positions_that_are_computed_have_no_end(family: str, tmp_path: Path) ->
     refuse_too_long(resolve(str(directory)), 300, "--tokens")
 
 
-def test_what_is_measured_stays_within_what_config_json_says(tmp_path: Path) -> None:
+def test_measurements_stay_within_the_length_of_config_json(tmp_path: Path) -> None:
     source = resolve(str(saved("xglm", tmp_path / "model")))
     refuse_longer_than_stated(source, STATED, "--tokens")
     with pytest.raises(ModelError, match=f"accepts {STATED} tokens, not {STATED + 1}"):
@@ -106,11 +106,11 @@ def test_a_table_too_long_to_be_tried_is_as_long_as_config_json_says(tmp_path: P
 
 
 @pytest.mark.parametrize("family", DECODED)
-def test_a_text_goes_on_to_the_last_position(family: str, tmp_path: Path) -> None:
+def test_a_text_continues_to_the_last_position(family: str, tmp_path: Path) -> None:
     network = load_network(resolve(str(saved(family, tmp_path / "model"))), torch.float32)
     ids = tiny_models.token_ids(1, STATED)
     decoding = decoding_of(network, STATED)
-    decoding.read(ids[0, :-2])
+    decoding.prefill(ids[0, :-2])
     found = [decoding.step(token) for token in ids[0, -2:].tolist()][-1]
     expected = network(input_ids=ids, use_cache=False).logits[0, -1]
     assert (found - expected).norm() < 1e-4 * expected.norm()
@@ -127,7 +127,7 @@ bench: {{tokens: 2, prompt: {bench}}}
 """
 
 
-def test_every_command_says_it_before_any_weight_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_command_refuses_before_any_weight_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     saved("gptj", Path("tiny"))
     Path("notes.txt").write_text("".join(f"{number} is {number}. " for number in range(200)))

@@ -54,7 +54,9 @@ def mlx_weights(directory: Path) -> None:
         ({}, r"MLX \(.*weight has type U32\)"),
     ],
 )
-def test_a_model_quantized_by_mlx_is_told_so(settings: dict[str, Any], words: str, tmp_path: Path, find: Any) -> None:
+def test_a_model_quantized_by_mlx_is_refused_by_name(
+    settings: dict[str, Any], words: str, tmp_path: Path, find: Any
+) -> None:
     directory = tiny_models.save("llama", tmp_path / "model")
     mlx_weights(directory)
     change_config(directory, **settings)
@@ -93,13 +95,13 @@ def test_a_method_that_config_json_has_is_named(
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda weight: weight.to(torch.float8_e4m3fn), r"numbers of the type F8_E4M3 \(model\.layers\.0"),
+        (lambda weight: weight.to(torch.float8_e4m3fn), r"values of type F8_E4M3 \(model\.layers\.0"),
         (lambda weight: weight.to(torch.float8_e5m2), "numbers of the type F8_E5M2"),
         (lambda weight: weight.to(torch.uint8), "numbers of the type U8"),
         (lambda weight: weight.to(torch.int8), "numbers of the type I8"),
     ],
 )
-def test_weights_that_are_no_ordinary_numbers_are_told_by_type_where_config_json_says_nothing(
+def test_weights_of_other_types_are_recognised_without_config_json(
     change: Callable[[Tensor], Tensor], words: str, tmp_path: Path, find: Any
 ) -> None:
     directory = tiny_models.save("llama", tmp_path / "model")
@@ -110,7 +112,7 @@ def test_weights_that_are_no_ordinary_numbers_are_told_by_type_where_config_json
         load_network(find(directory), torch.float32)
 
 
-def test_tensors_of_gptq_are_told_where_config_json_says_nothing(tmp_path: Path, find: Any) -> None:
+def test_tensors_of_gptq_are_recognised_without_config_json(tmp_path: Path, find: Any) -> None:
     directory = tiny_models.save("llama", tmp_path / "model")
     weights = load_file(directory / "model.safetensors")
     renamed = {name.replace("proj.weight", "proj.qweight"): tensor for name, tensor in weights.items()}

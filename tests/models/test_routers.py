@@ -63,6 +63,6 @@ def test_names_count_where_outputs_are_few(name: str, layer: nn.Module, expected
     assert bool(router_paths(block(mlp=nn.ModuleDict({name: layer})), "gate.0")) == expected
 
 
-def test_channels_of_a_convolution_are_no_experts() -> None:
+def test_channels_of_a_convolution_are_not_experts() -> None:
     mixer = nn.ModuleDict({"convolution": nn.Conv1d(32, 32, 4, groups=32), "in_proj": nn.Linear(64, 32)})
     assert not router_paths(block(mixer=mixer), "layers.0")

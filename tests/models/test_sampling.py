@@ -94,7 +94,7 @@ def test_a_text_depends_on_its_own_chances_alone(opened: Callable[..., Sampling]
     assert not any(torch.equal(text, other) for text, other in zip(together, others, strict=True))
 
 
-def test_where_each_token_has_one_successor_the_text_follows_it(opened: Callable[..., Sampling]) -> None:
+def test_a_text_follows_the_only_successor_of_each_token(opened: Callable[..., Sampling]) -> None:
     successor = torch.tensor([3, 0, 1, 4, 2])
     sampling = rigged(opened(vocab_size=5), torch.eye(5)[successor])
     for text in write(sampling, chances(20, 30)).tolist():
@@ -122,14 +122,14 @@ def test_the_least_and_the_greatest_chance_draw_no_token_that_is_impossible() ->
     assert _drawn(logits, torch.tensor([0.0, 0.5, 1 - 2**-53], dtype=torch.float64)).tolist() == [1, 2, 2]
 
 
-def test_texts_begin_with_any_token_but_special_ones(opened: Callable[..., Sampling]) -> None:
+def test_texts_start_with_any_token_but_special_ones(opened: Callable[..., Sampling]) -> None:
     sampling = opened()
     assert torch.equal(sampling.first_tokens, torch.arange(256))
     counts = torch.bincount(write(sampling, chances(256 * 100, 1))[:, 0], minlength=256)
     assert len(counts) == 256 and bool(((counts - 100).abs() < 50).all()), "five standard deviations"
 
 
-def test_a_text_goes_on_behind_its_end(opened: Callable[..., Sampling]) -> None:
+def test_a_text_continues_after_its_end_token(opened: Callable[..., Sampling]) -> None:
     sampling = opened()
     network: Any = sampling.network
     network.lm_head.register_forward_hook(
@@ -138,7 +138,7 @@ def test_a_text_goes_on_behind_its_end(opened: Callable[..., Sampling]) -> None:
     assert bool((write(sampling, chances(2, 12))[:, 1:] == EOS).all())
 
 
-def test_what_is_written_is_counted(opened: Callable[..., Sampling]) -> None:
+def test_written_tokens_are_counted(opened: Callable[..., Sampling]) -> None:
     told: list[int] = []
     opened().texts(chances(3, 8), told.append)
     assert told == [3] * 8
@@ -162,7 +162,7 @@ def test_attention_of_new_tokens_is_torchs_own() -> None:
 
 
 @pytest.mark.parametrize(("places", "mask", "said"), [(1, True, {}), (2, False, {}), (1, False, {"softcap": 30.0})])
-def test_what_is_more_than_that_is_left_to_torch(
+def test_everything_else_is_left_to_torch(
     places: int, mask: bool, said: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[dict[str, Any]] = []

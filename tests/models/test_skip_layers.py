@@ -33,7 +33,7 @@ def tensors(module: nn.Module) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_what_is_left_out_is_found_by_name_listed_nowhere_and_without_numbers(family: str, tmp_path: Path) -> None:
+def test_a_skipped_module_is_found_by_name_but_listed_nowhere(family: str, tmp_path: Path) -> None:
     source = resolve(str(tiny_models.save(family, tmp_path / "model", **FAMILIES[family])))
     paths = find_blocks(load_network(source, torch.float32)).paths
     network = load_without(source, paths, torch.float32)
@@ -50,7 +50,7 @@ def test_what_is_left_out_is_found_by_name_listed_nowhere_and_without_numbers(fa
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_codes_are_read_by_a_network_that_looks_into_its_linear_layers(family: str, tmp_path: Path) -> None:
+def test_codes_are_read_by_a_network_that_inspects_its_linear_layers(family: str, tmp_path: Path) -> None:
     original = tiny_models.save(family, tmp_path / "original", tie_word_embeddings=False, **FAMILIES[family])
     weights = tiny_models.save_additive(original, tmp_path / "packed")
     expected = AutoModelForCausalLM.from_pretrained(original, dtype=torch.float16).eval().float()

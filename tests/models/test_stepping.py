@@ -44,7 +44,7 @@ def test_a_text_read_part_by_part_has_the_logits_of_the_whole(family: str, tmp_p
         assert torch.allclose(stepping(ids[:, first:last]), whole[:, last - 1], atol=1e-4), last
 
 
-def test_a_forward_that_fails_without_a_cache_too_is_told(tmp_path: Path) -> None:
+def test_a_forward_that_also_fails_without_a_cache_is_refused(tmp_path: Path) -> None:
     network = load_network(resolve(str(tiny_models.save("llama", tmp_path))), torch.float32)
     network.model.norm.forward = lambda hidden: hidden[..., :3]
     with pytest.raises(ModelError, match=r"family llama .* fails on a text of 4 tokens \(RuntimeError: "):

@@ -189,7 +189,7 @@ def test_the_hub_gives_templates_in_their_folder_and_nothing_else_of_folders(
     assert fetched_with(find, tmp_path, monkeypatch, with_weights=False) == plain - {"model.safetensors"}
 
 
-def test_what_is_fetched_of_a_template_is_read_by_the_tokenizer(tmp_path: Path, find: Any, monkeypatch: Any) -> None:
+def test_a_fetched_template_is_read_by_the_tokenizer(tmp_path: Path, find: Any, monkeypatch: Any) -> None:
     directory = save_with_templates(tmp_path / "snapshots" / "0a1b2c", "folder")
     monkeypatch.setattr(model_source, "snapshot_download", lambda *_, **__: str(directory))
     assert load_tokenizer(find("someone/Tiny")).chat_template == TEMPLATES
@@ -228,7 +228,7 @@ def test_folders_and_links_beside_a_model_change_nothing(tmp_path: Path, find: A
     assert find(directory).identity == before
 
 
-def test_a_tokenizer_behind_a_link_to_nothing_is_refused(tmp_path: Path, find: Any) -> None:
+def test_a_tokenizer_behind_a_dangling_link_is_refused(tmp_path: Path, find: Any) -> None:
     directory = tiny_models.save("llama", tmp_path / "model")
     (directory / "qwen.tiktoken").symlink_to(tmp_path / "gone")
     with pytest.raises(ModelError, match=r"qwen\.tiktoken is a dangling link"):
@@ -239,7 +239,7 @@ def test_a_tokenizer_behind_a_link_to_nothing_is_refused(tmp_path: Path, find: A
 
 
 @pytest.mark.parametrize("content", ["[]", "null", "3"])
-def test_settings_for_generation_that_are_none_are_told_in_the_plan(content: str, tmp_path: Path) -> None:
+def test_invalid_generation_settings_are_refused_by_the_plan(content: str, tmp_path: Path) -> None:
     path = tiny_models.save("llama", tmp_path / "model") / "generation_config.json"
     path.write_text(content)
     line = f"error: {path} is not a JSON object; fetch the model again\n"

@@ -72,7 +72,7 @@ def edited(request: pytest.FixtureRequest, tmp_path: Path) -> dict[str, Any]:
 def greedy(directory: Path, ids: Tensor) -> tuple[Tensor, list[int], str]:
     """The logits of what follows the prompt and after each of our own tokens, these tokens, and what computed them."""
     decoding = open_decoding(resolve(str(directory)), PROMPT + TOKENS)
-    logits = [decoding.read(ids[0])]
+    logits = [decoding.prefill(ids[0])]
     for _ in range(TOKENS - 1):
         logits.append(decoding.step(int(logits[-1].argmax())))
     return torch.stack(logits), [int(row.argmax()) for row in logits], decoding.name
@@ -105,9 +105,7 @@ def test_the_head_is_what_transformers_takes_for_it(edited: dict[str, Any], tmp_
     assert known.shape.outside + sum(block.parameters for block in known.shape.blocks) == stored
 
 
-def test_what_one_token_reads_counts_a_head_once_and_embeddings_that_are_none_never(
-    edited: dict[str, Any], tmp_path: Path
-) -> None:
+def test_bytes_of_a_decode_step_count_a_head_once_and_embeddings_never(edited: dict[str, Any], tmp_path: Path) -> None:
     run, _ = quantized_run(tmp_path, **edited)
     directory = packed(run).directory
     chosen = BenchConfig.model_validate({"prompt": PROMPT, "tokens": 2, "repeats": 1})

@@ -60,7 +60,7 @@ def test_text_becomes_the_same_tokens_and_text_again(source: ModelSource) -> Non
         {"clean_up_tokenization_spaces": True},
     ],
 )
-def test_what_the_file_does_not_say_is_left_to_transformers(tiny: ModelSource, settings: dict[str, object]) -> None:
+def test_settings_that_the_file_lacks_are_left_to_transformers(tiny: ModelSource, settings: dict[str, object]) -> None:
     change(tiny, **settings)
     tokenizer = open_tokenizer(tiny)
     assert not isinstance(tokenizer, _FileTokenizer)

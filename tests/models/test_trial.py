@@ -36,9 +36,7 @@ def planned(directory: Path, format: str, *skip: str) -> None:
 
 
 @pytest.mark.parametrize("family", LOOKING)
-def test_a_family_that_looks_for_the_weight_of_a_coded_layer_is_refused_before_anything_is_done(
-    family: str, tmp_path: Path
-) -> None:
+def test_a_family_that_accesses_the_weight_of_a_quantized_layer_is_refused_first(family: str, tmp_path: Path) -> None:
     name, settings = LOOKING[family]
     directory = tiny_models.save(family, tmp_path / "model", **settings)
     wanted = (
@@ -132,7 +130,9 @@ def test_a_packed_checkpoint_agrees_with_itself_until_it_is_changed(tmp_path: Pa
     assert with_list([*listed, *coded]) == "transformers computes other logits with it than aqlm"
 
 
-def test_what_does_not_load_is_not_published_and_what_was_there_stays(tmp_path: Path, monkeypatch: Any) -> None:
+def test_a_model_that_does_not_load_is_not_published_and_the_earlier_one_stays(
+    tmp_path: Path, monkeypatch: Any
+) -> None:
     run, _ = quantized_run(tmp_path, "llama", "2x4g8")
     before = packed(run).directory / "model.safetensors"
     content = before.read_bytes()

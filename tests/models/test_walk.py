@@ -247,7 +247,7 @@ class MixedTypes(Toy):
 
 
 @pytest.mark.parametrize(("kind", "dtype"), [(Toy, torch.bfloat16), (MixedTypes, torch.float32)])
-def test_products_are_in_float32_where_a_block_computes_with_nothing_else(kind: type[Toy], dtype: torch.dtype) -> None:
+def test_matmuls_are_in_float32_if_a_block_supports_no_other_type(kind: type[Toy], dtype: torch.dtype) -> None:
     network = kind().requires_grad_(False)
     network.blocks[1] = kind.Block().requires_grad_(False)
     copies = copy.deepcopy(network.blocks)
@@ -257,7 +257,7 @@ def test_products_are_in_float32_where_a_block_computes_with_nothing_else(kind: 
 
 @pytest.mark.parametrize("text", [[5] * 8 + [6], list(range(9)), [1, 2] * 40, [3, 3, 4]])
 @pytest.mark.parametrize("windows", [3, 5])
-def test_the_windows_compared_are_unlike_and_of_the_text(text: list[int], windows: int) -> None:
+def test_the_compared_sequences_are_distinct_and_from_the_text(text: list[int], windows: int) -> None:
     rows = distinct_sequences(torch.tensor([text]), windows)
     assert rows.shape == (windows, min(len(text), 24)) and {*rows.flatten().tolist()} <= {*text}
     assert len({tuple(row) for row in rows.tolist()}) == windows

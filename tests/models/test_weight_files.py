@@ -91,7 +91,7 @@ def test_shards_without_an_index_give_the_network_of_those_with_one(stem: str, t
     assert (again.directory, again.identity) == (source.directory, source.identity)
 
 
-def test_what_changes_in_shards_without_an_index_changes_the_identity(tmp_path: Path, find: Any) -> None:
+def test_a_change_in_shards_without_an_index_changes_the_identity(tmp_path: Path, find: Any) -> None:
     shards = sharded(tmp_path / "model")
     (tmp_path / "model" / "model.safetensors.index.json").unlink()
     first = find(tmp_path / "model").identity
@@ -198,7 +198,7 @@ def test_pickles_are_refused_with_a_command_that_makes_a_model_of_them(
     assert first == second
 
 
-def test_pickles_on_the_hub_are_told_by_the_name_there(tmp_path: Path, find: Any, monkeypatch: Any) -> None:
+def test_pickles_on_the_hub_are_refused_with_their_hub_id(tmp_path: Path, find: Any, monkeypatch: Any) -> None:
     (pickled(tmp_path / "model") / "pytorch_model.bin").unlink()
     monkeypatch.setattr(model_source, "snapshot_download", lambda *_, **__: str(tmp_path / "model"))
     monkeypatch.setattr(model_source, "list_repo_files", lambda *_, **__: ["config.json", "pytorch_model.bin"])
@@ -239,7 +239,7 @@ def test_an_adapter_is_refused_with_a_command_that_merges_it(tmp_path: Path, fin
         (["consolidated.00.pth", "consolidated.01.pth"], r"own format \(consolidated\.00\.pth and 1 more\)"),
     ],
 )
-def test_files_of_other_programs_are_told_by_name(
+def test_files_of_other_programs_are_refused_by_name(
     files: list[str], words: str, config: bool, tmp_path: Path, find: Any
 ) -> None:
     directory = tiny_models.save("llama", tmp_path / "model")
@@ -263,9 +263,7 @@ def test_files_of_other_programs_are_told_by_name(
         (["training_args.bin", "weights.pt"], r"has weights\.pt and no"),
     ],
 )
-def test_weights_that_transformers_does_not_read_are_told_in_one_line(
-    files: list[str], words: str, tmp_path: Path
-) -> None:
+def test_weights_that_transformers_does_not_read_are_one_line(files: list[str], words: str, tmp_path: Path) -> None:
     directory = tiny_models.save("llama", tmp_path / "model")
     (directory / "model.safetensors").unlink()
     for name in files:
@@ -308,7 +306,7 @@ def test_a_tensor_of_another_shape_is_named_before_any_work(family: str, name: s
         load_network(resolve(str(directory), cache_dir=tmp_path / "cache"), torch.float32)
 
 
-def test_blocks_that_the_files_do_not_have_are_told_in_the_plan(tmp_path: Path) -> None:
+def test_missing_blocks_are_refused_by_the_plan(tmp_path: Path) -> None:
     directory = tiny_models.save("llama", tmp_path / "model")
     settings = json.loads((directory / "config.json").read_text())
     (directory / "config.json").write_text(json.dumps({**settings, "num_hidden_layers": 3}))
@@ -316,13 +314,13 @@ def test_blocks_that_the_files_do_not_have_are_told_in_the_plan(tmp_path: Path) 
     assert line in commands.refused("plan", str(directory))
 
 
-def test_a_file_of_no_tensors_is_told_in_the_plan(tmp_path: Path) -> None:
+def test_a_file_without_tensors_is_refused_by_the_plan(tmp_path: Path) -> None:
     directory = tiny_models.save("llama", tmp_path / "model")
     change(directory, lambda _: {})
     assert re.search(r"lacks the tensor lm_head\.weight and 20 more, which", commands.refused("plan", str(directory)))
 
 
-def test_an_expert_that_is_missing_is_told_in_the_plan(tmp_path: Path) -> None:
+def test_a_missing_expert_is_refused_by_the_plan(tmp_path: Path) -> None:
     directory = tiny_models.save("mixtral", tmp_path / "model")
     gone = "model.layers.1.block_sparse_moe.experts.3.w2.weight"
     change(directory, lambda all: {key: tensor for key, tensor in all.items() if key != gone})

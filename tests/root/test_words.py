@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from helpers.docstrings import FORBIDDEN, ROOT, SOURCES, Docstring, forbidden_words, fragments, lost_modules
 
-PACKAGES = ("src/aqlm_cli/*.py",)
+PACKAGES = ("kernels/aqlm_kernels/cpu", "kernels/aqlm_kernels/gpu", "src/aqlm_cli/*.py", "src/aqlm_cli/data")
 """Paths and globs of what has been swept."""
 
 EXCEPTIONS = {

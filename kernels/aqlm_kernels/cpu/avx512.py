@@ -1,6 +1,8 @@
-"""The instructions of lookup.py, written with LLVM's builder: a table's registers must stay where they are in a loop.
+"""The instructions of lut.py, written with LLVM's builder: a table's registers must stay in place inside a loop.
 
-A function that makes an instruction is called once for every size it is needed in; the instructions stand at the end.
+A function that makes an instruction is called once for every size that is needed; the instructions are at the end.
+
+Shapes: M codebooks of K entries, each of g features.
 """
 
 from __future__ import annotations
@@ -17,24 +19,24 @@ from numba.core import cgutils
 from aqlm_kernels.cpu.compile import arrays, at, instruction, load, store
 
 AHEAD = 2**13
-"""Bytes that codes are prefetched ahead: the stream of all codes is longer than what a core fetches by itself."""
+"""Prefetch distance in bytes: the stream of all codes is longer than what a core prefetches by itself."""
 
 LANES = 64  # outputs in a tile, bytes in a register
 ENTRIES = 256  # of a table; smaller codebooks are filled up
 
 
 def _has(feature: str) -> bool:
-    """Whether the machine that Numba compiles for has it: this one, or what NUMBA_CPU_FEATURES says."""
+    """True if Numba's target machine has the feature: this machine, or the one in NUMBA_CPU_FEATURES."""
     settings: Any = numba.config
     named = settings.CPU_FEATURES
     return bool(binding.get_host_cpu_features().get(feature)) if named is None else f"+{feature}" in named
 
 
 HAS_VBMI = _has("avx512vbmi")
-"""Without it tables of integers are read a byte at a time, which is slow."""
+"""AVX-512 VBMI; without it integer tables are read a byte at a time, which is slow."""
 
 VECTORS = 4 if _has("avx512f") else 1
-"""Of 16 numbers, of each of four tables, that fit the registers while the tables are made."""
+"""Vectors of 16 floats, of each of four tables, that fit the registers while the tables are computed."""
 
 _byte, _word, _int, _long, _float = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
 _bytes, _words = ir.VectorType(_byte, LANES), ir.VectorType(_word, LANES // 2)
@@ -45,7 +47,7 @@ def _products(groups: int) -> Callable[..., Any]:
     """exact[t + r * M, k] = <x[start + r * g:], column k of codebook m> for so many groups r, and the least and the
     greatest of each in bounds[t + r * M].
 
-    VECTORS of each group stay in registers, so that what is read is used several times.
+    VECTORS of each group stay in registers, so that each loaded value is used several times.
     """
 
     @instruction
@@ -119,7 +121,7 @@ def _generate_products(builder: Any, x: Any, group_size: Any, columns: Any, exac
             store(builder, builder.call(reduce, [builder.load(bound)], fastmath=("nnan",)), row, 4 * offset)
 
 
-def _round(planes: int) -> Callable[..., Any]:
+def _round(lut_bytes: int) -> Callable[..., Any]:
     """tables[t, p, k] = byte p of the integer part of exact[row, k] * inverse + shift."""
 
     @instruction
@@ -137,9 +139,9 @@ def _round(planes: int) -> Callable[..., Any]:
             for start in range(0, ENTRIES, 16):
                 values = builder.call(fma, [load(builder, source, _floats, 4 * start), factor, summand])
                 levels = builder.fptosi(values, _ints)
-                for plane in range(planes):
-                    byte = builder.lshr(levels, ir.Constant(_ints, [8 * plane] * 16)) if plane else levels
-                    store(builder, builder.trunc(byte, ir.VectorType(_byte, 16)), target, ENTRIES * plane + start)
+                for number in range(lut_bytes):
+                    byte = builder.lshr(levels, ir.Constant(_ints, [8 * number] * 16)) if number else levels
+                    store(builder, builder.trunc(byte, ir.VectorType(_byte, 16)), target, ENTRIES * number + start)
             return context.get_dummy_value()
 
         return signature, generate
@@ -147,10 +149,10 @@ def _round(planes: int) -> Callable[..., Any]:
     return rounded
 
 
-def _look_up(tiles: int, planes: int) -> Callable[..., Any]:
+def _look_up(tiles: int, lut_bytes: int) -> Callable[..., Any]:
     """sums[row, (tile + t) * LANES + lane] += offset + unit * sum over i < count of tables[i, codes of table i]
 
-    with codes[start + (i * tiles + t) * LANES + lane], for so many `tiles` t at once: a table's registers are loaded
+    with codes[start + (i * tiles + t) * LANES + lane], for `tiles` tiles t at once: a table's registers are loaded
     once for all of them.
     """
 
@@ -170,7 +172,7 @@ def _look_up(tiles: int, planes: int) -> Callable[..., Any]:
         signature = types.void(codes, start, tables, count, unit, offset, sums, row, tile)
 
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            _generate(_Arguments(context, builder, signature, arguments), tiles, planes)
+            _generate(_Arguments(context, builder, signature, arguments), tiles, lut_bytes)
             return context.get_dummy_value()
 
         return signature, generate
@@ -179,7 +181,7 @@ def _look_up(tiles: int, planes: int) -> Callable[..., Any]:
 
 
 class _Arguments:
-    """Pointers to where the look-ups of one call begin, and its numbers."""
+    """Start pointers of the lookups of one call, and its scalars."""
 
     def __init__(self, context: Any, builder: Any, signature: Any, arguments: Any) -> None:
         self.builder = builder
@@ -190,21 +192,21 @@ class _Arguments:
         self.sums = at(builder, sums, row, builder.mul(tile, ir.Constant(_long, LANES)))
 
 
-def _generate(a: _Arguments, tiles: int, planes: int) -> None:
+def _generate(a: _Arguments, tiles: int, lut_bytes: int) -> None:
     builder = a.builder
     eight = ir.Constant(_words, [8] * (LANES // 2))
     zero = ir.Constant(_words, None)
     permute = _permute(builder.module)
     kind = ir.FunctionType(ir.VoidType(), [_byte.as_pointer(), _int, _int, _int])
     prefetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")
-    both = [[cgutils.alloca_once(builder, _words) for _ in range(2)] for _ in range(tiles * planes)]  # A and B
+    both = [[cgutils.alloca_once(builder, _words) for _ in range(2)] for _ in range(tiles * lut_bytes)]  # A and B
     for pair in both:
         for place in pair:
             builder.store(zero, place)
     with cgutils.for_range(builder, a.count) as loop:
         i = loop.index
-        table = builder.gep(a.tables, [builder.mul(i, ir.Constant(_long, 256 * planes))])
-        quarters = [load(builder, table, _bytes, LANES * q) for q in range(4 * planes)]
+        table = builder.gep(a.tables, [builder.mul(i, ir.Constant(_long, 256 * lut_bytes))])
+        quarters = [load(builder, table, _bytes, LANES * q) for q in range(4 * lut_bytes)]
         code = builder.gep(a.codes, [builder.mul(i, ir.Constant(_long, LANES * tiles))])
         for t in range(tiles):
             here = builder.gep(code, [ir.Constant(_long, LANES * t)])
@@ -212,16 +214,16 @@ def _generate(a: _Arguments, tiles: int, planes: int) -> None:
             builder.call(prefetch, [soon, *(ir.Constant(_int, flag) for flag in (0, 3, 1))])
             index = load(builder, here, _bytes, 0)
             upper_half = builder.icmp_signed("<", index, ir.Constant(_bytes, None))
-            for p in range(planes):
+            for p in range(lut_bytes):
                 q = quarters[4 * p : 4 * p + 4]
                 low, high = builder.call(permute, [q[0], index, q[1]]), builder.call(permute, [q[2], index, q[3]])
                 words = builder.bitcast(builder.select(upper_half, high, low), _words)
-                for place, addend in zip(both[t * planes + p], (words, builder.lshr(words, eight)), strict=True):
+                for place, addend in zip(both[t * lut_bytes + p], (words, builder.lshr(words, eight)), strict=True):
                     builder.store(builder.add(builder.load(place), addend), place)
     for t in range(tiles):
         totals = [None, None]  # of even and of odd bytes, as integers
-        for p in range(planes):
-            whole, odd = (builder.load(place) for place in both[t * planes + p])
+        for p in range(lut_bytes):
+            whole, odd = (builder.load(place) for place in both[t * lut_bytes + p])
             even = builder.sub(whole, builder.shl(odd, eight))
             for parity, sums in enumerate((even, odd)):
                 wide = builder.zext(sums, ir.VectorType(_int, LANES // 2))
@@ -237,7 +239,7 @@ def _generate(a: _Arguments, tiles: int, planes: int) -> None:
 
 
 def _permute(module: Any) -> Any:
-    """(lower [64], index [64], upper [64]) -> the bytes that the low 7 bits of the index choose from the two."""
+    """(lower [64], index [64], upper [64]) -> the bytes that the low 7 bits of the index select from the two."""
     kind = ir.FunctionType(_bytes, [_bytes, _bytes, _bytes])
     name = "llvm.x86.avx512.vpermi2var.qi.512" if HAS_VBMI else "aqlm_permute_bytes"
     if name in module.globals:
@@ -249,7 +251,7 @@ def _permute(module: Any) -> Any:
 
 
 def _write_permute(function: Any) -> None:
-    """The same on any machine, a byte at a time."""
+    """Write the body of the permutation for any machine, a byte at a time."""
     function.linkage = "internal"
     builder = ir.IRBuilder(function.append_basic_block())
     lower, index, upper = function.args
@@ -257,18 +259,18 @@ def _write_permute(function: Any) -> None:
     order = ir.Constant(ir.VectorType(_int, 2 * LANES), list(range(2 * LANES)))
     builder.store(builder.shuffle_vector(lower, upper, order), table)
     start = builder.bitcast(table, _byte.as_pointer())
-    found = ir.Constant(_bytes, ir.Undefined)
+    permuted = ir.Constant(_bytes, ir.Undefined)
     for lane in range(LANES):
         place = builder.and_(builder.extract_element(index, ir.Constant(_int, lane)), ir.Constant(_byte, 127))
         byte = builder.load(builder.gep(start, [builder.zext(place, _long)]))
-        found = builder.insert_element(found, byte, ir.Constant(_int, lane))
-    builder.ret(found)
+        permuted = builder.insert_element(permuted, byte, ir.Constant(_int, lane))
+    builder.ret(permuted)
 
 
 def _spread(builder: Any, number: Any, lanes: int) -> Any:
     kind = ir.VectorType(_float, lanes)
-    one = builder.insert_element(ir.Constant(kind, ir.Undefined), number, ir.Constant(_int, 0))
-    return builder.shuffle_vector(one, one, ir.Constant(ir.VectorType(_int, lanes), [0] * lanes))
+    single = builder.insert_element(ir.Constant(kind, ir.Undefined), number, ir.Constant(_int, 0))
+    return builder.shuffle_vector(single, single, ir.Constant(ir.VectorType(_int, lanes), [0] * lanes))
 
 
 products_4, products_1 = _products(4), _products(1)

@@ -1,4 +1,4 @@
-"""How fast this machine reads memory: the bound that decoding is held against."""
+"""Read bandwidth of this machine's memory: the roofline of decoding."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from aqlm_kernels.cpu.compile import compiled, prange
 
 Words = NDArray[np.int64]
 
-SIZE, PIECE = 2**28, 2**16  # bytes: more than any last-level cache holds, and what is added up at a time
+SIZE, PIECE = 2**28, 2**16  # bytes: more than any last-level cache holds, and one row of it
 
 
 def read_bandwidth(repeats: int = 8) -> float:
-    """Bytes per second, the best of `repeats`, with the present number of Numba's threads."""
+    """Bytes per second, the best of `repeats`, with Numba's current number of threads."""
     words = np.ones((SIZE // PIECE, PIECE // 8), np.int64)
     sums = np.zeros(len(words), np.int64)
     _sum(words, sums)
@@ -30,8 +30,7 @@ def read_bandwidth(repeats: int = 8) -> float:
 
 @compiled(parallel=True)
 def _sum(words: Words, sums: Words) -> None:
-    """The sum of every row; a thread takes a run of rows. The loop counts, since one over words themselves is a third
-    slower."""
+    """Sum every row; a thread takes consecutive rows. The rows matter: a loop over single words is a third slower."""
     for row in prange(words.shape[0]):
         total = 0
         for i in range(words.shape[1]):

@@ -1,9 +1,9 @@
-"""`compiled`: Numba's decorator with the settings that every kernel here shares, and with types.
+"""`compiled`: Numba's decorator with the settings that all kernels here share, and with types.
 
 Numba ships no type hints, so that a kernel it decorates would lose its signature. Kernels import from here instead.
 
 Same bits for any number of threads: `prange` runs over output tiles (or other blocks whose size does not depend on the
-threads), one thread owns one of them, and the sums inside it run in an order that does not depend on who runs it.
+threads), one thread owns one of them, and the order of the sums inside it does not depend on the thread.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def compiled(parallel: bool = False, fastmath: Iterable[str] = ()) -> Callable[[
     def decorate(kernel: Kernel) -> Kernel:
         decorator = numba.njit(cache=True, nogil=True, error_model="numpy", parallel=parallel, fastmath=set(fastmath))
         dispatcher: Any = decorator(kernel)
-        # Numba looks at the kernel's own file alone to see whether cached code is outdated; kernels call one another.
+        # Numba checks only the kernel's own file for changes to outdate cached code; kernels call one another.
         dispatcher._cache._cache_file._source_stamp = _STAMP
         return cast(Kernel, dispatcher)
 
@@ -45,19 +45,19 @@ def compiled(parallel: bool = False, fastmath: Iterable[str] = ()) -> Callable[[
 def instruction(describe: Callable[..., Any]) -> Callable[..., Any]:
     """A few instructions of LLVM that kernels call as a function.
 
-    `describe(typing_context, *argument_types)` returns the signature and what generates the code; callers pass the
-    arguments alone. (Numba's own hints say that they pass the context, too.)
+    `describe(typing_context, *argument_types)` returns the signature and the code generator; callers pass the
+    arguments alone. (In Numba's own hints they pass the context, too.)
     """
     return cast(Callable[..., Any], intrinsic(describe))
 
 
 def arrays(context: Any, builder: Any, signature: Any, arguments: Any, *places: int) -> list[Any]:
-    """Those of an instruction's arguments that are arrays, as `at` takes them."""
+    """Arguments of an instruction that are arrays, in the form that `at` takes."""
     return [context.make_array(signature.args[place])(context, builder, arguments[place]) for place in places]
 
 
 def at(builder: Any, array: Any, *indices: Any) -> Any:
-    """Where array[indices] begins; the array is contiguous along its last axis."""
+    """Pointer to array[indices]; the array is contiguous along its last axis."""
     offset: Any = ir.Constant(ir.IntType(64), 0)
     for axis, index in enumerate(indices):
         offset = builder.add(offset, builder.mul(index, builder.extract_value(array.strides, axis)))

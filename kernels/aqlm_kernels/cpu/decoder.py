@@ -1,9 +1,11 @@
-"""A Llama-like model on the CPU, without transformers: a prompt by torch, each token after it by compiled code.
+"""A Llama-like model on the CPU, without transformers: prefill in torch, each decode step in compiled code.
 
-In Python a small model spends most of a token's time. A block is RMSNorm; queries, keys and values with rotary
-positions; attention over all positions so far; RMSNorm; a gated SiLU network. While tokens come one by one, queries,
-keys and values are one stack of matrices, gate and up another, so that a block has four products. Everything is float32
-but the codes and the head, which has its own type.
+A small model spends most of a token's time in Python. A block is RMSNorm; queries, keys and values with rotary
+positions; attention over all positions so far; RMSNorm; a gated SiLU network. In a decode step queries, keys and values
+are one stack of matrices, gate and up another, so that a block has four matmuls. Everything is float32 but the codes
+and the head, which has its own type.
+
+Shapes: d hidden size, f size of the gated network, e head size.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from aqlm_kernels.linear import AdditiveLinear
 from aqlm_kernels.packed import PackedMatrix
 
 SHORT = 16
-"""Tokens of a prompt that are read one by one: faster than writing every weight out."""
+"""Most tokens of a prompt that run as decode steps, which is then faster than dequantizing every weight."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,11 +47,11 @@ class DecoderBlock:
 
 
 class Decoder:
-    """A model with room for the keys and values of as many positions as it has angles.
+    """A model with a cache for the keys and values of as many positions as it has angles.
 
     `embeddings` is `[vocabulary, d]`, `head` likewise; `angles` are the cosines and the sines `[positions, e]` of the
-    rotary positions. `planes`: bytes of an entry in the look-up tables. Only queries, keys and values may have a bias.
-    Raises KernelError for a codebook of more than 256 entries, and where the positions are used up.
+    rotary positions. `lut_bytes`: bytes of a LUT entry, 2 or 1, or 0 for float32. Only queries, keys and values may
+    have a bias. Raises KernelError for a codebook of more than 256 entries, and where the positions are used up.
     """
 
     def __init__(
@@ -61,7 +63,7 @@ class Decoder:
         angles: tuple[Tensor, Tensor],
         key_heads: int,
         epsilon: float,
-        planes: int,
+        lut_bytes: int,
     ) -> None:
         cosines, sines = angles
         self._layers = blocks
@@ -69,14 +71,14 @@ class Decoder:
         self._embeddings, self._norm, self._head = embeddings, norm.detach().float(), head
         self._cosines, self._sines = array(cosines), array(sines)
         self._heads = blocks[0].attention_in[0].out_features // cosines.shape[1]
-        self._epsilon, self._planes = epsilon, planes
+        self._epsilon, self._lut_bytes = epsilon, lut_bytes
         shape = (len(blocks), key_heads, *cosines.shape)
         self._keys, self._values = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
         self.position = 0
 
     @torch.inference_mode()
-    def read(self, ids: Tensor) -> Tensor:
-        """Begin anew with a prompt [length]; the logits [vocabulary] of what follows it."""
+    def prefill(self, ids: Tensor) -> Tensor:
+        """Start again with a prompt [length]; the logits [vocabulary] after it."""
         self.position = 0
         self._refuse_beyond(len(ids))
         if len(ids) <= SHORT:
@@ -85,22 +87,22 @@ class Decoder:
             return self._logits(self._step(int(ids[-1])))
         hidden = self._embeddings[ids].float()  # [length, d]
         for number, block in enumerate(self._layers):
-            hidden = self._read_block(hidden, block, number)
+            hidden = self._prefill_block(hidden, block, number)
         self.position = len(ids)
         return self._logits(hidden[-1:])
 
     @torch.inference_mode()
     def step(self, token: int) -> Tensor:
-        """The logits [vocabulary] of what follows the token, which takes the next position."""
+        """One decode step: put the token at the next position; the logits [vocabulary] after it."""
         self._refuse_beyond(1)
         return self._logits(self._step(token))
 
     def _refuse_beyond(self, tokens: int) -> None:
-        room = self._keys.shape[2]
-        if self.position + tokens > room:
-            raise KernelError(f"the decoder has room for {room} positions, and they are used up")
+        capacity = self._keys.shape[2]
+        if self.position + tokens > capacity:
+            raise KernelError(f"the decoder has a capacity of {capacity} positions: use a larger max_length")
 
-    def _read_block(self, hidden: Tensor, block: DecoderBlock, number: int) -> Tensor:
+    def _prefill_block(self, hidden: Tensor, block: DecoderBlock, number: int) -> Tensor:
         length, e = len(hidden), self._cosines.shape[1]
         x = self._normed(hidden, block.attention_norm)
         queries, keys, values = (layer(x).view(length, -1, e).transpose(0, 1) for layer in block.attention_in)
@@ -125,13 +127,13 @@ class Decoder:
         return F.rms_norm(hidden, weight.shape, weight.float(), self._epsilon)
 
     def _step(self, token: int) -> Tensor:
-        """The hidden state [1, d] of a token at the next position, which is taken."""
+        """The hidden state [1, d] of a token at the next position, which is then in use."""
         hidden = array(self._embeddings[token])[None].copy()
         angles = self._cosines[self.position], self._sines[self.position]
         threads = numba.get_num_threads()
         for number, block in enumerate(self._blocks):
             cache = self._keys[number], self._values[number]
-            _step(hidden, *block, *angles, *cache, self.position, self._heads, self._epsilon, self._planes, threads)
+            _step(hidden, *block, *angles, *cache, self.position, self._heads, self._epsilon, self._lut_bytes, threads)
         self.position += 1
         return torch.from_numpy(hidden)
 
@@ -140,7 +142,7 @@ class Decoder:
 
 
 class _Matrices(NamedTuple):
-    """A lookup.Stack as Numba takes it, and the numbers of x."""
+    """A `lut.Stack` in the form that Numba takes, and the length of x."""
 
     codes: Bytes
     columns: Floats
@@ -152,7 +154,7 @@ class _Matrices(NamedTuple):
 class _Block(NamedTuple):
     attention_norm: Floats
     attention_in: _Matrices
-    bias: Floats  # [tiles * LANES], as the outputs of attention_in lie
+    bias: Floats  # [tiles * LANES], in the order of attention_in's outputs
     attention_out: _Matrices
     network_norm: Floats
     network_in: _Matrices
@@ -162,10 +164,10 @@ class _Block(NamedTuple):
     def of(cls, block: DecoderBlock) -> _Block:
         biases = [
             F.pad(
-                torch.zeros(one.out_features) if one.bias is None else one.bias.detach().float(),
-                (0, -one.out_features % LANES),
+                torch.zeros(layer.out_features) if layer.bias is None else layer.bias.detach().float(),
+                (0, -layer.out_features % LANES),
             )
-            for one in block.attention_in
+            for layer in block.attention_in
         ]
         return cls(
             array(block.attention_norm),
@@ -200,11 +202,11 @@ def _step(
     position: int,
     heads: int,
     epsilon: float,
-    planes: int,
+    lut_bytes: int,
     threads: int,
 ) -> None:
     d, e = hidden.shape[1], cosines.shape[0]
-    inputs = _product(_normed(hidden, attention_norm, epsilon), attention_in, planes, threads)[0]
+    inputs = _matmul(_normed(hidden, attention_norm, epsilon), attention_in, lut_bytes, threads)[0]
     for o in range(bias.shape[0]):
         inputs[o] += bias[o]
     first_key, first_value = attention_in.ends[0] * LANES, attention_in.ends[1] * LANES
@@ -216,23 +218,23 @@ def _step(
             values[head, position, i] = inputs[first_value + head * e + i]
     context = np.empty((1, heads * e), np.float32)
     _attend(inputs, keys, values, position + 1, heads, context[0])
-    change = _product(context, attention_out, planes, threads)[0]
+    change = _matmul(context, attention_out, lut_bytes, threads)[0]
     for i in range(d):
         hidden[0, i] += change[i]
-    inputs = _product(_normed(hidden, network_norm, epsilon), network_in, planes, threads)[0]
+    inputs = _matmul(_normed(hidden, network_norm, epsilon), network_in, lut_bytes, threads)[0]
     first_up = network_in.ends[0] * LANES
     gated = np.empty((1, network_out.inputs), np.float32)
     for i in range(gated.shape[1]):
         gated[0, i] = inputs[i] / (np.float32(1) + np.exp(-inputs[i])) * inputs[first_up + i]
-    change = _product(gated, network_out, planes, threads)[0]
+    change = _matmul(gated, network_out, lut_bytes, threads)[0]
     for i in range(d):
         hidden[0, i] += change[i]
 
 
 @compiled()
-def _product(x: Floats, matrices: _Matrices, planes: int, threads: int) -> Floats:
+def _matmul(x: Floats, matrices: _Matrices, lut_bytes: int, threads: int) -> Floats:
     y = np.empty((1, matrices.scales.shape[0]), np.float32)
-    multiply(x, matrices.codes, matrices.columns, matrices.scales, matrices.ends, planes, threads, y)
+    multiply(x, matrices.codes, matrices.columns, matrices.scales, matrices.ends, lut_bytes, threads, y)
     return y
 
 
@@ -250,7 +252,7 @@ def _normed(hidden: Floats, weight: Floats, epsilon: float) -> Floats:
 
 @compiled()
 def _rotate(heads: Floats, cosines: Floats, sines: Floats) -> None:
-    """Rotary positions, in place; heads lie one after the other, and a pair of numbers is half a head apart."""
+    """Rotary positions, in place; heads are one after the other, and a pair of features is half a head apart."""
     e = cosines.shape[0]
     for start in range(0, heads.shape[0], e):
         for i in range(e // 2):

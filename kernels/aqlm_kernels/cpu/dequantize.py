@@ -1,4 +1,4 @@
-"""W from its codes, and the way back from a gradient of W: what a layer needs for many rows of x.
+"""W from its codes, and gradients of codebooks and scales from one of W: the kernels for many rows of x.
 
     forward   W[o, j*g + i]    = s_o * w[o, j, i],    w[o, j] = sum_m C_m[a[o, j, m]]
     backward  dC_m[k, i]       = sum over (o, j) with a[o, j, m] = k of  s_o * dW[o, j*g + i]
@@ -7,6 +7,8 @@
 The forward equals `additive.dequantize` bit for bit. The backward is a scatter: many groups add to one entry. Rows are
 cut into blocks whose number follows from the shape alone; each block adds in float64 to bins of its own, and the bins
 are summed in order. So the result does not depend on the number of threads.
+
+Shapes: M codebooks of K entries, each of g features; n groups per row, o an output, j a group.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ Codes = NDArray[np.uint8] | NDArray[np.int32]
 
 ROWS = 16  # of W, dequantized by one thread at a time
 MOST_BLOCKS = 16  # of rows in the backward
-MOST_BINS = 2**20  # float64 numbers in all blocks together: 8 MiB
+MOST_BINS = 2**20  # float64 values in all blocks together: 8 MiB
 
 
 def dequantize(codes: Tensor, codebooks: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
@@ -60,7 +62,7 @@ def gradients(weight_gradient: Tensor, codes: Tensor, codebooks: Tensor, scales:
 
 
 def array(tensor: Tensor) -> Floats:
-    """The tensor's values for a kernel: float32, contiguous, without copying where they are so already."""
+    """The tensor's values for a kernel: float32, contiguous, copied only if needed."""
     values: Floats = tensor.detach().float().contiguous().numpy()
     return values
 
@@ -92,7 +94,7 @@ def _dequantize_float32(codes: Codes, codebooks: Floats, scales: Floats, weight:
 
 @compiled(parallel=True)
 def _dequantize_bfloat16(codes: Codes, codebooks: Floats, scales: Floats, weight: NDArray[np.uint16]) -> None:
-    """The upper 16 bits of float32, after adding half of their unit: a tie goes to the even one. NaN is not kept."""
+    """The upper 16 bits of float32, after adding half of their unit: ties go to even. NaN is not preserved."""
     out_features, group_size = codes.shape[0], codebooks.shape[2]
     for tile in prange(-(-out_features // ROWS)):
         row = np.empty(weight.shape[1], np.float32)

@@ -1,7 +1,9 @@
-"""y = x W^T for a few rows of x and codebooks of many entries: read the entry of each code, and multiply.
+"""y = x W^T for a few rows of x and codebooks of many entries: load the entry of each code, and multiply.
 
-Tables as in lookup.py would cost more than the product. One thread owns a tile of outputs, and its sums run over the
-input groups in order: the result does not depend on how many threads there are.
+Tables as in lut.py would cost more than the matmul. One thread owns a tile of outputs, and its sums run over the input
+groups in order: the result does not depend on the number of threads.
+
+Shapes: M codebooks of K entries, each of g features; n input groups.
 """
 
 from __future__ import annotations
@@ -23,8 +25,8 @@ from aqlm_kernels.packed import PackedMatrix
 
 Codes = NDArray[np.uint8] | NDArray[np.uint16]
 
-BLOCK = 64  # groups whose x and codes stay in the nearest cache
-LANES = 4  # outputs whose sums are in registers: so many additions are under way at a time
+BLOCK = 64  # groups whose x and codes stay in the L1 cache
+LANES = 4  # outputs whose sums are in registers: so many additions run at a time
 
 _long = ir.IntType(64)
 
@@ -73,7 +75,7 @@ def _multiply(x: Floats, codes: Codes, first: int, count: int, lane: int, codebo
 
 @compiled()
 def _store(sums: Floats, scales: Floats, first: int, y: Floats) -> None:
-    """y[first + l] = scales[first + l] * sums[l], as far as there are outputs."""
+    """y[first + l] = scales[first + l] * sums[l], for the outputs that exist."""
     for lane in range(min(sums.shape[0], y.shape[0] - first)):
         y[first + lane] = scales[first + lane] * sums[lane]
 

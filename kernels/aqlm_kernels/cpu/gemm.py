@@ -1,7 +1,9 @@
-"""Products with many rows of x, and their gradients: W is written a tile at a time, and torch multiplies by the tile.
+"""Matmul with many rows of x, and its gradients: W is dequantized a tile at a time, and torch multiplies by the tile.
 
-A tile stays in the cache until it is multiplied, and the memory that a product takes beside its result does not grow
+A tile stays in the cache until it is multiplied, and the memory that a matmul needs beside its result does not grow
 with the matrix. Results are joined in the order of the tiles.
+
+Shapes: M codebooks of K entries, each of g features.
 """
 
 from __future__ import annotations
@@ -15,10 +17,10 @@ from torch.nn import functional as F
 from aqlm_kernels.cpu.dequantize import dequantize, gradients
 
 TILE_BYTES = 2**22
-"""Of W at a time: the fastest of 1, 2, 4 and 8 MiB, at 512 rows 1.2 times as fast as the whole of a 32 MiB matrix."""
+"""Bytes of W per tile: the fastest of 1, 2, 4 and 8 MiB, at 512 rows 1.2 times as fast as a whole 32 MiB matrix."""
 
 
-def product(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor) -> Tensor:
+def matmul(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor) -> Tensor:
     """x W^T [..., out] in the type of x."""
     tiles = list(_tiles(len(codes), x.shape[-1] * x.element_size()))
     if len(tiles) == 1:

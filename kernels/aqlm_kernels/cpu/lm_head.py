@@ -1,8 +1,7 @@
-"""y = x W^T for a few rows of x and a dense W of 16 bits, or of 8 with a scale a row: an output head, read at the speed
-of memory.
+"""y = x W^T for a few rows of x and a dense W of 16 bits, or of 8 with a scale per row: an lm_head at memory bandwidth.
 
-The head of a small model is most of what one token reads, and torch reads half-precision weights far below that speed.
-One thread owns a tile of rows of W; a row's sum is computed in one way whoever does it.
+The head of a small model is most of the bytes of a decode step, and torch reads half-precision weights far below the
+memory bandwidth. One thread owns a tile of rows of W; the order of a row's sum does not depend on the thread.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from aqlm_kernels.errors import KernelError
 Weights = NDArray[np.float32] | NDArray[np.uint16] | NDArray[np.int16] | NDArray[np.int8]
 
 STORED_AS = {torch.bfloat16: torch.uint16, torch.float16: torch.int16}
-"""Integers that tell the two apart in a kernel: numpy has no bfloat16."""
+"""Integer types that stand for the two in a kernel: numpy has no bfloat16."""
 
 TILE = 64  # rows of W that a thread takes at a time
 
@@ -38,7 +37,7 @@ class ByteRows:
 
     @classmethod
     def of(cls, weight: Tensor) -> ByteRows:  # [out, in]
-        """To the nearest of 255 levels of each row, symmetric about zero."""
+        """Round to the nearest of 255 levels of each row, symmetric about zero."""
         weight = weight.detach().float()
         units = weight.abs().amax(1) / 127
         levels = (weight / torch.where(units > 0, units, 1.0)[:, None]).round()
@@ -54,15 +53,15 @@ def matmul_dense(x: Tensor, weight: Tensor | ByteRows) -> Tensor:
     Raises KernelError for another type of W.
     """
     if isinstance(weight, ByteRows):
-        return _product(x, weight.levels) * weight.units
+        return _matmul(x, weight.levels) * weight.units
     if weight.dtype == torch.float32:
-        return _product(x, weight.detach().contiguous())
+        return _matmul(x, weight.detach().contiguous())
     if weight.dtype in STORED_AS:
-        return _product(x, weight.detach().contiguous().view(STORED_AS[weight.dtype]))
+        return _matmul(x, weight.detach().contiguous().view(STORED_AS[weight.dtype]))
     raise KernelError(f"the weight is {weight.dtype}; convert it to float32, bfloat16 or float16")
 
 
-def _product(x: Tensor, stored: Tensor) -> Tensor:
+def _matmul(x: Tensor, stored: Tensor) -> Tensor:
     y = torch.empty(x.shape[0], len(stored))
     _multiply(array(x), stored.numpy(), y.numpy())
     return y
@@ -70,7 +69,7 @@ def _product(x: Tensor, stored: Tensor) -> Tensor:
 
 @instruction
 def _number(typing_context: Any, stored: Any) -> Any:
-    """What a weight stands for, as float32: the 16 bits of a bfloat16 come unsigned, those of a float16 signed."""
+    """Value of a stored weight, as float32: a bfloat16 is stored as uint16, a float16 as int16."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         bits, floats = arguments[0], ir.FloatType()

@@ -1,20 +1,20 @@
-"""y = x W^T for a few rows of x by table look-ups inside vector registers, for codebooks of at most 256 entries.
+"""y = x W^T for a few rows of x by table lookup (LUT) in vector registers, for codebooks of at most 256 entries.
 
-For input group j, all that W can multiply x_j with are M * K vectors, so that each code costs one look-up:
+For input group j, W multiplies x_j by one of M * K vectors only, so that each code costs one lookup:
 
     T[j, m, k] = <x_j, C_m[k]>          y_o = s_o * sum over (j, m) of T[j, m, a[o, j, m]]
 
-A table of 256 bytes is four 512-bit registers, and `vpermi2b` of AVX-512 VBMI looks 64 codes up in two of them at once.
-So tables are rounded to integers, of two bytes (two planes of such registers) or of one. The least entry of each table
+A table of 256 bytes is four 512-bit registers, and `vpermi2b` of AVX-512 VBMI looks up 64 codes in two of them at once.
+So tables are rounded to integers, of two bytes (two sets of such registers) or of one. The least entry of each table
 is subtracted first and added back at the end, which costs nothing. A block of at most 32 tables shares one unit and
 stays in the first cache; so many bytes fit a 16-bit lane, too. Sums of bytes are kept in such lanes, even and odd bytes
 apart: A += word and B += word >> 8, then B is the odd sum and A - (B << 8) the even one. They are integers, hence
 exact, and go to float32 once a block.
 
-Codes are read in the order in which they lie (PackedMatrix.streamed): from memory one long stream comes 1.2 times as
-fast as many short ones.
+Codes are read in their order in memory (PackedMatrix.streamed): one long stream is 1.2 times as fast as many short
+ones.
 
-Where the instructions are missing, tables stay in float32 and are read one entry at a time: a fifth of the speed.
+Without these instructions, tables stay in float32 and are read one entry at a time: a fifth of the speed.
 
 Threads share the blocks in fixed parts, and the parts are added in order, so the result is the same for any number of
 threads. Two-byte units are powers of two: where x and W are small integers, so is everything else.
@@ -56,12 +56,12 @@ Tiles = NDArray[np.int64]
 WIDEST = BUNDLES[0]
 
 PARTS = 4
-"""Into which the sum over the blocks is divided, whatever the number of threads, each with its own sums."""
+"""Parts of the sum over the blocks, each with its own sums, for any number of threads."""
 
 
 @dataclass(frozen=True, eq=False)
 class Stack:
-    """Matrices that multiply the same x, one above the other: alike in inputs, M, K and g, each with its codebooks."""
+    """Matrices that multiply the same x, stacked: equal in inputs, M, K and g, each with its codebooks."""
 
     codes: Bytes  # [blocks, tiles * size * LANES] as PackedMatrix.streamed, of one matrix after the other in each block
     columns: Floats  # [matrices, M, g, K], the codebooks transposed
@@ -71,33 +71,33 @@ class Stack:
     @classmethod
     def of(cls, matrices: Sequence[PackedMatrix]) -> Stack:
         return cls(
-            codes=torch.cat([one.streamed for one in matrices], dim=1).numpy(),
-            columns=torch.stack([one.columns for one in matrices]).numpy(),
-            scales=torch.cat([one.tile_scales for one in matrices]).numpy(),
-            ends=np.cumsum([len(one.tile_scales) // LANES for one in matrices]),
+            codes=torch.cat([matrix.streamed for matrix in matrices], dim=1).numpy(),
+            columns=torch.stack([matrix.columns for matrix in matrices]).numpy(),
+            scales=torch.cat([matrix.tile_scales for matrix in matrices]).numpy(),
+            ends=np.cumsum([len(matrix.tile_scales) // LANES for matrix in matrices]),
         )
 
 
 def by_lookup(x: Tensor, packed: PackedMatrix) -> Tensor:
-    """y [rows, out] of x [rows, in], by tables of two bytes; rounded once to x's type. K <= 256."""
-    return _product(x, packed, planes=2)
+    """y [rows, out] of x [rows, in], by 16-bit LUTs; rounded once to x's type. K <= 256."""
+    return _matmul(x, packed, lut_bytes=2)
 
 
 def by_float_lookup(x: Tensor, packed: PackedMatrix) -> Tensor:
-    """The same by tables of float32 in the cache, without rounding: for machines without the instructions."""
-    return _product(x, packed, planes=0)
+    """y by float32 LUTs in the cache, without rounding: for machines without the instructions."""
+    return _matmul(x, packed, lut_bytes=0)
 
 
 def by_byte_lookup(x: Tensor, packed: PackedMatrix) -> Tensor:
-    """The same by tables of one byte: nearly twice as fast, with an error of some percent."""
-    return _product(x, packed, planes=1)
+    """y by 8-bit LUTs: nearly twice as fast, with an error of some percent."""
+    return _matmul(x, packed, lut_bytes=1)
 
 
-def _product(x: Tensor, packed: PackedMatrix, planes: int) -> Tensor:
+def _matmul(x: Tensor, packed: PackedMatrix, lut_bytes: int) -> Tensor:
     columns, scales = packed.columns[None].numpy(), packed.tile_scales.numpy()
     ends = np.array([len(scales) // LANES])
     y = np.empty((x.shape[0], len(scales)), np.float32)
-    multiply(array(x), packed.streamed.numpy(), columns, scales, ends, planes, numba.get_num_threads(), y)
+    multiply(array(x), packed.streamed.numpy(), columns, scales, ends, lut_bytes, numba.get_num_threads(), y)
     return torch.from_numpy(y)[:, : packed.out_features].to(x.dtype).contiguous()
 
 
@@ -108,7 +108,7 @@ def multiply(
     columns: Floats,
     scales: Floats,
     ends: Tiles,
-    planes: int,  # bytes of a table's entry: 2, 1, or 0 for float32
+    lut_bytes: int,  # bytes of a LUT entry: 2, 1, or 0 for float32
     threads: int,
     y: Floats,  # [rows, tiles * LANES], becomes the product
 ) -> None:
@@ -127,7 +127,7 @@ def multiply(
             stop = min(before + (piece + 1) * bundles // pieces * WIDEST, ends[matrix])
             if tile < stop:
                 sums[part, :, tile * LANES : stop * LANES] = 0
-                _sum_blocks(x, codes, size, columns[matrix], planes, first, last, tile, stop, sums[part])
+                _sum_blocks(x, codes, size, columns[matrix], lut_bytes, first, last, tile, stop, sums[part])
     for tile in prange(scales.shape[0] // LANES):
         for row in range(rows):
             for o in range(tile * LANES, tile * LANES + LANES):
@@ -143,23 +143,23 @@ def _sum_blocks(
     codes: Bytes,
     size: int,
     columns: Floats,  # of one matrix
-    planes: int,
+    lut_bytes: int,
     first: int,
     last: int,
     tile: int,
     stop: int,
     sums: Floats,
 ) -> None:
-    """Add to sums `[rows, outputs]` what the blocks from first to before last give the tiles from `tile` to before
-    `stop`; the tables of a block are in the nearest cache meanwhile."""
+    """Add to sums `[rows, outputs]` the contribution of blocks first:last to tiles tile:stop; the tables of a block
+    stay in the L1 cache meanwhile."""
     exact, bounds = np.empty((BLOCK, ENTRIES), np.float32), np.empty((BLOCK, 2), np.float32)
-    tables = np.empty((BLOCK, planes, ENTRIES), np.uint8)
+    tables = np.empty((BLOCK, lut_bytes, ENTRIES), np.uint8)
     number = x.shape[1] // columns.shape[1] * columns.shape[0]  # of tables in all
     for block in range(first, last):
         start = block * size
         count = min(size, number - start)
         for row in range(x.shape[0]):
-            if planes == 0:
+            if lut_bytes == 0:
                 _make_exact(x[row], columns, start, count, exact, bounds)
                 _look_up_floats(codes[block], size, exact, tile, stop, count, sums[row])
             else:
@@ -169,7 +169,7 @@ def _sum_blocks(
 
 @compiled()
 def _make_exact(x: Floats, columns: Floats, first: int, count: int, exact: Floats, bounds: Floats) -> None:
-    """So many tables from the `first` on, and the least and the greatest of each."""
+    """Compute `count` tables from `first` on, and the minimum and maximum of each."""
     num_codebooks, group_size = columns.shape[:2]
     for m in range(num_codebooks):
         t = (m - first) % num_codebooks  # the first table of the block that belongs to codebook m
@@ -187,9 +187,9 @@ def _make_exact(x: Floats, columns: Floats, first: int, count: int, exact: Float
 def _make_tables(
     x: Floats, columns: Floats, first: int, count: int, exact: Floats, bounds: Floats, tables: Bytes
 ) -> tuple[np.float32, np.float32]:
-    """The same as integers: T = unit * integer + the least of T. Returns the unit and the sum of what is least."""
+    """Compute integer tables: T = unit * integer + minimum of T. Returns the unit and the sum of the minima."""
     num_codebooks, group_size = columns.shape[:2]
-    planes = tables.shape[1]
+    lut_bytes = tables.shape[1]
     _make_exact(x, columns, first, count, exact, bounds)
     widest, total = np.float32(0), 0.0
     for t in range(count):
@@ -198,11 +198,11 @@ def _make_tables(
     finite = True
     for i in range(first // num_codebooks * group_size, -(-(first + count) // num_codebooks) * group_size):
         finite &= np.isfinite(x[i])
-    unit = _unit(widest, planes) if finite and widest < np.inf else np.float32(np.nan)
+    unit = _unit(widest, lut_bytes) if finite and widest < np.inf else np.float32(np.nan)
     inverse = np.float32(1) / unit if unit > 0 else np.float32(0)
     for t in range(count):
         shift = np.float32(0.5) - bounds[t, 0] * inverse
-        if planes == 2:
+        if lut_bytes == 2:
             round_2(exact, t, inverse, shift, tables, t)
         else:
             round_1(exact, t, inverse, shift, tables, t)
@@ -210,9 +210,9 @@ def _make_tables(
 
 
 @compiled()
-def _unit(widest: np.float32, planes: int) -> np.float32:
-    """What one step of an integer table stands for, so that `widest` is the greatest integer at most."""
-    if planes == 1:
+def _unit(widest: np.float32, lut_bytes: int) -> np.float32:
+    """Value of one integer step of a table such that `widest` does not exceed the greatest integer."""
+    if lut_bytes == 1:
         return widest / np.float32(255)
     mantissa, exponent = math.frexp(widest / np.float32(65535))
     if mantissa == 0:
@@ -222,7 +222,7 @@ def _unit(widest: np.float32, planes: int) -> np.float32:
 
 @compiled()
 def _bundle(tiles: int) -> int:
-    """How many of the tiles that are left are looked up together."""
+    """Number of the remaining tiles to look up together."""
     for width in BUNDLES:
         if width <= tiles:
             return width
@@ -242,7 +242,7 @@ def _look_up_tiles(
     offset: np.float32,
     sums: Floats,
 ) -> None:
-    """Add one block's look-ups to the sums of the tiles from `tile` to before `stop`, bundle after bundle."""
+    """Add one block's lookups to the sums of tiles tile:stop, bundle after bundle."""
     while tile < stop:
         start = tile * size * LANES
         width = _bundle(stop - tile)
@@ -264,7 +264,7 @@ def _look_up_tiles(
 
 @compiled()
 def _look_up_floats(codes: Bytes, size: int, exact: Floats, tile: int, stop: int, count: int, sums: Floats) -> None:
-    """The same from tables of float32, four at a time: that saves three of four updates of the sums."""
+    """Add one block's lookups in float32 tables, four at a time, which saves three of four updates of the sums."""
     fours = count // 4 * 4
     while tile < stop:
         start = tile * size * LANES

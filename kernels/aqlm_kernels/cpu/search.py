@@ -1,8 +1,8 @@
 """The search over codes for the CPU: `search.choose_codes`, compiled, all rows in parallel.
 
-What makes it fast, for K = 256 and two codebooks, about half a microsecond a row and group:
+Three choices make it fast (K = 256 and two codebooks take about half a microsecond per row and group):
 
-- The table X of products between two codebooks is built once a group and shared by all rows; at 256 KiB it stays in L2.
+- The table X of products between two codebooks is built once per group and shared by all rows; 256 KiB stay in L2.
 - LLVM vectorises neither a floating-point minimum nor an argmin. Both are written over integers: the bits of a float32,
   with all but the sign flipped for negative numbers, order as the numbers do, and integer minima do vectorise.
 - Codebooks are read transposed, `[g, K]`, so that the loop over entries is the innermost one and has unit stride.
@@ -31,17 +31,17 @@ Codes = NDArray[np.int64]
 Keys = NDArray[np.int32]
 
 LARGEST_TABLE = 1024
-"""Entries a codebook may have for the table X (4 MiB then); beyond, its rows are computed where they are needed."""
+"""Most entries of a codebook for the table X (4 MiB then); beyond, its rows are computed when they are needed."""
 
 ROWS_AT_ONCE = 16
-"""Rows a thread takes at a time: they share one set of scratch vectors."""
+"""Rows per thread at a time: they share one set of scratch vectors."""
 
 NEVER = np.int32(2**31 - 1)
 
 
 @instruction
 def _ordered(typing_context: Any, value: Any) -> Any:
-    """The int32 that orders among such integers as the float32 does among floats."""
+    """The int32 whose order among such integers is that of the float32 among floats."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         bits = builder.bitcast(arguments[0], ir.IntType(32))
@@ -110,9 +110,9 @@ def _best_entry(scores: Floats) -> int:
 
 
 @compiled()
-def _best_of_classes(scores: Floats, least: Keys, blocks: Keys, found: Codes) -> None:
-    """found[c] = the first index of the lowest score among c, c + classes, ...; least and blocks are scratch."""
-    classes = found.shape[0]
+def _best_of_classes(scores: Floats, least: Keys, blocks: Keys, best: Codes) -> None:
+    """best[c] = the first index of the lowest score among c, c + classes, ...; least and blocks are scratch."""
+    classes = best.shape[0]
     least[:] = NEVER
     for block in range(scores.shape[0] // classes):
         part = scores[block * classes : (block + 1) * classes]
@@ -121,7 +121,7 @@ def _best_of_classes(scores: Floats, least: Keys, blocks: Keys, found: Codes) ->
             blocks[c] = np.int32(block) if key < least[c] else blocks[c]
             least[c] = _smaller(key, least[c])
     for c in range(classes):
-        found[c] = blocks[c] * classes + c
+        best[c] = blocks[c] * classes + c
 
 
 @compiled(fastmath=("contract",))

@@ -1,1 +1,1 @@
-"""Products on a GPU, written in Triton, which is imported only where they are used."""
+"""Matmul kernels for GPUs, written in Triton, which is imported only when they are used."""

@@ -1,7 +1,9 @@
-"""What runs on the GPU. W is restored in registers, a tile of outputs at a time, from codes in either order.
+"""Triton kernels. W is dequantized in registers, a tile of outputs at a time, from codes in either order.
 
-The code of output `tile * TILE + lane`, group `j` and codebook `m` lies at
+The code of output `tile * TILE + lane`, group `j` and codebook `m` is at
 `tile * tile_step + lane * lane_step + j * group_step + m * codebook_step`.
+
+Shapes: M codebooks of K entries, each of G features; TILE outputs, GROUPS groups and ROWS rows of x per program.
 """
 
 # Triton's language has no types.
@@ -16,7 +18,7 @@ def restore(
     codes, codebooks, tile, j, outputs, last, tile_step, lane_step, group_step, codebook_step,
     M: tl.constexpr, K: tl.constexpr, G: tl.constexpr, TILE: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
-    """W without its scales, [TILE, GROUPS, G], of one tile and the groups j; zeros where none is."""
+    """W without its scales, [TILE, GROUPS, G], of one tile and the groups j; zeros outside of the matrix."""
     lane, i = tl.arange(0, TILE), tl.arange(0, G)
     inside = (tile * TILE + lane < outputs)[:, None] & (j < last)[None, :]
     weights = tl.zeros([TILE, GROUPS, G], tl.float32)
@@ -30,7 +32,7 @@ def restore(
 
 @triton.jit
 def matrix_at(start, rows, columns, row, column):
-    """A piece [row, column] of a matrix with that many rows and columns; zeros outside."""
+    """A piece [row, column] of a matrix of `rows` x `columns`; zeros outside."""
     mask = (row[:, None] < rows) & (column[None, :] < columns)
     return tl.load(start + row[:, None] * columns + column[None, :], mask=mask, other=0)
 
@@ -40,7 +42,7 @@ def decode(
     x, codes, codebooks, scales, shares, outputs, groups, share, tile_step, lane_step, group_step, codebook_step,
     M: tl.constexpr, K: tl.constexpr, G: tl.constexpr, TILE: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
-    """shares[program, o] = what a share of the inputs gives y[o], of x [in]."""
+    """shares[program, o] = contribution of a share of the inputs to y[o], for x [in]."""
     tile = tl.program_id(0).to(tl.int64)
     first = tl.program_id(1) * share
     last = tl.minimum(first + share, groups)
@@ -114,7 +116,7 @@ def weight_gradient(
     tile_step, lane_step, group_step, codebook_step,
     M: tl.constexpr, K: tl.constexpr, G: tl.constexpr, TILE: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Adds to dC what one tile and GROUPS groups give it; shares[program, o] = what these groups give ds[o].
+    """Add the contribution of one tile and GROUPS groups to dC; shares[program, o] = that of the groups to ds[o].
 
     dW = dy^T x of the piece stays in registers.
     """

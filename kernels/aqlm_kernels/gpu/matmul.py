@@ -1,15 +1,17 @@
 """y = x W^T on a GPU, straight from the codes, and its gradients. W is never written to memory.
 
-One row of x is bound by reading codes: a program takes a tile of outputs and a share of the inputs, gathers entries,
-and multiplies. More rows are bound by arithmetic: a program restores a piece of W in registers and feeds it to the
-tensor cores.
+One row of x (GEMV) is bound by reading codes: a program takes a tile of outputs and a share of the inputs, gathers
+entries, and multiplies. More rows (GEMM) are bound by arithmetic: a program dequantizes a piece of W in registers and
+feeds it to the tensor cores.
 
-A few rows read the codes of a PackedMatrix, those of a tile side by side; many rows, and gradients, read them as
-AdditiveMatrix has them, since codes and codebooks change while they are trained.
+A few rows read the codes of a PackedMatrix, where those of a tile are side by side; many rows, and gradients, read the
+order of AdditiveMatrix, since codes and codebooks change while they are trained.
 
 Sizes of pieces follow from the shape alone. Shares of the inputs are added in order afterwards, so that results do not
 depend on which program finishes first. The gradient of the codebooks alone does: many programs add to one entry, in
-float32, and the order of these sums is the card's.
+float32, and the order of these sums is not fixed.
+
+Shapes: M codebooks of K entries, each of g features; n groups.
 """
 
 from __future__ import annotations
@@ -24,13 +26,13 @@ from aqlm_kernels.gpu import kernels
 from aqlm_kernels.packed import TILE, PackedMatrix
 
 PROGRAMS = 512
-"""Programs that a product of one row is cut into where it has fewer tiles: a large GPU runs about as many at once."""
+"""Programs that a GEMV is cut into if it has fewer tiles: a large GPU runs about as many at once."""
 
 
 class Cut(NamedTuple):
-    """What one program works on at a time: as much as registers hold, so that none is spilled (test_gpu.py)."""
+    """Work of one program at a time: as much as registers hold without spilling (test_gpu.py)."""
 
-    weights: int  # restored
+    weights: int  # dequantized
     rows: int  # of x or dy; tensor cores take at least 16
     warps: int
 
@@ -43,7 +45,7 @@ GRADIENT = Cut(weights=4096, rows=64, warps=8)
 
 
 class _Steps(NamedTuple):
-    """From one code to its neighbour, in codes."""
+    """Strides from one code to its neighbour, in codes."""
 
     tile: int
     lane: int
@@ -52,13 +54,13 @@ class _Steps(NamedTuple):
 
     @classmethod
     def of(cls, codes: Tensor) -> _Steps:
-        """Of codes [out, n, M] as an AdditiveMatrix has them."""
+        """Strides of the codes [out, n, M] of an AdditiveMatrix."""
         groups, num_codebooks = codes.shape[1:]
         return cls(tile=TILE * groups * num_codebooks, lane=groups * num_codebooks, group=num_codebooks, codebook=1)
 
 
 def shares_of(packed: PackedMatrix) -> tuple[int, int]:
-    """Into how many shares of the inputs a product of one row is cut, and the groups in each but the last."""
+    """Number of shares of the inputs that a GEMV is cut into, and the groups in each but the last."""
     tiles, groups = packed.tiled.shape[:2]
     pieces = triton.cdiv(groups, _groups(packed.codebooks.shape[2], ONE_ROW))
     share = triton.cdiv(groups, max(1, min(PROGRAMS // tiles, pieces)))
@@ -70,7 +72,7 @@ def multiply(x: Tensor, packed: PackedMatrix) -> Tensor:
     tiles, groups, num_codebooks = packed.tiled.shape[:3]
     steps = _Steps(tile=groups * num_codebooks * TILE, lane=1, group=num_codebooks * TILE, codebook=TILE)
     if x.shape[0] != 1:
-        return _product(x, packed.tiled, packed.codebooks, packed.scales, groups, steps)
+        return _gemm(x, packed.tiled, packed.codebooks, packed.scales, groups, steps)
     count, share = shares_of(packed)
     with _on(x):
         shares = torch.empty(count, packed.out_features, dtype=torch.float32, device=x.device)
@@ -81,11 +83,11 @@ def multiply(x: Tensor, packed: PackedMatrix) -> Tensor:
         return shares.sum(0)[None].to(x.dtype)
 
 
-def product(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor) -> Tensor:
-    """x W^T [..., out] in the type of x, with the codes of an AdditiveMatrix."""
+def gemm(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor) -> Tensor:
+    """x W^T [..., out] in the type of x, from the codes of an AdditiveMatrix."""
     rows = x.reshape(-1, x.shape[-1])
     codes, codebooks, scales = _contiguous(codes, codebooks, scales)
-    y = _product(rows, codes, codebooks, scales, codes.shape[1], _Steps.of(codes))
+    y = _gemm(rows, codes, codebooks, scales, codes.shape[1], _Steps.of(codes))
     return y.view(*x.shape[:-1], len(scales))
 
 
@@ -119,7 +121,7 @@ def weight_gradients(dy: Tensor, x: Tensor, codes: Tensor, codebooks: Tensor, sc
         return codebook_gradient, shares.sum(0)
 
 
-def _product(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor, groups: int, steps: _Steps) -> Tensor:
+def _gemm(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor, groups: int, steps: _Steps) -> Tensor:
     rows, outputs = x.shape[0], len(scales)
     y = torch.empty(rows, outputs, dtype=x.dtype, device=x.device)
     if rows == 0:
@@ -142,9 +144,9 @@ def _groups(group_size: int, cut: Cut) -> int:
 
 
 def options(codebooks: tuple[int, ...], cut: Cut) -> dict[str, int]:
-    """Constants and settings of a launch with codebooks of that shape (M, K, g).
+    """Constants and settings of a launch with codebooks of this shape (M, K, g).
 
-    One stage, since more would bring entries of codebooks through shared memory, up to 100 KiB of it.
+    One stage, since more would move entries of codebooks through shared memory, up to 100 KiB of it.
     """
     num_codebooks, codebook_size, group_size = codebooks
     constants = {"M": num_codebooks, "K": codebook_size, "G": group_size, "TILE": TILE}
@@ -153,5 +155,5 @@ def options(codebooks: tuple[int, ...], cut: Cut) -> dict[str, int]:
 
 
 def _on(tensor: Tensor) -> torch.cuda.device:
-    """Launches go to the current device, which need not be the tensor's; -1 (no GPU, interpreted) changes nothing."""
+    """Context that makes the tensor's device current, for launches; -1 (no GPU, interpreted) changes nothing."""
     return torch.cuda.device(tensor.device.index if tensor.is_cuda else -1)

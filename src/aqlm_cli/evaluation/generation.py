@@ -49,7 +49,7 @@ def generate(
     ends = end_tokens(source)
     draw = torch.Generator(device).manual_seed(seed)
     started = time.perf_counter()
-    logits = decoding.read(ids)
+    logits = decoding.prefill(ids)
     new = [_choose(logits, temperature, draw)]
     while len(new) < max_new_tokens and new[-1] not in ends:
         logits = decoding.step(new[-1])

@@ -171,7 +171,7 @@ def _products(layers: Sequence[AdditiveLinear], settings: BenchConfig, bandwidth
 def run_pass(decoding: Decoding, ids: Tensor, prompt: int) -> Pass:  # ids [prompt + tokens]
     """Read the prompt at once, then feed the other tokens one by one."""
     started = time.perf_counter()
-    decoding.read(ids[:prompt])
+    decoding.prefill(ids[:prompt])
     read = time.perf_counter()
     logits = [decoding.step(token) for token in ids[prompt:].tolist()]
     finished = time.perf_counter()

@@ -43,7 +43,7 @@ COUNTS = (
 )
 """Keys of config.json that give the sizes of the compiled decoder."""
 
-PLANES = {"cpu-avx512": 2, "cpu-avx512-8bit": 1, "cpu-lut": 0}
+LUT_BYTES = {"cpu-avx512": 2, "cpu-avx512-8bit": 1, "cpu-lut": 0}
 
 
 class Decoding(Protocol):
@@ -51,7 +51,7 @@ class Decoding(Protocol):
 
     name: str
 
-    def read(self, ids: Tensor) -> Tensor:
+    def prefill(self, ids: Tensor) -> Tensor:
         """Start again with a prompt [length]; the logits [vocabulary] after it."""
         ...
 
@@ -60,8 +60,8 @@ class Decoding(Protocol):
         ...
 
 
-def decoding_of(network: nn.Module, room: int, backend: str | None = None, head: Head = "exact") -> Decoding:
-    """Decoding of up to `room` tokens; packed layers multiply by the named backend, or the first that can.
+def decoding_of(network: nn.Module, max_length: int, backend: str | None = None, head: Head = "exact") -> Decoding:
+    """Decoding of up to `max_length` tokens; packed layers multiply by the named backend, or the first that can.
 
     Raises KernelError if the named backend cannot serve, or for an int8 head in a model that transformers runs.
     """
@@ -70,9 +70,9 @@ def decoding_of(network: nn.Module, room: int, backend: str | None = None, head:
     if backend is not None and not layers:
         raise KernelError(f"backend {backend} needs packed layers, and the model has none; leave --backend out")
     names = _backends(parts, backend)
-    reason = _why_not(parts, room, names)
+    reason = _why_not(parts, max_length, names)
     if reason is None:
-        return _Compiled(parts, room, names[0], head)
+        return _Compiled(parts, max_length, names[0], head)
     if head != "exact":
         raise KernelError(f"an int8 head needs the compiled decoder: {reason}; leave --head out")
     for layer in layers:
@@ -81,7 +81,7 @@ def decoding_of(network: nn.Module, room: int, backend: str | None = None, head:
 
 
 def open_decoding(
-    source: ModelSource, room: int, backend: str | None = None, head: Head = "exact", device: str = "cpu"
+    source: ModelSource, max_length: int, backend: str | None = None, head: Head = "exact", device: str = "cpu"
 ) -> Decoding:
     """Decoding of a model on this disk, which loads no network of transformers if the compiled decoder serves.
 
@@ -92,10 +92,10 @@ def open_decoding(
     if config is not None:
         parts = Parts.read(source, config)
         names = _backends(parts, backend)
-        if _why_not(parts, room, names) is None:
-            return _Compiled(parts, room, names[0], head)
+        if _why_not(parts, max_length, names) is None:
+            return _Compiled(parts, max_length, names[0], head)
         del parts  # frees memory before the network is loaded
-    return decoding_of(load_network(source, torch.float32, device), room, backend, head)
+    return decoding_of(load_network(source, torch.float32, device), max_length, backend, head)
 
 
 def _plain_config(source: ModelSource) -> Any:
@@ -161,7 +161,7 @@ class _Transformers:
         self._network: Any = network
         self._stepping = Stepping(network)
 
-    def read(self, ids: Tensor) -> Tensor:
+    def prefill(self, ids: Tensor) -> Tensor:
         self._stepping = Stepping(self._network)
         return self._forward(ids)
 
@@ -174,11 +174,11 @@ class _Transformers:
 
 
 class _Compiled:
-    def __init__(self, parts: Parts, room: int, backend: str, head: Head) -> None:
+    def __init__(self, parts: Parts, max_length: int, backend: str, head: Head) -> None:
         self.name = f"compiled decoder, {backend}"
-        decoder = _decoder(parts, room, PLANES[backend], head)
+        decoder = _decoder(parts, max_length, LUT_BYTES[backend], head)
         decoder.step(0)  # compiles, which takes some seconds, unless an earlier process did
-        self.read, self.step = decoder.read, decoder.step
+        self.prefill, self.step = decoder.prefill, decoder.step
 
 
 def _backends(parts: Parts, backend: str | None) -> list[str]:
@@ -189,20 +189,20 @@ def _backends(parts: Parts, backend: str | None) -> list[str]:
 # ------------------------------------------------------------------------------------------------ the compiled decoder
 
 
-def _why_not(parts: Parts, room: int, backends: list[str]) -> str | None:
+def _why_not(parts: Parts, max_length: int, backends: list[str]) -> str | None:
     """Reason why the compiled decoder cannot run the model, or None."""
     config = parts.config
     if config.model_type not in FAMILIES:
         return f"the compiled decoder supports {', '.join(FAMILIES)}, not {config.model_type}"
-    if len(backends) != 1 or backends[0] not in PLANES:
-        return f"the compiled decoder needs one of {', '.join(PLANES)}"
+    if len(backends) != 1 or backends[0] not in LUT_BYTES:
+        return f"the compiled decoder needs one of {', '.join(LUT_BYTES)}"
     if config.hidden_act != "silu":
         return f"the compiled decoder does not support {config.hidden_act}"
     if config.rope_parameters["rope_type"] not in FIXED_ANGLES:
         return f"the compiled decoder does not support {config.rope_parameters['rope_type']} position embeddings"
     if config.rope_parameters.get("partial_rotary_factor", 1) != 1:
         return "the compiled decoder does not support partial rotary embeddings"
-    if (getattr(config, "sliding_window", None) or room) < room:
+    if (getattr(config, "sliding_window", None) or max_length) < max_length:
         return f"the compiled decoder does not support a sliding window of {config.sliding_window}"
     if _head_size(config) % 2 or config.num_attention_heads % config.num_key_value_heads:
         return "the compiled decoder needs an even head size, and as many query heads for each key head"
@@ -248,17 +248,17 @@ def _head_size(config: Any) -> int:
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
-def _decoder(parts: Parts, room: int, planes: int, head: Head) -> Decoder:
+def _decoder(parts: Parts, max_length: int, lut_bytes: int, head: Head) -> Decoder:
     config, tensors = parts.config, parts.tensors
     return Decoder(
         [_block(parts, block) for block in _block_paths(config)],
         embeddings=tensors[EMBEDDINGS],
         norm=tensors["model.norm.weight"],
         head=ByteRows.of(tensors[LAST]) if head == "int8" else narrowest(tensors[LAST]),
-        angles=_angles(config, room),
+        angles=_angles(config, max_length),
         key_heads=config.num_key_value_heads,
         epsilon=config.rms_norm_eps,
-        planes=planes,
+        lut_bytes=lut_bytes,
     )
 
 
@@ -275,15 +275,15 @@ def _block(parts: Parts, block: str) -> DecoderBlock:
     )
 
 
-def _angles(config: Any, room: int) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the rotary positions, [room, e]."""
+def _angles(config: Any, max_length: int) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the rotary positions, [max_length, e]."""
     e, settings = _head_size(config), config.rope_parameters
     if settings["rope_type"] == "default":
         frequencies, factor = settings["rope_theta"] ** -(torch.arange(0, e, 2).float() / e), 1.0
     else:
         known = config if isinstance(config, PreTrainedConfig) else AutoConfig.for_model(**vars(config))
-        frequencies, factor = ROPE_INIT_FUNCTIONS[settings["rope_type"]](known, "cpu", seq_len=room)
-    angles = torch.outer(torch.arange(room).float(), frequencies).repeat(1, 2)  # [room, e]
+        frequencies, factor = ROPE_INIT_FUNCTIONS[settings["rope_type"]](known, "cpu", seq_len=max_length)
+    angles = torch.outer(torch.arange(max_length).float(), frequencies).repeat(1, 2)  # [max_length, e]
     return angles.cos() * factor, angles.sin() * factor
 
 
