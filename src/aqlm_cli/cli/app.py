@@ -26,8 +26,11 @@ app = typer.Typer(
 
 
 def main() -> None:
-    """In a team of torchrun's the process ends without Python's own end, where a thread of Gloo's that still holds a
-    tensor aborts it now and then (pytorch/pytorch#179291); torchrun would then end the others at their work."""
+    """Run the command line.
+
+    Under torchrun, skip interpreter shutdown: a Gloo thread that still holds a tensor can abort there
+    (pytorch/pytorch#179291), and torchrun would then stop the other processes.
+    """
     share_pool()
     try:
         app()
@@ -41,7 +44,7 @@ def main() -> None:
 
 @app.callback()
 def about(version: options.Version = False) -> None:
-    """Compress a language model to 1-4 bits a weight, and see what was won and lost.
+    """Compress a language model to 1-4 bits per weight, and measure what it costs.
 
     \b
     Example:
@@ -70,7 +73,7 @@ def calibrate(
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
 ) -> None:
-    """Cut a text into windows and measure the model on them.
+    """Cut a text into sequences and collect statistics of the model on them.
 
     \b
     Example:
@@ -117,9 +120,9 @@ def quantize(
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
 ) -> None:
-    """Compress a model's linear layers and pack the result.
+    """Quantize the linear layers of a model and pack the result.
 
-    Calibrates first where that has not been done.
+    Calibration runs first where it is missing.
 
     \b
     Example:
@@ -166,9 +169,9 @@ def plan(
     out: options.Out = None,
     json: options.Json = False,
 ) -> None:
-    """Show what quantizing a model will take on this machine.
+    """Show the plan of a run, and its time, memory and disk on this machine.
 
-    Reads config.json and the headers of the model's files, never a weight, and measures this machine for some seconds.
+    Reads config.json and the headers of the model's files, no weights, and measures this machine for some seconds.
 
     \b
     Example:
@@ -195,7 +198,7 @@ def pack(
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
 ) -> None:
-    """Write a quantized model as a checkpoint for others.
+    """Write a quantized model as a checkpoint that others can load.
 
     \b
     Example:
@@ -217,16 +220,16 @@ for measuring in (evaluate.eval_ppl, evaluate.bench, evaluate.generate):
 
 @app.command()
 def run(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="A run file in YAML.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="Run file in YAML.")],
     out: options.Out = None,
     overwrite: options.Overwrite = False,
     json: options.Json = False,
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
 ) -> None:
-    """Run all stages of a run file, calibration to benchmark.
+    """Run all stages of a run file, from calibration to benchmark.
 
-    `finetune` is one of them where the file has a section of that name.
+    `finetune` is included where the file has a section of that name.
 
     \b
     Example:

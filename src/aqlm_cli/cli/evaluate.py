@@ -1,4 +1,4 @@
-"""The commands that measure a model and let it speak, registered by cli.py."""
+"""The commands that measure a model and generate text with it; registered in app.py."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from aqlm_cli.spec.flags import BENCH, EVAL_PPL, GENERATE, as_settings
 
 def eval_ppl(
     target: options.Target,
-    data: Annotated[str | None, typer.Option(help="wikitext2, c4, builtin or a file.")] = None,
+    data: Annotated[str | None, typer.Option(help="Text: wikitext2, c4, builtin or a file.")] = None,
     sequence_length: options.SequenceLength = None,
     bos: options.Bos = None,
-    windows: Annotated[int | None, typer.Option(min=2, help="Only the first so many; all, if not given.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
+    windows: Annotated[int | None, typer.Option(min=2, help="Number of sequences (default: all).")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Compute type: float32, bfloat16 or float16.")] = None,
     revision: options.Revision = None,
     trust_remote_code: options.RemoteCode = None,
     device: options.Device = None,
@@ -27,10 +27,11 @@ def eval_ppl(
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
 ) -> None:
-    """Measure perplexity; of a run, beside the original's.
+    """Measure perplexity; of a run, beside that of its base model.
 
-    The protocol is GPTQ's: windows without overlap, every token but a window's first scored. Where the tokenizer puts a
-    beginning token before a text, each window has one, which GPTQ's have not: --no-bos compares with published figures.
+    The protocol is GPTQ's: sequences without overlap, every token but the first of each scored. Where the tokenizer
+    puts a BOS token before a text, each sequence starts with one, unlike in GPTQ: use --no-bos to compare with
+    published figures.
 
     \b
     Example:
@@ -49,17 +50,17 @@ def eval_ppl(
 def bench(
     target: options.OptionalTarget = None,
     shape: Annotated[
-        str | None, typer.Option(help="In place of a model: llama-3.2-1b or the like, with random numbers.")
+        str | None, typer.Option(help="Shape in place of a model, such as llama-3.2-1b, with random weights.")
     ] = None,
-    scheme: Annotated[str | None, typer.Option(help="With --shape: 2x8g8 or the like.")] = None,
-    tokens: Annotated[int | None, typer.Option(help="New tokens to decode.")] = None,
-    prompt: Annotated[int | None, typer.Option(help="Tokens of the prompt.")] = None,
-    repeats: Annotated[int | None, typer.Option(help="Times that each model runs.")] = None,
-    batch: Annotated[int | None, typer.Option(help="Rows of x in a single product.")] = None,
+    scheme: Annotated[str | None, typer.Option(help="Scheme for --shape, such as 2x8g8.")] = None,
+    tokens: Annotated[int | None, typer.Option(help="Tokens to decode.")] = None,
+    prompt: Annotated[int | None, typer.Option(help="Prompt length in tokens.")] = None,
+    repeats: Annotated[int | None, typer.Option(help="Number of repetitions.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Rows of x in a single matmul.")] = None,
     backend: options.Backend = None,
     head: options.Head = None,
-    llama_bench: Annotated[str | None, typer.Option(help="llama.cpp's program, to measure beside.")] = None,
-    llama_model: Annotated[list[str] | None, typer.Option(help="A .gguf file that it runs; repeatable.")] = None,
+    llama_bench: Annotated[str | None, typer.Option(help="llama.cpp's llama-bench, to compare with.")] = None,
+    llama_model: Annotated[list[str] | None, typer.Option(help=".gguf file for llama-bench; repeatable.")] = None,
     seed: options.Seed = None,
     revision: options.Revision = None,
     trust_remote_code: options.RemoteCode = None,
@@ -67,12 +68,14 @@ def bench(
     json: options.Json = False,
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
-    md: Annotated[bool, typer.Option("--md", help="Markdown tables on stdout, everything else on stderr.")] = False,
-    csv: Annotated[bool, typer.Option("--csv", help="Likewise comma-separated values.")] = False,
+    md: Annotated[bool, typer.Option("--md", help="Print Markdown tables on stdout, all else on stderr.")] = False,
+    csv: Annotated[
+        bool, typer.Option("--csv", help="Print comma-separated values on stdout, all else on stderr.")
+    ] = False,
 ) -> None:
-    """Measure tokens per second; of a run, beside the original's.
+    """Measure tokens per second; of a run, beside its base model.
 
-    Reading a prompt, decoding token by token, and single products are measured apart, on the CPU.
+    Prefill, decoding token by token, and single matmuls are measured separately, on the CPU.
 
     \b
     Example:
@@ -97,9 +100,11 @@ def bench(
 
 def generate(
     target: options.Target,
-    prompt: Annotated[str, typer.Option(help="The text to continue.")],
-    tokens: Annotated[int, typer.Option(min=1, help="The most tokens to add.")] = 64,
-    temperature: Annotated[float, typer.Option(min=0, help="0: always the likeliest token.")] = 0.0,
+    prompt: Annotated[str, typer.Option(help="Text to continue.")],
+    tokens: Annotated[int, typer.Option(min=1, help="Maximum number of new tokens.")] = 64,
+    temperature: Annotated[
+        float, typer.Option(min=0, help="Sampling temperature; 0: always the likeliest token.")
+    ] = 0.0,
     backend: options.Backend = None,
     head: options.Head = None,
     seed: options.Seed = None,

@@ -1,4 +1,4 @@
-"""The forecast that a run keeps, so that its resumed stages are compared with what was said before the interruption.
+"""The forecast that a run keeps, so that a resumed run is compared with the forecast from before the interruption.
 
 `reports/forecast.json` is a cache: absent, of another version or of other settings, it is made again without a word;
 damaged, it is made again with a warning. No result depends on what it says.

@@ -1,7 +1,7 @@
 """The order of the stages, and how a command gets the stages it needs.
 
-Stages do not know each other. Each takes what an earlier one published, and says so if it is missing; here the earlier
-one is run first.
+Stages do not know each other. Each takes what an earlier one published, and refuses where that is missing; here the
+earlier one runs first.
 """
 
 from __future__ import annotations
@@ -81,9 +81,9 @@ __all__ = [
 
 
 def use_machine(config: RunConfig) -> None:
-    """Let torch's products and our own kernels run on `config.threads`; None leaves both at all of the machine's.
+    """Let torch and our own kernels run on `config.threads` threads; None: on all of the machine's.
 
-    Raises UsageError for threads or a device that this machine has not got.
+    Raises UsageError for threads or a device that this machine does not have.
     """
     device = torch.device(own_device(config.device))
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
@@ -116,18 +116,18 @@ def forecast_run(job: Job) -> dict[str, Record]:
     Raises PlanError for a run that imports its codes: what that takes is not known, and little.
     """
     if job.config.quantize.import_from is not None:
-        raise PlanError(f"the codes are those of {job.config.quantize.import_from}, so nothing is quantized")
+        raise PlanError(f"the codes are imported from {job.config.quantize.import_from}; there is nothing to forecast")
     job, plan = prepare(job)
     tell_if_without_weights(job)
     return {"plan": plan, "forecast": forecast(job)}
 
 
 def quantize_and_pack(job: Job) -> dict[str, Record]:
-    """From the model to a checkpoint; what is complete and was made with the same settings is reused."""
+    """Quantize the model and pack the result; complete work with the same settings is reused."""
     with _in_use(job.directory):
         if job.config.quantize.import_from is None:
             if find_artifact(job.directory, CALIBRATE.kind) is None:
-                job.emit(Noted("there is no calibration yet, it runs first"))
+                job.emit(Noted("calibration is missing; it runs first"))
             job = dataclasses.replace(job, planned=_planned(job))
             _calibrate(job)
             keep_costs(job.run, job.config, job.planned)
@@ -142,8 +142,8 @@ def _planned(job: Job) -> Mapping[str, Cost]:
     report = forecast(job)
     job.emit(
         Noted(
-            f"about {clock(report.seconds)} ahead, with {readable_bytes(report.memory_bytes)} of memory at most and "
-            f"{readable_bytes(report.disk_bytes)} on the disk"
+            f"expected: {clock(report.seconds)}, at most {readable_bytes(report.memory_bytes)} of memory and "
+            f"{readable_bytes(report.disk_bytes)} of disk"
         )
     )
     for line in report.advice:
@@ -167,9 +167,9 @@ def pack_run(job: Job) -> PackReport:
 
 
 def _quantize_first(job: Job) -> None:
-    """In a run that has not come to that; nothing in it is given up."""
+    """Quantize a run that another stage needs quantized; nothing in it is overwritten."""
     job = dataclasses.replace(job, overwrite=False)
-    job.emit(Noted(f"{job.directory} is not quantized yet, that runs first"))
+    job.emit(Noted(f"{job.directory} is not quantized yet; this runs first"))
     if job.config.quantize.import_from is None:
         _calibrate(job)
     _quantize(job)
@@ -256,7 +256,7 @@ def _finetune_and_pack(target: str, job: Job, world: World) -> dict[str, Record]
         if job.run.own(QUANTIZE) is None:
             _quantize_first(of_run)
         if config.quantize.import_from is not None and section.data is None:
-            job.emit(Noted("without --data the text is that of calibration, which runs first"))
+            job.emit(Noted("without --data the calibration set is used; calibration runs first"))
             _calibrate(dataclasses.replace(of_run, overwrite=job.overwrite and begins))
         if sampled_sequences(section.data, section.sequences):
             with job.logging(SAMPLE.name) as logged:
@@ -267,7 +267,7 @@ def _finetune_and_pack(target: str, job: Job, world: World) -> dict[str, Record]
 
 
 def _pack_again(job: Job) -> PackReport:
-    """In the format that the run was packed in, or else is to be packed in."""
+    """Pack the changed model in the format that the run was packed in, or else in that of its run file."""
     run = job.run
     packed = run.own(PACK)
     outdated = packed is not None and packed.manifest.parents.get("quantized") != run.current("quantized").digest
@@ -307,14 +307,14 @@ def _pack_first(target: str, emit: Emit, base_model: ResolvedModel | None) -> Re
     run = read_run(Path(target))
     if run.artifact(PACK.kind) is not None:
         return base_model
-    emit(Noted(f"{target} is not packed yet, that runs first"))
+    emit(Noted(f"{target} is not packed yet; this runs first"))
     job = make_job(run.config, run.path, emit=emit, resolved=base_model)
     pack_run(job)
     return job.model
 
 
 def _logged_of(subject: Subject, stage: str, emit: Emit) -> AbstractContextManager[Emit]:
-    """In the run's log, where the subject is a run."""
+    """An `emit` that also writes the log of the run, where the subject is one."""
     return nullcontext(emit) if subject.run is None else logged(subject.run.path, stage, emit)
 
 

@@ -60,14 +60,14 @@ def settings_to_finetune(
     flags: Mapping[str, Any],
     preset: str | None,
 ) -> tuple[RunConfig, Path]:
-    """Those of the run at `target`, and that run; given a teacher or a place, of a new run that begins with its codes.
+    """The settings and directory of the run at `target`; with `teacher` or `out`, of a new run that imports its codes.
 
     The flags beat the preset, which beats the run file; steps take the place of its time budget. Raises
     ArtifactError where nothing says what the base model is.
     """
     if teacher is None and not is_run(Path(target)):
         raise ArtifactError(
-            f"{target} is not a run directory; if it is an AQLM checkpoint, name its original with --teacher"
+            f"{target} is not a run directory; if it is an AQLM checkpoint, name its base model with --teacher"
         )
     asked = flags.get("finetune", {})
     if "steps" in asked and "time_budget" in asked:
@@ -85,16 +85,16 @@ def settings_to_finetune(
 def _settings_to_import(
     target: str, teacher: str | None, out: Path | None, flags: Mapping[str, Any], preset: str | None
 ) -> tuple[RunConfig, Path]:
-    """The flags over the file of the new run, if it has been begun, or else of the run at `target`, if it is one."""
+    """The flags over the file of the new run, if it exists, or else of the run at `target`, if it is one."""
     place = Path(target).resolve()
     directory = out or Path("runs") / f"{place.name}-finetuned"
     if directory.resolve() == place:
-        raise UsageError(f"--out {out} is {target} itself; choose another place")
+        raise UsageError(f"--out {out} is {target} itself; choose another directory")
     runs = [read_run(path) for path in (directory, Path(target)) if is_run(path)]
     model = teacher or read_run(Path(target)).config.model
     config = build_config(None, runs[0].file if runs else None, {**flags, "model": model}, preset)
-    section = QuantizeConfig(import_from=target)  # how a run at `target` came to its codes does not matter any more
-    # These two say something of one model, and there is no flag for them.
+    section = QuantizeConfig(import_from=target)  # how a run at `target` got its codes does not matter any more
+    # These two belong to one model, and there is no flag for them.
     known = next((run.config for run in reversed(runs) if run.config.model == model), None)
     revision, trust = (None, False) if known is None else (known.revision, known.trust_remote_code)
     return config.model_copy(update={"revision": revision, "trust_remote_code": trust, "quantize": section}), directory

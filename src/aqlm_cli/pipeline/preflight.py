@@ -86,11 +86,11 @@ def preflight(config: RunConfig, source: ModelSource) -> Preflight:
 
 
 def _refuse_other_codes(section: QuantizeConfig, scheme: str) -> None:
-    """What is not said says nothing, and the run file of a finished run says what became of it."""
+    """ConfigError for settings that ask for other codes than the imported ones; the run file may repeat those."""
     decided = QuantizeConfig(scheme=scheme)
     for name in sorted(section.model_fields_set & {"method", "scheme", "skip", "only"}):
         if getattr(section, name) != getattr(decided, name):
-            line = f"quantize.{name} has no say where the codes of {section.import_from} are taken over; leave it out"
+            line = f"quantize.{name} has no effect where the codes of {section.import_from} are imported; leave it out"
             raise ConfigError(line)
 
 
@@ -101,7 +101,7 @@ def _checkpoint_of(config: RunConfig) -> ModelSource | None:
 
 
 def model_shape(network: nn.Module, plan: Plan) -> ModelShape:
-    """What a forecast needs to know of the network, which may be without weights."""
+    """The sizes that a cost estimate needs; the network may be without weights."""
     blocks = find_blocks(network)
     targets: dict[str, list[Target]] = {path: [] for path in blocks.paths}
     for target in plan.targets:
@@ -130,7 +130,7 @@ def _fitted(network: nn.Module, plan: Plan) -> set[str]:
 
 
 def planned_work(config: RunConfig, shape: ModelShape) -> Work:
-    """What the settings ask for, cut down to `max_memory`; PlanError where that cannot be."""
+    """The workload of the settings, cut down to `max_memory`; PlanError where that is impossible."""
     windows = sum(count for _, count in share_sequences(config.calibrate.data, config.calibrate.sequences))
     product_bytes = compute_dtype(torch.device(config.device)).itemsize
     work = work_of(config, windows, torch.get_num_threads(), product_bytes)
@@ -146,8 +146,8 @@ def within_limits(config: RunConfig, known: Preflight) -> RunConfig:
     needed = max(disk_needed(known, work).values())
     if config.max_disk is not None and needed > parse_bytes(config.max_disk):
         raise PlanError(
-            f"--max-disk {config.max_disk}: this run needs {readable_bytes(needed)}; fewer windows need less "
-            "(--data or --sequences), or give it more"
+            f"--max-disk {config.max_disk}: this run needs {readable_bytes(needed)}; use fewer sequences "
+            "(--data or --sequences), or raise the limit"
         )
     return config.model_copy(update={"quantize": config.quantize.model_copy(update={"batch": work.batch})})
 
@@ -179,7 +179,7 @@ def plan_report(config: RunConfig, plan: Plan) -> PlanReport:
 
 
 def _kernel(scheme: Scheme, device: torch.device) -> str | None:
-    """What will multiply by the compressed layers on this machine, and whether that is slow; None: torch."""
+    """The matmul kernel for quantized layers on this machine, and whether it is slow; None: torch."""
     if not isinstance(scheme, AdditiveScheme):
         return None
     backend = choose(smallest(scheme.num_codebooks, scheme.codebook_size, scheme.group_size), device)

@@ -3,12 +3,12 @@
 runs/SmolLM2-135M-Instruct-2bit/
     run.yaml                complete settings of the run
     calibration/            an artifact: safetensors files and a manifest.json
-    text/                   what finetuning sampled from the original model, where its settings ask for that
+    text/                   text that finetuning sampled from the base model, where its settings ask for that
     quantized/              the next one; its manifest names the digest of the calibration it came from
-    packed.partial/         a stage that is running, or died: its next start wipes it, or goes on from its work/
-    lock                    held by the process at work (locking.py)
-    reports/                what was measured, as plain JSON
-    logs/                   what the screen showed of each stage (journal.py)
+    packed.partial/         a stage that is running, or was interrupted: its next start wipes it, or resumes from work/
+    lock                    held by the running process (lock.py)
+    reports/                measurements, as plain JSON
+    logs/                   the events of each stage (log.py)
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from aqlm_cli.spec.run_file import build_config, differences, dump_yaml
 RUN_FILE = "run.yaml"
 
 BEGUN = "begun.json"
-"""In the `work/` of a stage that can go on after an interruption: what it was begun with."""
+"""File in the `work/` of a stage that can resume: the inputs that it was started with."""
 
 
 def find_artifact(run_directory: Path, kind: str) -> Path | None:
@@ -83,7 +83,7 @@ class RunDirectory:
     def current(self, kind: str) -> Artifact:
         """The newest complete artifact, to build on.
 
-        ArtifactError if there is none, or if something it was made from, directly or not, has been made anew since.
+        ArtifactError if there is none, or if something it was made from, directly or not, was rebuilt since.
         """
         artifact = self.artifact(kind)
         if artifact is None:
@@ -94,7 +94,7 @@ class RunDirectory:
         return artifact
 
     def refuse_outdated(self, artifact: Artifact) -> None:
-        """ArtifactError if something it was made from, directly or not, has been made anew since."""
+        """ArtifactError if something it was made from, directly or not, was rebuilt since."""
         kind = artifact.manifest.kind
         for parent in stages.stage_at(artifact.directory, kind).parents:
             digest = artifact.manifest.parents.get(parent)
@@ -116,9 +116,7 @@ class RunDirectory:
         existing = {"settings": artifact.manifest.settings, "made from": artifact.manifest.parents}
         differing = list(_differences(existing, wanted))
         if differing:
-            raise ArtifactError(
-                f"{artifact.directory} is there with {'; '.join(differing)}; add --overwrite to redo it"
-            )
+            raise ArtifactError(f"{artifact.directory} exists with {'; '.join(differing)}; add --overwrite to redo it")
         if (artifact.directory / WORK).exists():  # an interruption came just before it was cleared away
             with storage_errors(artifact.directory):
                 shutil.rmtree(artifact.directory / WORK)
@@ -130,7 +128,7 @@ class RunDirectory:
         begun = _begun(partial)
         if begun not in (None, wanted) and not key.overwrite:
             differing = "; ".join(_differences(begun, wanted))
-            raise ArtifactError(f"{partial} was begun with {differing}; add --overwrite to begin anew")
+            raise ArtifactError(f"{partial} was started with {differing}; add --overwrite to start again")
         return bool(begun == wanted)
 
     def known_settings(self, stage: StageSpec, overwrite: bool) -> Mapping[str, Any]:
@@ -150,7 +148,7 @@ class RunDirectory:
         return self.path / "reports"
 
     def write_report(self, name: str, content: Mapping[str, Any] | bytes) -> Path:
-        """What was measured of the run, as plain JSON or as it is; an earlier report of this name is replaced."""
+        """Write a measurement of the run, as plain JSON or as it is; an earlier report of this name is replaced."""
         with storage_errors(self.reports):
             self.reports.mkdir(exist_ok=True)
         data = content if isinstance(content, bytes) else json.dumps(content, indent=1).encode()
@@ -195,12 +193,12 @@ class RunDirectory:
 
 def _make_empty(partial: Path) -> None:
     with storage_errors(partial):
-        if (partial / WORK / BEGUN).exists():  # first of all: nobody shall go on from what is half removed
+        if (partial / WORK / BEGUN).exists():  # first of all: nobody shall resume from what is half removed
             (partial / WORK / BEGUN).unlink()
             sync_directory(partial / WORK)
         if partial.exists():
             shutil.rmtree(partial)
-        partial.mkdir()  # without parents: a run that is gone is not made again without its settings
+        partial.mkdir()  # without parents: a run that was removed is not made again without its settings
 
 
 def _beginning(key: StageKey) -> Any:
@@ -214,16 +212,16 @@ def _begun(partial: Path) -> Any:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, RecursionError) as error:
-        raise ArtifactError(f"{partial / WORK} cannot be read ({error}); remove it to begin anew") from error
+        raise ArtifactError(f"{partial / WORK} cannot be read ({error}); remove it to start again") from error
 
 
 def _as_json(value: Any) -> Any:
-    """As it comes back from a file: tuples become lists, integer keys become strings."""
+    """The value as it comes back from a file: tuples become lists, integer keys become strings."""
     return json.loads(json.dumps(value))
 
 
 def _differences(there: Any, here: Any, name: str = "") -> Iterator[str]:
-    """Leaves in which two JSON values differ: "settings.scheme 2x8g8 there, 3x8g8 asked"."""
+    """The leaves in which two JSON values differ: "settings.scheme 2x8g8 there, 3x8g8 asked"."""
     if isinstance(there, Mapping) and isinstance(here, Mapping):
         for key in sorted({*there, *here}):
             yield from _differences(there.get(key), here.get(key), f"{name}.{key}" if name else str(key))
@@ -239,20 +237,20 @@ def is_run(path: Path) -> bool:
 
 
 def refuse_other_directory(path: Path) -> None:
-    """ArtifactError where `path` is there and neither a run nor the place of one that has just begun."""
+    """ArtifactError where `path` exists and is neither a run nor the place of one that has just started."""
     with storage_errors(path):
         if is_run(path) or not path.exists():
             return
         if not path.is_dir() or any(entry.name not in (LOCK, LOGS) for entry in path.iterdir()):
-            raise ArtifactError(f"{path} is there and is not a run directory; choose another --out")
+            raise ArtifactError(f"{path} exists and is not a run directory; choose another --out")
 
 
 def open_run(path: Path, config: RunConfig, overwrite: bool = False) -> RunDirectory:
-    """Create the run, or enter the one that is there.
+    """Create the run, or enter the existing one.
 
-    Settings that shaped an artifact which is there must be the same; otherwise the run is refused, with each
-    difference named, unless `overwrite` lets the new settings take the place of the old. What is there is not looked at
-    then: it may be damaged.
+    Settings on which an existing artifact depends must be the same; otherwise the run is refused, with each
+    difference named, unless `overwrite` lets the new settings take the place of the old. Existing artifacts are not
+    opened then: they may be damaged.
     """
     if is_run(path) and not overwrite:
         earlier = read_run(path)

@@ -66,7 +66,7 @@ FINETUNE = StageSpec(
 PACK = StageSpec(name="pack", command="aqlm pack {run}", directory="packed", kind="packed", parents=("quantized",))
 
 STAGES: tuple[StageSpec, ...] = (CALIBRATE, QUANTIZE, SAMPLE, FINETUNE, PACK)
-"""In the order in which they run: each is made from earlier ones only."""
+"""The stages in the order in which they run: each is made from earlier ones only."""
 
 
 def kinds() -> tuple[str, ...]:
@@ -87,7 +87,7 @@ def stage_at(directory: Path, kind: str) -> StageSpec:
 
 @dataclass(frozen=True)
 class StageKey:
-    """What an artifact is made from: equal keys give the same bytes.
+    """The inputs of an artifact: equal keys give the same bytes.
 
     `parents` maps each kind that it is made from to that parent's digest (for the model: its identity). `machine` is
     what else decides the last bits; only a stage that can resume compares it. With `overwrite`, existing work under

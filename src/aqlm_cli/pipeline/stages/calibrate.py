@@ -1,8 +1,8 @@
-"""`aqlm calibrate`: the text that quantization fits to, and what the original model says of it.
+"""`aqlm calibrate`: the calibration set, and statistics of the base model on it.
 
-`windows.safetensors` holds the token ids. A part of the windows goes through the original model once: the second moment
-of every input feature of every linear layer shows which features are dead and which are outliers, and the model's own
-loss shows at a glance whether the text suits it.
+The artifact holds the token ids. A part of the sequences goes through the base model once: the mean square of every
+input feature of every linear layer shows which features are dead and which are outliers, and the loss of the model
+shows at a glance whether the text suits it.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def calibrate(job: Job) -> CalibrationReport:
             report = _measure(job, tokenizer, opening, stage)
             stage.publish(report.results())
             return report
-    job.emit(Noted(f"{calibration.directory} is there already, made from the same model and text"))
+    job.emit(Noted(f"{calibration.directory} exists already, made from the same model and text"))
     return restored(CalibrationReport, calibration.directory, calibration.manifest.results)
 
 
@@ -111,7 +111,9 @@ def _teacher_statistics(
         handing.rename(handed.directory)
         for path, entries in sums.items():
             if not bool(entries.isfinite().all()):
-                raise QuantizationError(f"{path}: its inputs hold NaN or infinite values; the model overflows")
+                raise QuantizationError(
+                    f"{path}: its inputs hold NaN or infinite values: the activations of the base model overflow"
+                )
             moments[path] = entries.float().cpu()
         emit(Advanced(CALIBRATE.name, index + 1))
     total = 0.0
@@ -120,13 +122,13 @@ def _teacher_statistics(
             logits = walk.logits(ids[window], hidden[window], handed[window])[0]
         total += float(F.cross_entropy(logits[:-1].float(), ids[window][0, 1:].to(device)))
     if not math.isfinite(total):
-        raise QuantizationError("the loss of the original model is not finite; its activations overflow")
+        raise QuantizationError("the loss of the base model is not finite: its activations overflow")
     return moments, total / len(ids)
 
 
 @contextmanager
 def _mean_squares(block: nn.Module, prefix: str, tokens: int) -> Iterator[dict[str, Tensor]]:
-    """While open, every forward of `block` adds its linear layers' inputs to their mean squares `[in]`, by path."""
+    """Mean squares `[in]` of the inputs of each linear layer, by path; every forward of `block` adds to them."""
     sums: dict[str, Tensor] = {}
 
     def watch(path: str, layer: nn.Linear) -> torch.utils.hooks.RemovableHandle:
@@ -146,7 +148,7 @@ def _mean_squares(block: nn.Module, prefix: str, tokens: int) -> Iterator[dict[s
 
 
 def _refuse_damaged(module: nn.Module, path: str) -> None:
-    """Weights that are not there, but in names and shapes, are not looked at."""
+    """QuantizationError for NaN or infinite weights. Weights on the meta device are skipped."""
     for owner, part in module.named_modules(prefix=path):
         for parameter in part.parameters(recurse=False):
             if not parameter.is_meta and not bool(parameter.isfinite().all()):

@@ -60,7 +60,7 @@ def finetune(job: Job, world: World) -> FinetuneReport:
     found = run.reusable(_key(config, bos, source, start, machine, overwrite))
     if found is not None:
         world.broadcast({"goes_on": False})
-        emit(Noted(f"{found.directory} is there already, made with the same settings"))
+        emit(Noted(f"{found.directory} exists already, made with the same settings"))
         return _reported(run, found)
     run.resumes(_key(config, bos, source, start, machine, overwrite))  # or is refused before it loads
     world.broadcast({"goes_on": True, "timed": timed, "steps": config.finetune.steps})

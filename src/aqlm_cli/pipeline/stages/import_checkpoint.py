@@ -1,8 +1,8 @@
 """The codes of an AQLM checkpoint, made by anyone, as the `quantized/` of a run.
 
-A run whose `quantize.import_from` names one begins with its codes, codebooks and scales, with the norms and biases of
-its blocks, and with what has learnt outside the blocks, number by number as they are there. Everything else in the run
-is the original's, so it must be the original's in the checkpoint, too.
+A run whose `quantize.import_from` names one starts with its codes, codebooks and scales, with the norms and biases of
+its blocks, and with the parameters that were trained outside the blocks, value by value. Everything else in the run is
+taken from the base model, so the checkpoint must have the same values there.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ STAGE = "import_checkpoint"
 NOT_COMPARED = {"_name_or_path", "aqlm_cli", "architectures", "dtype", "quantization_config", "transformers_version"}
 """Settings in config.json that say how a model is stored, and by whom."""
 
-FURTHEST_LEARNT = 0.5
-"""Of its norm: what lies further from the original's is another model's, and has not learnt from there."""
+FURTHEST_TRAINED = 0.5
+"""Distance by its norm: a tensor further from that of the base model was not trained from there."""
 
 
 def import_checkpoint(job: Job) -> ImportReport:
@@ -49,12 +49,16 @@ def import_checkpoint(job: Job) -> ImportReport:
     key = StageKey(QUANTIZE, {}, parents, overwrite=job.overwrite)
     imported = run.reusable(key)
     if imported is not None:
-        job.emit(Noted(f"{imported.directory} is there already, made from the same checkpoint"))
+        job.emit(Noted(f"{imported.directory} exists already, made from the same checkpoint"))
         return restored(ImportReport, imported.directory, imported.manifest.results["report"])
     reset_peak_memory()
     network, learnt = fitting_network(job)
     if other := _other_settings(checkpoint, source):
-        job.emit(Warned(f"{checkpoint.name} has other settings than {source.name}, whose are kept: {some(other)}"))
+        job.emit(
+            Warned(
+                f"{checkpoint.name} has other settings than {source.name}; those of {source.name} are kept: {some(other)}"
+            )
+        )
     with run.stage(key) as stage:
         _save_blocks(network, stage.directory, job.emit)
         if learnt:
@@ -86,7 +90,7 @@ def checkpoint_of(job: Job) -> ModelSource:
 
 
 def fitting_network(job: Job) -> tuple[nn.Module, dict[str, Tensor]]:
-    """The network of the checkpoint, and by name what has learnt outside its blocks; all else is as in the original.
+    """The network of the checkpoint, and by name the parameters trained outside its blocks; all else is the base model.
 
     Raises ModelError for the first tensor that is not.
     """
@@ -104,22 +108,22 @@ def fitting_network(job: Job) -> tuple[nn.Module, dict[str, Tensor]]:
     for name in sorted(there):
         if there[name].shape != wanted[name].shape:
             shapes = f"{list(there[name].shape)} there and {list(wanted[name].shape)} in {source.name}"
-            raise ModelError(f"{checkpoint.name}: {name} is {shapes}; name the model that it was made from")
+            raise ModelError(f"{checkpoint.name}: {name} is {shapes}; name the base model of the checkpoint")
         if name in taken or _same(there[name], wanted[name]):
             continue
         if name in outside and _near(there[name], wanted[name]):
             learnt.update({stored: there[name].detach() for stored in names[name]})
         else:
             raise ModelError(
-                f"{checkpoint.name}: {name} is not that of {source.name}, nor can it have been trained from there; "
-                "name the model that it was made from"
+                f"{checkpoint.name}: {name} differs from that of {source.name}, by more than training changes; "
+                "name the base model of the checkpoint"
             )
     return network, learnt
 
 
 def _tensors(network: nn.Module) -> dict[str, Tensor]:
-    """By path, also what a network computes when it is made, such as the frequencies of rotary embeddings; a head tied
-    to the embeddings comes once."""
+    """Parameters and buffers by path, computed ones such as the frequencies of rotary embeddings included; a tied head
+    comes once."""
     return {**dict(network.named_parameters()), **dict(network.named_buffers())}
 
 
@@ -135,17 +139,16 @@ def _taken_over(network: nn.Module) -> set[str]:
 
 
 def _near(there: Tensor, wanted: Tensor) -> bool:
-    return float((there - wanted).norm()) <= FURTHEST_LEARNT * float(wanted.norm())
+    return float((there - wanted).norm()) <= FURTHEST_TRAINED * float(wanted.norm())
 
 
 def _same(there: Tensor, wanted: Tensor) -> bool:
-    """Whether the two are one tensor, stored in types of their own: equal in float16, or the first is the second in
-    bfloat16."""
+    """True where both are one tensor in different types: equal in float16, or the first is the second in bfloat16."""
     return torch.equal(there.half(), wanted.half()) or torch.equal(there, wanted.bfloat16().float())
 
 
 def _other_settings(checkpoint: ModelSource, original: ModelSource) -> list[str]:
-    """Those in config.json that differ: most of them change no number, and which do differs by family."""
+    """Settings in config.json that differ: most of them change no value, and which do differs by architecture."""
     there, kept = load_config(checkpoint).to_dict(), load_config(original).to_dict()
     keys = sorted({*there, *kept} - NOT_COMPARED)
     return [f"{key} {there.get(key)}, not {kept.get(key)}" for key in keys if there.get(key) != kept.get(key)]

@@ -34,7 +34,7 @@ def pack(job: Job) -> PackReport:
     key = StageKey(PACK, {"format": format}, {"quantized": quantized.digest}, overwrite=job.overwrite)
     packed = run.reusable(key)
     if packed is not None:
-        emit(Noted(f"{packed.directory} is there already, made from the same quantized model"))
+        emit(Noted(f"{packed.directory} exists already, made from the same quantized model"))
         return restored(PackReport, packed.directory, packed.manifest.results)
     emit(Noted(f"packing {quantized.directory}"))
     reset_peak_memory()

@@ -1,4 +1,4 @@
-"""`aqlm plan`: what a run will make of a model and what it will take, before any weight is read."""
+"""`aqlm plan`: the plan of a run and its cost, before any weight is read."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def forecast(job: Job) -> ForecastReport:
         names = some([target.path for target in grown])
         emit(Warned(f"{preflight.plan.scheme} and its codebooks take more than 16 bits a weight in {names}"))
     disks = disk_needed(preflight, work)
-    emit(Noted("measuring how fast this machine is"))
+    emit(Noted("measuring the speed of this machine"))
     started = time.monotonic()
     rates = measure_rates(model, work, job.config, _seconds_a_character(job.source))
     costs = {
@@ -73,12 +73,12 @@ def _advice(report: ForecastReport, model: ModelShape, work: Work) -> Iterator[s
     if report.memory_bytes > report.memory_available:
         least = least_memory(model, work)
         if least <= report.memory_available:
-            yield f"memory: add --max-memory {report.memory_available // 10**6}MB, with which less is done at a time"
+            yield f"memory: add --max-memory {report.memory_available // 10**6}MB, so that less is computed at a time"
         else:
             yield f"memory: at least {readable_bytes(least)} are needed; {what_needs_less(model)}"
     if report.disk_bytes > report.disk_available:
         missing = readable_bytes(report.disk_bytes - report.disk_available)
-        yield f"disk: free {missing}, choose another --out, or use fewer windows (--data or --sequences)"
+        yield f"disk: free {missing}, choose another --out, or use fewer sequences (--data or --sequences)"
 
 
 def _there(directory: Path) -> Path:
@@ -87,7 +87,7 @@ def _there(directory: Path) -> Path:
 
 
 def _seconds_a_character(source: ModelSource) -> float:
-    """Of text, to become tokens; nothing where the model has no tokenizer yet."""
+    """Time to tokenize a text; 0 where the model has no tokenizer yet."""
     try:
         tokenizer = load_tokenizer(source)
     except ModelError:

@@ -1,14 +1,14 @@
-"""`aqlm quantize`: block by block through the model, each on what the quantized blocks before it really put out.
+"""`aqlm quantize`: block by block through the model, each on the real output of the quantized blocks before it.
 
-For one block, with its inputs for all windows in a file:
+For one block, with its inputs for all sequences in a file:
 
-1. the original block runs: its outputs are the targets, and x x^T of every linear layer's inputs gives H;
-2. its matrices are compressed, side by side;
-3. the compressed block is fitted to the targets, then rounded to the 16 bits in which it will be stored;
+1. the block of the base model runs: its outputs are the targets, and x x^T of every linear layer's inputs gives H;
+2. its matrices are quantized, side by side;
+3. the quantized block is fitted to the targets, then rounded to the 16 bits in which it will be stored;
 4. its outputs take the place of the inputs: the next block will see, and correct, the error made here.
 
-Finished blocks, and finished matrices of the present one, are on the disk (resume_state.py): after an interruption the
-same command goes on from there, to the same bytes.
+Finished blocks, and finished matrices of the current one, are on the disk (quantization/resume.py): after an
+interruption the same command resumes from there, to the same bytes.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def quantize(job: Job) -> QuantizeReport:
     key = StageKey(QUANTIZE, settings, parents, machine_of(config), job.overwrite)
     quantized = run.reusable(key)
     if quantized is not None:
-        job.emit(Noted(f"{quantized.directory} is there already, made with the same settings"))
+        job.emit(Noted(f"{quantized.directory} exists already, made with the same settings"))
         return restored(QuantizeReport, quantized.directory, quantized.manifest.results["report"])
     reset_peak_memory()
     with run.resumed_stage(key) as stage:
@@ -108,7 +108,7 @@ def _geometric_mean(errors: Sequence[float]) -> float:
 
 @dataclass(frozen=True, eq=False)
 class _Work:
-    """What stays the same from block to block."""
+    """The parts that stay the same from block to block."""
 
     config: RunConfig
     schemes: Mapping[str, Scheme]  # of every layer to quantize, by path
@@ -124,12 +124,16 @@ def _quantize_blocks(job: Job, calibration: Artifact, stage: Stage) -> list[dict
     config, preflight, emit = job.config, job.preflight, job.emit
     ids, measured = mixed_sequences(config, calibration)
     if config.quantize.fit.epochs and measured == len(ids):
-        emit(Warned("there is one window of text only, so none can be held out and blocks are not fitted; add text"))
+        emit(
+            Warned(
+                "the calibration set has one sequence only, so none can be held out and blocks are not fitted; add text"
+            )
+        )
     schemes, resume_state = preflight.plan.schemes, ResumeState(stage.work)
     states = start_calibration_pass(job.source, ids, measured, config, resume_state, emit)
     last = states.walk.last(list(schemes))
     if resume_state.blocks:
-        emit(Noted(f"{stage.directory} holds {resume_state.blocks} of {last + 1} blocks, going on after them"))
+        emit(Noted(f"{stage.directory} holds {resume_state.blocks} of {last + 1} blocks; resuming after them"))
     emit(StageStarted(QUANTIZE.name, last + 1, "block", done=resume_state.blocks))
     work = _Work(config, schemes, planned_work(config, preflight.shape).workers, stage, resume_state, emit)
     for index in range(states.index, last + 1):

@@ -1,7 +1,7 @@
-"""The text of `aqlm finetune` that the original model writes itself, where `--data` names `self`.
+"""The text of `aqlm finetune` that the base model writes itself, where `--data` names `self`.
 
-`windows.safetensors` holds the token ids. It is a cache: one that was made with the same settings is taken even where
-all else is redone, and other settings make it anew without being asked.
+The artifact holds the token ids. It is a cache: one that was made with the same settings is used even where all else is
+redone, and under other settings it is rebuilt without being asked.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from aqlm_cli.spec.config import RunConfig
 WINDOWS = "windows.safetensors"
 
 AT_ONCE = 2**15
-"""Tokens of the windows that are written together: a step reads all weights, for however many. Keys and values of so
-many lie in memory beside the model, before finetuning needs it for a second one."""
+"""Tokens of the sequences that are written together: a decode step reads all weights, for however many. Keys and values
+of so many lie in memory beside the model, before finetuning needs it for a second one."""
 
 
 def sample(job: Job) -> None:
@@ -44,7 +44,7 @@ def sample(job: Job) -> None:
     settings |= {"bos": True} if opening else {}
     key = StageKey(SAMPLE, settings, {"model": source.identity})
     if _is_there(run, key):
-        job.emit(Noted(f"{run.path / 'text'} is there already, sampled with the same settings"))
+        job.emit(Noted(f"{run.path / 'text'} exists already, sampled with the same settings"))
         return
     with run.stage(key) as stage:
         reset_peak_memory()
@@ -55,7 +55,7 @@ def sample(job: Job) -> None:
 
 
 def _will_be_read(run: RunDirectory, config: RunConfig, bos: bool, overwrite: bool) -> bool:
-    """Before it reads any text, `finetune` reuses or refuses what is finished, and refuses what began with another."""
+    """True unless `finetune` reuses or refuses existing work before it reads any text."""
     if overwrite:
         return True
     if run.own(FINETUNE) is not None:
@@ -66,7 +66,7 @@ def _will_be_read(run: RunDirectory, config: RunConfig, bos: bool, overwrite: bo
 
 
 def _is_there(run: RunDirectory, key: StageKey) -> bool:
-    """Whole, and made with the same; what is damaged is made anew like any cache."""
+    """True where the artifact is whole and was made with the same key; a damaged cache is rebuilt."""
     try:
         found = run.own(SAMPLE)
         if found is None or (found.manifest.settings, found.manifest.parents) != (key.settings, key.parents):
@@ -77,16 +77,16 @@ def _is_there(run: RunDirectory, key: StageKey) -> bool:
 
 
 def _windows(config: RunConfig, source: ModelSource, windows: int, opening: Sequence[int], emit: Emit) -> Tensor:
-    """Token ids `[windows, L]`; what chance brings to a window depends on the seed and its number alone."""
+    """Token ids `[n, L]`; the random draws of a sequence depend on the seed and its number alone."""
     length, device = config.finetune.sequence_length, torch.device(config.device)
     names = [f"{SAMPLE.name} {number}" for number in range(windows)]
     draws = [torch.rand(length, dtype=torch.float64, generator=generator(config.seed, name)) for name in names]
     sampling = open_sampling(source, compute_dtype(device), device)
-    emit(StageStarted(SAMPLE.name, windows, "window"))
+    emit(StageStarted(SAMPLE.name, windows, "sequence"))
     started, tokens, done = time.monotonic(), 0, 0
 
     def written(more: int) -> None:
-        """Tells of every window's worth of tokens, as a batch of windows takes long and ends at once."""
+        """Report every sequence's worth of tokens, as a batch of sequences takes long and ends at once."""
         nonlocal tokens, done
         tokens += more
         while done < tokens // length:

@@ -1,4 +1,4 @@
-"""`aqlm status`: where a run stands, told from its directory alone, while another process may be at work in it."""
+"""`aqlm status`: the state of a run, read from its directory alone, while another process may be running in it."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def _stage(run: RunDirectory, stage: StageSpec, at_work: Holder | None) -> Stage
     if not run.partial(stage).exists():
         try:
             if run.own(stage) is None:
-                return StageStatus(stage.name, "not begun")
+                return StageStatus(stage.name, "not started")
             outdated = stage.replaces and find_artifact(run.path, stage.kind) != run.path / stage.directory
             return StageStatus(stage.name, "made from an earlier quantized model" if outdated else "finished")
         except ArtifactError as error:
@@ -53,10 +53,10 @@ def _stage(run: RunDirectory, stage: StageSpec, at_work: Holder | None) -> Stage
 
 
 def _progress(stage: str, log: Sequence[Mapping[str, Any]]) -> StageStatus:
-    """By what the log says of a stage at work."""
+    """The progress of a running stage, from its log."""
     started = next((line for line in log if line["event"] == "StageStarted"), None)
     if started is None:
-        return StageStatus(stage, "at work")
+        return StageStatus(stage, "running")
     steps = [line for line in log if line["event"] == "Advanced"]
     total, done = int(started["total"]), int(steps[-1]["done"]) if steps else int(started["done"])
     left = None
@@ -65,4 +65,4 @@ def _progress(stage: str, log: Sequence[Mapping[str, Any]]) -> StageStatus:
         begun, last = (datetime.fromisoformat(line["time"]) for line in (started, steps[-1]))
         a_step = (last - begun).total_seconds() / (done - started["done"])
         left = max(0.0, a_step * (total - done) - (now - last).total_seconds())
-    return StageStatus(stage, "at work", done, total, str(started["unit"]), left)
+    return StageStatus(stage, "running", done, total, str(started["unit"]), left)

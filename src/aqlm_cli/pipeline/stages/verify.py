@@ -1,8 +1,7 @@
-"""`aqlm verify`: are the files of a run what was once written, and would the same be written again?
+"""`aqlm verify`: the files of a run compared with their digests, and one layer quantized again.
 
-Every file is read and compared with its digest. Then one layer is quantized again, from the model and the text: which
-one, the seed says. Its codes must be the same to the bit. (Codebooks and scales are fitted together with those of the
-whole block afterwards; their digests were compared before.)
+The seed chooses the layer, which is quantized from the model and the text. Its codes must be the same to the bit.
+(Codebooks and scales are fitted together with those of the whole block afterwards; their digests were compared before.)
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ def verify(job: Job) -> VerifyReport:
     run, emit = job.run, job.emit
     artifacts = [artifact for stage in stages.STAGES if (artifact := run.own(stage)) is not None]
     if not artifacts:
-        raise ArtifactError(f"{run.path} holds nothing to verify yet; begin with `aqlm quantize`")
+        raise ArtifactError(f"{run.path} holds nothing to verify yet; start with `aqlm quantize`")
     files = [(artifact, name) for artifact in artifacts for name in artifact.manifest.files]
     emit(StageStarted(VERIFY, len(files), "file"))
     for number, (artifact, name) in enumerate(files, start=1):
@@ -64,14 +63,14 @@ def _compare_digest(artifact: Artifact, name: str) -> None:
     path = artifact.path(name)
     if digest_file(path) != artifact.manifest.files[name].sha256:
         way_out = rebuild_command(artifact.directory, artifact.manifest.kind)
-        raise ArtifactError(f"{path} is damaged (other bytes than its manifest says); {way_out}")
+        raise ArtifactError(f"{path} is damaged (its digest differs from the manifest); {way_out}")
 
 
 def _requantize(job: Job, run: RunDirectory, quantized: Artifact) -> str | None:
     """The path of the layer; None where this machine would not compute the same bits."""
     config, schemes = run.config, Plan.from_json(quantized.manifest.results["plan"]).schemes
     if config.quantize.import_from is not None:
-        job.emit(Noted(f"the codes are those of {config.quantize.import_from}, so no layer is quantized again"))
+        job.emit(Noted(f"the codes were imported from {config.quantize.import_from}, so no layer is quantized again"))
         return None
     if quantized.manifest.results.get("machine") != machine_of(config):
         job.emit(Noted("quantized by another version or on another kind of machine, so no layer is quantized again"))
@@ -84,7 +83,7 @@ def _requantize(job: Job, run: RunDirectory, quantized: Artifact) -> str | None:
         if not numbers.is_floating_point() and not torch.equal(numbers.long(), other.long()):
             share = float((numbers.long() != other.long()).float().mean())
             raise ArtifactError(
-                f"{chosen}: quantized again, {share:.1%} of its {name} are others than in {quantized.directory}; "
+                f"{chosen}: quantized again, {share:.1%} of its {name} differ from those in {quantized.directory}; "
                 f"{rebuild_command(quantized.directory, quantized.manifest.kind)}"
             )
     return chosen
@@ -93,7 +92,7 @@ def _requantize(job: Job, run: RunDirectory, quantized: Artifact) -> str | None:
 def _both(
     job: Job, run: RunDirectory, quantized: Artifact, chosen: str, scheme: Scheme, work: Path
 ) -> tuple[CompressedMatrix, CompressedMatrix]:
-    """The matrix of the chosen layer made again, on what the quantized blocks before it put out, and the stored one."""
+    """The matrix of the chosen layer, quantized again on the output of the blocks before it, and the stored one."""
     config, source, emit = run.config, job.original(run), job.emit
     ids, measured = mixed_sequences(config, run.current("calibration"))
     states = start_calibration_pass(source, ids, measured, config, ResumeState(work), emit)
