@@ -151,7 +151,7 @@ def test_what_is_there_with_the_same_settings_is_reused(model: Path) -> None:
     assert run(settings(model), events=events) == report
     assert Path("run/calibration/manifest.json").stat().st_mtime_ns == written
     (event,) = events
-    assert isinstance(event, Noted) and "is there already" in event.message
+    assert isinstance(event, Noted) and "exists already" in event.message
 
 
 @pytest.mark.parametrize(
@@ -197,7 +197,7 @@ def damage(model: Path, name: str, value: float) -> None:
     [
         ("model.layers.1.input_layernorm", torch.nan, r"^model\.layers\.1\.input_layernorm: the weight holds NaN"),
         ("model.layers.1.input_layernorm", 1e30, r"^model\.layers\.1\.self_attn\.q_proj: its inputs hold NaN"),
-        ("model.norm", 1e38, "the loss of the original model is not finite"),
+        ("model.norm", 1e38, "the loss of the base model is not finite"),
     ],
 )
 def test_activations_that_are_no_numbers_are_refused_with_the_first_layer_that_meets_them(

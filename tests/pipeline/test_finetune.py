@@ -64,7 +64,7 @@ def test_run_finetunes_where_its_file_has_that_section(run_file: Path, made: Pat
     assert told["finetune"]["steps"] == 6
     assert contents(Path("whole/packed")) == contents(made / "packed")
     again = run("run", "run.yaml", "--out", "whole")
-    assert "whole/finetuned is there already" in again.output and "whole/packed is there already" in again.output
+    assert "whole/finetuned exists already" in again.output and "whole/packed exists already" in again.output
 
 
 def test_what_comes_after_takes_the_finetuned_model(made: Path) -> None:
@@ -72,7 +72,7 @@ def test_what_comes_after_takes_the_finetuned_model(made: Path) -> None:
     run("finetune", "run", "--steps", "20")
     fine = json.loads(run("eval-ppl", "run", "--windows", "4", "--json").stdout)
     assert fine["perplexity"] != coarse["perplexity"] and fine["original"] == coarse["original"]
-    assert "is there already" in run("pack", "run").output
+    assert "exists already" in run("pack", "run").output
     verified = json.loads(run("verify", "run", "--json").stdout)
     assert verified["layer"] and verified["files"] == sum(
         len(json.loads(path.read_text())["files"]) for path in made.glob("*/manifest.json")
@@ -84,7 +84,7 @@ def test_what_comes_after_takes_the_finetuned_model(made: Path) -> None:
 def test_it_is_done_once_and_other_settings_are_refused_by_name(made: Path) -> None:
     run("finetune", "run")
     first = contents(made / "finetuned")
-    assert "is there already" in run("finetune", "run").output
+    assert "exists already" in run("finetune", "run").output
     refused = run("finetune", "run", "--steps", "7")
     assert refused.exit_code == 1 and "steps 6 there, 7 asked" in refused.stderr
     assert yaml.safe_load((made / "run.yaml").read_text())["finetune"]["steps"] == 6, "what is refused changes nothing"
@@ -126,7 +126,7 @@ def test_what_was_begun_goes_on_although_other_settings_were_asked_meanwhile(
     steps = yaml.safe_load((made / "run.yaml").read_text())["finetune"]["steps"]
     for other in (("--time-budget", "2s"), ("--steps", "1")):
         refused = run("finetune", "run", *other)
-        assert refused.exit_code == 1 and "finetuned.partial was begun with" in refused.stderr
+        assert refused.exit_code == 1 and "finetuned.partial was started with" in refused.stderr
     assert run("quantize", "--config", "run.yaml", "--out", "run").exit_code == 0
     result = run("finetune", "run", "--time-budget", "1s", "--overwrite")
     assert result.exit_code == 0 and "going on after them" in result.output, result.output

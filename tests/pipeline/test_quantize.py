@@ -439,7 +439,7 @@ def test_one_window_cannot_be_held_out_and_that_is_said(llama: Path) -> None:
     events: list[Event] = []
     run(few_windows(llama, 1), events=events)
     assert [event.message for event in events if isinstance(event, Warned)] == [
-        "there is one window of text only, so none can be held out and blocks are not fitted; add text"
+        "the calibration set has one sequence, so none is held out and blocks are not fitted; add text"
     ]
     assert {event.gain for event in events if isinstance(event, BlockQuantized)} == {0.0}
 
@@ -558,7 +558,7 @@ def test_what_is_there_with_the_same_settings_is_reused(llama: Path) -> None:
     assert run(settings(llama), events=events) == report
     assert Path("run/quantized/manifest.json").stat().st_mtime_ns == written
     (event,) = events
-    assert isinstance(event, Noted) and "is there already" in event.message
+    assert isinstance(event, Noted) and "exists already" in event.message
 
 
 def test_other_settings_are_refused_by_name_and_redone_on_request(llama: Path) -> None:

@@ -125,9 +125,9 @@ def test_finished_blocks_and_matrices_are_not_done_again(run_file: Path, interru
     assert total == 2 * 7
 
     stopped = interrupted_at("model.layers.1", 3, *arguments, "stopped")  # two matrices of the second block are whole
-    assert stopped.exit_code == 130 and "the same command goes on" in stopped.output
+    assert stopped.exit_code == 130 and "Run the same command to resume" in stopped.output
     resumed = commands.run(*arguments, "stopped").output
-    assert "stopped/quantized.partial holds 1 of 2 blocks, going on after them" in resumed
+    assert "stopped/quantized.partial holds 1 of 2 blocks; resuming after them" in resumed
     assert resumed.count("model.layers.") == total - 7 - 2
     assert commands.made("stopped") == commands.made("whole")
 
@@ -153,7 +153,7 @@ def test_another_calibration_is_not_mixed_in(half_done: tuple[str, ...]) -> None
     begun.write_text(json.dumps(found))
     result = commands.run(*half_done)
     assert result.exit_code == 1
-    assert "quantized.partial was begun with made from.calibration 0000" in result.output
+    assert "quantized.partial was started with made from.calibration 0000" in result.output
     assert commands.run(*half_done, "--overwrite").exit_code == 0
 
 
@@ -161,7 +161,7 @@ def test_hidden_states_of_another_size_are_refused(half_done: tuple[str, ...]) -
     os.truncate("out/quantized.partial/work/hidden-001.activations", 100)
     result = commands.run(*half_done)
     assert result.exit_code == 1 and "hidden-001.activations has 100 bytes, not" in result.output
-    assert "remove out/quantized.partial/work to begin anew" in result.output
+    assert "remove out/quantized.partial/work to start again" in result.output
     shutil.rmtree("out/quantized.partial/work")
     assert commands.run(*half_done).exit_code == 0
 
@@ -180,10 +180,10 @@ def test_what_is_half_removed_is_not_gone_on_from(half_done: tuple[str, ...], mo
     monkeypatch.undo()
     os.chdir(Path(half_done[2]).parent)
     result = commands.run(*half_done, "--overwrite")
-    assert result.exit_code == 0 and "going on after them" not in result.output
+    assert result.exit_code == 0 and "resuming after them" not in result.output
 
 
 def test_another_machine_is_not_mixed_in(half_done: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(block_inputs, "compute_dtype", lambda device: torch.float64)
     result = commands.run(*half_done)
-    assert result.exit_code == 1 and "float64 asked; add --overwrite to begin anew" in result.output
+    assert result.exit_code == 1 and "float64 asked; add --overwrite to start again" in result.output

@@ -74,7 +74,7 @@ def test_neither_the_batch_nor_the_number_of_windows_changes_a_window(
 
 def test_progress_is_told_window_by_window(made: Path) -> None:
     _, told = sampled(made, "self:24")  # at once, so that a step may be worth more than a window of 16 tokens
-    assert told[0] == StageStarted("sample", 24, "window")
+    assert told[0] == StageStarted("sample", 24, "sequence")
     assert [event.done for event in told if isinstance(event, Advanced)] == list(range(1, 25))
     assert all(event.detail.endswith(" tokens/s") for event in told if isinstance(event, Advanced))
 
@@ -91,7 +91,7 @@ def test_a_model_is_finetuned_on_its_originals_text(made: Path) -> None:
     stages = json.loads(run("status", "run", "--json").stdout)["stages"]
     assert [one["stage"] for one in stages] == ["calibrate", "quantize", "sample", "finetune", "pack"]
     assert {one["state"] for one in stages} == {"finished"}
-    assert "sample: 8 of 8 windows, done in" in result.stderr
+    assert "sample: 8 of 8 sequences, done in" in result.stderr
     (made / "text/windows.safetensors").write_bytes(b"0" * (made / "text/windows.safetensors").stat().st_size)
     assert "text/windows.safetensors is damaged" in refused("verify", "run")
 
@@ -134,10 +134,10 @@ def test_the_same_text_is_taken_again_and_another_number_of_windows_is_sampled(m
     run("finetune", "run", "--data", "self:8")
     first, written = text(made), (made / "text/windows.safetensors").stat().st_mtime_ns
     again = run("finetune", "run", "--data", "self:8", "--steps", "3", "--overwrite")
-    assert again.exit_code == 0 and "run/text is there already" in again.output
+    assert again.exit_code == 0 and "run/text exists already" in again.output
     assert (made / "text/windows.safetensors").stat().st_mtime_ns == written
     more = run("finetune", "run", "--data", "self:10", "--overwrite")
-    assert more.exit_code == 0 and "run/text is there already" not in more.output
+    assert more.exit_code == 0 and "run/text exists already" not in more.output
     assert text(made).shape == (10, LENGTH) and torch.equal(text(made)[:8], first)
 
 
@@ -152,7 +152,7 @@ def test_damaged_text_is_sampled_again(made: Path) -> None:
 def test_what_finetune_refuses_costs_no_text(made: Path, interrupted_at: Callable[..., Result]) -> None:
     assert interrupted_at("training.safetensors", 2, "finetune", "run", "--data", "self:8").exit_code == 130
     kept = text(made)
-    assert "finetuned.partial was begun with settings.data self:8 there" in refused(
+    assert "finetuned.partial was started with settings.data self:8 there" in refused(
         "finetune", "run", "--data", "self:9"
     )
     assert torch.equal(text(made), kept)
@@ -160,7 +160,7 @@ def test_what_finetune_refuses_costs_no_text(made: Path, interrupted_at: Callabl
     assert "finetuned exists with settings.data self:8 there" in refused("finetune", "run", "--data", "self:9")
     assert torch.equal(text(made), kept)
     shutil.rmtree(made / "text")
-    assert "finetuned is there already" in run("finetune", "run", "--data", "self:8").output
+    assert "finetuned exists already" in run("finetune", "run", "--data", "self:8").output
     assert not (made / "text").exists(), "nobody would read it"
 
 

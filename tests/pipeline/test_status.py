@@ -89,7 +89,7 @@ def test_a_run_goes_from_not_begun_over_interrupted_to_finished(
     shown = commands.run("status", "out")
     assert (
         re.search(r"running\W+no\W", shown.output)
-        and "not begun" in shown.output
+        and "not started" in shown.output
         and "next: aqlm quantize --config" in shown.output
     )
     stopped = interrupted_at("model.layers.1", 1, "quantize", "--config", str(run_file), "--out", "out")
@@ -123,7 +123,7 @@ def test_the_time_left_is_that_of_the_steps_so_far(run_file: Path, monkeypatch: 
     )  # for this one holds no lock against itself
     with exclusive(Path("out")):
         found = status(Path("out")).stages[1]
-    assert (found.state, found.done, found.total) == ("at work", 6, 10)
+    assert (found.state, found.done, found.total) == ("running", 6, 10)
     assert found.seconds_left == pytest.approx(4 * 30 - 10, abs=2)
 
 

@@ -82,7 +82,7 @@ def test_what_two_began_two_go_on_with_and_nobody_else(made: Path) -> None:
 
 def test_what_is_there_is_reused_and_what_cannot_be_shared_refused(made: Path) -> None:
     succeeded("finetune", "run")
-    assert "is there already" in succeeded("finetune", "run"), "and the second process does not wait for ever"
+    assert "exists already" in succeeded("finetune", "run"), "and the second process does not wait for ever"
     refused = together("finetune", "run", "--batch", "3", "--overwrite")
     assert refused.returncode != 0 and "--batch 3 is not the same for each of 2 processes" in refused.stderr
 

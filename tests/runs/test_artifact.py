@@ -127,7 +127,7 @@ def test_a_name_that_leads_out_of_the_directory_is_refused(run: RunDirectory, na
 def test_a_name_that_no_file_can_have_is_refused(run: RunDirectory, name: str) -> None:
     artifact = publish(run)
     rewrite(artifact, files={name: {"sha256": "0", "bytes": 5}})
-    with pytest.raises(ArtifactError, match="which no file is called"):
+    with pytest.raises(ArtifactError, match="which is no file name"):
         open_artifact(artifact.directory, "quantized")
 
 

@@ -54,11 +54,8 @@ def import_checkpoint(job: Job) -> ImportReport:
     reset_peak_memory()
     network, learnt = fitting_network(job)
     if other := _other_settings(checkpoint, source):
-        job.emit(
-            Warned(
-                f"{checkpoint.name} has other settings than {source.name}; those of {source.name} are kept: {some(other)}"
-            )
-        )
+        line = f"{checkpoint.name} has other settings than {source.name}: {some(other)}"
+        job.emit(Warned(f"{line}; those of {source.name} are kept"))
     with run.stage(key) as stage:
         _save_blocks(network, stage.directory, job.emit)
         if learnt:
