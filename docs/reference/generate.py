@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import typer
-from pydantic import BaseModel
 
 import aqlm_cli
 import aqlm_kernels
 from aqlm_cli.cli.app import app
 from aqlm_cli.spec.config import RunConfig
 from aqlm_cli.spec.run_file import preset_path
+from aqlm_cli.spec.section import Section
 
 HERE = Path(__file__).resolve().parent
 GENERATED = "<!-- Written by docs/reference/generate.py; run `make docs-reference` after a change. -->\n\n"
@@ -104,27 +104,18 @@ def run_file_page() -> str:
     return "\n".join(parts)
 
 
-def sections(model: type[BaseModel], path: str = "") -> Iterator[tuple[str, type[BaseModel]]]:
+def sections(model: type[Section], path: str = "") -> Iterator[tuple[str, type[Section]]]:
     """The section itself and those inside it, by their dotted keys."""
     yield path, model
-    for name, field in model.model_fields.items():
-        if inner := section_type(field.annotation):
-            yield from sections(inner, f"{path}.{name}" if path else name)
+    for name, inner in model.sections().items():
+        yield from sections(inner, f"{path}.{name}" if path else name)
 
 
-def section_type(annotation: Any) -> type[BaseModel] | None:
-    """The section that a setting holds, also where it may be null; None for a plain value."""
-    for candidate in getattr(annotation, "__args__", None) or (annotation,):
-        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
-            return candidate
-    return None
-
-
-def settings_rows(path: str, section: type[BaseModel], comments: Mapping[str, str]) -> list[tuple[str, ...]]:
+def settings_rows(path: str, section: type[Section], comments: Mapping[str, str]) -> list[tuple[str, ...]]:
     schema = section.model_json_schema()
     rows = []
     for name, field in section.model_fields.items():
-        if section_type(field.annotation) is None:
+        if name not in section.sections():
             key = f"{path}.{name}" if path else name
             default = "" if field.is_required() else f"`{as_yaml(field.default)}`"
             rows.append((f"`{name}`", value_words(schema["properties"][name]), default, comments.get(key, "")))

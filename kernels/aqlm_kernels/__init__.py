@@ -7,34 +7,44 @@ Knows torch, numpy, numba and, where there is a GPU, triton only. What a caller 
 """
 
 from aqlm_kernels.backends import BACKENDS, Backend, choose, matmul, smallest
+from aqlm_kernels.compressed import CompressedLinear
 from aqlm_kernels.cpu.bandwidth import read_bandwidth
 from aqlm_kernels.cpu.decoder import Decoder, DecoderBlock
 from aqlm_kernels.cpu.lm_head import ByteRows, matmul_dense
 from aqlm_kernels.errors import KernelError
 from aqlm_kernels.hf_layout import from_checkpoint, to_checkpoint
-from aqlm_kernels.linear import AdditiveLinear
+from aqlm_kernels.linear import AdditiveLinear, coded_layers
 from aqlm_kernels.matrices.additive import AdditiveMatrix
 from aqlm_kernels.matrices.balance import balanced, balancing_shift
+from aqlm_kernels.matrices.kinds import MATRIX_KINDS, Matrix, QuantizedLayer, quantized_layers
+from aqlm_kernels.matrices.uniform import UniformMatrix
 from aqlm_kernels.packed import PackedMatrix
 from aqlm_kernels.patch_transformers import patch_transformers
 
 __all__ = [
     "BACKENDS",
+    "MATRIX_KINDS",
     "AdditiveLinear",
     "AdditiveMatrix",
     "Backend",
     "ByteRows",
+    "CompressedLinear",
     "Decoder",
     "DecoderBlock",
     "KernelError",
+    "Matrix",
     "PackedMatrix",
+    "QuantizedLayer",
+    "UniformMatrix",
     "balanced",
     "balancing_shift",
     "choose",
+    "coded_layers",
     "from_checkpoint",
     "matmul",
     "matmul_dense",
     "patch_transformers",
+    "quantized_layers",
     "read_bandwidth",
     "smallest",
     "to_checkpoint",

@@ -78,10 +78,13 @@ class AdditiveLinear(nn.Module):
     def out_features(self) -> int:
         return self.codes.shape[0]
 
-    @property
     def matrix(self) -> AdditiveMatrix:
         """The present values; they share memory with the parameters."""
         return AdditiveMatrix(self.codes, self.codebooks.detach(), self.scales.detach())
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """Everything but the codes, by name."""
+        return dict(self.named_parameters(recurse=False))
 
     @torch.no_grad()
     def balance(self) -> None:
@@ -126,7 +129,7 @@ class AdditiveLinear(nn.Module):
         return torch.is_grad_enabled() and any(t.requires_grad for t in (x, self.codebooks, self.scales))
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        stored = hf_layout.to_checkpoint(self.matrix)
+        stored = hf_layout.to_checkpoint(self.matrix())
         if self.bias is not None:
             stored["bias"] = hf_layout.to_float16(self.bias, "bias")
         destination.update({prefix + name: tensor for name, tensor in stored.items()})
@@ -143,6 +146,12 @@ class AdditiveLinear(nn.Module):
             elif name in (prefix + "scales", prefix + "bias"):
                 own[name] = tensor.flatten().float()
         super()._load_from_state_dict(own, prefix, *rest)
+
+
+def coded_layers(network: nn.Module, prefix: str = "") -> dict[str, AdditiveLinear]:
+    """The layers of a network that multiply straight from codes, by path: those that have compiled products."""
+    modules = network.named_modules(prefix=prefix)
+    return {path: module for path, module in modules if isinstance(module, AdditiveLinear)}
 
 
 def _parameter(values: Tensor) -> nn.Parameter:

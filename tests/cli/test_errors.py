@@ -27,6 +27,13 @@ from aqlm_cli.runs.stages import kinds
 RUN = Path("runs/tiny-2x4g8")
 
 
+@pytest.fixture
+def quantized(finished_run: Path) -> None:
+    """A finished run where the command puts it by itself."""
+    RUN.parent.mkdir()
+    finished_run.rename(RUN)
+
+
 def test_a_message_is_one_printable_line_whatever_it_quotes() -> None:
     assert str(ArtifactError("a\nb\u2028c\x1b[31m\ud800")) == "a b c\\x1b[31m\\ud800"
     assert len(str(ArtifactError("x" * 10**6))) < 5000
@@ -56,7 +63,7 @@ ANSWER = MagicMock()  # of whichever HTTP library the hub's client uses
 @pytest.mark.parametrize(
     ("error", "words"),
     [
-        (hub.RepositoryNotFoundError("a\nb", response=ANSWER), "there is no model someone/model, here or on the hub"),
+        (hub.RepositoryNotFoundError("a\nb", response=ANSWER), "someone/model exists neither locally nor on the hub"),
         (hub.GatedRepoError("a\nb", response=ANSWER), "accept its terms at https://huggingface.co/someone/model"),
         (hub.LocalEntryNotFoundError("a\nb"), "local directory, a .gguf file, or smollm2-135m"),
     ],
@@ -138,25 +145,22 @@ def test_an_unknown_key_in_a_run_file_is_named_with_the_file_and_the_nearest_one
     ],
 )
 def test_a_run_directory_of_other_settings_is_refused_and_left_alone(
-    run_file: Path, flags: list[str], words: str
+    quantized: None, flags: list[str], words: str
 ) -> None:
     tiny_models.save("llama", Path("other"))
-    assert run("quantize", "--config", "run.yaml").exit_code == 0
     before = published() | {"run.yaml": (RUN / "run.yaml").read_bytes()}
     line = refused("quantize", "--config", "run.yaml", "--out", str(RUN), *flags)
     assert words in line and "--overwrite" in line
     assert published() | {"run.yaml": (RUN / "run.yaml").read_bytes()} == before
 
 
-def test_a_model_that_is_no_longer_the_one_of_the_run_is_refused(run_file: Path) -> None:
-    assert run("quantize", "--config", "run.yaml").exit_code == 0
+def test_a_model_that_is_no_longer_the_one_of_the_run_is_refused(quantized: None) -> None:
     change_tensor("model.norm.weight", 3.0)
     for command in (["pack", str(RUN), "--overwrite"], ["eval-ppl", str(RUN)], ["bench", str(RUN)]):
         assert "was made from sha256:" in refused(*command)
 
 
-def test_a_checkpoint_of_an_earlier_quantization_is_not_measured(run_file: Path) -> None:
-    assert run("quantize", "--config", "run.yaml").exit_code == 0
+def test_a_checkpoint_of_an_earlier_quantization_is_not_measured(quantized: None) -> None:
     assert run("calibrate", "--config", "run.yaml", "--seed", "1", "--overwrite").exit_code == 0
     line = refused("eval-ppl", str(RUN))
     assert (
@@ -209,29 +213,33 @@ def test_without_a_connection_the_line_names_the_texts_that_need_none(
 # ---------------------------------------------------------------------------------------------------------------- disk
 
 
+@pytest.fixture(scope="module")
+def writes(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> int:
+    """How often a whole run, in an empty home, sees to it that a file is on the disk."""
+    sync, calls, directory = os.fsync, list[int](), tmp_path_factory.mktemp("writes")
+    shutil.copytree(workspace, directory, dirs_exist_ok=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(directory)
+        patch.setenv("HOME", str(directory))
+        patch.setattr(os, "fsync", lambda descriptor: calls.append(descriptor) or sync(descriptor))
+        assert run("quantize", "--config", "run.yaml").exit_code == 0
+    return len(calls)
+
+
 @pytest.mark.parametrize(("code", "words"), [(errno.ENOSPC, "no space left on device"), (errno.EROFS, "read-only")])
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.6, 0.9])
 def test_a_disk_that_fails_on_the_way_publishes_nothing_half_and_the_next_try_goes_on(
-    run_file: Path,
+    quantized: None,
+    writes: int,
     fail_disk: Callable[[int, int], None],
     monkeypatch: pytest.MonkeyPatch,
     code: int,
     words: str,
     share: float,
 ) -> None:
-    sync, calls = os.fsync, []
-    run("calibrate", "--config", "run.yaml", "--out", "elsewhere")  # the files of the model are digested, once
-
-    def counting(descriptor: int) -> None:
-        calls.append(descriptor)
-        sync(descriptor)
-
-    monkeypatch.setattr(os, "fsync", counting)
-    assert run("quantize", "--config", "run.yaml").exit_code == 0
-    expected = published()
+    expected, sync = published(), os.fsync
     shutil.rmtree(RUN)
-    monkeypatch.setattr(os, "fsync", sync)
-    fail_disk(code, int(share * len(calls)))
+    fail_disk(code, int(share * writes))
     assert words in refused("quantize", "--config", "run.yaml")
     assert published().items() <= expected.items()
     assert published() != expected
@@ -242,9 +250,8 @@ def test_a_disk_that_fails_on_the_way_publishes_nothing_half_and_the_next_try_go
 
 @pytest.mark.parametrize("command", [["eval-ppl", str(RUN)], ["bench", str(RUN)]])
 def test_a_report_that_cannot_be_written(
-    run_file: Path, fail_disk: Callable[[int, int], None], command: list[str]
+    quantized: None, fail_disk: Callable[[int, int], None], command: list[str]
 ) -> None:
-    assert run("quantize", "--config", "run.yaml").exit_code == 0
     before = published()
     fail_disk(errno.ENOSPC, 0)
     assert "no space left on device" in refused(*command)

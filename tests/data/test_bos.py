@@ -153,6 +153,7 @@ def test_the_switch_adds_bos_where_the_tokenizer_does_not(tmp_path: Path) -> Non
     directory = tiny_models.save("llama", tmp_path / "model")
     (tmp_path / "text.txt").write_text("\n".join(LINES))
     command = ["eval-ppl", str(directory), "--data", str(tmp_path / "text.txt"), "--sequence-length", str(LENGTH)]
+    command += ["--windows", "4"]
     perplexities = {}
     for flags in ((), ("--no-bos",), ("--bos",)):
         report = json.loads(run(*command, "--json", *flags).stdout)

@@ -11,7 +11,7 @@ import typer
 from helpers import pages
 
 from aqlm_cli.cli.app import app
-from aqlm_cli.spec.run_file import build_config, load_run_file
+from aqlm_cli.spec.run_file import RENAMED, build_config, load_run_file
 
 GROUP = typer.main.get_command(app)
 RESULTS = sorted((pages.ROOT / "configs" / "results").rglob("*.yaml"))
@@ -69,3 +69,9 @@ def test_numbers_of_the_picture_are_those_of_the_page() -> None:
         told = f"{float(row['perplexity']):,.{digits}f} ± {float(row['standard_error']):,.{digits}f}"
         line = next(line for line in page.splitlines() if told in line and line.startswith("|"))
         assert row["stored_bits"] in line and (row["megabytes"] or "|") in line and row["config"] in line
+
+
+def test_changelog_has_every_key_of_the_run_file_that_was_renamed() -> None:
+    page = (pages.ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    for old, new in RENAMED.items():
+        assert f"| `{old}` | `{new}` |" in page

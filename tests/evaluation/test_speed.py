@@ -15,8 +15,7 @@ from aqlm_cli.evaluation import speed as stage_module
 from aqlm_cli.evaluation.speed import bench, bench_shape, relative_error, run_pass
 from aqlm_cli.evaluation.speed_report import BenchReport
 from aqlm_cli.events import Advanced, Event, Noted
-from aqlm_cli.models import Decoding, decoding_of, find_subject, load_network, random_models, resolve
-from aqlm_cli.models.blocks import linears
+from aqlm_cli.models import Decoding, decoding_of, find_subject, random_models
 from aqlm_cli.models.decoding import narrowest
 from aqlm_cli.runs.directory import RunDirectory, open_run
 from aqlm_cli.runs.stages import PACK, StageKey
@@ -171,10 +170,9 @@ def test_an_aqlm_checkpoint_is_measured_alone(run: RunDirectory) -> None:
 
 
 def test_what_is_compared_with_holds_no_codes_and_keeps_the_biases(tmp_path: Path) -> None:
+    """By tables in 16 bits codes are off by little, and by nothing if both held codes; a bias left out is much."""
     tiny_models.save_additive(tiny_models.save("opt", tmp_path / "model"), tmp_path / "packed")
-    network = stage_module._written_out(load_network(resolve(str(tmp_path / "packed")), torch.float32))
-    assert not any(isinstance(module, AdditiveLinear) for module in network.modules())
-    assert all(layer.bias is not None for layer in linears(network.model.decoder, "").values())
+    assert 0 < (measured(tmp_path / "packed").rows[-1].relative_error or 0) < 1e-3
 
 
 def test_more_tokens_than_the_model_reads_are_refused(model: Path) -> None:

@@ -36,7 +36,8 @@ from aqlm_cli.pipeline.stages.quantize import quantize
 from aqlm_cli.quantization.methods import METHODS
 from aqlm_cli.quantization.solvers.hessian import LayerStatistics
 from aqlm_cli.runs.artifact import open_artifact
-from aqlm_cli.spec.config import RunConfig, SearchConfig
+from aqlm_cli.spec.config import RunConfig
+from aqlm_cli.spec.methods.aqlm import AqlmSettings
 from aqlm_cli.spec.plan import Plan
 from aqlm_cli.spec.run_file import build_config
 from aqlm_cli.spec.schemes import AdditiveScheme
@@ -194,7 +195,7 @@ def unheard(_: Event) -> None:
 
 
 def nearest(
-    weight: Tensor, _: LayerStatistics, scheme: AdditiveScheme, rng: torch.Generator, __: SearchConfig
+    weight: Tensor, _: LayerStatistics, scheme: AdditiveScheme, rng: torch.Generator, __: AqlmSettings
 ) -> AdditiveMatrix:
     """Codebooks of groups drawn from the weight, and of each group the code of the nearest entry."""
     scales = weight.square().mean(1).sqrt() + 1e-6  # [out]

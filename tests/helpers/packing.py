@@ -22,7 +22,7 @@ from aqlm_cli.models.blocks import count_parameters, describe_layers, find_block
 from aqlm_cli.pipeline.job import make_job
 from aqlm_cli.pipeline.stage_reports import PackReport
 from aqlm_cli.pipeline.stages.pack import pack
-from aqlm_cli.quantization.methods import CompressedMatrix, rtn
+from aqlm_cli.quantization.methods import rtn
 from aqlm_cli.runs.directory import RunDirectory, open_run, read_run
 from aqlm_cli.runs.files import save_tensors
 from aqlm_cli.runs.stages import QUANTIZE, StageKey
@@ -30,7 +30,7 @@ from aqlm_cli.spec.config import PackConfig
 from aqlm_cli.spec.plan import Plan, Target, make_plan
 from aqlm_cli.spec.run_file import build_config
 from aqlm_cli.spec.schemes import AdditiveScheme, UniformScheme, parse_scheme
-from aqlm_kernels import AdditiveMatrix
+from aqlm_kernels import AdditiveMatrix, Matrix
 
 SKIPPED = "model.layers.1.mlp.down_proj"
 SKIP = ["lm_head", r".*layers\.1\.(mlp\.down_proj|fc2)"]
@@ -38,7 +38,7 @@ NORM = "model.layers.0.input_layernorm.weight"
 TUNED_NORM = torch.linspace(0.5, 2, 64).half().float()
 
 
-def random_matrix(target: Target) -> CompressedMatrix:
+def random_matrix(target: Target) -> Matrix:
     """A compressed matrix of the target's shape, of entries that float16 holds exactly."""
     generator = torch.Generator().manual_seed(sum(target.path.encode()))
     scheme = target.scheme
@@ -55,7 +55,7 @@ def random_matrix(target: Target) -> CompressedMatrix:
     return AdditiveMatrix(codes, codebooks.half().float(), scales.half().float())
 
 
-def matrices(plan: Plan) -> dict[str, CompressedMatrix]:
+def matrices(plan: Plan) -> dict[str, Matrix]:
     return {target.path: random_matrix(target) for target in plan.quantized}
 
 

@@ -79,7 +79,7 @@ def test_rows_of_zeros_and_rows_out_of_range_change_nothing():
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-def test_nan_is_passed_through(bad):
+def test_values_that_are_not_finite_are_not_balanced(bad):
     assert balancing_shift(torch.full((1, 2, 8), bad), torch.tensor([1e-7])) == 0
     assert balancing_shift(torch.ones(1, 2, 8), torch.tensor([1e-7, bad])) == 0
 

@@ -141,7 +141,7 @@ def test_decoding_sees_a_changed_parameter(change):
     before = layer(x)
     change(layer)
     assert not torch.allclose(layer(x), before)
-    torch.testing.assert_close(layer(x), F.linear(x, layer.matrix.dequantize()), rtol=0, atol=0.02)
+    torch.testing.assert_close(layer(x), F.linear(x, layer.matrix().dequantize()), rtol=0, atol=0.02)
 
 
 def test_the_packed_matrix_is_made_once():
@@ -164,7 +164,7 @@ def test_a_layer_made_in_inference_mode_serves():
     with torch.inference_mode():
         layer = AdditiveLinear(random_matrix())
         x = random_rows(1)
-        torch.testing.assert_close(layer(x), F.linear(x, layer.matrix.dequantize()), rtol=0, atol=0.02)
+        torch.testing.assert_close(layer(x), F.linear(x, layer.matrix().dequantize()), rtol=0, atol=0.02)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -180,7 +180,7 @@ def test_the_state_dict_is_the_checkpoints_layout(scheme):
 
 
 def empty_like(layer, device, bias=True):
-    matrix = layer.matrix
+    matrix = layer.matrix()
     return AdditiveLinear.empty(
         matrix.out_features,
         matrix.in_features,

@@ -70,7 +70,7 @@ def with_written_out_weights(network: Any) -> Any:
     for path, module in list(dense.named_modules()):
         if isinstance(module, AdditiveLinear):
             linear = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None)
-            linear.weight.data = module.matrix.dequantize()
+            linear.weight.data = module.matrix().dequantize()
             if module.bias is not None:
                 linear.bias.data = module.bias.detach().clone()
             replace_module(dense, path, linear.requires_grad_(False))

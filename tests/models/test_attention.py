@@ -7,6 +7,7 @@ import torch
 from helpers import tiny_models
 from torch import Tensor
 from torch.nn import functional as F
+from transformers import AttentionInterface
 
 from aqlm_cli.models import attend_blockwise, load_network, resolve
 from aqlm_cli.models import attention as module
@@ -43,8 +44,9 @@ def test_result_and_gradients_are_those_of_the_whole_matrix_of_scores(
 
 
 @pytest.mark.parametrize("shared", [0, 10, 100])
-def test_in_bfloat16_it_is_nearly_as_exact_as_torch_whatever_all_keys_share(shared: float) -> None:
+def test_in_bfloat16_it_is_nearly_as_exact_as_torch_whatever_all_keys_share(shared: float, tmp_path: Path) -> None:
     """A bias of the keys, say: it changes no probability."""
+    attend_blockwise(load_network(resolve(str(tiny_models.save("llama", tmp_path / "model"))), torch.float32))
     rng = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, heads, 200, 16, generator=rng).bfloat16() for heads in (6, 2, 2))
     k += shared
@@ -53,7 +55,7 @@ def test_in_bfloat16_it_is_nearly_as_exact_as_torch_whatever_all_keys_share(shar
     exact = torch.softmax(scores.masked_fill(later, -torch.inf), 3) @ v.double().repeat_interleave(3, 1)
     theirs = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     with torch.autocast("cpu", torch.bfloat16):
-        ours = module._attention(torch.nn.Module(), q, k, v, None)[0].transpose(1, 2)
+        ours = AttentionInterface()[module.NAME](torch.nn.Module(), q, k, v, None)[0].transpose(1, 2)
     errors = [float((out.double() - exact).norm() / exact.norm()) for out in (ours, theirs)]
     assert errors[0] < 4 * errors[1] < 0.03
 

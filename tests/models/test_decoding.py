@@ -95,7 +95,7 @@ def test_codes_that_do_not_fit_the_model_never_reach_compiled_code(tmp_path: Pat
     packed_network("llama", tmp_path)
     path = tmp_path / "packed" / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "intermediate_size": 64}))
-    with pytest.raises(ModelError, match=r"mlp.down_proj restore a \(64, 128\) matrix, the model has \(64, 64\)"):
+    with pytest.raises(ModelError, match=r"mlp.down_proj give a matrix \(64, 128\), the model has \(64, 64\)"):
         open_decoding(resolve(str(tmp_path / "packed")), LENGTH)
 
 
@@ -145,11 +145,15 @@ def test_a_head_goes_back_to_the_sixteen_bits_it_came_from(dtype: torch.dtype, s
         {"head_dim": 3.5},
     ],
 )
-def test_an_invalid_config_never_reaches_compiled_code(change: dict[str, Any], tmp_path: Path) -> None:
+def test_an_invalid_config_never_reaches_compiled_code(
+    change: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     packed_network("llama", tmp_path)
     path = tmp_path / "packed" / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
-    assert decoding_module._plain_config(resolve(str(tmp_path / "packed"))) is None
+    monkeypatch.setattr(decoding_module, "load_network", lambda *_: "a network")
+    monkeypatch.setattr(decoding_module, "decoding_of", lambda network, *_: f"by transformers, of {network}")
+    assert open_decoding(resolve(str(tmp_path / "packed")), LENGTH) == "by transformers, of a network"
 
 
 def test_two_schemes_in_one_stack_are_run_by_transformers(tmp_path: Path) -> None:

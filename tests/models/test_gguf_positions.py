@@ -226,7 +226,7 @@ def test_a_gemma_has_the_bases_of_its_sliding_windows_and_the_scale_of_its_size(
         "sliding_attention": {"rope_type": "default", "rope_theta": 5000.0},
         "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
     }
-    shape = {**tiny_models.SHAPE, "layer_types": None, "sliding_window": 16, "head_dim": 32}
+    shape = {**tiny_models.SHAPE, "layer_types": None, "sliding_window": 16, "head_dim": 32, "intermediate_size": 64}
     given = {"num_hidden_layers": layers, "query_pre_attn_scalar": scalar, "rope_parameters": parameters}
     original = save_halved(tmp_path / "original", "gemma3_text", **{**shape, **given})
     settings = {

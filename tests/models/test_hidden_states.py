@@ -112,7 +112,7 @@ def test_matmuls_are_in_the_requested_type_and_the_residual_stream_is_float32(dt
     torch.testing.assert_close(output, block(hidden).detach(), rtol=0, atol=1e-6 if dtype == torch.float32 else 0.05)
 
 
-def test_autocast_leaves_gradients_in_the_requested_type() -> None:
+def test_backward_runs_under_autocast_and_float32_disables_it() -> None:
     block, hidden = Block(), torch.randn(2, 3, 8)
     with autocast(CPU, torch.bfloat16):
         block(hidden).sum().backward()

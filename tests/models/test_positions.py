@@ -120,7 +120,7 @@ RUN_FILE = """
 model: tiny
 threads: 1
 calibrate: {{data: "notes.txt:6", sequence_length: {calibrate}, statistics_sequences: 2}}
-quantize: {{statistics_sequences: 4, scheme: 2x4g8, search: {{rounds: 1, ldlq_rounds: 1}}, fit: {{epochs: 0}}}}
+quantize: {{statistics_sequences: 4, scheme: 2x4g8, aqlm: {{rounds: 1, ldlq_rounds: 1}}, fit: {{epochs: 0}}}}
 finetune: {{sequence_length: {finetune}}}
 eval_ppl: {{data: [notes.txt], sequence_length: {eval_ppl}}}
 bench: {{tokens: 2, prompt: {bench}}}

@@ -16,7 +16,7 @@ from transformers import AttentionInterface
 
 from aqlm_cli.models import load_network, open_sampling, resolve
 from aqlm_cli.models import sampling as module
-from aqlm_cli.models.sampling import ATTENTION, LIKELIEST, Sampling, _drawn, attend
+from aqlm_cli.models.sampling import ATTENTION, LIKELIEST, Sampling, attend
 
 EOS = 257
 """Of the tiny models: after 256 bytes and the token that begins a text."""
@@ -117,9 +117,12 @@ def test_tokens_are_drawn_as_often_as_the_model_says(opened: Callable[..., Sampl
     assert torch.equal(greedy, probabilities.argmax(1)[found[:, :LIKELIEST]]), "the first few are the likeliest"
 
 
-def test_the_least_and_the_greatest_chance_draw_no_token_that_is_impossible() -> None:
-    logits = torch.tensor([[-torch.inf, 0.0, 0.0, -torch.inf]]).repeat(3, 1)
-    assert _drawn(logits, torch.tensor([0.0, 0.5, 1 - 2**-53], dtype=torch.float64)).tolist() == [1, 2, 2]
+def test_the_least_and_the_greatest_chance_draw_no_token_that_is_impossible(opened: Callable[..., Sampling]) -> None:
+    """Two of four tokens may follow, whatever came before."""
+    sampling = rigged(opened(vocab_size=4), torch.tensor([0.0, 0.5, 0.5, 0.0]).repeat(4, 1))
+    drawn = torch.tensor([0.0, 0.4, 0.6, 1 - 2**-53], dtype=torch.float64)
+    found = write(sampling, drawn[:, None].repeat(1, LIKELIEST + 4))
+    assert found[:, LIKELIEST + 1 :].T.tolist() == [[1, 1, 2, 2]] * 3
 
 
 def test_texts_start_with_any_token_but_special_ones(opened: Callable[..., Sampling]) -> None:

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 from helpers import tiny_models
+from transformers import PreTrainedTokenizerBase
 
 from aqlm_cli.models import load_tokenizer, open_tokenizer, resolve
 from aqlm_cli.models.source import ModelSource
-from aqlm_cli.models.tokenizer import _FileTokenizer, _from_file
 
 TEXTS = [
     "The quick brown fox",
@@ -42,7 +42,7 @@ def change(source: ModelSource, **settings: object) -> None:
 
 def test_text_becomes_the_same_tokens_and_text_again(source: ModelSource) -> None:
     ours, theirs = open_tokenizer(source), load_tokenizer(source)
-    assert isinstance(ours, _FileTokenizer)
+    assert not isinstance(ours, PreTrainedTokenizerBase)
     for text in TEXTS:
         ids = ours.encode(text)
         assert ids == theirs.encode(text)
@@ -63,20 +63,21 @@ def test_text_becomes_the_same_tokens_and_text_again(source: ModelSource) -> Non
 def test_settings_that_the_file_lacks_are_left_to_transformers(tiny: ModelSource, settings: dict[str, object]) -> None:
     change(tiny, **settings)
     tokenizer = open_tokenizer(tiny)
-    assert not isinstance(tokenizer, _FileTokenizer)
+    assert isinstance(tokenizer, PreTrainedTokenizerBase)
     assert tokenizer.encode(TEXTS[0]) == load_tokenizer(tiny).encode(TEXTS[0])
 
 
 @pytest.mark.parametrize(
     "content", ["[]", "{", '{"tokenizer_class": "TokenizersBackend", "bos_token": {"content": "<bos>"}}']
 )
-def test_an_odd_file_is_left_to_transformers(tiny: ModelSource, content: str) -> None:
+def test_an_odd_file_is_left_to_transformers(tiny: ModelSource, content: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("aqlm_cli.models.tokenizer.load_tokenizer", lambda source: "transformers' own")
     (tiny.directory / "tokenizer_config.json").write_text(content)
-    assert _from_file(tiny.directory) is None
+    assert open_tokenizer(tiny) == "transformers' own"
     (tiny.directory / "tokenizer_config.json").unlink()
-    assert _from_file(tiny.directory) is None
+    assert open_tokenizer(tiny) == "transformers' own"
 
 
 def test_a_setting_that_is_off_changes_nothing(tiny: ModelSource) -> None:
     change(tiny, add_bos_token=False, pad_token=None)
-    assert isinstance(open_tokenizer(tiny), _FileTokenizer)
+    assert not isinstance(open_tokenizer(tiny), PreTrainedTokenizerBase)

@@ -10,27 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.commands import made, refused, run, save_run_file
+from helpers.commands import made, refused, run
 
 QUANTIZE = "quantize", "--config", "run.yaml", "--out"
 
 
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with a model, its run file, and the run that it makes, in `whole`."""
-    directory = tmp_path_factory.mktemp("undisturbed")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(directory)
-        save_run_file(directory)
-        assert run(*QUANTIZE, "whole").exit_code == 0
-    return directory
-
-
 @pytest.fixture
-def whole(undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+def whole(finished_run: Path) -> dict[str, Any]:
     """What an undisturbed run makes; it lies in `whole` of the working directory, with all that it is made from."""
-    shutil.copytree(undisturbed, tmp_path, dirs_exist_ok=True)
-    monkeypatch.chdir(tmp_path)
+    finished_run.rename("whole")
     return made(Path("whole"))
 
 
@@ -202,8 +190,8 @@ def flip(path: Path, place: int, bit: int = 1) -> None:
     path.write_bytes(content)
 
 
-# The length of the header, its first character, a name, and the numbers at the end.
-FLIPS = [(0, 0), (3, 0), (6, 0), (8, 4), (12, 0), (40, 2), (60, 2), (-1, 6)]
+# The length of the header, its first character, a name, and the numbers at the end; test_fuzz.py damages every place.
+FLIPS = [(0, 0), (8, 4), (40, 2), (-1, 6)]
 
 
 @pytest.mark.parametrize(("place", "bit"), FLIPS)
@@ -252,7 +240,7 @@ def test_damaged_windows_name_the_command_that_makes_them_anew(whole: dict[str, 
 
 
 @pytest.mark.parametrize("kind", ["calibration", "quantized", "packed"])
-@pytest.mark.parametrize("place", [0, 30, 200])
+@pytest.mark.parametrize("place", [0, 200])
 def test_a_damaged_manifest_names_a_command_that_mends_it(whole: dict[str, Any], kind: str, place: int) -> None:
     flip(Path("whole", kind, "manifest.json"), place, bit=7)
     line = refused("eval-ppl", "whole")
@@ -276,7 +264,7 @@ def test_a_damaged_tokenizer_is_one_line(whole: dict[str, Any]) -> None:
     for place in range(20, 60, 7):
         flip(Path("whole/packed/tokenizer.json"), place)
         line = refused("eval-ppl", "whole")
-        assert "packed/tokenizer.json cannot be read" in line or "has no tokenizer that can be loaded" in line
+        assert "packed/tokenizer.json cannot be read" in line or "its tokenizer cannot be loaded" in line
         flip(Path("whole/packed/tokenizer.json"), place)
 
 
@@ -295,9 +283,8 @@ def test_a_damaged_report_is_named(whole: dict[str, Any]) -> None:
 )
 @pytest.mark.parametrize("place", [0, 8, 40])
 def test_damaged_work_is_named_or_gone_on_from(
-    whole: dict[str, Any], interrupted_at: Callable[..., Any], name: str, place: int
+    whole: dict[str, Any], interrupted_run: tuple[str, ...], name: str, place: int
 ) -> None:
-    assert interrupted_at("model.layers.1", 3, *QUANTIZE, "out").exit_code == 130
     path = Path("out/quantized.partial/work", name)
     flip(path, place, bit=7)
     result = run(*QUANTIZE, "out")

@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 from helpers import tiny_models
-from helpers.commands import FINETUNE, run
+from helpers.commands import FINETUNE, add_settings, run
 from safetensors.torch import load_file, save_file
 from typer.testing import Result
 
@@ -22,11 +22,10 @@ from aqlm_cli.spec.units import parse_duration
 
 
 @pytest.fixture
-def made(run_file: Path) -> Path:
+def made(finished_run: Path) -> Path:
     """A quantized run, with settings for finetuning."""
-    run_file.write_text(run_file.read_text() + FINETUNE)
-    assert run("quantize", "--config", "run.yaml", "--out", "run").exit_code == 0
-    return Path("run")
+    add_settings(finished_run, FINETUNE)
+    return finished_run
 
 
 def contents(directory: Path) -> dict[str, bytes]:

@@ -41,14 +41,14 @@ from aqlm_cli.spec.cost import (
 from aqlm_cli.spec.plan import Target
 from aqlm_cli.spec.run_file import build_config
 from aqlm_cli.spec.schemes import parse_scheme
-from aqlm_cli.spec.time_estimate import _makespan
+from aqlm_cli.spec.time_estimate import Rates, quantization_seconds
 from aqlm_cli.spec.units import parse_bytes
 
 QUICK: dict[str, Any] = {
     "threads": 1,
     "calibrate": {"data": "builtin:4", "sequence_length": 16, "statistics_sequences": 1},
     "quantize": {
-        "search": {"rounds": 1, "ldlq_rounds": 1, "kmeans_iterations": 1, "beam": 2, "final_beam": 2},
+        "aqlm": {"rounds": 1, "ldlq_rounds": 1, "kmeans_iterations": 1, "beam": 2, "final_beam": 2},
         "fit": {"epochs": 0},
     },
 }
@@ -128,6 +128,7 @@ def test_the_planned_sizes_are_those_of_the_files(
         assert stored == counted
 
 
+@pytest.mark.usefixtures("benchmark")
 def test_a_model_of_70_billion_weights_is_planned_from_its_config_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -164,6 +165,7 @@ def test_a_plan_says_so_where_there_are_no_weights(command: tuple[str, ...], kep
     assert alone.exit_code == 0 and alone.output.count(line) == 1
 
 
+@pytest.mark.usefixtures("benchmark")
 def test_no_weight_is_read_for_a_plan(run_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(digests, "digest_file", lambda path: pytest.fail(f"{path} was read"))
     monkeypatch.setattr(model_source, "read_tensor", lambda *_: pytest.fail("a tensor was read"))
@@ -196,10 +198,15 @@ def test_layers_that_share_an_input_share_its_second_moment(tmp_path: Path) -> N
     assert sorted(known.shape.blocks[0].input_widths) == [64, 64, 64, 128]
 
 
-def test_the_longest_matrix_is_begun_first() -> None:
-    assert _makespan([1, 1, 1, 3], workers=2) == 3
-    assert _makespan([2, 2, 2], workers=2) == 4
-    assert _makespan([2, 2, 2], workers=1) == 6
+@pytest.mark.parametrize(("times", "workers", "seconds"), [([1, 1, 1, 3], 2, 3), ([2, 2, 2], 2, 4), ([2, 2, 2], 1, 6)])
+def test_the_longest_matrix_is_begun_first(times: list[float], workers: int, seconds: float) -> None:
+    shapes = [(8 * number, 8) for number in range(1, len(times) + 1)]
+    targets = tuple(Target(f"{out}", "linear", out, width, parse_scheme("2x8g8"), None) for out, width in shapes)
+    model = ModelShape((BlockShape(targets, 0),), outside=0, vocabulary=1, hidden=1)
+    work = work_of(build_config(None, None, {"model": "any"}), windows=8, workers=workers, product_bytes=2)
+    nothing = dict.fromkeys(("forward", "quantized_forward", "step", "moment", "weight", "coupling", "character"), 0.0)
+    rates = Rates(**nothing, byte=0.0, matrices=dict(zip(shapes, times, strict=True)))
+    assert quantization_seconds(model, work, rates) == seconds
 
 
 # --------------------------------------------------------------------------------------------------------------- limits
@@ -238,6 +245,7 @@ def test_a_block_that_stays_in_16_bits_hides_none_of_the_others() -> None:
 
 
 @pytest.mark.parametrize("flags", [("--scheme", "1x4g24"), ("--method", "rtn", "--scheme", "int2g192")])
+@pytest.mark.usefixtures("benchmark")
 def test_groups_of_any_size_are_timed_for_matrices_of_any_size(tmp_path: Path, flags: tuple[str, ...]) -> None:
     config = {**LLAMA_3_70B, "hidden_size": 960, "intermediate_size": 1920, "num_hidden_layers": 1, "vocab_size": 100}
     config |= {"num_attention_heads": 15, "num_key_value_heads": 5}

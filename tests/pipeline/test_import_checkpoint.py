@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 from helpers import tiny_models
-from helpers.commands import FINETUNE, made, refused, run
+from helpers.commands import FINETUNE, add_settings, made, refused, run
 from helpers.packing import logits, relative_rms, stock_logits
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -28,11 +28,10 @@ SHORT = ("--threads", "1", "--steps", "6", "--batch", "2", "--sequence-length", 
 
 
 @pytest.fixture
-def quantized(run_file: Path) -> Path:
+def quantized(finished_run: Path) -> Path:
     """A run of ours, with settings for finetuning."""
-    run_file.write_text(run_file.read_text() + FINETUNE)
-    assert run("quantize", "--config", "run.yaml", "--out", "run").exit_code == 0
-    return Path("run")
+    add_settings(finished_run, FINETUNE)
+    return finished_run
 
 
 @pytest.fixture

@@ -30,7 +30,7 @@ from aqlm_cli.pipeline.stages.pack import pack
 from aqlm_cli.pipeline.stages.quantize import quantize
 from aqlm_cli.quantization import block_inputs, parallel
 from aqlm_cli.quantization.block_inputs import CalibrationPass
-from aqlm_cli.quantization.methods import MATRIX_KINDS, CompressedMatrix
+from aqlm_cli.quantization.methods import rtn
 from aqlm_cli.quantization.solvers.hessian import LayerStatistics
 from aqlm_cli.quantization.training.block import fit_block, tuned_parameters
 from aqlm_cli.runs.artifact import Artifact, open_artifact
@@ -41,7 +41,8 @@ from aqlm_cli.seeds import generator
 from aqlm_cli.spec.config import RunConfig
 from aqlm_cli.spec.plan import Plan
 from aqlm_cli.spec.run_file import build_config
-from aqlm_kernels import AdditiveLinear, choose, smallest
+from aqlm_cli.spec.schemes import UniformScheme
+from aqlm_kernels import MATRIX_KINDS, AdditiveLinear, Matrix, choose, smallest
 
 WINDOWS, LENGTH = 12, 32
 QUICK = {"kmeans_iterations": 2, "rounds": 2, "ldlq_rounds": 1, "beam": 2, "final_beam": 2}
@@ -62,7 +63,9 @@ def in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def settings(model: Path, **section: Any) -> RunConfig:
-    given = {"scheme": "2x4g8", "statistics_sequences": 8, "batch": 4, "search": QUICK, "fit": FIT, **section}
+    given = {"scheme": "2x4g8", "statistics_sequences": 8, "batch": 4, "fit": FIT, **section}
+    if section.get("method", "aqlm") == "aqlm":
+        given = {"aqlm": QUICK, **given}
     calibration = {"data": f"a.txt:{WINDOWS}", "sequence_length": LENGTH, "statistics_sequences": 2}
     return build_config(None, None, {"model": str(model), "calibrate": calibration, "quantize": given})
 
@@ -89,9 +92,9 @@ def files(directory: str = "run") -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "manifest.json"}
 
 
-def matrices(directory: str = "run") -> dict[str, CompressedMatrix]:
+def matrices(directory: str = "run") -> dict[str, Matrix]:
     """Every compressed matrix of all blocks, by the path of its layer."""
-    found: dict[str, CompressedMatrix] = {}
+    found: dict[str, Matrix] = {}
     for path in sorted((Path(directory) / "quantized").glob("block-*.safetensors")):
         for name, kind in json.loads(read_metadata(path)["kinds"]).items():
             found[name] = MATRIX_KINDS[kind].from_tensors(load_tensors(path, f"{name}."))
@@ -128,8 +131,9 @@ def windows() -> Tensor:
 # ------------------------------------------------------------------------------------------------------- end to end
 
 
-@pytest.mark.parametrize("family", tiny_models.FAMILIES)
-def test_every_family_goes_from_text_to_a_checkpoint_that_computes_alike(
+# Without and with biases, and blocks of two kinds; tests/models/test_families.py takes every family the same way.
+@pytest.mark.parametrize("family", ["llama", "opt", "gemma3_text"])
+def test_a_model_goes_from_text_to_a_checkpoint_that_computes_alike(
     family: str, tmp_path: Path, in_float32: None
 ) -> None:
     model = tiny_models.save(family, tmp_path / "model")
@@ -170,10 +174,32 @@ def test_every_method_is_served(method: str, scheme: str, tmp_path: Path) -> Non
     assert report.stored_bits == pytest.approx(sum(matrix.bits() for matrix in matrices().values()) / weights)
 
 
+def test_grids_of_rtn_are_fitted_where_the_run_file_asks_and_never_otherwise(tmp_path: Path, in_float32: None) -> None:
+    model = tiny_models.save("opt", tmp_path / "model")
+    rounded = {"method": "rtn", "scheme": "int3g16"}
+    run(settings(model, **rounded, fit={**FIT, "epochs": None}))
+    original = load_network(resolve(str(model)), torch.float32)
+    for path, matrix in matrices().items():
+        weight = original.get_submodule(path).weight
+        again = rtn.quantize(weight, LayerStatistics(torch.eye(1), 1), UniformScheme(3, 16), torch.Generator(), None)
+        assert all(torch.equal(tensor, again.tensors()[name]) for name, tensor in matrix.tensors().items()), path
+    for name, values in vectors().items():
+        assert torch.equal(values, original.get_parameter(name).half().float())
+
+    events: list[Event] = []
+    run(settings(model, **rounded, fit={**FIT, "epochs": 2}), "fitted", events=events)
+    assert all(event.gain > 0 for event in events if isinstance(event, BlockQuantized))
+    unfitted = matrices()
+    for path, matrix in matrices("fitted").items():
+        tensors, before = matrix.tensors(), unfitted[path].tensors()
+        assert not torch.equal(tensors["scales"], before["scales"]) and tensors["scales"].dtype == torch.float16
+        assert all(torch.equal(tensors[name], before[name]) for name in tensors.keys() - {"scales"})
+
+
 def test_the_recipe_of_the_paper_is_served_and_leaves_more_error(tmp_path: Path) -> None:
     model = tiny_models.save("llama", tmp_path / "model")
     ours = run(settings(model))
-    theirs = run(settings(model, search={**QUICK, "recipe": "published", "adam_steps": 5}), "other")
+    theirs = run(settings(model, aqlm={**QUICK, "algorithm": "reference", "adam_steps": 5}), "other")
     assert ours.mean_relative_error < theirs.mean_relative_error < 1
 
 
@@ -703,7 +729,7 @@ def test_a_quantized_block_computes_with_what_is_stored(llama: Path, monkeypatch
         assert len(modules) == 7 and not linears(block, "")
         for path, module in modules.items():
             stored = matrices()[f"model.layers.{index}.{path}"]
-            for name, tensor in module.matrix.tensors().items():
+            for name, tensor in module.matrix().tensors().items():
                 assert torch.equal(tensor, stored.tensors()[name])
         for name, values in tuned_parameters(block, f"model.layers.{index}").items():
             if values.ndim == 1 and name in vectors():

@@ -1,4 +1,4 @@
-"""Killed at any instant, the same command goes on and ends in the same bytes."""
+"""Killed at any instant, Run the same command to resume and ends in the same bytes."""
 
 from __future__ import annotations
 
@@ -24,8 +24,11 @@ DRIVER = """
 # Whole commands in children of one process that has imported all they need, and has no threads yet.
 import json, os, signal, sys
 import aqlm_cli.pipeline.order
+from aqlm_cli.pipeline.stages import plan
 from helpers import commands
 from transformers import AutoModelForCausalLM
+
+plan.measure_rates = lambda *_: commands.RATES  # to time this machine would be a quarter of the work
 
 def in_child(out, *, log=None, kill_at=None, delay=0.0):
     pid = os.fork()
@@ -118,55 +121,47 @@ def test_25_kills_at_random_instants(stage: str, driver: Driver) -> None:
         assert commands.made(out) == expected
 
 
-def test_finished_blocks_and_matrices_are_not_done_again(run_file: Path, interrupted_at: Callable[..., Any]) -> None:
-    arguments = "quantize", "--config", str(run_file), "--out"
-    whole = commands.run(*arguments, "whole").output
-    total = whole.count("model.layers.")
-    assert total == 2 * 7
-
-    stopped = interrupted_at("model.layers.1", 3, *arguments, "stopped")  # two matrices of the second block are whole
+def test_finished_blocks_and_matrices_are_not_done_again(
+    finished_run: Path, interrupted_at: Callable[..., Any]
+) -> None:
+    command = "quantize", "--config", "run.yaml", "--out", "stopped"
+    stopped = interrupted_at("model.layers.1", 3, *command)  # two matrices of the second block are whole
     assert stopped.exit_code == 130 and "Run the same command to resume" in stopped.output
-    resumed = commands.run(*arguments, "stopped").output
+    resumed = commands.run(*command).output
     assert "stopped/quantized.partial holds 1 of 2 blocks; resuming after them" in resumed
-    assert resumed.count("model.layers.") == total - 7 - 2
-    assert commands.made("stopped") == commands.made("whole")
+    assert resumed.count("model.layers.") == 7 - 2
+    assert commands.made("stopped") == commands.made(finished_run)
 
 
-@pytest.fixture
-def half_done(run_file: Path, interrupted_at: Callable[..., Any]) -> tuple[str, ...]:
-    """A command that was interrupted after the first of two blocks, in `out`."""
-    arguments = "quantize", "--config", str(run_file), "--out", "out"
-    assert interrupted_at("model.layers.1", 1, *arguments).exit_code == 130
-    return arguments
-
-
-def test_work_of_other_settings_is_refused_and_named(half_done: tuple[str, ...]) -> None:
-    other = commands.run(*half_done, "--scheme", "3x4g8")
+def test_work_of_other_settings_is_refused_and_named(interrupted_run: tuple[str, ...]) -> None:
+    other = commands.run(*interrupted_run, "--scheme", "3x4g8")
     assert other.exit_code == 1 and "scheme" in other.output and "--overwrite" in other.output
-    assert "1 of 2 blocks" in commands.run(*half_done).output
+    assert "1 of 2 blocks" in commands.run(*interrupted_run).output
 
 
-def test_another_calibration_is_not_mixed_in(half_done: tuple[str, ...]) -> None:
+def test_another_calibration_is_not_mixed_in(interrupted_run: tuple[str, ...]) -> None:
     begun = Path("out/quantized.partial/work/begun.json")
     found = json.loads(begun.read_bytes())
     found["made from"]["calibration"] = "0" * 64
     begun.write_text(json.dumps(found))
-    result = commands.run(*half_done)
+    result = commands.run(*interrupted_run)
     assert result.exit_code == 1
     assert "quantized.partial was started with made from.calibration 0000" in result.output
-    assert commands.run(*half_done, "--overwrite").exit_code == 0
+    assert commands.run(*interrupted_run, "--overwrite").exit_code == 0
 
 
-def test_hidden_states_of_another_size_are_refused(half_done: tuple[str, ...]) -> None:
+def test_hidden_states_of_another_size_are_refused(interrupted_run: tuple[str, ...]) -> None:
     os.truncate("out/quantized.partial/work/hidden-001.activations", 100)
-    result = commands.run(*half_done)
+    result = commands.run(*interrupted_run)
     assert result.exit_code == 1 and "hidden-001.activations has 100 bytes, not" in result.output
     assert "remove out/quantized.partial/work to start again" in result.output
     shutil.rmtree("out/quantized.partial/work")
-    assert commands.run(*half_done).exit_code == 0
+    assert commands.run(*interrupted_run).exit_code == 0
 
 
-def test_what_is_half_removed_is_not_gone_on_from(half_done: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_half_removed_is_not_gone_on_from(
+    interrupted_run: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Killed while the work of other settings is given up, and then those first settings are wanted again."""
     remove = shutil.rmtree
 
@@ -176,14 +171,13 @@ def test_what_is_half_removed_is_not_gone_on_from(half_done: tuple[str, ...], mo
         remove(path, *arguments, **options)
 
     monkeypatch.setattr(shutil, "rmtree", interrupted)
-    assert commands.run(*half_done, "--scheme", "3x4g8", "--overwrite").exit_code == 130
-    monkeypatch.undo()
-    os.chdir(Path(half_done[2]).parent)
-    result = commands.run(*half_done, "--overwrite")
+    assert commands.run(*interrupted_run, "--scheme", "3x4g8", "--overwrite").exit_code == 130
+    monkeypatch.setattr(shutil, "rmtree", remove)
+    result = commands.run(*interrupted_run, "--overwrite")
     assert result.exit_code == 0 and "resuming after them" not in result.output
 
 
-def test_another_machine_is_not_mixed_in(half_done: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_machine_is_not_mixed_in(interrupted_run: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(block_inputs, "compute_dtype", lambda device: torch.float64)
-    result = commands.run(*half_done)
+    result = commands.run(*interrupted_run)
     assert result.exit_code == 1 and "float64 asked; add --overwrite to start again" in result.output

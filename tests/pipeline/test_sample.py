@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.commands import refused, run
+from helpers.commands import add_settings, refused, run
 from safetensors.torch import load_file
 from torch import Tensor
 from typer.testing import Result
@@ -32,11 +32,10 @@ LENGTH = 16
 
 
 @pytest.fixture
-def made(run_file: Path) -> Path:
+def made(finished_run: Path) -> Path:
     """A quantized run, with settings for finetuning."""
-    run_file.write_text(run_file.read_text() + SECTION)
-    assert run("quantize", "--config", "run.yaml", "--out", "run").exit_code == 0
-    return Path("run")
+    add_settings(finished_run, SECTION)
+    return finished_run
 
 
 def text(directory: Path) -> Tensor:

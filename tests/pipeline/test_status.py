@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from collections.abc import Callable
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -102,9 +103,10 @@ def test_a_run_goes_from_not_begun_over_interrupted_to_finished(
     assert "next: aqlm eval-ppl out" in commands.run("status", "out").output
 
 
-def test_the_time_left_is_that_of_the_steps_so_far(run_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_time_left_is_that_of_the_steps_so_far(finished_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Four blocks of ten were there before; two more took 60 seconds, 10 seconds ago: four of 30 seconds are left."""
-    commands.run("calibrate", "--config", str(run_file), "--out", "out")
+    shutil.rmtree(finished_run / "quantized")
+    shutil.rmtree(finished_run / "packed")
     now = datetime.now().astimezone()
     log = [
         {"event": "Began", "time": (now - timedelta(seconds=80)).isoformat(), "process": 7},
@@ -117,12 +119,12 @@ def test_the_time_left_is_that_of_the_steps_so_far(run_file: Path, monkeypatch: 
         },
         {"event": "Advanced", "time": (now - timedelta(seconds=10)).isoformat(), "done": 6},
     ]
-    Path("out/logs/quantize.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
+    (finished_run / "logs/quantize.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
     monkeypatch.setattr(
         stage_module, "holder", lambda run: Holder(7, "process 7")
     )  # for this one holds no lock against itself
-    with exclusive(Path("out")):
-        found = status(Path("out")).stages[1]
+    with exclusive(finished_run):
+        found = status(finished_run).stages[1]
     assert (found.state, found.done, found.total) == ("running", 6, 10)
     assert found.seconds_left == pytest.approx(4 * 30 - 10, abs=2)
 
@@ -132,7 +134,6 @@ def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
     assert result.exit_code == 1 and "is not a run directory" in result.output
 
 
-def test_a_damaged_artifact_shows(run_file: Path) -> None:
-    commands.run("calibrate", "--config", str(run_file), "--out", "out")
-    os.truncate("out/calibration/windows.safetensors", 10)
-    assert "damaged: out/calibration/windows.safetensors has 10 bytes" in commands.run("status", "out").output
+def test_a_damaged_artifact_shows(finished_run: Path) -> None:
+    os.truncate(finished_run / "calibration/windows.safetensors", 10)
+    assert "damaged: run/calibration/windows.safetensors has 10 bytes" in commands.run("status", "run").output

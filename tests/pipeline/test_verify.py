@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -11,22 +12,19 @@ from safetensors.torch import load_file
 from aqlm_cli.runs.files import read_metadata, save_tensors
 
 
-@pytest.fixture
-def made(run_file: Path) -> Path:
-    assert run("quantize", "--config", "run.yaml", "--out", "run").exit_code == 0
-    return Path("run")
+def contents(directory: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in directory.rglob("*") if path.is_file() and "logs" not in path.parts}
 
 
-def test_a_run_that_is_as_it_was_written_is_sound(made: Path) -> None:
-    before = {path: path.read_bytes() for path in made.rglob("*") if path.is_file() and "logs" not in path.parts}
+def test_a_run_that_is_as_it_was_written_is_sound(finished_run: Path) -> None:
+    before = contents(finished_run)
     result = run("verify", "run", "--json")
     told = json.loads(result.stdout)
-    files = [path for path in made.glob("*/*") if path.parent.name in ("calibration", "quantized", "packed")]
+    files = [path for path in finished_run.glob("*/*") if path.parent.name in ("calibration", "quantized", "packed")]
     assert told["files"] == len([path for path in files if path.name != "manifest.json"])
     assert told["layer"].startswith("model.layers.")
     assert "next: aqlm eval-ppl run" in result.stderr and "is sound" in result.stderr
-    after = {path: path.read_bytes() for path in made.rglob("*") if path.is_file() and "logs" not in path.parts}
-    assert after == before
+    assert contents(finished_run) == before
 
 
 @pytest.mark.parametrize(
@@ -38,10 +36,10 @@ def test_a_run_that_is_as_it_was_written_is_sound(made: Path) -> None:
         ("packed/tokenizer.json", "aqlm pack run --overwrite"),
     ],
 )
-def test_one_flipped_bit_is_found_and_what_mends_it_is_named(made: Path, name: str, command: str) -> None:
-    content = bytearray((made / name).read_bytes())
+def test_one_flipped_bit_is_found_and_what_mends_it_is_named(finished_run: Path, name: str, command: str) -> None:
+    content = bytearray((finished_run / name).read_bytes())
     content[-3] ^= 1
-    (made / name).write_bytes(content)
+    (finished_run / name).write_bytes(content)
     message = refused("verify", "run")
     assert f"run/{name} is damaged" in message and f"`{command}`" in message
     assert run(*command.split()[1:]).exit_code == 0
@@ -50,24 +48,24 @@ def test_one_flipped_bit_is_found_and_what_mends_it_is_named(made: Path, name: s
     assert run("verify", "run").exit_code == 0
 
 
-def test_codes_that_are_not_the_models_are_found_though_every_digest_fits(made: Path) -> None:
+def test_codes_that_are_not_the_models_are_found_though_every_digest_fits(finished_run: Path) -> None:
     layer = json.loads(run("verify", "run", "--json").stdout)["layer"]
-    path = next(path for path in (made / "quantized").glob("block-*") if f"{layer}.codes" in load_file(path))
+    path = next(path for path in (finished_run / "quantized").glob("block-*") if f"{layer}.codes" in load_file(path))
     tensors, about = load_file(path), read_metadata(path)
     tensors[f"{layer}.codes"] = tensors[f"{layer}.codes"].flip(0)
     save_tensors(path, tensors, about)
-    manifest = json.loads((made / "quantized/manifest.json").read_text())
+    manifest = json.loads((finished_run / "quantized/manifest.json").read_text())
     manifest["files"][path.name]["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
-    (made / "quantized/manifest.json").write_text(json.dumps(manifest))
-    for child in made.glob("packed*/**/*"):
+    (finished_run / "quantized/manifest.json").write_text(json.dumps(manifest))
+    for child in finished_run.glob("packed*/**/*"):
         child.unlink()
-    (made / "packed").rmdir()
+    (finished_run / "packed").rmdir()
     message = refused("verify", "run")
     assert message.startswith(f"error: {layer}: quantized again, ") and "aqlm quantize" in message
 
 
-def test_what_another_machine_quantized_is_not_quantized_again(made: Path) -> None:
-    path = made / "quantized/manifest.json"
+def test_what_another_machine_quantized_is_not_quantized_again(finished_run: Path) -> None:
+    path = finished_run / "quantized/manifest.json"
     manifest = json.loads(path.read_text())
     manifest["results"]["machine"]["products"] = "float8"
     path.write_text(json.dumps(manifest))
@@ -76,11 +74,13 @@ def test_what_another_machine_quantized_is_not_quantized_again(made: Path) -> No
     assert "another kind of machine" in result.stderr
 
 
-def test_the_layer_is_chosen_by_the_seed(made: Path) -> None:
-    layers = set()
-    for seed in range(3):
-        run("quantize", "--config", "run.yaml", "--seed", str(seed), "--out", f"run-{seed}")
-        layers.add(json.loads(run("verify", f"run-{seed}", "--json").stdout)["layer"])
+def test_the_seed_chooses_the_layer_and_the_codes_of_another_seed_are_refused(finished_run: Path) -> None:
+    path, layers = finished_run / "run.yaml", set()
+    for seed in range(1, 4):
+        path.write_text(re.sub(r"seed: \d+", f"seed: {seed}", path.read_text()))
+        line = refused("verify", "run")
+        assert "quantized again, " in line
+        layers.add(line.split(": ")[1])
     assert len(layers) > 1
 
 

@@ -12,13 +12,13 @@ from aqlm_cli.quantization.methods import aqlm, aqlm_original
 from aqlm_cli.quantization.solvers.code_search import code_search
 from aqlm_cli.quantization.solvers.codebooks import Approximation
 from aqlm_cli.quantization.solvers.hessian import LayerStatistics
-from aqlm_cli.spec.config import SearchConfig
+from aqlm_cli.spec.methods.aqlm import AqlmSettings
 from aqlm_cli.spec.schemes import AdditiveScheme
 from aqlm_kernels import AdditiveMatrix
 
 ROWS, FEATURES = 32, 64
 SCHEME = AdditiveScheme(2, 4, 4)
-SETTINGS = SearchConfig(recipe="published")
+SETTINGS = AqlmSettings(algorithm="reference")
 SEARCH = code_search(torch.device("cpu"))
 
 
@@ -55,7 +55,7 @@ def test_training_is_amsgrad_adam_on_the_loss_of_the_paper() -> None:
     """Against torch's own gradients of tr((W^ - W) H (W^ - W)^T) / out."""
     weight, statistics = layer()
     start = aqlm_original._start(weight, SCHEME, draw(), SETTINGS, SEARCH)
-    settings = SearchConfig(recipe="published", adam_steps=20, adam_learning_rate=1e-3)
+    settings = AqlmSettings(algorithm="reference", adam_steps=20, adam_learning_rate=1e-3)
     trained = aqlm_original._train(weight, statistics.second_moment, start, settings, SEARCH)
     codebooks, scales = start.codebooks.clone().requires_grad_(), start.scales.clone().requires_grad_()
     optimizer = torch.optim.Adam([codebooks, scales], lr=1e-3, betas=(0.0, 0.95), amsgrad=True)
@@ -126,7 +126,7 @@ def test_it_ends_at_the_first_pass_that_gains_too_little(tolerance: float, monke
         return losses[-1]
 
     monkeypatch.setattr(aqlm_original, "_loss", noted)
-    settings = SearchConfig(recipe="published", tolerance=tolerance)
+    settings = AqlmSettings(algorithm="reference", tolerance=tolerance)
     found = aqlm.quantize(weight, statistics, SCHEME, draw(), settings)
     gains = [1 - after / before for before, after in pairwise(losses)]
     assert all(gain > tolerance for gain in gains[:-1]) and gains[-1] <= tolerance
@@ -137,7 +137,7 @@ def test_a_loss_that_is_no_number_ends_it(monkeypatch: pytest.MonkeyPatch) -> No
     weight, statistics = layer()
     losses = iter([1.0, 0.5, torch.nan])
     monkeypatch.setattr(aqlm_original, "_loss", lambda *_: next(losses))  # StopIteration where a fourth is asked
-    aqlm.quantize(weight, statistics, SCHEME, draw(), SearchConfig(recipe="published", adam_steps=1))
+    aqlm.quantize(weight, statistics, SCHEME, draw(), AqlmSettings(algorithm="reference", adam_steps=1))
 
 
 def found_as(matrix: AdditiveMatrix) -> Approximation:
@@ -149,7 +149,7 @@ def test_our_recipe_leaves_far_less_error(seed: int) -> None:
     weight, statistics = layer(seed)
     errors = [
         statistics.relative_error(weight, aqlm.quantize(weight, statistics, SCHEME, draw(), settings).dequantize())
-        for settings in (SearchConfig(), SETTINGS)
+        for settings in (AqlmSettings(), SETTINGS)
     ]
     assert errors[0] < 0.7 * errors[1]
     assert errors[1] < 0.05
@@ -157,7 +157,7 @@ def test_our_recipe_leaves_far_less_error(seed: int) -> None:
 
 def test_the_generator_alone_decides() -> None:
     weight, statistics = layer()
-    settings = SearchConfig(recipe="published", adam_steps=5)
+    settings = AqlmSettings(algorithm="reference", adam_steps=5)
     first, again = (aqlm.quantize(weight, statistics, SCHEME, draw(), settings) for _ in range(2))
     other = aqlm.quantize(weight, statistics, SCHEME, torch.Generator().manual_seed(1), settings)
     assert all(torch.equal(tensor, again.tensors()[name]) for name, tensor in first.tensors().items())

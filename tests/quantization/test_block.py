@@ -328,9 +328,9 @@ def test_what_was_fitted_is_brought_into_the_range_of_float16_before_it_is_round
     block.first.codebooks.data *= 2.0**21
     block.first.scales.data *= 2.0**-21
     before = state(block)
-    wanted = block.first.matrix.dequantize()
+    wanted = block.first.matrix().dequantize()
     round_block(block)
-    torch.testing.assert_close(block.first.matrix.dequantize(), wanted, rtol=1e-3, atol=0)
+    torch.testing.assert_close(block.first.matrix().dequantize(), wanted, rtol=1e-3, atol=0)
     assert all(torch.equal(tensor, tensor.half().float()) for tensor in tuned_parameters(block).values())
     assert changed(before, state(block)) >= {"first.codebooks", "first.scales"}
 
@@ -341,4 +341,4 @@ def test_fitting_goes_the_same_way_wherever_the_power_of_two_lies() -> None:
     blocks[1].first.scales.data *= 2.0**8
     errors = [fit(block) for block in blocks]
     assert errors[1] == pytest.approx(errors[0], rel=1e-4) and errors[0][1] < errors[0][0]
-    torch.testing.assert_close(*(block.first.matrix.dequantize() for block in blocks), rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(*(block.first.matrix().dequantize() for block in blocks), rtol=1e-3, atol=1e-5)

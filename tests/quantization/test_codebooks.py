@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -201,6 +201,7 @@ def test_where_the_entries_add_up_to_zero_the_scale_is_kept(present: Approximati
 # ----------------------------------------------------------------------------------------------------- any shape of it
 
 
+@settings(max_examples=60)  # one takes a tenth of a second
 @given(
     rows=st.integers(1, 40),
     groups=st.integers(1, 20),

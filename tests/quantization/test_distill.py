@@ -15,7 +15,6 @@ from aqlm_cli.quantization.training.distill import (
     ChunkedDivergence,
     Distillation,
     Training,
-    _chosen,
     begin,
     one_step,
     train,
@@ -169,7 +168,17 @@ def test_a_stored_training_goes_on_to_the_same_bits(stop: int) -> None:
 
 
 def test_every_epoch_has_every_window_once_in_an_order_of_its_own() -> None:
-    chosen = torch.cat([_chosen(step, 4, windows=10, seed=0) for step in range(10)]).tolist()
+    student, data = lesson(windows=4 + 10)
+    seen: list[Tensor] = []
+    teacher = data.teacher
+    data = dataclasses.replace(data, teacher=lambda ids: seen.append(ids) or teacher(ids))
+    section = settings(steps=10)
+    training = begin(data, dict(student.named_parameters()), {}, section)
+    for _ in range(10):
+        one_step(data, training, section, 0)
+    matches = (torch.cat(seen)[:, None] == data.training).all(2)  # [40, windows]
+    chosen = matches.long().argmax(1).tolist()
+    assert bool((matches.sum(1) == 1).all())
     epochs = [chosen[first : first + 10] for first in range(0, 40, 10)]
     assert all(Counter(epoch) == Counter(range(10)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 4

@@ -3,7 +3,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
+import socket
 import subprocess
 import sys
 import time
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.commands import run
+from helpers.commands import add_settings, run
 from safetensors.torch import load_file
 
 from aqlm_cli.quantization.training.distributed import World, own_device
@@ -22,69 +22,92 @@ finetune: {steps: 6, batch: 4, micro_batch: 1, sequence_length: 16, held_out: 3,
 """
 
 
-def command(*arguments: str) -> list[str]:
+def torchrun(*arguments: str) -> str:
+    """What it wrote to stdout, in two processes as a user starts them."""
     launcher = ("torch.distributed.run", "--standalone", "--nproc-per-node=2")
-    return [sys.executable, "-m", *launcher, "-m", "aqlm_cli", *arguments]
-
-
-def together(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(*arguments), capture_output=True, text=True, timeout=300)
-
-
-def succeeded(*arguments: str) -> str:
-    """What it wrote to stdout."""
-    result = together(*arguments)
+    command = [sys.executable, "-m", *launcher, "-m", "aqlm_cli", *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     return result.stdout
 
 
+def start(*arguments: str) -> list[subprocess.Popen[str]]:
+    """The two processes of a command, without the third that torchrun is."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    world = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    world |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    return [
+        subprocess.Popen(
+            [sys.executable, "-m", "aqlm_cli", *arguments],
+            env={**world, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+
+
+def together(*arguments: str) -> tuple[int, str, str]:
+    """Status of the first process, and what both wrote to stdout and to stderr."""
+    processes = start(*arguments)
+    written = [process.communicate(timeout=300) for process in processes]
+    return processes[0].returncode, "".join(out for out, _ in written), "".join(error for _, error in written)
+
+
+def succeeded(*arguments: str) -> str:
+    """What they wrote to stdout."""
+    status, stdout, stderr = together(*arguments)
+    assert status == 0, stderr
+    return stdout
+
+
 @pytest.fixture
-def made(run_file: Path) -> Path:
-    run_file.write_text(run_file.read_text() + SECTION)
-    assert run("quantize", "--config", "run.yaml", "--out", "run").exit_code == 0
-    return Path("run")
+def made(finished_run: Path) -> Path:
+    add_settings(finished_run, SECTION)
+    return finished_run
 
 
-def test_two_processes_come_to_what_one_does(made: Path) -> None:
+@pytest.mark.slow
+def test_two_processes_come_to_what_one_does_and_what_cannot_be_shared_is_refused(made: Path) -> None:
     assert run("finetune", "run").exit_code == 0
     alone = load_file(made / "finetuned/block-000.safetensors")
     told = json.loads((made / "reports/finetune.json").read_text())
-    stdout = succeeded("finetune", "run", "--overwrite", "--json")
+    stdout = torchrun("finetune", "run", "--overwrite", "--json")
     assert stdout.count('{"finetune"') == 1, "the first one alone reports"
     assert json.loads(stdout)["finetune"]["after"] == pytest.approx(told["after"], rel=1e-3)
-    start, both = (load_file(made / f"{name}/block-000.safetensors") for name in ("quantized", "finetuned"))
+    before, both = (load_file(made / f"{name}/block-000.safetensors") for name in ("quantized", "finetuned"))
     for kind in ("codes", "codebooks", "scales", "layernorm.weight"):  # what moved, moved alike
         names = [name for name in alone if name.endswith(kind)]
         moved, apart = (
-            sum(float((alone[name].float() - other[name].float()).norm()) for name in names) for other in (start, both)
+            sum(float((alone[name].float() - other[name].float()).norm()) for name in names) for other in (before, both)
         )
         assert apart < 0.2 * moved, kind
+    reuse = succeeded("finetune", "run")
+    assert "already" in reuse, "and the second process does not wait for ever"
+    status, _, stderr = together("finetune", "run", "--batch", "3", "--overwrite")
+    assert status != 0 and "--batch 3 is not the same for each of 2 processes" in stderr
 
 
+@pytest.mark.slow
 def test_what_two_began_two_go_on_with_and_nobody_else(made: Path) -> None:
     shutil.copytree(made, "whole")
     succeeded("finetune", "whole", "--steps", "40")
     state = made / "finetuned.partial/work/training.safetensors"
-    running = subprocess.Popen(command("finetune", "run", "--steps", "40"))
+    running = start("finetune", "run", "--steps", "40")
     while not state.exists():
         time.sleep(0.02)
-        assert running.poll() is None
-    workers = Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text().split()
-    for process in (running.pid, *map(int, workers)):  # torchrun gives each of them a session of its own
-        os.kill(process, signal.SIGKILL)
-    running.wait()
+        assert running[0].poll() is None
+    for process in running:
+        process.kill()
+        process.communicate()
     alone = run("finetune", "run", "--steps", "40")
     assert alone.exit_code == 1 and "machine.processes 2 there, None asked" in alone.stderr
     assert "going on after them" in succeeded("finetune", "run", "--steps", "40")
     for path in Path("whole/finetuned").glob("*.safetensors"):
         assert path.read_bytes() == (made / "finetuned" / path.name).read_bytes()
-
-
-def test_what_is_there_is_reused_and_what_cannot_be_shared_refused(made: Path) -> None:
-    succeeded("finetune", "run")
-    assert "exists already" in succeeded("finetune", "run"), "and the second process does not wait for ever"
-    refused = together("finetune", "run", "--batch", "3", "--overwrite")
-    assert refused.returncode != 0 and "--batch 3 is not the same for each of 2 processes" in refused.stderr
 
 
 @pytest.mark.parametrize(("size", "seen"), [("1", True), ("2", False)])

@@ -9,14 +9,15 @@ import torch
 from torch import Tensor
 
 from aqlm_cli.errors import QuantizationError
-from aqlm_cli.quantization.methods import MATRIX_KINDS, METHODS
+from aqlm_cli.quantization.methods import METHODS
 from aqlm_cli.quantization.parallel import Compressed, Task, compress_all
 from aqlm_cli.quantization.solvers.hessian import LayerStatistics
 from aqlm_cli.seeds import generator
-from aqlm_cli.spec.config import SearchConfig
+from aqlm_cli.spec.methods.aqlm import AqlmSettings
 from aqlm_cli.spec.schemes import parse_scheme
+from aqlm_kernels import MATRIX_KINDS
 
-SETTINGS = SearchConfig(kmeans_iterations=3, rounds=3, ldlq_rounds=1, beam=4, final_beam=4)
+SETTINGS = AqlmSettings(kmeans_iterations=3, rounds=3, ldlq_rounds=1, beam=4, final_beam=4)
 SHAPES = {"q": (32, 64), "k": (16, 64), "up": (48, 64), "down": (64, 48), "wide": (8, 256)}
 
 

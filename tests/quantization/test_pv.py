@@ -236,8 +236,8 @@ def test_a_stored_training_goes_on_to_the_same_codes(state: str) -> None:
     student, data, again = started(section)
     again.restore(kept, facts)
     train(data, again, section, 0, lambda *_: None)
-    for name, tensor in wanted.matrix.tensors().items():
-        assert torch.equal(tensor, student.matrix.tensors()[name]), name
+    for name, tensor in wanted.matrix().tensors().items():
+        assert torch.equal(tensor, student.matrix().tensors()[name]), name
     assert again.changed == whole.changed > facts["changed"]
 
 

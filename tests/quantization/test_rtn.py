@@ -7,16 +7,16 @@ import torch
 from torch import Tensor
 
 from aqlm_cli.errors import QuantizationError
-from aqlm_cli.quantization.methods.rtn import UniformMatrix, quantize
+from aqlm_cli.quantization.methods.rtn import quantize
 from aqlm_cli.quantization.solvers.hessian import LayerStatistics
-from aqlm_cli.spec.config import SearchConfig
 from aqlm_cli.spec.schemes import UniformScheme
+from aqlm_kernels import UniformMatrix
 
 STATISTICS = LayerStatistics(torch.full((64, 64), torch.nan), 1)  # not to be looked at
 
 
 def rounded(weight: Tensor, bits: int = 2, group: int = 16) -> UniformMatrix:
-    return quantize(weight, STATISTICS, UniformScheme(bits, group), torch.Generator(), SearchConfig())
+    return quantize(weight, STATISTICS, UniformScheme(bits, group), torch.Generator(), None)
 
 
 def random(rows: int = 20) -> Tensor:

@@ -25,7 +25,7 @@ threads: 1
 calibrate: {data: "builtin:12", sequence_length: 128, statistics_sequences: 4}
 quantize:
   scheme: 2x4g8
-  search: {rounds: 1, ldlq_rounds: 1, kmeans_iterations: 1, beam: 4, final_beam: 4}
+  aqlm: {rounds: 1, ldlq_rounds: 1, kmeans_iterations: 1, beam: 4, final_beam: 4}
   fit: {epochs: 1, sequences: 4, held_out: 4}
 """
 

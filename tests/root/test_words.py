@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 from helpers.docstrings import FORBIDDEN, ROOT, SOURCES, Docstring, forbidden_words, fragments, lost_modules
 
-PACKAGES = ("kernels/aqlm_kernels/cpu", "kernels/aqlm_kernels/gpu", "src/aqlm_cli/*.py", "src/aqlm_cli/data")
+PACKAGES = (
+    "kernels/aqlm_kernels/cpu",
+    "kernels/aqlm_kernels/gpu",
+    "src/aqlm_cli/*.py",
+    "src/aqlm_cli/data",
+    "src/aqlm_cli/models/[!r]*.py",
+    "src/aqlm_cli/models/r[!e]*.py",
+)
 """Paths and globs of what has been swept."""
 
 EXCEPTIONS = {

@@ -8,9 +8,12 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from aqlm_cli.errors import AqlmError, ConfigError, UsageError
-from aqlm_cli.spec.config import RunConfig
+from aqlm_cli.spec.config import QuantizeConfig, RunConfig
+from aqlm_cli.spec.methods import METHODS
+from aqlm_cli.spec.methods.aqlm import AqlmSettings
 from aqlm_cli.spec.run_file import (
     FINETUNE_PRESETS,
     PRESETS,
@@ -57,9 +60,9 @@ def test_every_shipped_file_is_a_valid_run(path: Path) -> None:
     build_config(None, path, {"model": "any"})
 
 
-def test_the_paper_preset_is_the_published_recipe() -> None:
+def test_the_paper_preset_is_the_algorithm_of_its_authors() -> None:
     quantize = build_config("paper", None, {"model": "any"}).quantize
-    assert (quantize.search.recipe, quantize.search.tolerance) == ("published", 0.01)
+    assert quantize.settings == AqlmSettings(algorithm="reference", kmeans_iterations=100)
     fit = quantize.fit
     assert (fit.learning_rate, fit.learning_rate_unit, fit.batch, fit.epochs) == (1e-4, "absolute", 16, 5)
     assert (fit.sequences, fit.held_out, fit.patience) == (128, 16, 3)
@@ -116,6 +119,10 @@ def settings(draw: st.DrawFn) -> dict[str, Any]:
     uniform = st.builds(UniformScheme, st.integers(2, 8), st.integers(1, 1024))
     method = draw(st.sampled_from(["aqlm", "rtn"]))
     scheme = str(draw(additive if method == "aqlm" else uniform))
+    section = METHODS[method].settings
+    if section is not None:
+        own = section.model_json_schema()
+        drawn = merge(drawn, {"quantize": {method: draw(values(own, own.get("$defs", {})))}})
     sizes = st.one_of(st.none(), st.from_regex(r"[1-9][0-9]{0,3}(\.5)?( ?[KMGT]i?B)?", fullmatch=True))
     limits = {"max_memory": draw(sizes), "max_disk": draw(sizes)}
     budget = draw(st.one_of(st.none(), st.from_regex(r"[1-9][0-9]?h([1-9]m)?", fullmatch=True)))
@@ -155,7 +162,7 @@ def test_merge_goes_into_sections_and_leaves_its_arguments_alone() -> None:
     [
         ("quantize: {shceme: 2x8g8}", "quantize.shceme", "quantize.scheme"),
         ("scheme: 2x8g8", "scheme", "quantize.scheme"),
-        ("calibrate: {final_beam: 4}", "calibrate.final_beam", "quantize.search.final_beam"),
+        ("calibrate: {final_beam: 4}", "calibrate.final_beam", "quantize.aqlm.final_beam"),
         ("quantise: {}", "quantise", "quantize"),
         ("eval-ppl: {dtype: float16}", "eval-ppl.dtype", "eval_ppl.dtype"),
     ],
@@ -172,7 +179,7 @@ def test_an_unknown_key_is_named_with_its_file_and_the_nearest_valid_one(
 @pytest.mark.parametrize(("old", "new"), RENAMED.items())
 def test_a_key_of_an_earlier_version_is_refused_with_its_new_name(tmp_path: Path, old: str, new: str) -> None:
     known = leaves(build_config(None, None, {"model": "tiny"}).model_dump())
-    assert old not in known and new in known
+    assert old not in known and any(f"{key}.".startswith(f"{new}.") for key in known)
     settings: Any = 1
     for name in reversed(old.split(".")):
         settings = {name: settings}
@@ -183,13 +190,65 @@ def test_a_key_of_an_earlier_version_is_refused_with_its_new_name(tmp_path: Path
     assert str(error.value) == f"{path}: `{old}` is now called `{new}`; rename it there"
 
 
+def test_a_value_of_an_earlier_version_is_refused_with_its_new_name(tmp_path: Path) -> None:
+    path = run_file(tmp_path, "quantize: {aqlm: {algorithm: published}}")
+    with pytest.raises(ConfigError) as error:
+        load_run_file(path)
+    new = "the value published of `quantize.aqlm.algorithm` is now called `reference`"
+    assert str(error.value) == f"{path}: {new}; rename it there"
+
+
+@pytest.mark.parametrize(
+    ("quantize", "reason"),
+    [
+        (
+            "{method: rtn, scheme: int2g64, aqlm: {beam: 4}}",
+            "`quantize.aqlm`: settings of method aqlm, but quantize.method is rtn; remove them",
+        ),
+        ("{aqlm: {beam: 3}}", "`quantize.aqlm.beam`: Input should be 2, 4, 8, 16, 32, 64, 128 or 256, found 3"),
+        ("{aqlm: 3}", "`quantize.aqlm`: needs a section of keys and values, or {}, found 3"),
+        ("{method: gptq}", "`quantize.method`: there is no method 'gptq'; choose aqlm or rtn"),
+        ("{beam: 4}", "unknown key `quantize.beam`; nearest valid key is `quantize.aqlm.beam`"),
+    ],
+)
+def test_settings_stand_in_the_section_of_their_method(tmp_path: Path, quantize: str, reason: str) -> None:
+    path = run_file(tmp_path, f"model: any\nquantize: {quantize}\n")
+    with pytest.raises(ConfigError) as error:
+        build_config(None, path, {})
+    assert str(error.value) == f"{path}: {reason}"
+
+
+@pytest.mark.parametrize("given", [{"search": {}}, {"method": "rtn", "scheme": "int2g64", "rtn": {}}])
+def test_a_section_that_no_method_has_is_refused(given: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        QuantizeConfig.model_validate(given)
+
+
+def test_a_flag_for_another_method_leaves_the_settings_of_the_first_behind(tmp_path: Path) -> None:
+    path = run_file(tmp_path, "model: any\nquantize: {method: aqlm, aqlm: {beam: 4}}\n")
+    assert build_config("fast", path, {}).quantize.settings == AqlmSettings.model_validate(
+        {"beam": 4, "kmeans_iterations": 10, "rounds": 3, "ldlq_rounds": 1, "final_beam": 32}
+    )
+    config = build_config("fast", path, {"quantize": {"method": "rtn", "scheme": "int2g64"}})
+    assert config.quantize.settings is None and "aqlm" not in config.model_dump()["quantize"]
+
+
+def test_a_method_is_fitted_as_it_says_or_as_the_run_file_says() -> None:
+    def epochs(**quantize: Any) -> int | None:
+        return build_config(None, None, {"model": "any", "quantize": quantize}).quantize.fitting.epochs
+
+    assert (epochs(), epochs(fit={"epochs": 0})) == (2, 0)
+    rounded = {"method": "rtn", "scheme": "int2g64"}
+    assert (epochs(**rounded), epochs(**rounded, fit={"epochs": 3})) == (0, 3)
+
+
 @pytest.mark.parametrize(
     ("text", "fragments"),
     [
         ("quantize: {fit: {batch: 0}}", ["quantize.fit.batch", "found 0"]),
         ("quantize: {batch: 2.5}", ["quantize.batch", "2.5"]),
         ("quantize: {batch: '2'}", ["quantize.batch", "'2'"]),
-        ("quantize: {search: {damping: .nan}}", ["quantize.search.damping"]),
+        ("quantize: {aqlm: {damping: .nan}}", ["quantize.aqlm.damping"]),
         ("quantize: {scheme: 2x8}", ["quantize.scheme", "2x8g8"]),
         ("quantize: {method: rtn}", ["method rtn", "int2g64", "not 2x8g8"]),
         ("quantize: {scheme: int2g64}", ["method aqlm", "additive", "not int2g64"]),
@@ -271,9 +330,17 @@ def test_differences_name_both_values_and_keep_to_their_section() -> None:
     assert differences(there, here, "") == ["model: any there, other here"]
     assert differences(there, here, "quantize") == [
         "quantize.scheme: 2x8g8 there, 3x8g8 here",
-        "quantize.fit.epochs: 2 there, 1 here",
+        "quantize.fit.epochs: None there, 1 here",
     ]
     assert differences(there, here, "calibrate") == []
+
+
+def test_of_two_methods_the_method_is_the_difference() -> None:
+    there = build_config(None, None, {"model": "any"})
+    here = build_config(None, None, {"model": "any", "quantize": {"method": "rtn", "scheme": "int2g64"}})
+    lines = ["quantize.method: {} there, {} here", "quantize.scheme: {} there, {} here"]
+    assert differences(there, here, "quantize") == [lines[0].format("aqlm", "rtn"), lines[1].format("2x8g8", "int2g64")]
+    assert differences(here, there, "quantize") == [lines[0].format("rtn", "aqlm"), lines[1].format("int2g64", "2x8g8")]
 
 
 def test_where_a_run_is_computed_is_no_difference() -> None:

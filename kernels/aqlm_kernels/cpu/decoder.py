@@ -181,7 +181,7 @@ class _Block(NamedTuple):
 
 
 def _matrices(layers: Sequence[AdditiveLinear]) -> _Matrices:
-    stack = Stack.of([PackedMatrix(layer.matrix) for layer in layers])
+    stack = Stack.of([PackedMatrix(layer.matrix()) for layer in layers])
     return _Matrices(stack.codes, stack.columns, stack.scales, stack.ends, layers[0].in_features)
 
 

@@ -9,12 +9,21 @@ add little.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from aqlm_kernels.errors import KernelError
+from aqlm_kernels.matrices.balance import balanced
+from aqlm_kernels.search import choose_codes
+
+if TYPE_CHECKING:
+    from aqlm_kernels.linear import AdditiveLinear
+
+MOST_SCORES = 2**28
+"""Entries times groups that `nearest` compares at a time: 1 GiB of float32."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,6 +39,7 @@ class AdditiveMatrix:
     scales: Tensor  # [out]
 
     kind = "additive"
+    learnable = ("codebooks", "scales")
 
     def __post_init__(self) -> None:
         _check(self.codes, self.codebooks, self.scales)
@@ -67,6 +77,29 @@ class AdditiveMatrix:
         """What is left of it in a checkpoint: codebooks and scales rounded to float16, infinite where out of range."""
         rounded = (tensor.to(torch.float16).to(tensor.dtype) for tensor in (self.codebooks, self.scales))
         return AdditiveMatrix(self.codes, *rounded)
+
+    def balanced(self) -> AdditiveMatrix:
+        """The same matrix with codebooks and scales in the range of float16 (balance.py)."""
+        return balanced(self)
+
+    def nearest(self, weight: Tensor, beam: int = 8) -> AdditiveMatrix:
+        """The same tables with codes near to W `[out, in]`, for no group further than the present codes.
+
+        Exact for one codebook; for more, pairs of codes are searched jointly with `beam` candidates (search.py).
+        """
+        scales = torch.where(self.scales == 0, 1.0, self.scales)[:, None]
+        targets = (weight.to(self.codebooks.dtype) / scales).view(-1, self.group_size)  # [out * n, g]
+        metric = torch.eye(self.group_size, dtype=targets.dtype, device=targets.device)
+        rows = max(1, MOST_SCORES // self.codebook_size)
+        parts = zip(targets.split(rows), self.codes.flatten(0, 1).split(rows), strict=True)
+        codes = torch.cat([choose_codes(metric, goal, self.codebooks, present, beam) for goal, present in parts])
+        return replace(self, codes=codes.view_as(self.codes))
+
+    def module(self, bias: Tensor | None = None) -> AdditiveLinear:
+        """The layer with compiled products."""
+        from aqlm_kernels.linear import AdditiveLinear  # which needs this file
+
+        return AdditiveLinear(self, bias)
 
     def bits(self) -> int:
         """Stored bits: codes at log2(K) bits each, codebooks and scales at 16."""

@@ -9,10 +9,13 @@ of weights of 1e-7 has a scale of about 1e-6 to entries of ordinary size, of whi
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from aqlm_kernels.matrices.additive import AdditiveMatrix
+if TYPE_CHECKING:
+    from aqlm_kernels.matrices.additive import AdditiveMatrix
 
 HIGHEST = 15  # exponent: numbers below 2^15 stay finite when they are rounded
 LOWEST = -13  # from 2^-14 on, which has this exponent, a float16 has all of its bits
@@ -24,7 +27,7 @@ def balanced(matrix: AdditiveMatrix) -> AdditiveMatrix:
     shift = balancing_shift(matrix.codebooks, matrix.scales)
     if shift == 0:
         return matrix
-    return AdditiveMatrix(matrix.codes, matrix.codebooks * 2.0**shift, matrix.scales * 2.0**-shift)
+    return replace(matrix, codebooks=matrix.codebooks * 2.0**shift, scales=matrix.scales * 2.0**-shift)
 
 
 def balancing_shift(codebooks: Tensor, scales: Tensor) -> int:

@@ -28,9 +28,9 @@ from aqlm_cli.quantization.training.block import BlockData, fit_block
 from aqlm_cli.runs.files import digest_file, load_tensors, save_tensors
 from aqlm_cli.spec.config import RunConfig
 from aqlm_cli.spec.cost import ModelShape, Work
-from aqlm_cli.spec.schemes import AdditiveScheme, Scheme, parse_scheme
+from aqlm_cli.spec.schemes import Scheme, StoredTensor, parse_scheme
 from aqlm_cli.spec.time_estimate import Rates
-from aqlm_kernels import AdditiveLinear, AdditiveMatrix
+from aqlm_kernels import MATRIX_KINDS, quantized_layers
 
 WIDTHS = (576, 1536)
 """Residual stream and feed-forward of the block that is timed, at most: SmolLM2-135M's."""
@@ -143,26 +143,29 @@ def _compress(
         statistics = LayerStatistics(x.T @ x / len(x), len(x))
         tasks.append(Task(f"{number}", torch.randn(out, features, generator=rng), statistics, scheme))
     section = config.quantize
-    done = compress_all(tasks, METHODS[section.method], section.search, config.seed, workers, lambda _: None)
+    done = compress_all(tasks, METHODS[section.method], section.settings, config.seed, workers, lambda _: None)
     return {shape: done[f"{number}"].seconds for number, shape in enumerate(wanted)}
 
 
 def _compress_block(block: _Block, scheme: Scheme, rng: torch.Generator) -> None:
     """Codes and codebooks that are as good as any to be timed."""
-    if not isinstance(scheme, AdditiveScheme):
-        return
     for path, layer in linears(block, "").items():
-        out, groups = layer.out_features, layer.in_features // scheme.group_size
-        codes = torch.randint(scheme.codebook_size, (out, groups, scheme.num_codebooks), generator=rng)
-        shape = (scheme.num_codebooks, scheme.codebook_size, scheme.group_size)
-        codebooks = torch.randn(shape, generator=rng) / layer.in_features
-        matrix = AdditiveMatrix(codes, codebooks, torch.ones(out))
-        replace_module(block, path, AdditiveLinear(matrix).requires_grad_(False).to(layer.weight.device))
+        layouts = scheme.stored_layouts(layer.out_features, layer.in_features)
+        tensors = {name: _random(layout, rng) for name, layout in layouts.items()}
+        matrix = MATRIX_KINDS[scheme.kind].from_tensors(tensors)
+        replace_module(block, path, matrix.module().requires_grad_(False).to(layer.weight.device))
+
+
+def _random(layout: StoredTensor, rng: torch.Generator) -> Tensor:
+    dtype: torch.dtype = getattr(torch, layout.dtype)
+    if layout.values is not None:
+        return torch.randint(layout.values, layout.shape, generator=rng).to(dtype)
+    return torch.randn(layout.shape, generator=rng).to(dtype) / max(layout.shape)  # sums in a block stay small
 
 
 def _step(block: _Block, work: Work, config: RunConfig, judging: float, rng: torch.Generator) -> float:
     """Seconds of a training step, where the quantized block is fitted at all; `judging` is those of one window."""
-    if not work.fitted or not any(isinstance(module, AdditiveLinear) for module in block.modules()):
+    if not work.fitted or not quantized_layers(block):
         return 0.0
     device = torch.device(config.device)
     steps = 2

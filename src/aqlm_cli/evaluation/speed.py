@@ -45,8 +45,8 @@ from aqlm_cli.models.blocks import count_parameters, replace_module
 from aqlm_cli.models.random_models import empty_network, random_network, random_packed_network
 from aqlm_cli.quantization.student import names_in_files
 from aqlm_cli.spec.config import BenchConfig, Head
-from aqlm_cli.spec.schemes import AdditiveScheme
-from aqlm_kernels import AdditiveLinear, KernelError, read_bandwidth
+from aqlm_cli.spec.schemes import Scheme
+from aqlm_kernels import AdditiveLinear, KernelError, QuantizedLayer, coded_layers, read_bandwidth
 
 DTYPES = {"FP16": torch.float16, "BF16": torch.bfloat16, "FP32": torch.float32}
 
@@ -98,7 +98,7 @@ def bench(subject: Subject, settings: BenchConfig, seed: int, emit: Emit) -> Ben
     return report
 
 
-def bench_shape(shape: str, scheme: AdditiveScheme, settings: BenchConfig, seed: int, emit: Emit) -> BenchReport:
+def bench_shape(shape: str, scheme: Scheme, settings: BenchConfig, seed: int, emit: Emit) -> BenchReport:
     """The same for a model of a shape alone, with random weights and codes: those types that fit in half the memory."""
     others = _llama_models(settings)
     length = settings.prompt + settings.tokens
@@ -115,9 +115,9 @@ def bench_shape(shape: str, scheme: AdditiveScheme, settings: BenchConfig, seed:
         exact = run_pass(decoding_of(_written_out(copy.deepcopy(packed)), length), ids, settings.prompt).logits
     decoding = decoding_of(packed, length, settings.backend, settings.head)
     found = run_pass(decoding, ids, settings.prompt).logits
-    layers = _coded_layers(packed)
+    layers = tuple(coded_layers(packed).values())
     weights = sum(layer.out_features * layer.in_features for layer in layers)
-    size = 2 * (parameters - weights) + sum(layer.matrix.bits() // 8 for layer in layers)
+    size = 2 * (parameters - weights) + sum(layer.matrix().bits() // 8 for layer in layers)
     candidates = [
         Candidate(
             name,
@@ -232,11 +232,7 @@ def _packed(source: ModelSource, ids: Tensor, settings: BenchConfig) -> Candidat
     error = relative_error(found, exact)
     twice = sum(stored[name].bytes for names in names_in_files(network, stored).values() for name in names[1:])
     read = size - _unread(network, settings.head) - twice
-    return Candidate("packed", decoding, size, read, error, _coded_layers(network))
-
-
-def _coded_layers(network: nn.Module) -> tuple[AdditiveLinear, ...]:
-    return tuple(module for module in network.modules() if isinstance(module, AdditiveLinear))
+    return Candidate("packed", decoding, size, read, error, tuple(coded_layers(network).values()))
 
 
 def _unread(network: Any, head: Head) -> int:
@@ -253,11 +249,12 @@ def _embedded_only(network: Any) -> int:
 def _written_out(network: nn.Module) -> nn.Module:
     """The same weights as ordinary linear layers; the given network is used up."""
     for path, module in list(network.named_modules()):
-        if isinstance(module, AdditiveLinear):
-            linear = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None)
-            linear.weight = nn.Parameter(module.matrix.dequantize(), requires_grad=False)
-            if module.bias is not None:
-                linear.bias = module.bias
+        if isinstance(module, QuantizedLayer):
+            weight, bias = module.matrix().dequantize(), module.trainable().get("bias")
+            linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
+            linear.weight = nn.Parameter(weight, requires_grad=False)
+            if bias is not None:
+                linear.bias = bias
             replace_module(network, path, linear)
     return network
 

@@ -16,9 +16,9 @@ from aqlm_cli.export.tensors import entries
 from aqlm_cli.export.transformers import base_config, refuse_disagreement, refuse_unloadable
 from aqlm_cli.export.writer import Entry
 from aqlm_cli.models import ModelSource, Network
-from aqlm_cli.quantization.methods import CompressedMatrix
 from aqlm_cli.runs.files import TensorLayout
 from aqlm_cli.spec.schemes import Scheme
+from aqlm_kernels import Matrix
 
 
 class DenseExporter:
@@ -48,6 +48,6 @@ class DenseExporter:
         refuse_disagreement(base, layout, directory, self.name)
 
 
-def _tensor(matrix: CompressedMatrix, last: str, dtype: torch.dtype) -> Tensor:
+def _tensor(matrix: Matrix, last: str, dtype: torch.dtype) -> Tensor:
     assert last == "weight"
     return matrix.dequantize(dtype)

@@ -19,8 +19,8 @@ from aqlm_cli.export.tensors import narrowing_losses
 from aqlm_cli.export.transformers import TransformersExporter, scheme_of
 from aqlm_cli.export.writer import write_checkpoint
 from aqlm_cli.models import ModelSource, load_skeleton, save_support_files, tensor_index
-from aqlm_cli.quantization.methods import CompressedMatrix
 from aqlm_cli.runs.files import storage_errors, write_file
+from aqlm_kernels import Matrix
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +73,7 @@ def plan_export(model: QuantizedModel, exporter: Exporter) -> Export:
 
 def export(
     base: ModelSource,
-    matrices: Mapping[str, CompressedMatrix],
+    matrices: Mapping[str, Matrix],
     changed: Mapping[str, Tensor],
     directory: Path,
     exporter: Exporter = TransformersExporter(),  # noqa: B008 - it has no state
@@ -112,12 +112,12 @@ def _layer_shape(network: nn.Module, path: str) -> tuple[int, int] | None:
     return (layer.out_features, layer.in_features) if isinstance(layer, nn.Linear) else None
 
 
-def _matrix_shape(matrix: CompressedMatrix) -> tuple[int, int]:
+def _matrix_shape(matrix: Matrix) -> tuple[int, int]:
     rows, columns = matrix.dequantize().shape
     return rows, columns
 
 
-def _layer(matrix: CompressedMatrix) -> QuantizedLayer:
+def _layer(matrix: Matrix) -> QuantizedLayer:
     scheme = scheme_of(matrix)
     label = matrix.kind if scheme is None else str(scheme)
     return QuantizedLayer(_matrix_shape(matrix), scheme, label, matrix.bits(), lambda: matrix)

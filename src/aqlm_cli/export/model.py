@@ -14,11 +14,11 @@ from torch import Tensor
 from aqlm_cli.errors import ArtifactError, ModelError
 from aqlm_cli.models import ModelSource, Network, load_skeleton
 from aqlm_cli.quantization.block_files import OUTSIDE, block_files, matrix_kinds, read_matrix
-from aqlm_cli.quantization.methods import CompressedMatrix
 from aqlm_cli.runs.artifact import Artifact, rebuild_command
 from aqlm_cli.runs.files import read_tensor, tensor_names
 from aqlm_cli.spec.plan import Plan
 from aqlm_cli.spec.schemes import Scheme
+from aqlm_kernels import Matrix
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,7 +29,7 @@ class QuantizedLayer:
     scheme: Scheme | None  # None where the matrix was not made by one
     label: str  # the scheme, or the kind of matrix, for people
     bits: int
-    read: Callable[[], CompressedMatrix]
+    read: Callable[[], Matrix]
 
 
 @dataclass(frozen=True, eq=False)

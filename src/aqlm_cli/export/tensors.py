@@ -16,9 +16,9 @@ from aqlm_cli.export.model import QuantizedLayer, QuantizedModel
 from aqlm_cli.export.writer import Entry
 from aqlm_cli.models import Placement, tensor_index
 from aqlm_cli.models.source import StoredTensor
-from aqlm_cli.quantization.methods import CompressedMatrix
+from aqlm_kernels import Matrix
 
-MatrixTensor: TypeAlias = Callable[[CompressedMatrix, str, torch.dtype], Tensor]
+MatrixTensor: TypeAlias = Callable[[Matrix, str, torch.dtype], Tensor]
 """A matrix, the last part of a tensor's name, and the type that its layout gives it -> the tensor."""
 
 VISIBLE_LOSS = 1e-5

@@ -21,10 +21,9 @@ from aqlm_cli.export.model_card import DENSE_LOADING, LOADING, CardFacts, model_
 from aqlm_cli.export.tensors import entries
 from aqlm_cli.export.writer import Entry
 from aqlm_cli.models import ModelSource, Network, model_config
-from aqlm_cli.quantization.methods import CompressedMatrix
 from aqlm_cli.runs.files import TensorLayout
 from aqlm_cli.spec.schemes import AdditiveScheme, Scheme
-from aqlm_kernels import AdditiveMatrix, to_checkpoint
+from aqlm_kernels import AdditiveMatrix, Matrix, to_checkpoint
 
 
 class TransformersExporter:
@@ -61,7 +60,7 @@ class TransformersExporter:
         refuse_disagreement(base, layout, directory, self.name)
 
 
-def scheme_of(matrix: CompressedMatrix) -> AdditiveScheme | None:
+def scheme_of(matrix: Matrix) -> AdditiveScheme | None:
     """The scheme by which this format stores a matrix; None for a kind that becomes a 16-bit weight."""
     if not isinstance(matrix, AdditiveMatrix):
         return None
@@ -80,7 +79,7 @@ def code_layouts(scheme: AdditiveScheme, shape: tuple[int, ...]) -> dict[str, Te
     }
 
 
-def _tensor(matrix: CompressedMatrix, last: str, dtype: torch.dtype) -> Tensor:
+def _tensor(matrix: Matrix, last: str, dtype: torch.dtype) -> Tensor:
     if last == "weight":
         return matrix.dequantize(dtype)
     assert isinstance(matrix, AdditiveMatrix)

@@ -22,7 +22,17 @@ from aqlm_cli.models.source import ModelSource, model_config, tensor_index
 from aqlm_cli.models.stepping import Stepping
 from aqlm_cli.runs.files import load_tensors
 from aqlm_cli.spec.config import Head
-from aqlm_kernels import AdditiveLinear, ByteRows, Decoder, DecoderBlock, KernelError, choose, from_checkpoint, smallest
+from aqlm_kernels import (
+    AdditiveLinear,
+    ByteRows,
+    Decoder,
+    DecoderBlock,
+    KernelError,
+    choose,
+    coded_layers,
+    from_checkpoint,
+    smallest,
+)
 
 FAMILIES = ("llama", "mistral", "qwen2")
 FIXED_ANGLES = ("default", "linear", "llama3", "yarn")  # rope types that do not change as the text grows
@@ -130,9 +140,8 @@ class Parts(NamedTuple):
 
     @classmethod
     def of(cls, network: nn.Module) -> Parts:
-        layers = {path: module for path, module in network.named_modules() if isinstance(module, AdditiveLinear)}
         tensors = {path: parameter.detach() for path, parameter in network.named_parameters(remove_duplicate=False)}
-        return cls(network.config, layers, tensors)
+        return cls(network.config, coded_layers(network), tensors)
 
     @classmethod
     def read(cls, source: ModelSource, config: Any) -> Parts:

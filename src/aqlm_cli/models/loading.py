@@ -1,12 +1,11 @@
-"""From a directory to a network: weights by transformers, codes by us.
+"""Loading a network from a directory: weights by transformers, codes by this package.
 
-In an AQLM checkpoint, ours or anyone's, each linear layer that has codes becomes an `AdditiveLinear`. Which these are
-is told by the tensors alone: the lists of exceptions in the config differ between versions of the format, and the
-tensors do not. Everything else is left to transformers, which knows how the names in the files of a family become
-those of its modules, and what is fused on the way. Its extension point for quantized models (leave_out.py) keeps it
-from filling the layers that have codes in place of weights.
+In an AQLM checkpoint, of any origin, each quantized linear layer becomes an `AdditiveLinear`. The tensors alone decide
+which these are: the lists of exceptions in the config differ between versions of the format, and the tensors do not.
+Everything else is left to transformers, which maps the names in the files to those of modules, and fuses tensors.
+Its extension point for quantized models (skip_layers.py) keeps it from filling the quantized layers.
 
-transformers' networks take a second to import, and not every command needs one: they are named where they are used.
+transformers' networks take a second to import, and not every command needs one: they are imported where they are used.
 """
 
 from __future__ import annotations
@@ -44,42 +43,42 @@ Network: TypeAlias = "transformers.PreTrainedModel"  # not imported before there
 def load_network(
     source: ModelSource, dtype: torch.dtype, device: str | torch.device = "cpu"
 ) -> transformers.PreTrainedModel:
-    """The model in evaluation mode, without gradients; weights are in `dtype`, packed layers work in the type of x."""
+    """The model in evaluation mode, without gradients; weights in `dtype`, packed layers compute in the type of x."""
     with quiet():
         if is_quantized(source):
-            network = _load_coded(source, dtype)
+            network = _load_quantized(source, dtype)
         else:
-            load_skeleton(source)  # refuses what is quantized otherwise, or larger than its files
+            load_skeleton(source)  # refuses other quantized models, and networks larger than their files
             network = _load(source, dtype)
-    find_blocks(network)  # or it is refused here
+    find_blocks(network)  # refuses a network without blocks
     return _prepared(network, device)
 
 
 def load_outside(
     source: ModelSource, dtype: torch.dtype, device: str | torch.device = "cpu"
 ) -> transformers.PreTrainedModel:
-    """The model without the weights of its blocks, which have names and shapes alone; `BlockLoader` has the weights.
+    """The model without the weights of its blocks, which have names and shapes alone; `BlockLoader` loads the weights.
 
-    This is how a model is gone through that is larger than memory.
+    A walk through a model that is larger than memory starts from it.
     """
     skeleton = load_skeleton(source)
     paths = find_blocks(skeleton).paths
     network = load_without(source, paths, dtype, device)
     for path in paths:
-        replace_module(network, path, skeleton.get_submodule(path).eval().to("meta"))  # XLNet makes its own in memory
+        replace_module(network, path, skeleton.get_submodule(path).eval().to("meta"))  # XLNet creates weights in memory
     return network
 
 
 def load_without(
     source: ModelSource, paths: Sequence[str], dtype: torch.dtype, device: str | torch.device = "cpu"
 ) -> transformers.PreTrainedModel:
-    """The model with modules at `paths` that list no weights; theirs are not read."""
+    """The model without the weights of the modules at `paths`, which are neither read nor listed."""
     with quiet():
         return _prepared(_load_without(source, load_config(source), paths, dtype), device)
 
 
 class BlockLoader:
-    """The blocks of a model by their index, each as `load_network` would give it; nothing else is read.
+    """Loader of single blocks by index, each equal to that of `load_network`; nothing else is read.
 
     All of them are filled into one network without weights, so that the modules of the model are made once, not once
     for each block.
@@ -95,7 +94,7 @@ class BlockLoader:
 
     def __call__(self, index: int) -> nn.Module:
         path = self._paths[index]
-        # A block may share weights with an earlier one, and the files have them under the name of either.
+        # A block may share weights with an earlier one; the files have them under either name.
         tied = self._skeleton.all_tied_weights_keys.items()
         sharing = {name for pair in tied if _inside(path, pair) for name in pair}
         kept = [path, *sorted({name.rpartition(".")[0] for name in sharing if not name.startswith(f"{path}.")})]
@@ -116,15 +115,15 @@ def _inside(path: str, names: Iterable[str]) -> bool:
 
 
 def load_skeleton(source: ModelSource) -> transformers.PreTrainedModel:
-    """The model with modules, names and shapes, and no numbers: all that a plan needs. What is quantized has none."""
+    """The model with modules, names and shapes, but no weights: all that a plan needs. Refuses quantized models."""
     refuse_quantized(source)
     return _skeleton(source, load_config(source))
 
 
 def saved_layouts(network: transformers.PreTrainedModel) -> dict[str, TensorLayout]:
-    """The tensors that files of this network would hold, in 16 bits; a head tied to the embeddings is not one."""
-    said = network.config.dtype
-    dtype = said if isinstance(said, torch.dtype) and said.itemsize == 2 else torch.float16
+    """Layouts of the tensors that files of this network would hold, in 16 bits, without a tied head."""
+    configured = network.config.dtype
+    dtype = configured if isinstance(configured, torch.dtype) and configured.itemsize == 2 else torch.float16
     tied = network.all_tied_weights_keys.keys()
     return {
         name: TensorLayout(dtype, tuple(tensor.shape))
@@ -138,11 +137,11 @@ def load_tokenizer(source: ModelSource) -> transformers.PreTrainedTokenizerBase:
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             source.directory, trust_remote_code=source.trust_remote_code
         )
-    except Exception as error:  # what is wrong in a tokenizer's file comes out as an error of any kind
+    except Exception as error:  # a damaged tokenizer file raises errors of any kind
         for path in (source.directory / name for name in ("tokenizer_config.json", "tokenizer.json")):
             if path.is_file():
-                read_settings(path)  # says which is none
-        raise ModelError(f"{source.name} has no tokenizer that can be loaded: {first_line(error)}") from error
+                read_settings(path)  # names a damaged file
+        raise ModelError(f"{source.name}: its tokenizer cannot be loaded: {first_line(error)}") from error
     assert isinstance(tokenizer, transformers.PreTrainedTokenizerBase)
     return tokenizer
 
@@ -154,14 +153,14 @@ def load_config(source: ModelSource) -> transformers.PreTrainedConfig:
             config = transformers.AutoConfig.from_pretrained(
                 source.directory, trust_remote_code=source.trust_remote_code
             )
-    except Exception as error:  # transformers computes with what it is given: TypeError, ZeroDivisionError, anything
-        said, version = model_config(source), f"transformers {transformers.__version__}"
-        if "auto_map" in said and not source.trust_remote_code:
-            reason = " needs Python code of its own; read it, and allow it with --trust-remote-code"
-        elif isinstance(said.get("model_type"), str) and said["model_type"] in transformers.CONFIG_MAPPING:
-            reason = f": its config.json has a value that {version} refuses: {first_line(error)}"
+    except Exception as error:  # transformers computes with unchecked values: TypeError, ZeroDivisionError, anything
+        settings, version = model_config(source), f"transformers {transformers.__version__}"
+        if "auto_map" in settings and not source.trust_remote_code:
+            reason = " needs its own Python code; read the code, then allow it with --trust-remote-code"
+        elif isinstance(settings.get("model_type"), str) and settings["model_type"] in transformers.CONFIG_MAPPING:
+            reason = f": {version} refuses a value in its config.json: {first_line(error)}"
         else:
-            reason = f" is of a kind that {version} does not know: {first_line(error)}"
+            reason = f" has an architecture that {version} does not support: {first_line(error)}"
         raise ModelError(f"{source.name}{reason}") from error
     assert isinstance(config, transformers.PreTrainedConfig)
     return config
@@ -170,7 +169,7 @@ def load_config(source: ModelSource) -> transformers.PreTrainedConfig:
 def without_weights(
     config: transformers.PreTrainedConfig, trust_remote_code: bool = False
 ) -> transformers.PreTrainedModel:
-    """The network of a configuration with parameters that take no memory."""
+    """The network of a config, with parameters on the meta device."""
     with torch.device("meta"):
         network = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     assert isinstance(network, transformers.PreTrainedModel)
@@ -178,37 +177,39 @@ def without_weights(
 
 
 def _skeleton(source: ModelSource, config: transformers.PreTrainedConfig) -> transformers.PreTrainedModel:
-    """`without_weights` of what a stranger's config.json says; ModelError where its files, if any, cannot hold it."""
+    """`without_weights` for an untrusted config.json; ModelError if its files are too small for the network."""
     stored = tensor_index(source.directory) if has_weights(source.directory) else {}
     try:
         with quiet(), at_most(PARAMETERS_PER_TENSOR * len(stored) or MOST_PARTS, source.name):
             network = without_weights(config, source.trust_remote_code)
     except AqlmError:
         raise
-    except Exception as error:  # widths that are negative, heads that do not divide them, names of no function
-        raise ModelError(f"{source.name}: its config.json makes no network ({first_line(error)})") from error
-    numbers, files = count_parameters(network), {tensor.file for tensor in stored.values()}
+    except Exception as error:  # negative widths, heads that do not divide them, unknown functions
+        raise ModelError(f"{source.name}: its config.json gives no valid network ({first_line(error)})") from error
+    parameters, files = count_parameters(network), {tensor.file for tensor in stored.values()}
     size = sum(path.stat().st_size for path in files)
-    if files and numbers > NUMBERS_PER_BYTE * size:
-        raise ModelError(f"{source.name}: its config.json asks for {numbers} weights, and its files have {size} bytes")
+    if files and parameters > NUMBERS_PER_BYTE * size:
+        raise ModelError(
+            f"{source.name}: its config.json asks for {parameters} weights, but its files have {size} bytes"
+        )
     return network
 
 
 def first_line(error: Exception) -> str:
-    """What an error says, in one line: the first, and the next where it only announces that."""
+    """Message of an error in one line: its first, with the next ones if that ends in a colon."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     count = next((at for at, line in enumerate(lines, 1) if not line.endswith(":")), len(lines))
-    said = " ".join(lines[:count])
-    if isinstance(error, KeyError) or not said:  # which says the key alone
-        said = f"{type(error).__name__}: {said}" if said else type(error).__name__
-    return shortened(said, 300)
+    message = " ".join(lines[:count])
+    if isinstance(error, KeyError) or not message:  # a KeyError holds the key alone
+        message = f"{type(error).__name__}: {message}" if message else type(error).__name__
+    return shortened(message, 300)
 
 
 # -------------------------------------------------------------------------------------------------------------- loading
 
 
 def _prepared(module: Module, device: str | torch.device) -> Module:
-    """In evaluation mode, without gradients, on the device."""
+    """The module in evaluation mode, without gradients, on the device."""
     return module.eval().requires_grad_(False).to(device)
 
 
@@ -216,7 +217,7 @@ def _load(
     source: ModelSource, dtype: torch.dtype, network_type: Any = None, **options: Any
 ) -> transformers.PreTrainedModel:
     """The network by transformers. `network_type` None: the class that config.json means."""
-    tensor_index(source.directory)  # refuses what has no safetensors
+    tensor_index(source.directory)  # refuses a model without safetensors
     settings = {"dtype": dtype, "trust_remote_code": source.trust_remote_code, "use_safetensors": True, **options}
     try:
         loaded: Any = (network_type or transformers.AutoModelForCausalLM).from_pretrained(
@@ -226,7 +227,7 @@ def _load(
         raise ModelError(f"{source.name} cannot be loaded: {first_line(error)}") from error
     network, report = loaded
     assert isinstance(network, transformers.PreTrainedModel)
-    fault = why_unfit(report)  # transformers would fill a gap with random numbers and go on
+    fault = why_unfit(report)  # transformers would fill a gap with random values and continue
     if fault is not None:
         raise ModelError(f"{source.name} {fault}")
     return network
@@ -246,7 +247,7 @@ def _load_without(
     return _load(source, dtype, network_type, config=config)
 
 
-def _load_coded(source: ModelSource, dtype: torch.dtype) -> transformers.PreTrainedModel:
+def _load_quantized(source: ModelSource, dtype: torch.dtype) -> transformers.PreTrainedModel:
     config, stored = load_config(source), tensor_index(source.directory)
     skeleton = _skeleton(source, config)
     plain, places = dict(skeleton.named_modules()), places_of_codes(skeleton, stored)
@@ -264,26 +265,26 @@ def _additive_linear(
     names: Mapping[str, str],
     stored: Mapping[str, StoredTensor],
 ) -> AdditiveLinear:
-    """The layer that takes the place of `plain` at `path`; `names` are those of its tensors in the files."""
+    """The layer that replaces `plain` at `path`; `names` are those of its tensors in the files."""
     tensors = {last: stored[name].read(name) for last, name in names.items()}
     if plain is None or not is_plain(plain) or not {"codebooks", "scales"} <= tensors.keys():
-        raise ModelError(f"{source.name} has codes for {path}, which is no linear layer that they could restore")
+        raise ModelError(f"{source.name} has codes for {path}, which is not a linear layer that they can replace")
     groups = plain.in_features // tensors["codebooks"].shape[-1]
     if tuple(tensors["codes"].shape[:2]) == (groups, plain.out_features) != (plain.out_features, groups):
         raise ModelError(
-            f"{source.name}: the codes of {path} are transposed, as the package aqlm leaves them after a product on a "
-            "CPU; load the checkpoint that it was saved from"
+            f"{source.name}: the codes of {path} are transposed, as the package aqlm leaves them after a matmul on a "
+            "CPU; load the checkpoint that this one was saved from"
         )
     matrix = from_checkpoint(tensors)
-    found, wanted = (matrix.out_features, matrix.in_features), (plain.out_features, plain.in_features)
-    if found != wanted:
-        raise ModelError(f"{source.name}: the codes of {path} restore a {found} matrix, the model has {wanted}")
+    shape, wanted = (matrix.out_features, matrix.in_features), (plain.out_features, plain.in_features)
+    if shape != wanted:
+        raise ModelError(f"{source.name}: the codes of {path} give a matrix {shape}, the model has {wanted}")
     return AdditiveLinear(matrix, tensors.get("bias"))
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without transformers' progress bars and reports: what is printed is not for the library to say."""
+    """Turn off transformers' progress bars and reports: this package alone prints."""
     logging = transformers.utils.logging
     bar, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()

@@ -12,7 +12,7 @@ from torch import nn
 from aqlm_cli.errors import UsageError
 from aqlm_cli.models.blocks import find_blocks, linears, replace_module
 from aqlm_cli.models.loading import without_weights
-from aqlm_cli.spec.schemes import AdditiveScheme
+from aqlm_cli.spec.schemes import Scheme
 from aqlm_kernels import AdditiveLinear, AdditiveMatrix
 
 SHAPES: dict[str, tuple[int, int, int, int, int, int, bool]] = {
@@ -39,7 +39,7 @@ def random_network(shape: str, dtype: torch.dtype) -> transformers.PreTrainedMod
     return _ready(network)
 
 
-def random_packed_network(shape: str, scheme: AdditiveScheme) -> transformers.PreTrainedModel:
+def random_packed_network(shape: str, scheme: Scheme) -> transformers.PreTrainedModel:
     """A Llama of the shape with random codes in the linear layers of its blocks; float32 elsewhere."""
     network = empty_network(shape)
     draw = torch.Generator().manual_seed(0)
@@ -58,12 +58,13 @@ def random_packed_network(shape: str, scheme: AdditiveScheme) -> transformers.Pr
     return _ready(network)
 
 
-def _random_layer(layer: nn.Linear, scheme: AdditiveScheme, draw: torch.Generator) -> AdditiveLinear:
-    groups = layer.in_features // scheme.group_size
-    shape, size = (layer.out_features, groups, scheme.num_codebooks), 2**scheme.codebook_bits
+def _random_layer(layer: nn.Linear, scheme: Scheme, draw: torch.Generator) -> AdditiveLinear:
+    assert scheme.codebook_shape is not None
+    num_codebooks, size, group_size = scheme.codebook_shape
+    shape = (layer.out_features, layer.in_features // group_size, num_codebooks)
     codes = torch.randint(0, size, shape, generator=draw, dtype=torch.uint8 if size <= 256 else torch.int32)
-    codebooks = torch.randn(scheme.num_codebooks, size, scheme.group_size, generator=draw)
-    scales = torch.full((layer.out_features,), 0.02 / math.sqrt(scheme.num_codebooks))
+    codebooks = torch.randn(num_codebooks, size, group_size, generator=draw)
+    scales = torch.full((layer.out_features,), 0.02 / math.sqrt(num_codebooks))
     return AdditiveLinear(AdditiveMatrix(codes, codebooks, scales))
 
 

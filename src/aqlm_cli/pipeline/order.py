@@ -53,7 +53,7 @@ from aqlm_cli.runs.log import logged
 from aqlm_cli.runs.stages import CALIBRATE, FINETUNE, PACK, QUANTIZE, SAMPLE
 from aqlm_cli.spec.config import PackConfig, RunConfig
 from aqlm_cli.spec.cost import Cost
-from aqlm_cli.spec.schemes import AdditiveScheme, parse_scheme
+from aqlm_cli.spec.schemes import parse_scheme
 
 __all__ = [
     "calibrate_run",
@@ -213,7 +213,7 @@ def compare_speed(target: str, config: RunConfig, emit: Emit, base_model: Resolv
 
 def compare_speed_of_shape(shape: str, config: RunConfig, emit: Emit) -> BenchReport:
     scheme = parse_scheme(config.quantize.scheme)
-    if not isinstance(scheme, AdditiveScheme):
+    if scheme.codebook_shape is None:
         raise UsageError(f"scheme {scheme} is packed as ordinary weights; choose one such as 2x8g8")
     return bench_shape(shape, scheme, config.bench, config.seed, emit)
 

@@ -42,7 +42,7 @@ from aqlm_cli.spec.cost import (
     work_of,
 )
 from aqlm_cli.spec.plan import Plan, Target, make_plan
-from aqlm_cli.spec.schemes import AdditiveScheme, Scheme, parse_scheme
+from aqlm_cli.spec.schemes import Scheme, parse_scheme
 from aqlm_cli.spec.units import parse_bytes
 from aqlm_kernels import choose, smallest
 
@@ -180,9 +180,9 @@ def plan_report(config: RunConfig, plan: Plan) -> PlanReport:
 
 def _kernel(scheme: Scheme, device: torch.device) -> str | None:
     """The matmul kernel for quantized layers on this machine, and whether it is slow; None: torch."""
-    if not isinstance(scheme, AdditiveScheme):
+    if scheme.codebook_shape is None:
         return None
-    backend = choose(smallest(scheme.num_codebooks, scheme.codebook_size, scheme.group_size), device)
+    backend = choose(smallest(*scheme.codebook_shape), device)
     if backend.fast:
         return backend.name
     return f"{backend.name}: no fast kernel for {scheme} on this machine; schemes of 8 bits a code have one"

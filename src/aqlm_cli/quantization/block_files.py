@@ -15,11 +15,10 @@ from torch import Tensor, nn
 
 from aqlm_cli.models.blocks import replace_module
 from aqlm_cli.models.plain_linear import is_plain
-from aqlm_cli.quantization.methods import MATRIX_KINDS, CompressedMatrix
 from aqlm_cli.quantization.training.block import tuned_parameters
 from aqlm_cli.runs.artifact import Artifact
 from aqlm_cli.runs.files import load_tensors, read_metadata, save_tensors
-from aqlm_kernels import AdditiveLinear, AdditiveMatrix
+from aqlm_kernels import MATRIX_KINDS, Matrix, QuantizedLayer
 
 OUTSIDE = "outside.safetensors"
 
@@ -39,7 +38,7 @@ def matrix_kinds(quantized: Artifact, name: str) -> dict[str, str]:
         return kinds
 
 
-def read_matrix(quantized: Artifact, name: str, path: str, kind: str) -> CompressedMatrix:
+def read_matrix(quantized: Artifact, name: str, path: str, kind: str) -> Matrix:
     """That of the layer at `path`."""
     with quantized.reading(name) as file:
         return MATRIX_KINDS[kind].from_tensors(load_tensors(file, prefix=f"{path}."))
@@ -53,12 +52,12 @@ def outside_tensors(quantized: Artifact) -> dict[str, Tensor]:
         return load_tensors(file)
 
 
-def save_block(file: Path, prefix: str, block: nn.Module, matrices: Mapping[str, CompressedMatrix]) -> None:
+def save_block(file: Path, prefix: str, block: nn.Module, matrices: Mapping[str, Matrix]) -> None:
     """Of the block at `prefix`, in which the matrices by path may have been fitted since."""
     tensors: dict[str, Tensor] = {}
     for name, stored in matrices.items():
         module = block.get_submodule(name.removeprefix(prefix + "."))
-        matrix = module.matrix if isinstance(module, AdditiveLinear) else stored
+        matrix = module.matrix() if isinstance(module, QuantizedLayer) else stored
         tensors.update({f"{name}.{key}": tensor.contiguous() for key, tensor in matrix.tensors().items()})
     vectors = {name: values.detach() for name, values in tuned_parameters(block, prefix).items() if name not in tensors}
     kinds = {name: matrix.kind for name, matrix in sorted(matrices.items())}
@@ -79,13 +78,11 @@ def restore_block(quantized: Artifact, index: int, prefix: str, block: nn.Module
             parameter.data.copy_(stored[path])
 
 
-def put_matrix(block: nn.Module, path: str, matrix: CompressedMatrix) -> None:
-    """Let the linear layer at `path` in the block compute with it: by codes, trainable, where it is additive."""
+def put_matrix(block: nn.Module, path: str, matrix: Matrix) -> None:
+    """Replace the linear layer at `path` in the block by the quantized layer of the matrix."""
     layer = block.get_submodule(path)
     assert is_plain(layer)
     device = layer.weight.device  # a matrix that was read comes on the CPU
-    if isinstance(matrix, AdditiveMatrix):
-        bias = None if layer.bias is None else layer.bias.detach().to(matrix.codes.device)
-        replace_module(block, path, AdditiveLinear(matrix, bias).requires_grad_(False).to(device))
-    else:
-        layer.weight = nn.Parameter(matrix.dequantize().to(device), requires_grad=False)
+    own = next(iter(matrix.tensors().values())).device
+    bias = None if layer.bias is None else layer.bias.detach().to(own)
+    replace_module(block, path, matrix.module(bias).requires_grad_(False).to(device))

@@ -14,11 +14,12 @@ from numba.np.ufunc.parallel import threading_layer
 from torch import Tensor
 
 from aqlm_cli.errors import QuantizationError
-from aqlm_cli.quantization.methods import CompressedMatrix, Method
+from aqlm_cli.quantization.methods import Method
 from aqlm_cli.quantization.solvers.hessian import LayerStatistics
 from aqlm_cli.seeds import generator
-from aqlm_cli.spec.config import SearchConfig
 from aqlm_cli.spec.schemes import Scheme
+from aqlm_cli.spec.section import Section
+from aqlm_kernels import Matrix
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +36,7 @@ class Task:
 class Compressed:
     path: str
     weights: int  # how many the matrix stands for
-    matrix: CompressedMatrix  # in float32, for the block may be fitted before it is rounded
+    matrix: Matrix  # in float32, for the block may be fitted before it is rounded
     relative_error: float  # of the matrix rounded to the 16 bits of a checkpoint
     seconds: float
 
@@ -43,7 +44,7 @@ class Compressed:
 def compress_all(
     tasks: list[Task],
     method: Method,
-    settings: SearchConfig,
+    settings: Section | None,
     seed: int,
     workers: int,
     done: Callable[[Compressed], None],
@@ -83,7 +84,7 @@ def compress_all(
     return results
 
 
-def _stored(matrix: CompressedMatrix, path: str) -> CompressedMatrix:
+def _stored(matrix: Matrix, path: str) -> Matrix:
     """In the 16 bits in which it will be stored. Raises QuantizationError where they cannot hold it."""
     stored = matrix.stored()
     if not all(bool(tensor.isfinite().all()) for tensor in stored.tensors().values()):

@@ -20,10 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from aqlm_cli.errors import ArtifactError
-from aqlm_cli.quantization.methods import MATRIX_KINDS
 from aqlm_cli.quantization.parallel import Compressed
 from aqlm_cli.runs.files import load_tensors, read_metadata, save_tensors, storage_errors, write_file
-from aqlm_kernels import KernelError
+from aqlm_kernels import MATRIX_KINDS, KernelError
 
 
 @dataclass(frozen=True)

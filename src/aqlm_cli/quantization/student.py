@@ -35,7 +35,7 @@ from aqlm_cli.quantization.training.distributed import World
 from aqlm_cli.runs.artifact import Artifact
 from aqlm_cli.runs.files import save_tensors
 from aqlm_cli.spec.config import FinetuneConfig
-from aqlm_kernels import AdditiveLinear
+from aqlm_kernels import AdditiveLinear, coded_layers
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,8 +51,7 @@ class Student:
         layers: dict[str, AdditiveLinear] = {}
         for prefix, block in self.blocks.values():
             parameters |= tuned_parameters(block, prefix)
-            found = block.named_modules(prefix=prefix)
-            layers |= {path: module for path, module in found if isinstance(module, AdditiveLinear)}
+            layers |= coded_layers(block, prefix)
         if settings.codes.share and not layers:
             raise UsageError("--codes: no layer of this run has codes")
         if not parameters:

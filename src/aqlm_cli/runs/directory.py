@@ -28,8 +28,9 @@ from aqlm_cli.runs.artifact import MANIFEST, WORK, Artifact, Stage, open_artifac
 from aqlm_cli.runs.files import storage_errors, sync_directory, write_file
 from aqlm_cli.runs.lock import LOCK, LOGS
 from aqlm_cli.runs.stages import StageKey, StageSpec
-from aqlm_cli.spec.config import RunConfig, Section
+from aqlm_cli.spec.config import RunConfig
 from aqlm_cli.spec.run_file import build_config, differences, dump_yaml
+from aqlm_cli.spec.section import Section
 
 RUN_FILE = "run.yaml"
 

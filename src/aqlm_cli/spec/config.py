@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from typing import Annotated, Literal, TypeAlias
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import ConfigDict, Field, ValidationError, create_model, field_validator, model_validator
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from aqlm_cli.errors import UsageError
-from aqlm_cli.spec.schemes import AdditiveScheme, parse_scheme
+from aqlm_cli.spec.methods import METHODS
+from aqlm_cli.spec.schemes import parse_scheme
+from aqlm_cli.spec.section import Beam, Count, Names, Positive, Rate, Section
 from aqlm_cli.spec.units import parse_bytes, parse_duration
 
 DEFAULT_SEQUENCES = 192
 """Calibration windows where neither `calibrate.sequences` nor any source of `calibrate.data` has a count."""
-
-Positive: TypeAlias = Annotated[int, Field(ge=1)]
-Count: TypeAlias = Annotated[int, Field(ge=0)]
-Beam: TypeAlias = Literal[2, 4, 8, 16, 32, 64, 128, 256]
-# Not strict, as YAML 1.1 reads 1e-4 (without a dot) as a string; pydantic makes a number of it.
-Rate: TypeAlias = Annotated[float, Field(strict=False, gt=0, allow_inf_nan=False)]
-# Not strict, as YAML has lists and a frozen record has tuples.
-Names: TypeAlias = Annotated[tuple[str, ...], Field(strict=False)]
 
 
 def _understood(parse: Callable[[str], object], text: str) -> str:
@@ -31,10 +26,6 @@ def _understood(parse: Callable[[str], object], text: str) -> str:
     except UsageError as error:
         raise ValueError(str(error)) from error
     return text
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
 class CalibrateConfig(Section):
@@ -52,39 +43,17 @@ class CalibrateConfig(Section):
     statistics_sequences: Positive = 16
 
 
-class SearchConfig(Section):
-    """How codes and codebooks of one matrix are found.
-
-    `ldlq` starts with error feedback, chooses pairs of codes jointly and solves for the codebooks by conjugate
-    gradients; `published` is the recipe of AQLM's authors, which knows only the last three settings and k-means.
-    """
-
-    recipe: Literal["ldlq", "published"] = "ldlq"
-    kmeans_iterations: Positive = 25
-    rounds: Positive = 6
-    ldlq_rounds: Count = 4
-    cg_steps: Positive = 2
-    final_cg_steps: Count = 4
-    beam: Beam = 64
-    final_beam: Beam = 256
-    damping: Rate = 0.01
-    factor_damping: Rate = 1e-4
-    adam_steps: Positive = 100
-    adam_learning_rate: Rate = 1e-4
-    tolerance: Rate = 0.01
-
-
 class FitConfig(Section):
     """Fitting codebooks, scales, norms and biases of a finished block to the original block's output.
 
     `error` per_token: each token's squared error as a share of its own output's square; total: all tokens' together.
     `learning_rate_unit` rms: each tensor's rate is `learning_rate` times its root mean square. After the warm-up the
     rate falls as half a cosine to `min_lr_ratio` of itself. `patience`: epochs without gain on the held-out windows
-    before it stops; None: never before `epochs`.
+    before it stops; None: never before `epochs`. `epochs` None: as many as the method is fitted for by default.
     """
 
     error: Literal["per_token", "total"] = "per_token"
-    epochs: Count = 2
+    epochs: Count | None = None
     sequences: Positive = 64
     held_out: Positive = 8
     batch: Positive = 2
@@ -98,35 +67,90 @@ class FitConfig(Section):
 class QuantizeConfig(Section):
     """`skip` and `only` are regular expressions, matched whole against module paths.
 
-    `checkpoint` is an AQLM checkpoint of the model, made by anyone: its codes are then taken over, `scheme` is theirs,
+    `import_from` is an AQLM checkpoint of the model, made by anyone: its codes are then taken over, `scheme` is theirs,
     and which layers have codes was decided there. None: codes are searched for.
+
+    The settings of the method stand in a section of its name (spec/methods), which is always there where the method has
+    any; a section of another method is refused.
     """
 
+    model_config = ConfigDict(extra="allow")  # for the method's section alone: _methods_section sees to that
+
     import_from: str | None = None
-    method: Literal["aqlm", "rtn"] = "aqlm"
+    method: str = "aqlm"
     scheme: str = "2x8g8"
     skip: Names = ("lm_head",)
     only: Names = ()
     statistics_sequences: Positive = 128
     batch: Positive = 8
-    search: SearchConfig = SearchConfig()
     fit: FitConfig = FitConfig()
+
+    @classmethod
+    def sections(cls) -> dict[str, type[Section]]:
+        methods = {name: method.settings for name, method in METHODS.items() if method.settings is not None}
+        return {**super().sections(), **methods}
+
+    @property
+    def settings(self) -> Section | None:
+        """Those of the method; None where it has none."""
+        return (self.model_extra or {}).get(self.method)
+
+    @property
+    def fitting(self) -> FitConfig:
+        """`fit` with as many epochs as there will be."""
+        if self.fit.epochs is not None:
+            return self.fit
+        return self.fit.model_copy(update={"epochs": METHODS[self.method].epochs})
+
+    @model_validator(mode="before")
+    @classmethod
+    def _methods_section(cls, given: Any) -> Any:
+        if not isinstance(given, Mapping):
+            return given
+        method = given.get("method", cls.model_fields["method"].default)
+        others = given.keys() - cls.model_fields.keys() - {method}
+        if foreign := sorted(others & METHODS.keys()):
+            reason = f"settings of method {foreign[0]}, but quantize.method is {method}; remove them"
+            raise _refusal(foreign[0], "value_error", given, reason)
+        if others:
+            raise _refusal(min(others), "extra_forbidden", given)
+        section = METHODS[method].settings if method in METHODS else None
+        if section is None:
+            if method in given:
+                raise _refusal(method, "value_error", given, f"method {method} has no settings; remove the section")
+            return given
+        named: Any = {method: (section, section())}
+        own = create_model(method, **named)  # so that an error names the section
+        checked = own.model_validate({method: given[method]} if method in given else {})
+        return {**given, method: getattr(checked, method)}
+
+    @field_validator("method")
+    @classmethod
+    def _is_method(cls, name: str) -> str:
+        if name not in METHODS:
+            raise ValueError(f"there is no method {name!r}; choose {' or '.join(METHODS)}")
+        return name
 
     @field_validator("scheme")
     @classmethod
     def _is_scheme(cls, text: str) -> str:
-        try:
-            parse_scheme(text)
-        except UsageError as error:
-            raise ValueError(str(error)) from error
-        return text
+        return _understood(parse_scheme, text)
 
     @model_validator(mode="after")
-    def _method_knows_scheme(self) -> QuantizeConfig:
-        if (self.method == "aqlm") != isinstance(parse_scheme(self.scheme), AdditiveScheme):
-            wanted = "an additive scheme such as 2x8g8" if self.method == "aqlm" else "a uniform scheme such as int2g64"
+    def _method_takes_scheme(self) -> QuantizeConfig:
+        method, family = METHODS[self.method], parse_scheme(self.scheme).kind
+        if family not in method.families:
+            wanted = f"{' or '.join(method.families)} schemes such as {method.scheme}"
             raise ValueError(f"method {self.method} takes {wanted}, not {self.scheme}")
         return self
+
+
+def _refusal(key: str, kind: str, given: Mapping[str, Any], reason: str | None = None) -> ValidationError:
+    """pydantic's complaint about one key."""
+    error = kind if reason is None else PydanticCustomError("value_error", "{reason}", {"reason": reason})
+    return ValidationError.from_exception_data(
+        "quantize", [InitErrorDetails(type=error, loc=(key,), input=given.get(key))]
+    )
 
 
 class CodesConfig(Section):
@@ -134,7 +158,7 @@ class CodesConfig(Section):
 
     At each step at most `share` of a matrix's groups get new codes (0: codes stay), after weights that run ahead of
     them at `learning_rate`, the furthest first until the matrix has changed by `trust_ratio` of its norm; None: no
-    such bound. `beam` as in `quantize.search`. `state` is the type of the weights ahead, their gradients and moments:
+    such bound. `beam` as in `quantize.aqlm`. `state` is the type of the weights ahead, their gradients and moments:
     12 bytes a weight in float32, 6 in bfloat16.
     """
 

@@ -14,7 +14,7 @@ from aqlm_cli.errors import PlanError
 from aqlm_cli.spec.calibration_split import split_sequences
 from aqlm_cli.spec.config import FitConfig, RunConfig
 from aqlm_cli.spec.plan import Target
-from aqlm_cli.spec.schemes import AdditiveScheme
+from aqlm_cli.spec.schemes import total_bytes
 
 PROCESS = 800_000_000
 """Bytes of Python with torch, transformers and the compiled search, before any model (measured, torch 2.13)."""
@@ -95,7 +95,7 @@ def work_of(config: RunConfig, windows: int, workers: int, product_bytes: int) -
         measured=split.measured,
         held_out=split.held_out,
         batch=section.batch,
-        fit=section.fit,
+        fit=section.fitting,
         workers=workers,
         product_bytes=product_bytes,
     )
@@ -139,25 +139,25 @@ def _measuring(block: BlockShape, work: Work) -> int:
 
 def _compressing(block: BlockShape, work: Work) -> int:
     moments = FLOAT * sum(width**2 for width in block.input_widths)
-    largest = sorted(map(_compression_memory, block.quantized), reverse=True)[: work.workers]
+    peaks = (t.scheme.peak_bytes(t.out_features, t.in_features) for t in block.quantized if t.scheme is not None)
+    largest = sorted(peaks, reverse=True)[: work.workers]
     return FLOAT * block.parameters + moments + sum(largest)
 
 
-def _compression_memory(target: Target) -> int:
-    """Two float64 matrices [in, in] in the factorisation and some of float32; later copies of the weight prevail."""
-    if not isinstance(target.scheme, AdditiveScheme):
-        return 4 * FLOAT * target.weights
-    return max(26 * target.in_features**2, 9 * target.in_features**2 + 22 * target.weights)
-
-
 def _fitting(block: BlockShape, work: Work) -> int:
-    """Written-out weights and all that the backward pass needs of a training batch; or the pass that ends the block."""
-    weights = sum(target.weights for target in block.quantized)
+    """Dequantized weights and all that the backward pass needs of a training batch; or the pass that ends the block."""
+    weights = sum(target.weights * _copies(target, work) for target in block.quantized)
     codes = sum(quantized_bytes(target) for target in block.quantized)
     features = sum(target.in_features + target.out_features for target in block.targets)
     saved = FLOAT * features * work.fit.batch * work.length if work.fitted else 0
-    training = (FLOAT + work.product_bytes) * weights + saved
+    training = weights + saved
     return codes + max(training, _activations(block, work.batch, work))
+
+
+def _copies(target: Target, work: Work) -> int:
+    """Bytes per weight while a block is fitted: where no compiled product serves, torch keeps two factors, too."""
+    compiled = target.scheme is not None and target.scheme.codebook_shape is not None
+    return work.product_bytes + (FLOAT if compiled or not work.fitted else 3 * FLOAT)
 
 
 def _activations(block: BlockShape, windows: int, work: Work) -> int:
@@ -202,13 +202,9 @@ def _stored(block: BlockShape) -> int:
 
 
 def quantized_bytes(target: Target) -> int:
-    """Of a matrix in `quantized/`: codes in bytes or in four of them, codebooks and scales in float32."""
-    if isinstance(target.scheme, AdditiveScheme):
-        scheme, groups = target.scheme, target.weights // target.scheme.group_size
-        codes = (1 if scheme.codebook_bits <= 8 else 4) * groups * scheme.num_codebooks
-        return codes + FLOAT * (scheme.num_codebooks * scheme.codebook_size * scheme.group_size + target.out_features)
+    """Bytes of a matrix in `quantized/`."""
     assert target.scheme is not None
-    return target.weights + 3 * (target.weights // target.scheme.group_size)
+    return total_bytes(target.scheme.stored_layouts(target.out_features, target.in_features))
 
 
 # --------------------------------------------------------------------------------------------------------------- limits

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from aqlm_cli.errors import PlanError, UsageError
-from aqlm_cli.spec.schemes import BITS_PER_FLOAT, AdditiveScheme, Scheme, parse_scheme
+from aqlm_cli.spec.schemes import BITS_PER_FLOAT, Scheme, parse_scheme, total_bytes
 
 HEAD = "lm_head"
 """The output head lies outside the blocks and is never a target, so that to skip it is right for every model."""
@@ -62,17 +62,10 @@ class Target:
 
     @property
     def bytes_after(self) -> int:
-        """Bytes of the matrix in a packed checkpoint.
-
-        Codes take one byte up to 8 bits and two up to 16.  A uniform grid has no packed format of its own: its rounded
-        weights are written in 16 bits, as those of a skipped matrix are.
-        """
-        if not isinstance(self.scheme, AdditiveScheme):
+        """Bytes of the matrix in a packed checkpoint."""
+        if self.scheme is None:
             return BYTES_PER_FLOAT * self.weights
-        bytes_per_code = 1 if self.scheme.codebook_bits <= 8 else 2
-        codes = self.weights // self.scheme.group_size * self.scheme.num_codebooks
-        entries = self.scheme.num_codebooks * self.scheme.codebook_size
-        return bytes_per_code * codes + BYTES_PER_FLOAT * (entries * self.scheme.group_size + self.out_features)
+        return total_bytes(self.scheme.packed_layouts(self.out_features, self.in_features))
 
 
 @dataclass(frozen=True)

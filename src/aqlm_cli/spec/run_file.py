@@ -12,10 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from aqlm_cli.errors import ConfigError, UsageError, shortened
 from aqlm_cli.spec.config import RunConfig
+from aqlm_cli.spec.methods import METHODS
+from aqlm_cli.spec.methods.aqlm import AqlmSettings
+from aqlm_cli.spec.section import Section
 
 PRESETS = ("default", "fast", "paper")
 
@@ -39,6 +42,9 @@ _IN_YAML = {
 
 RENAMED: Mapping[str, str] = {
     "quantize.checkpoint": "quantize.import_from",
+    "quantize.search": "quantize.aqlm",
+    "quantize.search.recipe": "quantize.aqlm.algorithm",
+    **{f"quantize.search.{name}": f"quantize.aqlm.{name}" for name in AqlmSettings.model_fields if name != "algorithm"},
     "quantize.fit.final_rate": "quantize.fit.min_lr_ratio",
     "finetune.windows_at_once": "finetune.micro_batch",
     "finetune.checkpointing": "finetune.gradient_checkpointing",
@@ -46,6 +52,9 @@ RENAMED: Mapping[str, str] = {
     "finetune.keep_every": "finetune.save_every",
 }
 """Keys of earlier versions, and what they are called now."""
+
+RENAMED_VALUES: Mapping[tuple[str, Any], str] = {("quantize.aqlm.algorithm", "published"): "reference"}
+"""Values of earlier versions, by the present key, and what they are called now."""
 
 
 def preset_path(name: str) -> Path:
@@ -98,9 +107,12 @@ def load_run_file(path: Path) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise ConfigError(f"{path} must hold keys and values, such as `model: smollm2-135m`")
     valid = tuple(_valid_keys(RunConfig))
-    for key in (shortened(key) for key, _ in _leaves(settings)):
+    for key, value in ((shortened(key), value) for key, value in _leaves(settings)):
         if key in RENAMED:
             raise ConfigError(f"{path}: `{key}` is now called `{RENAMED[key]}`; rename it there")
+        if isinstance(value, str) and (key, value) in RENAMED_VALUES:
+            new = RENAMED_VALUES[key, value]
+            raise ConfigError(f"{path}: the value {value} of `{key}` is now called `{new}`; rename it there")
         if key not in valid:
             raise ConfigError(f"{path}: unknown key `{key}`; nearest valid key is `{_nearest(key, valid)}`")
     return settings
@@ -133,10 +145,25 @@ def build_config(
         path = preset_path(recipe)
         layers[f"preset {path}"] = {"finetune": load_run_file(path).get("finetune", {})}
     layers["flags"] = _given(flags)
+    layers = _without_methods_replaced(layers)
     try:
         return RunConfig.model_validate(merge(*layers.values()))
     except ValidationError as error:
         raise _one_line(error, layers) from error
+
+
+def _without_methods_replaced(layers: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The layers without settings of a method for which a later layer chooses another."""
+    kept: dict[str, dict[str, Any]] = {}
+    chosen: Any = None
+    for origin, layer in reversed(list(layers.items())):
+        section = layer.get("quantize")
+        if isinstance(section, Mapping):
+            replaced = METHODS.keys() - {chosen} if chosen is not None else set()
+            layer = {**layer, "quantize": {key: value for key, value in section.items() if key not in replaced}}
+            chosen = section.get("method") if chosen is None else chosen
+        kept[origin] = layer
+    return dict(reversed(list(kept.items())))
 
 
 def dump_yaml(config: RunConfig) -> str:
@@ -147,14 +174,15 @@ def dump_yaml(config: RunConfig) -> str:
 def differences(there: RunConfig, here: RunConfig, section: str) -> list[str]:
     """Each setting of one section in which two runs differ: "quantize.scheme: 2x8g8 there, 3x8g8 here".
 
-    Section "" stands for the settings outside all sections. `threads` and `device` never count.
+    Section "" stands for the settings outside all sections. `threads` and `device` never count, nor do the settings of
+    two methods, which have none in common.
     """
     earlier, later = dict(_leaves(there.model_dump())), dict(_leaves(here.model_dump()))
     return [
         f"{key}: {earlier[key]} there, {later[key]} here"
         for key in later
         if key.rpartition(".")[0].partition(".")[0] == section and key not in _NOT_COMPARED
-        if earlier[key] != later[key]
+        if key in earlier and earlier[key] != later[key]
     ]
 
 
@@ -167,12 +195,13 @@ def _leaves(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str
             yield f"{prefix}{key}", value
 
 
-def _valid_keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
+def _valid_keys(section: type[Section], prefix: str = "") -> Iterator[str]:
     """Dotted keys of all settings and of the sections themselves."""
-    for name, field in section.model_fields.items():
+    sections = section.sections()
+    for name in {**section.model_fields, **sections}:
         yield prefix + name
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from _valid_keys(field.annotation, f"{prefix}{name}.")
+        if name in sections:
+            yield from _valid_keys(sections[name], f"{prefix}{name}.")
 
 
 def _nearest(key: str, valid: tuple[str, ...]) -> str:

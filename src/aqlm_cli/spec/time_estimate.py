@@ -53,8 +53,9 @@ def _block_seconds(block: BlockShape, work: Work, rates: Rates) -> float:
     weights, all_windows = sum(target.weights for target in block.targets), work.measured + work.held_out
     measuring = all_windows * work.length * weights * rates.forward
     measuring += work.measured * work.length * sum(width**2 for width in block.input_widths) * rates.moment
-    steps = work.fit.epochs * work.fitted * work.length * weights * rates.step
-    judging = (1 + work.fit.epochs) * work.held_out * work.length * weights * rates.quantized_forward
+    epochs = work.fit.epochs or 0
+    steps = epochs * work.fitted * work.length * weights * rates.step
+    judging = (1 + epochs) * work.held_out * work.length * weights * rates.quantized_forward if work.fitted else 0.0
     advancing = all_windows * work.length * weights * rates.quantized_forward
     return measuring + _makespan(map(rates.compression, block.quantized), work.workers) + steps + judging + advancing
 

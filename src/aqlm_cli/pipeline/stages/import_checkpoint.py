@@ -26,7 +26,7 @@ from aqlm_cli.quantization.student import names_in_files, outside_blocks
 from aqlm_cli.quantization.training.block import tuned_parameters
 from aqlm_cli.runs.files import disk_bytes, save_tensors
 from aqlm_cli.runs.stages import QUANTIZE, StageKey
-from aqlm_kernels import AdditiveLinear
+from aqlm_kernels import quantized_layers
 
 STAGE = "import_checkpoint"
 
@@ -130,7 +130,7 @@ def _taken_over(network: nn.Module) -> set[str]:
     return {
         name
         for prefix, block in zip(blocks.paths, blocks.modules, strict=True)
-        if any(isinstance(module, AdditiveLinear) for module in block.modules())
+        if quantized_layers(block)
         for name in tuned_parameters(block, prefix)
     }
 
@@ -155,11 +155,7 @@ def _save_blocks(network: nn.Module, directory: Path, emit: Emit) -> None:
     blocks = find_blocks(network)
     emit(StageStarted(STAGE, len(blocks.paths), "block"))
     for index, (prefix, block) in enumerate(zip(blocks.paths, blocks.modules, strict=True)):
-        layers = {
-            path: module.matrix
-            for path, module in block.named_modules(prefix=prefix)
-            if isinstance(module, AdditiveLinear)
-        }
+        layers = {path: layer.matrix() for path, layer in quantized_layers(block, prefix).items()}
         if layers:
             save_block(directory / block_file(index), prefix, block, layers)
         emit(Advanced(STAGE, index + 1))

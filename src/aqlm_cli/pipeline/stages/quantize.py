@@ -42,7 +42,7 @@ from aqlm_cli.runs.stages import QUANTIZE, StageKey
 from aqlm_cli.seeds import generator
 from aqlm_cli.spec.config import RunConfig
 from aqlm_cli.spec.schemes import Scheme
-from aqlm_kernels import AdditiveLinear
+from aqlm_kernels import quantized_layers
 
 UNREACHED = "no text reaches it"
 """The reason of a layer that stays as it is: an expert that no token was sent to, attention to an absent encoder."""
@@ -123,12 +123,8 @@ def _quantize_blocks(job: Job, calibration: Artifact, stage: Stage) -> list[dict
     started = time.monotonic()
     config, preflight, emit = job.config, job.preflight, job.emit
     ids, measured = mixed_sequences(config, calibration)
-    if config.quantize.fit.epochs and measured == len(ids):
-        emit(
-            Warned(
-                "the calibration set has one sequence only, so none can be held out and blocks are not fitted; add text"
-            )
-        )
+    if config.quantize.fitting.epochs and measured == len(ids):
+        emit(Warned("the calibration set has one sequence, so none is held out and blocks are not fitted; add text"))
     schemes, resume_state = preflight.plan.schemes, ResumeState(stage.work)
     states = start_calibration_pass(job.source, ids, measured, config, resume_state, emit)
     last = states.walk.last(list(schemes))
@@ -185,7 +181,7 @@ def _compress(work: _Work, states: CalibrationPass, block: nn.Module) -> dict[st
         if kept[path] is None
     ]
     method = METHODS[section.method]
-    made = compress_all(tasks, method, section.search, work.config.seed, work.workers, _keeper(work))
+    made = compress_all(tasks, method, section.settings, work.config.seed, work.workers, _keeper(work))
     compressed = {**made, **{one.path: one for one in kept.values() if one is not None}}
     for path in chosen:
         put_matrix(block, path, compressed[f"{prefix}.{path}"].matrix)
@@ -193,13 +189,9 @@ def _compress(work: _Work, states: CalibrationPass, block: nn.Module) -> dict[st
 
 
 def _fit(work: _Work, states: CalibrationPass, block: nn.Module) -> float:
-    """Fit what is additive in the block; the share of its held-out error that this removed."""
-    settings = work.config.quantize.fit
-    if (
-        not settings.epochs
-        or states.measured == len(states.hidden)
-        or not any(isinstance(module, AdditiveLinear) for module in block.modules())
-    ):
+    """Fit the quantized layers of the block; the share of its held-out error that this removed."""
+    settings = work.config.quantize.fitting
+    if not settings.epochs or states.measured == len(states.hidden) or not quantized_layers(block):
         return 0.0
     data = BlockData(states.given, states.targets, states.dtype, states.device, per_token=settings.error == "per_token")
     training, held_out = torch.arange(states.fitted), torch.arange(states.measured, len(states.hidden))

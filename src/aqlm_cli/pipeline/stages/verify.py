@@ -18,7 +18,7 @@ from aqlm_cli.models.plain_linear import is_plain
 from aqlm_cli.pipeline.job import Job
 from aqlm_cli.quantization.block_files import block_file, matrix_kinds, read_matrix, restore_block
 from aqlm_cli.quantization.block_inputs import machine_of, mixed_sequences, start_calibration_pass
-from aqlm_cli.quantization.methods import METHODS, CompressedMatrix
+from aqlm_cli.quantization.methods import METHODS
 from aqlm_cli.quantization.parallel import Task, compress_all
 from aqlm_cli.quantization.resume import ResumeState
 from aqlm_cli.records import VerifyReport
@@ -30,6 +30,7 @@ from aqlm_cli.runs.stages import QUANTIZE
 from aqlm_cli.seeds import generator
 from aqlm_cli.spec.plan import Plan
 from aqlm_cli.spec.schemes import Scheme
+from aqlm_kernels import Matrix
 
 VERIFY = "verify"
 
@@ -91,7 +92,7 @@ def _requantize(job: Job, run: RunDirectory, quantized: Artifact) -> str | None:
 
 def _both(
     job: Job, run: RunDirectory, quantized: Artifact, chosen: str, scheme: Scheme, work: Path
-) -> tuple[CompressedMatrix, CompressedMatrix]:
+) -> tuple[Matrix, Matrix]:
     """The matrix of the chosen layer, quantized again on the output of the blocks before it, and the stored one."""
     config, source, emit = run.config, job.original(run), job.emit
     ids, measured = mixed_sequences(config, run.current("calibration"))
@@ -110,7 +111,7 @@ def _both(
     assert is_plain(layer)
     task = Task(chosen, layer.weight, states.measure(block, [inside])[inside], scheme)
     section = config.quantize
-    made = compress_all([task], METHODS[section.method], section.search, config.seed, 1, lambda _: None)
+    made = compress_all([task], METHODS[section.method], section.settings, config.seed, 1, lambda _: None)
     emit(Advanced(chosen, index + 1))
     file = block_file(index)
     return made[chosen].matrix, read_matrix(quantized, file, chosen, matrix_kinds(quantized, file)[chosen])

@@ -16,12 +16,12 @@ from aqlm_cli.quantization.solvers.codebooks import Approximation, starting_scal
 from aqlm_cli.quantization.solvers.hessian import Feedback, LayerStatistics, diagonal_blocks
 from aqlm_cli.quantization.solvers.kmeans import residual_kmeans
 from aqlm_cli.quantization.solvers.ldlq import sweep
-from aqlm_cli.spec.config import SearchConfig
+from aqlm_cli.spec.methods.aqlm import AqlmSettings
 from aqlm_cli.spec.schemes import AdditiveScheme
 
 
-def quantize_as_published(
-    weight: Tensor, statistics: LayerStatistics, scheme: AdditiveScheme, rng: torch.Generator, settings: SearchConfig
+def quantize_reference(
+    weight: Tensor, statistics: LayerStatistics, scheme: AdditiveScheme, rng: torch.Generator, settings: AqlmSettings
 ) -> Approximation:
     """Compress W `[out, in]` float32; of the settings the last three and the k-means iterations count."""
     search = code_search(weight.device)
@@ -37,7 +37,7 @@ def quantize_as_published(
 
 
 def _start(
-    weight: Tensor, scheme: AdditiveScheme, rng: torch.Generator, settings: SearchConfig, search: CodeSearch
+    weight: Tensor, scheme: AdditiveScheme, rng: torch.Generator, settings: AqlmSettings, search: CodeSearch
 ) -> Approximation:
     scales = starting_scales(weight)
     rows = (weight / scales[:, None]).view(len(weight), -1, scheme.group_size)  # [out, n, g]
@@ -65,7 +65,7 @@ def _loss(weight: Tensor, second_moment: Tensor, present: Approximation, search:
 
 
 def _train(
-    weight: Tensor, second_moment: Tensor, present: Approximation, settings: SearchConfig, search: CodeSearch
+    weight: Tensor, second_moment: Tensor, present: Approximation, settings: AqlmSettings, search: CodeSearch
 ) -> Approximation:
     """Adam on codebooks and scales with the codes fixed."""
     codebooks, scales = present.codebooks.clone(), present.scales.clone()

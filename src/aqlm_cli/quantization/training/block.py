@@ -24,7 +24,7 @@ from aqlm_cli.models.hidden_states import Activations, autocast, run_block
 from aqlm_cli.models.walk import BlockInput
 from aqlm_cli.quantization.training.schedule import copied, learning_rate_factor, put_back, root_mean_square
 from aqlm_cli.spec.config import FitConfig
-from aqlm_kernels import AdditiveLinear
+from aqlm_kernels import QuantizedLayer
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,12 +64,14 @@ class BlockData:
 
 
 def tuned_parameters(block: nn.Module, prefix: str = "") -> dict[str, nn.Parameter]:
-    """What fitting may change, by path: all of the additive layers, and every vector (norms and biases)."""
+    """Parameters that fitting may change, by path: those of quantized layers, and every vector (norms and biases)."""
     found: dict[str, nn.Parameter] = {}
     for path, module in block.named_modules(prefix=prefix):
-        for name, parameter in module.named_parameters(recurse=False):
-            if isinstance(module, AdditiveLinear) or parameter.ndim == 1:
-                found[f"{path}.{name}"] = parameter
+        if isinstance(module, QuantizedLayer):
+            parameters = module.trainable()
+        else:
+            parameters = {name: one for name, one in module.named_parameters(recurse=False) if one.ndim == 1}
+        found |= {f"{path}.{name}": parameter for name, parameter in parameters.items()}
     return found
 
 
@@ -80,7 +82,7 @@ def fit_block(
 
     Returns the held-out error before and after.
     """
-    parameters = tuned_parameters(block)
+    parameters, epochs = tuned_parameters(block), settings.epochs or 0
     steps_per_epoch = math.ceil(len(training) / settings.batch)
     tokens = training.numel() * math.prod(data.targets.shape[1:-1])
     energy = data.energy(training, settings.batch) / tokens or 1.0
@@ -91,15 +93,13 @@ def fit_block(
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
-        lambda step: learning_rate_factor(
-            step, steps_per_epoch * settings.epochs, settings.warmup_steps, settings.min_lr_ratio
-        ),
+        lambda step: learning_rate_factor(step, steps_per_epoch * epochs, settings.warmup_steps, settings.min_lr_ratio),
     )
     before = best = data.relative_error(block, held_out, settings.batch)
     kept, stale = copied(parameters), 0
     for parameter in parameters.values():
         parameter.requires_grad_(True)
-    for _ in range(settings.epochs):
+    for _ in range(epochs):
         for chosen in _shuffled(training, settings.batch, rng):
             given = data.given(chosen)
             with autocast(data.device, data.dtype):
@@ -128,7 +128,7 @@ def round_block(block: nn.Module, prefix: str = "") -> None:
     First the codebooks and scales of each layer are brought into the range of float16, which fitting may have left.
     """
     for module in block.modules():
-        if isinstance(module, AdditiveLinear):
+        if isinstance(module, QuantizedLayer):
             module.balance()
     round_to_16_bits(tuned_parameters(block, prefix))
 

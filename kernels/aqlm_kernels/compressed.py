@@ -1,0 +1,75 @@
+"""CompressedLinear: nn.Linear whose weight is a matrix of any kind, differentiable in its learnable tensors.
+
+The weight is dequantized at every forward, which costs little beside the product of many rows. A kind for which there
+are compiled products has a layer of its own, such as AdditiveLinear.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from aqlm_kernels.errors import KernelError
+from aqlm_kernels.matrices.kinds import Matrix
+
+
+class CompressedLinear(nn.Module):
+    """y = x W^T + bias with W = matrix.dequantize().
+
+    The learnable tensors and the bias are parameters in float32 (float64 if they come so); `matrix()` has them in their
+    stored types. All other tensors are buffers.
+    """
+
+    bias: nn.Parameter | None  # [out]
+
+    def __init__(self, matrix: Matrix, bias: Tensor | None = None) -> None:
+        super().__init__()
+        if bias is not None and bias.shape != (matrix.out_features,):
+            raise KernelError(f"bias is {list(bias.shape)}, the matrix has {matrix.out_features} outputs")
+        self.in_features, self.out_features = matrix.in_features, matrix.out_features
+        tensors = matrix.tensors()
+        self._kind, self._learnable = type(matrix), matrix.learnable
+        self._dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
+        for name, tensor in tensors.items():
+            if name in self._learnable:
+                self.register_parameter(name, _parameter(tensor))
+            else:
+                self.register_buffer(name, tensor)
+        self.bias = None if bias is None else _parameter(bias)
+
+    def matrix(self) -> Matrix:
+        """The present values in their stored types."""
+        return self._kind.from_tensors(
+            {name: tensor.detach().to(self._dtypes[name]) for name, tensor in self._tensors()}
+        )
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """Learnable tensors and bias, by name."""
+        return dict(self.named_parameters(recurse=False))
+
+    @torch.no_grad()
+    def balance(self) -> None:
+        """Bring the learnable tensors into the range of float16, in place and without a change of W."""
+        balanced = self._kind.from_tensors(dict(self._tensors())).balanced().tensors()
+        for name, tensor in self._tensors():
+            tensor.copy_(balanced[name])
+
+    @property
+    def weight(self) -> Tensor:
+        """W `[out, in]`, for models that read the weight of a linear layer themselves."""
+        return self._kind.from_tensors(dict(self._tensors())).dequantize()
+
+    def forward(self, x: Tensor) -> Tensor:  # [..., in] -> [..., out]
+        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+    def extra_repr(self) -> str:
+        bias = self.bias is not None
+        return f"in_features={self.in_features}, out_features={self.out_features}, kind={self._kind.kind}, bias={bias}"
+
+    def _tensors(self) -> list[tuple[str, Tensor]]:
+        return [(name, getattr(self, name)) for name in self._dtypes]
+
+
+def _parameter(values: Tensor) -> nn.Parameter:
+    return nn.Parameter(values.detach().to(torch.promote_types(values.dtype, torch.float32)))

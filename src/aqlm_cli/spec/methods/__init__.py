@@ -1,0 +1,26 @@
+"""The methods by name: the settings of each, the schemes that it takes, and what a run does with it by default.
+
+A new method is its settings here, one row in `METHODS`, and the function of the same name in quantization/methods.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from aqlm_cli.spec.methods.aqlm import AqlmSettings
+from aqlm_cli.spec.section import Section
+
+
+@dataclass(frozen=True)
+class MethodSpec:
+    settings: type[Section] | None  # the section of a run file named after the method; None: it has no settings
+    families: tuple[str, ...]  # of schemes that it can quantize to
+    scheme: str  # an example of one
+    epochs: int  # of block fitting, where the run file leaves that to the method
+
+
+METHODS: Mapping[str, MethodSpec] = {
+    "aqlm": MethodSpec(AqlmSettings, ("additive",), "2x8g8", epochs=2),
+    "rtn": MethodSpec(None, ("uniform",), "int2g64", epochs=0),  # the baseline: nothing is fitted unless asked
+}

@@ -1,0 +1,85 @@
+"""What every family of schemes answers, and what they share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import NamedTuple, Protocol
+
+from aqlm_cli.errors import UsageError
+
+BITS_PER_FLOAT = 16
+"""Codebooks and scales are stored as float16."""
+
+DTYPE_BYTES = {"uint8": 1, "int8": 1, "int16": 2, "int32": 4, "float16": 2, "bfloat16": 2, "float32": 4}
+
+
+class StoredTensor(NamedTuple):
+    """One tensor of a matrix: its type as torch names it, and its shape.
+
+    One of integers holds 0 to `values` - 1; None for other tensors.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    values: int | None = None
+
+    @property
+    def bytes(self) -> int:
+        return DTYPE_BYTES[self.dtype] * math.prod(self.shape)
+
+
+class Scheme(Protocol):
+    """What a treatment of an `[out, in]` weight matrix costs; prints as the word it is parsed from."""
+
+    @property
+    def kind(self) -> str:
+        """The kind of matrix that it describes, by which methods name the family, too."""
+
+    @property
+    def group_size(self) -> int:
+        """Inputs that share codes or a scale."""
+
+    @property
+    def code_bits(self) -> float:
+        """Bits of the codes alone per weight."""
+
+    @property
+    def codebook_shape(self) -> tuple[int, int, int] | None:
+        """Codebooks, entries of each and inputs a group, as the compiled products take them; None: torch multiplies."""
+
+    def stored_bits(self, out_features: int, in_features: int) -> int:
+        """Bits of one matrix, with its tables, scales and indices."""
+
+    def bits_per_weight(self, out_features: int, in_features: int) -> float:
+        """Stored bits per original weight.
+
+        Not covered: layers that stay as they are; see the plan for the whole model.
+        """
+
+    def refuses(self, out_features: int, in_features: int) -> str | None:
+        """Why a matrix of this shape cannot be stored so, or None."""
+
+    def stored_layouts(self, out_features: int, in_features: int) -> Mapping[str, StoredTensor]:
+        """The tensors of one matrix in `quantized/`, by name."""
+
+    def packed_layouts(self, out_features: int, in_features: int) -> Mapping[str, StoredTensor]:
+        """The tensors of one matrix in a checkpoint for others, by name: `weight` alone where no format holds it."""
+
+    def peak_bytes(self, out_features: int, in_features: int) -> int:
+        """Memory that quantizing one matrix takes at most, beside the weight and the Hessian."""
+
+
+def check_range(scheme: object, what: str, value: int, lowest: int, highest: int) -> None:
+    if not lowest <= value <= highest:
+        raise UsageError(f"scheme {scheme}: {value} {what}; choose {lowest} to {highest}")
+
+
+def uneven_groups(in_features: int, group_size: int) -> str | None:
+    if in_features % group_size:
+        return f"{in_features} input features are not a multiple of the group size {group_size}"
+    return None
+
+
+def total_bytes(layouts: Mapping[str, StoredTensor]) -> int:
+    return sum(layout.bytes for layout in layouts.values())

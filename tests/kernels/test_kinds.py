@@ -1,0 +1,153 @@
+"""Each kind of matrix as a layer: the product by its definition, gradients of what is continuous, and nothing lost."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from aqlm_kernels import (
+    MATRIX_KINDS,
+    AdditiveLinear,
+    AdditiveMatrix,
+    CompressedLinear,
+    KernelError,
+    Matrix,
+    QuantizedLayer,
+    UniformMatrix,
+    coded_layers,
+    quantized_layers,
+)
+
+OUT, IN = 12, 32
+
+
+def draw() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+def additive(num_codebooks: int = 2) -> AdditiveMatrix:
+    rng = draw()
+    codes = torch.randint(16, (OUT, IN // 8, num_codebooks), generator=rng)
+    return AdditiveMatrix(codes, torch.randn(num_codebooks, 16, 8, generator=rng), torch.rand(OUT, generator=rng) + 0.5)
+
+
+def uniform(exponent: int = 0) -> UniformMatrix:
+    rng = draw()
+    levels = torch.randint(8, (OUT, IN), generator=rng, dtype=torch.uint8)
+    zeros = torch.randint(8, (OUT, IN // 16), generator=rng, dtype=torch.uint8)
+    scales = (torch.rand(OUT, IN // 16, generator=rng) + 0.5).half()
+    bits, power = torch.tensor(3, dtype=torch.uint8), torch.tensor(exponent, dtype=torch.int16)
+    return UniformMatrix(levels, zeros, scales, bits, power)
+
+
+MATRICES: dict[str, Matrix] = {"additive": additive(), "uniform": uniform()}
+
+
+def test_every_kind_is_tried_here() -> None:
+    assert MATRICES.keys() == MATRIX_KINDS.keys()
+    assert all(type(matrix) is MATRIX_KINDS[kind] for kind, matrix in MATRICES.items())
+
+
+@pytest.mark.parametrize("kind", MATRICES)
+@pytest.mark.parametrize("general", [False, True])
+def test_a_layer_is_the_product_with_its_matrix(kind: str, general: bool) -> None:
+    matrix, x = MATRICES[kind], torch.randn(20, IN, generator=draw())
+    bias = torch.randn(OUT, generator=draw())
+    layer = CompressedLinear(matrix, bias) if general else matrix.module(bias)
+    wanted = x.double() @ matrix.dequantize(torch.float64).T + bias.double()
+    torch.testing.assert_close(layer(x).double(), wanted, rtol=1e-5, atol=1e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(layer(x).double(), wanted, rtol=0.05, atol=0.3)
+    assert isinstance(layer, QuantizedLayer) and layer.matrix().bits() == matrix.bits()
+    assert layer.trainable().keys() == {*matrix.learnable, "bias"}
+
+
+@pytest.mark.parametrize("kind", MATRICES)
+def test_a_general_layer_is_differentiable_in_all_that_is_continuous(kind: str) -> None:
+    layer, x = CompressedLinear(MATRICES[kind]), torch.randn(20, IN, generator=draw())
+    wanted = torch.randn(20, OUT, generator=draw())
+
+    def loss() -> Tensor:
+        return (layer(x) - wanted).square().mean()
+
+    before = loss()
+    before.backward()
+    for name, parameter in layer.trainable().items():
+        assert parameter.grad is not None and parameter.grad.norm() > 0, name
+        step, gradient = 1e-3, parameter.grad / parameter.grad.norm()
+        with torch.no_grad():
+            parameter.add_(gradient, alpha=step)
+            slope = (loss() - before) / step
+            parameter.sub_(gradient, alpha=step)
+        torch.testing.assert_close(slope, parameter.grad.norm(), rtol=0.02, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", MATRICES)
+def test_a_layer_gives_its_matrix_back_to_the_bit(kind: str) -> None:
+    matrix = MATRICES[kind]
+    for layer in (matrix.module(), CompressedLinear(matrix), copy.deepcopy(CompressedLinear(matrix))):
+        assert isinstance(layer, QuantizedLayer)
+        layer.balance()
+        again = layer.matrix().tensors()
+        assert again.keys() == matrix.tensors().keys()
+        for name, tensor in matrix.tensors().items():
+            assert again[name].dtype == tensor.dtype and torch.equal(again[name], tensor), name
+
+
+@pytest.mark.parametrize("kind", MATRICES)
+def test_a_weight_that_a_matrix_can_hold_is_its_own_nearest(kind: str) -> None:
+    matrix = MATRICES[kind]
+    torch.testing.assert_close(matrix.nearest(matrix.dequantize()).dequantize(), matrix.dequantize(), rtol=0, atol=1e-5)
+
+
+def test_nearest_takes_the_nearest_entry_of_one_codebook() -> None:
+    matrix, weight = additive(1), torch.randn(OUT, IN, generator=draw())
+    found = matrix.nearest(weight)
+    groups, scales = weight.view(OUT, -1, 1, 8), matrix.scales[:, None, None, None]
+    errors = (groups - scales * matrix.codebooks[0]).square().sum(3)  # [out, n, K]
+    assert torch.equal(found.codes[..., 0].long(), errors.argmin(2))
+
+
+def test_nearest_never_raises_the_error_of_several_codebooks() -> None:
+    matrix, weight = additive(3), torch.randn(OUT, IN, generator=draw())
+
+    def errors(one: AdditiveMatrix) -> Tensor:
+        return (one.dequantize() - weight).view(OUT, -1, 8).square().sum(2)
+
+    found = matrix.nearest(weight)
+    assert (errors(found) <= errors(matrix) + 1e-5).all()
+    assert errors(found).sum() < 0.5 * errors(matrix).sum()
+
+
+def test_nearest_takes_the_nearest_level_of_each_grid() -> None:
+    matrix, weight = uniform(), 3 * torch.randn(OUT, IN, generator=draw())
+    grid = torch.arange(8)[None, None] - matrix.zeros[..., None].float()  # [out, n, 8]
+    points = (grid * matrix.scales.float()[..., None]).repeat_interleave(16, 1)  # [out, in, 8]
+    nearest = (points - weight[..., None]).abs().min(2).values
+    torch.testing.assert_close((matrix.nearest(weight).dequantize() - weight).abs(), nearest, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("power", [-30, 20])
+def test_scales_that_left_the_range_of_float16_are_brought_back(power: int) -> None:
+    layer = CompressedLinear(uniform())
+    with torch.no_grad():
+        layer.scales.mul_(2.0**power)
+    wanted = layer.weight
+    layer.balance()
+    assert torch.equal(layer.weight, wanted)
+    assert torch.equal(layer.matrix().dequantize(), wanted), "and float16 holds them now"
+    assert layer.matrix().bits() == uniform().bits()
+
+
+def test_quantized_layers_are_found_by_path_and_those_with_codes_apart() -> None:
+    network = nn.ModuleDict({"a": additive().module(), "b": nn.ModuleList([uniform().module()]), "c": nn.Linear(2, 2)})
+    assert quantized_layers(network, "top").keys() == {"top.a", "top.b.0"}
+    assert coded_layers(network).keys() == {"a"} and isinstance(coded_layers(network)["a"], AdditiveLinear)
+
+
+def test_a_bias_of_another_length_is_refused() -> None:
+    with pytest.raises(KernelError, match=r"bias is \[3\], the matrix has 12 outputs"):
+        CompressedLinear(uniform(), torch.zeros(3))
