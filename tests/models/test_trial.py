@@ -31,7 +31,8 @@ LOOKING: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 
 def planned(directory: Path, format: str, *skip: str) -> None:
     settings = {"model": str(directory), "pack": {"format": format}, "calibrate": {"sequence_length": 64}}
-    preflight(build_config(None, None, {**settings, "quantize": {"scheme": "2x4g8", "skip": list(skip)}}))
+    config = build_config(None, None, {**settings, "quantize": {"scheme": "2x4g8", "skip": list(skip)}})
+    preflight(config, resolve(config.model))
 
 
 @pytest.mark.parametrize("family", LOOKING)
