@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: setup demo test check docs docs-reference docs-models fmt bench soak
+.PHONY: gpu-check gpu-wheels setup demo test check docs docs-reference docs-models fmt bench soak
 
 setup: $(INSTALLED)
 
@@ -53,3 +53,14 @@ bench: demo
 
 soak: setup
 	$(BIN)/pytest -q -m soak
+
+# Of a GPU, on a machine that need not have a package index; in eight minutes. It uses the Python that is there.
+OUT ?= runs/gpu-check
+MODEL ?= smollm2-135m
+MINUTES ?= 2.5
+gpu-check:
+	@$(PYTHON) tools/gpu_check.py --out "$(OUT)" --model "$(MODEL)" --minutes "$(MINUTES)"
+
+# What such a machine may lack, to be carried there with the repository.
+gpu-wheels:
+	$(PYTHON) tools/gpu_wheels.py .wheels

@@ -34,6 +34,7 @@ settings.load_profile("repeatable")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--write-golden", action="store_true", help="write the files of tests/golden/run anew")
+    parser.addoption("--device", default="cuda", help="where tests/kernels/test_device.py multiplies")
 
 
 @pytest.fixture(autouse=True)

@@ -173,8 +173,8 @@ def python_page() -> str:
 
 def name_section(name: str, thing: Any) -> str:
     if inspect.isclass(thing):
-        methods = [text for key, member in vars(thing).items() if (text := member_words(key, member))]
-        return f"### {name}\n\n{prose(own_doc(thing))}" + ("\n" + "\n".join(methods) + "\n" if methods else "")
+        members = [text for key, member in vars(thing).items() if (text := member_section(name, key, member))]
+        return "\n".join([f"### {name}\n\n{prose(own_doc(thing))}", *members])
     if isinstance(thing, types.FunctionType):
         return f"### {name}\n\n```python\n{signature(name, thing)}\n```\n\n{prose(inspect.getdoc(thing) or '')}"
     return f"### {name}\n\n{prose(constant_words(thing))}"
@@ -186,17 +186,15 @@ def own_doc(thing: type) -> str:
     return "" if text.startswith(f"{thing.__name__}(") else text
 
 
-def member_words(name: str, member: Any) -> str | None:
-    """`- name(arguments)`: its docstring, for what is public and documented."""
-    if name.startswith("_"):
-        return None
+def member_section(owner: str, name: str, member: Any) -> str | None:
+    """A method or property of a class, where it is public and documented."""
     function = member.fget if isinstance(member, property) else getattr(member, "__func__", member)
-    if not isinstance(function, types.FunctionType) or not function.__doc__:
+    if name.startswith("_") or not isinstance(function, types.FunctionType) or not function.__doc__:
         return None
-    head = name if isinstance(member, property) else signature(name, function).replace("\n    ", " ").replace("\n", "")
-    return f"- `{head.removeprefix('def ').rstrip(':').replace('( ', '(').replace(',)', ')')}`: " + prose(
-        " ".join(inspect.cleandoc(function.__doc__).partition("\n\n")[0].split())
-    ).rstrip("\n")
+    head = f"#### {owner}.{name}\n\n"
+    if not isinstance(member, property):
+        head += f"```python\n{signature(name, function)}\n```\n\n"
+    return head + prose(inspect.cleandoc(function.__doc__))
 
 
 def constant_words(thing: Any) -> str:
@@ -214,8 +212,11 @@ def signature(name: str, function: types.FunctionType) -> str:
     line = unquoted(f"def {name}{whole}")
     if len(line) <= 100:
         return line
-    arguments = "".join(f"    {unquoted(str(parameter))},\n" for parameter in whole.parameters.values())
-    returns = "" if whole.return_annotation is whole.empty else f" -> {whole.return_annotation}"
+    arguments = "".join(f"    {unquoted(str(argument))},\n" for argument in whole.parameters.values())
+    first = next((str(a) for a in whole.parameters.values() if a.kind is a.KEYWORD_ONLY), None)
+    if first is not None:
+        arguments = arguments.replace(f"    {unquoted(first)},", f"    *,\n    {unquoted(first)},", 1)
+    returns = "" if whole.return_annotation is whole.empty else unquoted(f" -> {whole.return_annotation!r}")
     return f"def {name}(\n{arguments}){returns}"
 
 
@@ -230,13 +231,18 @@ def unquoted(text: str) -> str:
 def prose(text: str) -> str:
     """A docstring as Markdown: code spans and indented blocks as they are, and no other character means anything."""
     lines: list[str] = []
-    for paragraph in text.split("\n\n"):
-        if paragraph.startswith("    "):
-            lines += ["```text", *(line[4:] for line in paragraph.split("\n")), "```", ""]
-        elif paragraph:
+    for paragraph in re.split(r"\n\n(?!    )", text):
+        paragraph, *code = re.split(r"(?m)(?:\A|\n\n)(?=    )", paragraph, maxsplit=1)
+        if paragraph:
             spans = re.split(r"(`[^`]*`)", paragraph)
-            lines += ["".join(s if s.startswith("`") else re.sub(r"([*_<\[\]])", r"\\\1", s) for s in spans), ""]
+            lines += ["".join(s if s.startswith("`") else escaped(s) for s in spans), ""]
+        for block in code:
+            lines += ["```text", *(line[4:] for line in block.split("\n")), "```", ""]
     return "\n".join(lines).rstrip("\n") + "\n" if lines else ""
+
+
+def escaped(text: str) -> str:
+    return re.sub(r"([*_\[\]])", r"\\\1", text).replace("<", "&lt;")
 
 
 def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:

@@ -3,7 +3,7 @@
     packed = PackedMatrix(AdditiveMatrix(codes=..., codebooks=..., scales=...))
     y = matmul(x, packed)
 
-Knows torch, numpy, numba and, where there is a GPU, triton only. What a caller can mend is raised as KernelError.
+Knows torch, numpy, numba and, where there is a GPU, triton only. Errors that a caller can fix are KernelErrors.
 """
 
 from aqlm_kernels.backends import BACKENDS, Backend, choose, matmul, smallest

@@ -1,4 +1,4 @@
-"""Which kernel computes a product: the table of backends, the choice, and the product itself.
+"""The table of backends, the choice of one, and x W^T by it.
 
 A backend says itself why it cannot serve. The first of the table that can is chosen; a backend asked for by name is
 obeyed or raises its reason, it is never replaced in silence.
@@ -49,7 +49,7 @@ def choose(packed: PackedMatrix, device: torch.device, name: str | None = None) 
 
 
 def smallest(num_codebooks: int, codebook_size: int, group_size: int) -> PackedMatrix:
-    """A matrix of one group: backends judge by the scheme alone."""
+    """A matrix of one group: backends decide by the scheme alone."""
     codes = torch.zeros(1, 1, num_codebooks, dtype=torch.int32)
     return PackedMatrix(AdditiveMatrix(codes, torch.zeros(num_codebooks, codebook_size, group_size), torch.ones(1)))
 
@@ -87,7 +87,7 @@ def _refuses_elsewhere(packed: PackedMatrix, device: torch.device) -> str | None
 
 
 def why_not_triton(device: torch.device, group_size: int) -> str | None:
-    """Why products there cannot run through Triton, or None."""
+    """Return the reason why Triton cannot run there, or None."""
     if device.type != "cuda":
         return f"runs on a GPU, x is on {device}"
     if find_spec("triton") is None:

@@ -1,4 +1,4 @@
-"""The one error of this package that a caller can mend."""
+"""The one error of this package that a caller can fix."""
 
 
 class KernelError(Exception):

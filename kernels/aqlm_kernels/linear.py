@@ -95,7 +95,7 @@ class AdditiveLinear(nn.Module):
             self.scales.mul_(2.0**-shift)
 
     def packed(self) -> PackedMatrix:
-        """The present values in the product kernels' order: made at the first call, and again after a change."""
+        """The present values in the matmul kernels' order: made at the first call, and again after a change."""
         return ops.packed(self._key, self.codes, self.codebooks, self.scales)
 
     def forward(self, x: Tensor) -> Tensor:  # [..., in] -> [..., out]

@@ -1,6 +1,6 @@
 """The products of AdditiveLinear as operators of torch: torch.compile, export and autograd see them whole.
 
-`decoding_product` reads the codes in the order of the product kernels. That order is made once for each layer and kept
+`decoding_product` reads the codes in the order of the matmul kernels. That order is made once for each layer and kept
 here under the layer's key, so that the operator has nothing but tensors and numbers for arguments.
 """
 
@@ -28,7 +28,7 @@ def decoding_product(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor
 
 @torch.library.custom_op("aqlm::product", mutates_args=(), device_types="cpu")
 def product(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor) -> Tensor:
-    """x W^T [..., out] in the type of x. W is written anew in the backward, which is cheaper than keeping it."""
+    """x W^T [..., out] in the type of x. W is written again in the backward, which is cheaper than keeping it."""
     return gemm.matmul(x, codes, codebooks, scales)
 
 
@@ -40,7 +40,7 @@ def _input_gradient(dy: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor
 
 @torch.library.custom_op("aqlm::weight_gradients", mutates_args=(), device_types="cpu")
 def _weight_gradients(dy: Tensor, x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
-    """Of the codebooks [M, K, g] and the scales [out]; products in the type of the forward."""
+    """Gradients of the codebooks [M, K, g] and the scales [out]; matmuls in the type of the forward."""
     return gemm.weight_gradients(dy, x, codes, codebooks, scales)
 
 
@@ -106,7 +106,7 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, None, Tensor | None,
 
 
 def has_product(device: torch.device, group_size: int) -> bool:
-    """Whether `product` runs there, with its gradients."""
+    """Check that `product` runs there, with its gradients."""
     return device.type == "cpu" or why_not_triton(device, group_size) is None
 
 
@@ -125,7 +125,7 @@ class _Packed:
     versions: tuple[int, ...]
 
     def is_of(self, sources: tuple[Tensor, ...]) -> bool:
-        """Whether these are the same tensors, and unchanged. A change through `.data` in place cannot be seen."""
+        """Check that these are the same tensors, unchanged. A change in place through `.data` cannot be seen."""
         same = all(old.data_ptr() == new.data_ptr() for old, new in zip(self.sources, sources, strict=True))
         return same and self.versions == _versions(sources)
 
@@ -142,7 +142,7 @@ def new_key(layer: object) -> int:
 
 
 def packed(key: int, codes: Tensor, codebooks: Tensor, scales: Tensor) -> PackedMatrix:
-    """The matrix in the product kernels' order: made at the first call, and again after a change."""
+    """The matrix in the matmul kernels' order: made at the first call, and again after a change."""
     sources = codes, codebooks, scales
     kept = _packed.get(key)
     if kept is None or not kept.is_of(sources):
@@ -152,5 +152,5 @@ def packed(key: int, codes: Tensor, codebooks: Tensor, scales: Tensor) -> Packed
 
 
 def _versions(tensors: tuple[Tensor, ...]) -> tuple[int, ...]:
-    """How often each was changed in place; tensors made in inference mode do not count."""
+    """Count the changes in place of each; tensors made in inference mode do not count."""
     return tuple(0 if tensor.is_inference() else tensor._version for tensor in tensors)

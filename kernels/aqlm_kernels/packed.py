@@ -1,4 +1,4 @@
-"""PackedMatrix: an AdditiveMatrix with its codes in the orders in which the product kernels read them.
+"""PackedMatrix: an AdditiveMatrix with its codes in the orders in which the matmul kernels read them.
 
 A thread computes tiles of 64 outputs. It walks over the input groups, and for each group and codebook needs the codes
 of all its outputs: they lie side by side. The outputs of the last tile that the matrix does not have get code 0.
@@ -95,6 +95,6 @@ def _tiled(codes: Tensor) -> Tensor:  # [out, n, M] -> [tiles, n, M, TILE]
 
 
 def blocks_of(tables: int) -> tuple[int, int]:
-    """How many blocks look-ups are cut into, and the tables of each but the last, which may have fewer."""
+    """The number of blocks of look-ups, and the tables of each but the last, which may have fewer."""
     blocks = -(-tables // BLOCK)
     return blocks, -(-tables // blocks)

@@ -18,16 +18,16 @@ def patch_transformers(network: Network) -> Network:
 
     Raises KernelError where there is no such layer, and for groups of several outputs.
     """
-    found = [
+    layers = [
         (parent, name, child)
         for parent in network.modules()
         for name, child in parent.named_children()
         if type(child).__module__.partition(".")[0] == "aqlm" and hasattr(child, "codes")
     ]
-    if not found:
+    if not layers:
         raise KernelError("the network has no layer of the package aqlm; load an AQLM checkpoint with transformers")
     child: Any
-    for parent, name, child in found:
+    for parent, name, child in layers:
         tensors = {key: getattr(child, key).detach() for key in ("codes", "codebooks", "scales")}
         if child.gemv_op is not None and tensors["codebooks"].shape[1] == 256 and not tensors["codes"].is_cuda:
             tensors["codes"] = tensors["codes"].transpose(0, 1)  # its first product on a CPU has exchanged these axes

@@ -46,7 +46,7 @@ def choose_codes(metric: Tensor, targets: Tensor, codebooks: Tensor, codes: Tens
 
 
 def nearest_entries(importance: Tensor, targets: Tensor, codebook: Tensor) -> Tensor:
-    """For every row and group j the entry c of least sum_d h_jd c_d^2 - 2 t_d c_d: `[rows, n]`, ties to the lower.
+    """Find for every row and group j the entry c of least sum_d h_jd c_d^2 - 2 t_d c_d: `[rows, n]`, ties to the lower.
 
     `importance` is h `[n, g]`, `targets` t `[rows, n, g]`, `codebook` `[K, g]`: `choose_codes` for one codebook and
     diagonal metrics, all groups at once, as k-means assigns points.

@@ -16,9 +16,8 @@ from typing import Any
 
 from rich.console import Group
 from rich.table import Table
-from rich.text import Text
 
-from aqlm_cli.formatting import both_bits, clock, counted, facts, plain, readable_bytes, shrinkage, some, text_name
+from aqlm_cli.formatting import both_bits, clock, counted, facts, plain, readable_bytes, shrinkage, some
 
 
 @dataclass(frozen=True)
@@ -92,68 +91,6 @@ class VerifyReport(Record):
             ("time", clock(self.seconds)),
         ]
         return facts(f"{self.directory} is sound", rows)
-
-
-@dataclass(frozen=True)
-class Perplexity:
-    """exp(mean negative log likelihood), with its standard error over the sequences."""
-
-    perplexity: float
-    stderr: float
-
-
-@dataclass(frozen=True)
-class PerplexityReport(Record):
-    """Perplexity of `model` on `data`; `ratio` is to that of the base model (`original`) on the same sequences, if any.
-
-    `bos`: each sequence starts with the BOS token. Do not compare figures with and without it.
-    """
-
-    model: str
-    data: str
-    perplexity: float
-    stderr: float
-    windows: int
-    sequence_length: int
-    dtype: str
-    original: Perplexity | None
-    ratio: float | None
-    bos: bool = False
-
-    def table(self) -> Table:
-        columns = ("model", "data", "sequences x tokens", "type", "perplexity", "ratio")
-        table = Table(*columns, title="perplexity", title_justify="left")
-        ratio = "" if self.ratio is None else f"{self.ratio:.4f}"
-        rows = [(self.model, Perplexity(self.perplexity, self.stderr), ratio)]
-        if self.original is not None:
-            rows.insert(0, ("original", self.original, "1"))
-        for name, result, ratio in rows:
-            table.add_row(
-                Text(name),
-                Text(text_name(self.data)),
-                f"{self.windows} x {self.sequence_length}" + (", bos" if self.bos else ""),
-                self.dtype,
-                f"{result.perplexity:.3f} ± {result.stderr:.3f}",
-                ratio,
-            )
-        return table
-
-
-@dataclass(frozen=True)
-class GenerationReport(Record):
-    """`text` is the continuation without the prompt; `tokens` counts it."""
-
-    model: str
-    prompt: str
-    text: str
-    tokens: int
-    seconds: float
-    tokens_per_second: float
-    decoding: str
-
-    def table(self) -> Table:
-        speed = f"{self.tokens} tokens in {self.seconds:.1f} s: {self.tokens_per_second:.1f} tokens/s; {self.decoding}"
-        return facts(self.model, [("prompt", self.prompt), ("text", self.text), ("speed", speed)])
 
 
 @dataclass(frozen=True)

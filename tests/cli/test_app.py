@@ -158,7 +158,7 @@ def test_a_model_goes_from_text_to_text_and_every_command_says_what_is_next(run_
     assert "next: aqlm eval-ppl runs/tiny-2x4g8\n" in quantized.output
     measured = run("eval-ppl", "runs/tiny-2x4g8", "--windows", "4")
     assert "next: aqlm bench runs/tiny-2x4g8\n" in measured.output
-    assert "±" in measured.output and "original" in measured.output
+    assert "±" in measured.output and "base" in measured.output
     assert "wrote runs/tiny-2x4g8/reports/eval-ppl-notes.txt-4x32-float32.json" in measured.output
     compared = run("bench", "runs/tiny-2x4g8")
     assert "packed" in compared.output and "FP16" in compared.output
@@ -193,7 +193,19 @@ def test_json_is_one_object_on_stdout_and_nothing_else(run_file: Path) -> None:
     order = [result.stderr.index(words) for words in ("plan", "it runs first", "calibrate: ", "block 0: ", "packed")]
     assert order == sorted(order), "the plan comes before the work"
     single = json.loads(run("eval-ppl", "out", "--json").stdout)
-    keys = ["model", "data", "perplexity", "stderr", "windows", "sequence_length", "dtype", "original", "ratio", "bos"]
+    keys = [
+        "model",
+        "data",
+        "perplexity",
+        "stderr",
+        "windows",
+        "sequence_length",
+        "dtype",
+        "original",
+        "ratio",
+        "bos",
+        "version",
+    ]
     assert list(single) == keys and list(single["original"]) == ["perplexity", "stderr"]
     assert (single["model"], single["data"], single["ratio"]) == (
         "out",

@@ -43,3 +43,11 @@ def test_every_public_name_has_a_docstring(module: types.ModuleType) -> None:
     for name in getattr(module, "__all__", ()):
         thing = getattr(module, name)
         assert not callable(thing) or (thing.__doc__ or "").strip(), name
+
+
+def test_every_setting_is_explained() -> None:
+    generator = _generator()
+    comments = generator.comments_of((pages.ROOT / "configs" / "default.yaml").read_text(encoding="utf-8"))
+    for path, section in generator.sections(generator.RunConfig):
+        for row in generator.settings_rows(path, section, comments):
+            assert row[-1] or row[0] == "`model`", f"{path}: {row[0]} has no comment in configs/default.yaml"

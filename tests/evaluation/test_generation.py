@@ -12,10 +12,10 @@ from tokenizers import processors
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from aqlm_cli.errors import DataError
-from aqlm_cli.evaluation.generation import generate
+from aqlm_cli.evaluation import GenerationReport, GenerationSettings
 from aqlm_cli.events import Event, Noted
 from aqlm_cli.models import find_subject
-from aqlm_cli.records import GenerationReport
+from aqlm_cli.pipeline.stages.evaluate import evaluate
 from aqlm_cli.runs.directory import open_run
 from aqlm_cli.runs.stages import PACK, StageKey
 from aqlm_cli.spec.run_file import build_config
@@ -33,7 +33,15 @@ def generated(
     events: list[Event] | None = None,
 ) -> GenerationReport:
     emit = (events if events is not None else []).append
-    return generate(find_subject(str(target)), prompt, 12, temperature, seed, "cpu", backend, "exact", emit)
+    report = evaluate(
+        find_subject(str(target)),
+        "generation",
+        GenerationSettings(prompt, 12, temperature, seed, backend),
+        "cpu",
+        emit,
+    )
+    assert isinstance(report, GenerationReport)
+    return report
 
 
 @pytest.fixture
@@ -57,9 +65,10 @@ def test_a_packed_llama_speaks_without_transformers_networks(model: Path, tmp_pa
     tiny_models.save_additive(model, tmp_path / "packed")
     script = f"""
 import sys
-from aqlm_cli.models import find_subject
-from aqlm_cli.evaluation.generation import generate
-found = generate(find_subject({str(tmp_path / "packed")!r}), {PROMPT!r}, 12, 0.0, 0, "cpu", None, "exact", print)
+from aqlm_cli.models import resolve
+from aqlm_cli.evaluation import EVALUATIONS, GenerationSettings, StoredModel
+model = StoredModel(resolve({str(tmp_path / "packed")!r}))
+found = EVALUATIONS["generation"].run(model, None, GenerationSettings({PROMPT!r}, 12), print)
 slow = "transformers.modeling_utils", "datasets", "matplotlib"  # a second and more to import
 print(found.decoding, [name for name in slow if name in sys.modules])
 """
@@ -98,7 +107,7 @@ def test_a_run_generates_with_what_it_has_packed_and_says_so(model: Path, tmp_pa
     events: list[Event] = []
     report = generated(run.path, events=events)
     assert report.text == generated(run.path / "packed").text
-    assert events == [Noted(f"generating with {run.path / 'packed'}")]
+    assert events == [Noted(f"evaluating {run.path / 'packed'}")]
     assert report.decoding == "transformers"
 
 

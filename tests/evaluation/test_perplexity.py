@@ -11,10 +11,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from aqlm_cli.errors import AqlmError, ArtifactError, DataError, ModelError
-from aqlm_cli.evaluation.perplexity import eval_ppl, perplexity
+from aqlm_cli.evaluation import PerplexityReport, PerplexitySettings
+from aqlm_cli.evaluation.perplexity import perplexity
 from aqlm_cli.events import Event, Noted, StageStarted
 from aqlm_cli.models import find_subject
-from aqlm_cli.records import PerplexityReport
+from aqlm_cli.pipeline.stages.evaluate import evaluate
 from aqlm_cli.runs.directory import RunDirectory, open_run
 from aqlm_cli.runs.stages import PACK, StageKey
 from aqlm_cli.spec.run_file import build_config
@@ -30,9 +31,19 @@ def text(tmp_path: Path) -> str:
     return str(path)
 
 
-def measure(target: Path, text: str, events: list[Event] | None = None, dtype: str = "float32") -> PerplexityReport:
+def measure(
+    target: Path,
+    text: str,
+    events: list[Event] | None = None,
+    dtype: str = "float32",
+    sequences: int | None = WINDOWS,
+    length: int = LENGTH,
+) -> PerplexityReport:
     emit = ([] if events is None else events).append
-    return eval_ppl(find_subject(str(target)), text, LENGTH, dtype, WINDOWS, "cpu", emit)
+    settings = PerplexitySettings(text, length, sequences, dtype=dtype)
+    report = evaluate(find_subject(str(target)), "ppl", settings, "cpu", emit)
+    assert isinstance(report, PerplexityReport)
+    return report
 
 
 def by_transformers(directory: Path, text: str) -> float:
@@ -121,7 +132,7 @@ def test_an_original_measured_otherwise_is_measured_again(tmp_path: Path, text: 
     measure(run.path, text, events, dtype="bfloat16")
     assert measured_models(events) == 2
     events.clear()
-    eval_ppl(find_subject(str(run.path)), text, LENGTH, "float32", WINDOWS - 1, "cpu", events.append)
+    measure(run.path, text, events, sequences=WINDOWS - 1)
     assert measured_models(events) == 2
     events.clear()
     Path(text).write_text(Path(text).read_text().replace("times", "TIMES"))
@@ -160,7 +171,7 @@ def test_windows_that_cannot_be_measured_are_refused(
 ) -> None:
     directory = tiny_models.save("llama", tmp_path / "model")
     with pytest.raises(error, match=reason):
-        eval_ppl(find_subject(str(directory)), text, length, "float32", windows, "cpu", lambda event: None)
+        measure(directory, text, sequences=windows, length=length)
 
 
 def test_weights_that_are_not_numbers_give_no_perplexity(tmp_path: Path, text: str) -> None:
@@ -168,5 +179,5 @@ def test_weights_that_are_not_numbers_give_no_perplexity(tmp_path: Path, text: s
     weights = load_file(directory / "model.safetensors")
     weights["model.norm.weight"][0] = math.nan
     save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ModelError, match="window 0 is not finite"):
+    with pytest.raises(ModelError, match="sequence 0 is not finite"):
         measure(directory, text)

@@ -11,12 +11,14 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from aqlm_cli.errors import ModelError, UsageError
-from aqlm_cli.evaluation import speed as stage_module
-from aqlm_cli.evaluation.speed import bench, bench_shape, relative_error, run_pass
-from aqlm_cli.evaluation.speed_report import BenchReport
+from aqlm_cli.evaluation import BenchReport, SpeedSettings, candidates, timing
+from aqlm_cli.evaluation.matmul import relative_error
+from aqlm_cli.evaluation.speed import measure_shape
+from aqlm_cli.evaluation.timing import run_pass
 from aqlm_cli.events import Advanced, Event, Noted
 from aqlm_cli.models import Decoding, decoding_of, find_subject, random_models
 from aqlm_cli.models.decoding import narrowest
+from aqlm_cli.pipeline.stages.evaluate import evaluate
 from aqlm_cli.runs.directory import RunDirectory, open_run
 from aqlm_cli.runs.stages import PACK, StageKey
 from aqlm_cli.spec.config import BenchConfig
@@ -48,7 +50,10 @@ def run(model: Path, tmp_path: Path) -> RunDirectory:
 def measured(target: Path, events: list[Event] | None = None, repeats: int = 2, **settings: Any) -> BenchReport:
     emit = (events if events is not None else []).append
     chosen = {"prompt": PROMPT, "tokens": TOKENS, "repeats": repeats, **settings}
-    return bench(find_subject(str(target)), BenchConfig.model_validate(chosen), 0, emit)
+    settings = SpeedSettings(BenchConfig.model_validate(chosen))
+    report = evaluate(find_subject(str(target)), "speed", settings, "cpu", emit)
+    assert isinstance(report, BenchReport)
+    return report
 
 
 def test_a_run_stands_beside_its_original_in_three_types(run: RunDirectory) -> None:
@@ -60,7 +65,8 @@ def test_a_run_stands_beside_its_original_in_three_types(run: RunDirectory) -> N
         assert 0 < row.decode_low <= row.decode_median <= row.decode_high
         assert 0 < row.prefill_low <= row.prefill_median <= row.prefill_high
     assert [event.done for event in events if isinstance(event, Advanced)] == [1, 2, 3]
-    assert json.loads((run.path / "reports" / "bench.json").read_text()) == report.as_json()
+    written = json.loads((run.path / "reports" / "bench.json").read_text())
+    assert written == {**report.as_json(), "quantized": None} and written["version"] == 1
 
 
 def test_a_picture_stands_beside_the_report_of_a_run(run: RunDirectory) -> None:
@@ -130,11 +136,11 @@ def test_a_product_that_is_wrong_shows_in_the_error(run: RunDirectory, monkeypat
 def test_models_take_turns(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[Any] = []
 
-    def spy(decoding: Decoding, ids: Tensor, prompt: int) -> stage_module.Pass:
+    def spy(decoding: Decoding, ids: Tensor, prompt: int) -> timing.Pass:
         order.append(decoding)
         return run_pass(decoding, ids, prompt)
 
-    monkeypatch.setattr(stage_module, "run_pass", spy)
+    monkeypatch.setattr(timing, "run_pass", spy)
     measured(run.path, repeats=3)
     turns = order[-12:]
     assert len({id(decoding) for decoding in turns[:4]}) == 4
@@ -193,7 +199,7 @@ def measured_shape(shape: str, scheme: str, **settings: Any) -> BenchReport:
     chosen = BenchConfig.model_validate({"prompt": PROMPT, "tokens": TOKENS, "repeats": 1, **settings})
     parsed = parse_scheme(scheme)
     assert isinstance(parsed, AdditiveScheme)
-    return bench_shape(shape, parsed, chosen, 0, lambda event: None)
+    return measure_shape(shape, parsed, SpeedSettings(chosen), lambda event: None)
 
 
 def test_a_shape_is_measured_with_random_numbers(shape: str) -> None:
@@ -235,12 +241,12 @@ def test_an_int8_head_is_half_to_read(shape: str) -> None:
 
 
 def test_types_that_do_not_fit_are_left_out_and_named(shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stage_module.os, "sysconf", lambda name: 600 if name == "SC_PAGE_SIZE" else 1000)
+    monkeypatch.setattr(candidates.os, "sysconf", lambda name: 600 if name == "SC_PAGE_SIZE" else 1000)
     events: list[Event] = []
     parsed = parse_scheme("1x8g8")
     assert isinstance(parsed, AdditiveScheme)
     chosen = BenchConfig.model_validate({"prompt": PROMPT, "tokens": TOKENS, "repeats": 1})
-    report = bench_shape(shape, parsed, chosen, 0, events.append)
+    report = measure_shape(shape, parsed, SpeedSettings(chosen), events.append)
     assert [row.name for row in report.rows] == ["FP16", "packed"]
     assert report.rows[-1].relative_error is None
     assert Noted("BF16, FP32 would take more than half of this machine's memory, and is not measured") in events

@@ -65,7 +65,7 @@ def test_a_part_that_is_missing_is_named(tmp_path: Path, find: Any) -> None:
     with pytest.raises(ModelError, match=r"is one of 4 files, and .*tiny-00002-of-00004\.gguf is not there; fetch"):
         find(paths[0])
     paths[0].unlink()
-    with pytest.raises(ModelError, match=r"tiny-00001-of-00004\.gguf is not there and 1 more"):
+    with pytest.raises(ModelError, match=r"tiny-00001-of-00004\.gguf is missing and 1 more"):
         find(paths[2])
 
 

@@ -17,8 +17,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from aqlm_cli.errors import ModelError
-from aqlm_cli.evaluation.speed import bench
-from aqlm_cli.models import find_subject, load_network, open_decoding, resolve
+from aqlm_cli.evaluation import EVALUATIONS, SpeedSettings, StoredModel
+from aqlm_cli.models import load_network, open_decoding, resolve
 from aqlm_cli.pipeline.job import make_job
 from aqlm_cli.spec.config import BenchConfig
 from aqlm_cli.spec.run_file import build_config
@@ -109,7 +109,8 @@ def test_bytes_of_a_decode_step_count_a_head_once_and_embeddings_never(edited: d
     run, _ = quantized_run(tmp_path, **edited)
     directory = packed(run).directory
     chosen = BenchConfig.model_validate({"prompt": PROMPT, "tokens": 2, "repeats": 1})
-    report = bench(find_subject(str(directory)), chosen, 0, lambda event: None)
+    model = StoredModel(resolve(str(directory)))
+    report = EVALUATIONS["speed"].run(model, None, SpeedSettings(chosen), lambda event: None)
     matrix = load_file(directory / "model.safetensors").get(HEAD, torch.zeros(258, 64)).numel()
     one = 2 * matrix if {HEAD, EMBEDDINGS} <= edited["edited"].keys() else 0
     assert report.read_bandwidth / report.rows[-1].decode_bound == pytest.approx(report.rows[-1].bytes - one)

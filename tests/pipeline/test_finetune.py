@@ -101,7 +101,7 @@ def test_interrupted_it_goes_on_to_the_same_bytes(
     assert interrupted_at("training.safetensors", count, "finetune", "run").exit_code == 130
     result = run("finetune", "run")
     assert result.exit_code == 0, result.output
-    assert ("going on after them" in result.output) == (count > 1)
+    assert ("resuming" in result.output) == (count > 1)
     assert contents(Path("run/finetuned")) == contents(Path("whole/finetuned"))
     assert contents(Path("run/packed")) == contents(Path("whole/packed"))
 
@@ -128,7 +128,7 @@ def test_what_was_begun_goes_on_although_other_settings_were_asked_meanwhile(
         assert refused.exit_code == 1 and "finetuned.partial was started with" in refused.stderr
     assert run("quantize", "--config", "run.yaml", "--out", "run").exit_code == 0
     result = run("finetune", "run", "--time-budget", "1s", "--overwrite")
-    assert result.exit_code == 0 and "going on after them" in result.output, result.output
+    assert result.exit_code == 0 and "resuming" in result.output, result.output
     assert results(made / "finetuned")["report"]["steps"] == steps
 
 
@@ -188,7 +188,7 @@ def test_codes_learn_where_they_are_asked_to_and_go_on_after_an_interruption(
     moved = sum(int((after[name] != before[name]).any(2).sum()) for name in before if name.endswith("codes"))
     assert 0 < moved <= told["changed"]
     assert interrupted_at("training.safetensors", 2, "finetune", "run", "--codes", "0.1").exit_code == 130
-    assert "going on after them" in run("finetune", "run", "--codes", "0.1").output
+    assert "resuming" in run("finetune", "run", "--codes", "0.1").output
     assert contents(Path("run/finetuned")) == contents(Path("whole/finetuned"))
 
 
@@ -315,12 +315,12 @@ def test_other_text_can_be_learnt_from(made: Path) -> None:
     told = json.loads(run("finetune", "run", "--data", "notes.txt:10", "--json").stdout)
     assert told["finetune"]["text_tokens"] == 8 * 16
     too_little = run("finetune", "run", "--data", "notes.txt:2", "--overwrite")
-    assert too_little.exit_code == 1 and "2 windows of text, and 2 are held out" in too_little.stderr
+    assert too_little.exit_code == 1 and "2 sequences, and 2 are held out" in too_little.stderr
 
 
 def test_what_does_not_go_together_is_refused(made: Path) -> None:
     assert run("finetune", "run", "--steps", "2", "--time-budget", "1h").exit_code == 2
-    assert "--sequences counts windows of --data" in run("finetune", "run", "--sequences", "9").stderr
+    assert "--sequences counts sequences of --data" in run("finetune", "run", "--sequences", "9").stderr
     assert "not understood as a time" in run("finetune", "run", "--time-budget", "soon").stderr
 
 

@@ -218,7 +218,7 @@ def shape_and_work() -> tuple[ModelShape, Work]:
         for name, out, features in (("up_proj", 8192, 2048), ("down_proj", 2048, 8192))
     )
     shape = ModelShape((BlockShape(targets, 2 * 8192 * 2048),), outside=10**6, vocabulary=500, hidden=2048)
-    return shape, work_of(build_config(None, None, {"model": "any"}), windows=192, workers=4, product_bytes=2)
+    return shape, work_of(build_config(None, None, {"model": "any"}), sequences=192, workers=4, product_bytes=2)
 
 
 def test_a_limit_is_kept_by_doing_less_at_a_time() -> None:
@@ -276,7 +276,7 @@ def test_the_batch_that_a_limit_allows_stands_in_the_run_file(run_file: Path) ->
     run_file.write_text(text.replace("builtin:8", "builtin:16"))
     known = make_job(build_config(None, run_file, {}), Path("run")).preflight
     product_bytes = compute_dtype(torch.device("cpu")).itemsize
-    work = work_of(build_config(None, run_file, {}), windows=16, workers=1, product_bytes=product_bytes)
+    work = work_of(build_config(None, run_file, {}), sequences=16, workers=1, product_bytes=product_bytes)
     halved = peak_memory(known.shape, Work(**{**vars(work), "batch": 4}))
     result = run("quantize", "--config", "run.yaml", "--max-memory", f"{halved}B", "--out", "run")
     assert halved < peak_memory(known.shape, work)

@@ -51,9 +51,12 @@ FIT = {"epochs": 1, "sequences": 4, "held_out": 3, "batch": 2}
 
 @pytest.fixture(autouse=True)
 def text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    words = "".join(f"{number} times {number} is {number**2}. " for number in range(40))
-    (tmp_path / "a.txt").write_text(words)
     monkeypatch.chdir(tmp_path)
+    write_text()
+
+
+def write_text() -> None:
+    Path("a.txt").write_text("".join(f"{number} times {number} is {number**2}. " for number in range(40)))
 
 
 @pytest.fixture
@@ -209,6 +212,24 @@ def test_the_recipe_of_the_paper_is_served_and_leaves_more_error(tmp_path: Path)
 @pytest.fixture
 def llama(tmp_path: Path) -> Path:
     return tiny_models.save("llama", tmp_path / "model")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with a text, a model and the run of the settings above; its paths are relative, to be copied."""
+    directory = tmp_path_factory.mktemp("made")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(directory)
+        write_text()
+        run(settings(tiny_models.save("llama", Path("model"))))
+    return directory
+
+
+@pytest.fixture
+def finished(made: Path, text: None) -> Path:
+    """The model of a run that is finished: `run` in the working directory."""
+    shutil.copytree(made, Path.cwd(), dirs_exist_ok=True)
+    return Path("model")
 
 
 def whole(states: Activations) -> Tensor:
@@ -369,14 +390,13 @@ def test_fitting_lowers_the_error_of_every_block(llama: Path) -> None:
     assert all(after < before for before, after in zip(*errors, strict=True))
 
 
-def test_what_is_stored_is_what_16_bits_can_hold(llama: Path) -> None:
-    run(settings(llama))
+def test_what_is_stored_is_what_16_bits_can_hold(finished: Path) -> None:
     for name, tensor in vectors().items():
         assert torch.equal(tensor, tensor.half().float()), name
     for path, matrix in matrices().items():
         for name, tensor in matrix.tensors().items():
             assert torch.equal(tensor.float(), tensor.half().float()), f"{path}.{name}"
-    original = load_network(resolve(str(llama)), torch.float32)
+    original = load_network(resolve(str(finished)), torch.float32)
     assert vectors().keys() == {
         name for name, values in original.model.layers.named_parameters(prefix="model.layers") if values.ndim == 1
     }
@@ -554,9 +574,8 @@ def test_the_same_command_gives_the_same_bytes(family: str, tmp_path: Path) -> N
     assert quantized().digest == quantized("again").digest
 
 
-def test_the_number_of_threads_that_compress_does_not_show(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_number_of_threads_that_compress_does_not_show(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Products of torch outside of it may differ by their number of threads, so those stay."""
-    run(settings(llama))
     compress_all = parallel.compress_all
     counts: list[int] = []
 
@@ -565,14 +584,13 @@ def test_the_number_of_threads_that_compress_does_not_show(llama: Path, monkeypa
         return compress_all(tasks[::-1], method, search, seed, 1 if threads > 1 else 2, done)
 
     monkeypatch.setattr(stage, "compress_all", alone)
-    run(settings(llama), "again")
+    run(settings(finished), "again")
     assert len(counts) == 2
     assert files() == files("again")
 
 
-def test_another_seed_gives_other_codes(llama: Path) -> None:
-    run(settings(llama))
-    config = settings(llama).model_copy(update={"seed": 1})
+def test_another_seed_gives_other_codes(finished: Path) -> None:
+    config = settings(finished).model_copy(update={"seed": 1})
     run(config, "again")
     assert files() != files("again")
 
@@ -587,22 +605,20 @@ def test_what_is_there_with_the_same_settings_is_reused(llama: Path) -> None:
     assert isinstance(event, Noted) and "exists already" in event.message
 
 
-def test_other_settings_are_refused_by_name_and_redone_on_request(llama: Path) -> None:
-    run(settings(llama))
+def test_other_settings_are_refused_by_name_and_redone_on_request(finished: Path) -> None:
     before = files()
     with pytest.raises(ArtifactError, match=r"quantize\.scheme: 2x4g8 there, 1x4g8 here.*--overwrite"):
-        quantize(make_job(settings(llama, scheme="1x4g8"), Path("run")))
+        quantize(make_job(settings(finished, scheme="1x4g8"), Path("run")))
     assert files() == before
-    report = quantize(make_job(settings(llama, scheme="1x4g8"), Path("run"), overwrite=True))
+    report = quantize(make_job(settings(finished, scheme="1x4g8"), Path("run"), overwrite=True))
     assert report.scheme == "1x4g8" and files() != before
 
 
-def test_a_calibration_made_anew_is_another_one_though_its_settings_are_the_same(llama: Path) -> None:
-    config = settings(llama)
-    run(config)
+def test_a_calibration_made_anew_is_another_one_though_its_settings_are_the_same(finished: Path) -> None:
+    config = settings(finished)
     parents = quantized().manifest.parents
     assert parents["calibration"] == open_artifact(Path("run/calibration"), "calibration").digest
-    assert parents["model"] == resolve(str(llama)).identity
+    assert parents["model"] == resolve(str(finished)).identity
     Path("a.txt").write_text(Path("a.txt").read_text().upper())
     calibrate(make_job(config, Path("run"), overwrite=True))
     with pytest.raises(ArtifactError, match=r"made from\.calibration \w+ there, \w+ asked; add --overwrite"):
@@ -617,8 +633,7 @@ def test_a_run_without_calibration_says_how_to_make_one(llama: Path) -> None:
 # ---------------------------------------------------------------------------------------------------------- the disk
 
 
-def test_hidden_states_are_gone_at_the_end_and_nothing_else_is_left(llama: Path) -> None:
-    run(settings(llama))
+def test_hidden_states_are_gone_at_the_end_and_nothing_else_is_left(finished: Path) -> None:
     assert files().keys() == {"block-000.safetensors", "block-001.safetensors"}
     assert not Path("run/quantized.partial").exists()
 

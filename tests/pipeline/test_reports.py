@@ -8,15 +8,13 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from aqlm_cli.evaluation import GenerationReport, Perplexity, PerplexityReport
 from aqlm_cli.evaluation.speed_report import BenchReport, BenchRow, ProductRow
 from aqlm_cli.formatting import readable_bytes
 from aqlm_cli.pipeline.stage_reports import CalibrationReport, PackReport, QuantizeReport
 from aqlm_cli.records import (
     BackendReport,
-    GenerationReport,
     MachineReport,
-    Perplexity,
-    PerplexityReport,
     PlanReport,
     Record,
 )
@@ -127,6 +125,7 @@ def test_a_perplexity_is_exactly_the_object_that_programs_expect() -> None:
         "original": {"perplexity": 21.5, "stderr": 0.2},
         "ratio": 24.5 / 21.5,
         "bos": False,
+        "version": 1,
     }
 
 

@@ -155,7 +155,7 @@ def test_what_finetune_refuses_costs_no_text(made: Path, interrupted_at: Callabl
         "finetune", "run", "--data", "self:9"
     )
     assert torch.equal(text(made), kept)
-    assert "going on after them" in run("finetune", "run", "--data", "self:8").output
+    assert "resuming" in run("finetune", "run", "--data", "self:8").output
     assert "finetuned exists with settings.data self:8 there" in refused("finetune", "run", "--data", "self:9")
     assert torch.equal(text(made), kept)
     shutil.rmtree(made / "text")
@@ -184,7 +184,7 @@ def test_only_finetuning_samples_from_the_model(command: str, data: str, run_fil
 
 
 def test_sampled_text_that_is_too_short_is_refused_like_any(made: Path) -> None:
-    assert "2 windows of text, and 2 are held out" in refused("finetune", "run", "--data", "self:2")
+    assert "2 sequences, and 2 are held out" in refused("finetune", "run", "--data", "self:2")
     assert "only some sources of self:2,notes.txt have a count" in refused(
         "finetune", "run", "--data", "self:2,notes.txt"
     )

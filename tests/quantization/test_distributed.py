@@ -105,7 +105,7 @@ def test_what_two_began_two_go_on_with_and_nobody_else(made: Path) -> None:
         process.communicate()
     alone = run("finetune", "run", "--steps", "40")
     assert alone.exit_code == 1 and "machine.processes 2 there, None asked" in alone.stderr
-    assert "going on after them" in succeeded("finetune", "run", "--steps", "40")
+    assert "resuming" in succeeded("finetune", "run", "--steps", "40")
     for path in Path("whole/finetuned").glob("*.safetensors"):
         assert path.read_bytes() == (made / "finetuned" / path.name).read_bytes()
 
@@ -132,3 +132,20 @@ def test_each_process_has_a_card_of_its_own(monkeypatch: pytest.MonkeyPatch) -> 
     assert own_device("cuda") == "cuda"
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert (own_device("cuda"), own_device("cpu"), own_device("cuda:0")) == ("cuda:1", "cpu", "cuda:0")
+
+
+def test_every_rank_runs_one_function_and_rank_zero_alone_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker does not compute what rank 0 tells; it gets what came through JSON."""
+    sent: list[list[object]] = []
+
+    def broadcast(message: list[object], src: int, device: torch.device) -> None:
+        assert src == 0
+        sent.append(list(message))
+        message[0] = '{"steps": 7}'
+
+    monkeypatch.setattr("torch.distributed.broadcast_object_list", broadcast)
+    monkeypatch.setattr("torch.distributed.get_backend", lambda: "gloo")
+    assert World(0, 2).from_rank_zero(lambda: {"steps": 7}) == {"steps": 7}
+    assert World(1, 2).from_rank_zero(lambda: pytest.fail("a worker computed it")) == {"steps": 7}
+    assert sent == [['{"steps": 7}'], [None]]
+    assert World().from_rank_zero(lambda: {"steps": 7}) == {"steps": 7} and len(sent) == 2, "alone, nothing is sent"

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from aqlm_cli.quantization.training.distill import Distillation, Training, begin, one_step, train
 from aqlm_cli.quantization.training.distributed import World
-from aqlm_cli.quantization.training.optimizers import Adam, lamb_stride
+from aqlm_cli.quantization.training.optimizers import Adam, trust_ratio
 from aqlm_cli.quantization.training.pv import CodeSteps
 from aqlm_cli.spec.config import CodesConfig, FinetuneConfig
 from aqlm_kernels import AdditiveLinear, AdditiveMatrix
@@ -157,9 +157,9 @@ def test_adam_is_that_of_torch(beta1: float) -> None:
 
 def test_lamb_moves_in_units_of_the_present_norm() -> None:
     values, direction = torch.randn(50), torch.randn(50)
-    step = 0.01 * lamb_stride(values, direction) * direction
+    step = 0.01 * trust_ratio(values, direction) * direction
     assert float(step.norm()) == pytest.approx(0.01 * float(values.norm()))
-    assert lamb_stride(values, torch.zeros(50)) == 0 == lamb_stride(torch.zeros(50), direction)
+    assert trust_ratio(values, torch.zeros(50)) == 0 == trust_ratio(torch.zeros(50), direction)
 
 
 # ------------------------------------------------------------------------------------------------------------- training

@@ -74,7 +74,7 @@ class AdditiveMatrix:
         return dequantize(self.codes, self.codebooks, self.scales, dtype)
 
     def stored(self) -> AdditiveMatrix:
-        """What is left of it in a checkpoint: codebooks and scales rounded to float16, infinite where out of range."""
+        """The matrix with codebooks and scales rounded to float16, infinite where out of range."""
         rounded = (tensor.to(torch.float16).to(tensor.dtype) for tensor in (self.codebooks, self.scales))
         return AdditiveMatrix(self.codes, *rounded)
 
@@ -106,7 +106,7 @@ class AdditiveMatrix:
         return self.codes.numel() * self.codebook_bits + 16 * (self.codebooks.numel() + self.scales.numel())
 
     def tensors(self) -> dict[str, Tensor]:
-        """All there is to store; `from_tensors` is the inverse."""
+        """Everything to store; `from_tensors` is the inverse."""
         return {"codes": self.codes, "codebooks": self.codebooks, "scales": self.scales}
 
     @classmethod

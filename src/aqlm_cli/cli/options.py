@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from aqlm_cli.spec.methods import METHODS
 from aqlm_cli.spec.run_file import FINETUNE_PRESETS, PRESETS
 from aqlm_cli.spec.schemes import SCHEMES_BY_BITS
 
@@ -49,8 +50,15 @@ RunFile = Annotated[Path | None, typer.Option("--config", help="Run file in YAML
 Bits = Annotated[
     float | None, typer.Option(help=f"Code bits per weight: {', '.join(f'{bits:g}' for bits in SCHEMES_BY_BITS)}.")
 ]
-Scheme = Annotated[str | None, typer.Option(help="Exact storage scheme: 2x8g8, 1x16g8; for rtn int2g64.")]
-Method = Annotated[str | None, typer.Option(help="aqlm, or rtn (round to nearest, the baseline).")]
+Scheme = Annotated[
+    str | None,
+    typer.Option(
+        help=f"Storage scheme, such as {', '.join(f'{method.scheme} ({name})' for name, method in METHODS.items())}."
+    ),
+]
+Method = Annotated[
+    str | None, typer.Option(help=f"{'; '.join(f'{name}: {method.summary}' for name, method in METHODS.items())}.")
+]
 Skip = Annotated[
     list[str] | None,
     typer.Option(metavar="REGEX", help="Layers to leave in 16 bits, by whole path; repeatable."),

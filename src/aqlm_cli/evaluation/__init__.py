@@ -1,1 +1,41 @@
-"""A network and text in, numbers with their error out."""
+"""A model in, numbers with their error out: one file a kind.
+
+    model = LoadedModel("mine", network, tokenizer)
+    report = EVALUATIONS["ppl"].run(model, None, PerplexitySettings("notes.txt", sequence_length=512), print)
+
+A new kind is one file with an Evaluation and its record, and one row in EVALUATIONS.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from aqlm_cli.evaluation.evaluation import Evaluation
+from aqlm_cli.evaluation.generation import GenerationEvaluation, GenerationReport, GenerationSettings
+from aqlm_cli.evaluation.model import EvaluatedModel, LoadedModel, StoredModel
+from aqlm_cli.evaluation.perplexity import Perplexity, PerplexityEvaluation, PerplexityReport, PerplexitySettings
+from aqlm_cli.evaluation.speed import SpeedEvaluation, SpeedSettings
+from aqlm_cli.evaluation.speed_report import BenchReport
+
+__all__ = [
+    "EVALUATIONS",
+    "BenchReport",
+    "EvaluatedModel",
+    "Evaluation",
+    "GenerationReport",
+    "GenerationSettings",
+    "LoadedModel",
+    "Perplexity",
+    "PerplexityReport",
+    "PerplexitySettings",
+    "SpeedSettings",
+    "StoredModel",
+]
+
+EVALUATIONS: Mapping[str, Evaluation[Any]] = {
+    "ppl": PerplexityEvaluation(),
+    "generation": GenerationEvaluation(),
+    "speed": SpeedEvaluation(),
+}
+"""Evaluations by name of their kind."""

@@ -3,67 +3,97 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
+from rich.table import Table
 from torch import Tensor
 
 from aqlm_cli.errors import DataError
-from aqlm_cli.events import Emit, Noted
-from aqlm_cli.models import (
-    Subject,
-    end_tokens,
-    open_decoding,
-    open_tokenizer,
-    refuse_too_long,
-    refuse_unknown_tokens,
-)
-from aqlm_cli.records import GenerationReport
+from aqlm_cli.evaluation.evaluation import Remember, compute_again
+from aqlm_cli.evaluation.model import EvaluatedModel
+from aqlm_cli.events import Emit
+from aqlm_cli.formatting import facts
+from aqlm_cli.records import Record
 from aqlm_cli.spec.config import Head
 
 
-def generate(
-    subject: Subject,
-    prompt: str,
-    max_new_tokens: int,
-    temperature: float,
-    seed: int,
-    device: str,
-    backend: str | None,
-    head: Head,
-    emit: Emit,
-) -> GenerationReport:
-    """Continue `prompt` as it stands, without a chat template, with any model or with what a run has packed.
+@dataclass(frozen=True)
+class GenerationSettings:
+    """`prompt` is continued as it is, without a chat template. `backend` and `head` as in the section `bench`.
 
-    At temperature 0 the likeliest token is taken each time; above it tokens are drawn, by `seed`.  The speed counts
-    reading the prompt too; `bench` measures the two apart.
+    At temperature 0 the likeliest token is taken each time; above it tokens are drawn, by `seed`.
     """
-    source = subject.source
-    tokenizer = open_tokenizer(source)
-    ids = torch.tensor(tokenizer.encode(prompt), dtype=torch.int64, device=device)  # [length]
-    if ids.numel() == 0:
-        raise DataError("the prompt has no token; give some text with --prompt")
-    refuse_unknown_tokens(source, ids)
-    refuse_too_long(source, len(ids) + max_new_tokens - 1, "--tokens, or shorten --prompt")  # the last is not read
-    emit(Noted(f"generating with {source.directory}"))
-    decoding = open_decoding(source, len(ids) + max_new_tokens, backend, head, device)
-    ends = end_tokens(source)
-    draw = torch.Generator(device).manual_seed(seed)
-    started = time.perf_counter()
-    logits = decoding.prefill(ids)
-    new = [_choose(logits, temperature, draw)]
-    while len(new) < max_new_tokens and new[-1] not in ends:
-        logits = decoding.step(new[-1])
-        new.append(_choose(logits, temperature, draw))
-    seconds = time.perf_counter() - started
-    return GenerationReport(
-        model=source.name,
-        prompt=prompt,
-        text=str(tokenizer.decode(new, skip_special_tokens=True)),
-        tokens=len(new),
-        seconds=seconds,
-        tokens_per_second=len(new) / seconds,
-        decoding=decoding.name,
-    )
+
+    prompt: str
+    max_new_tokens: int = 64
+    temperature: float = 0.0
+    seed: int = 0
+    backend: str | None = None
+    head: Head = "exact"
+    device: str = "cpu"
+
+
+@dataclass(frozen=True)
+class GenerationReport(Record):
+    """`text` is the continuation without the prompt; `tokens` counts it. The speed includes reading the prompt."""
+
+    model: str
+    prompt: str
+    text: str
+    tokens: int
+    seconds: float
+    tokens_per_second: float
+    decoding: str
+    version: int = 1
+
+    def table(self) -> Table:
+        speed = f"{self.tokens} tokens in {self.seconds:.1f} s: {self.tokens_per_second:.1f} tokens/s; {self.decoding}"
+        return facts(self.model, [("prompt", self.prompt), ("text", self.text), ("speed", speed)])
+
+
+class GenerationEvaluation:
+    beside_base = False
+
+    def run(
+        self,
+        model: EvaluatedModel,
+        base: EvaluatedModel | None,
+        settings: GenerationSettings,
+        emit: Emit,
+        remember: Remember = compute_again,
+    ) -> GenerationReport:
+        """Text of the model alone."""
+        tokenizer, longest = model.text_tokenizer(), settings.max_new_tokens
+        ids = torch.tensor(tokenizer.encode(settings.prompt), dtype=torch.int64, device=settings.device)  # [length]
+        if ids.numel() == 0:
+            raise DataError("the prompt has no token; give some text with --prompt")
+        model.refuse_tokens(ids)
+        # The last token is not read.
+        model.refuse_length(len(ids) + longest - 1, "--tokens, or shorten --prompt", stated=False)
+        decoding = model.decoding(len(ids) + longest, settings.backend, settings.head)
+        ends = model.end_tokens()
+        draw = torch.Generator(settings.device).manual_seed(settings.seed)
+        started = time.perf_counter()
+        new = [_choose(decoding.prefill(ids), settings.temperature, draw)]
+        while len(new) < longest and new[-1] not in ends:
+            new.append(_choose(decoding.step(new[-1]), settings.temperature, draw))
+        seconds = time.perf_counter() - started
+        return GenerationReport(
+            model=model.name,
+            prompt=settings.prompt,
+            text=str(tokenizer.decode(new, skip_special_tokens=True)),
+            tokens=len(new),
+            seconds=seconds,
+            tokens_per_second=len(new) / seconds,
+            decoding=decoding.name,
+        )
+
+    def files(self, report: GenerationReport) -> Mapping[str, Mapping[str, Any] | bytes]:
+        """None: the text is for the screen."""
+        return {}
 
 
 def _choose(logits: Tensor, temperature: float, draw: torch.Generator) -> int:  # logits [vocabulary]

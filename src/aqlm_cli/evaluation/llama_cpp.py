@@ -29,7 +29,7 @@ class LlamaModel:
 
 
 def find_llama_models(program: str | None, files: Sequence[str]) -> list[LlamaModel]:
-    """The files with what llama-bench says of them.
+    """The files, with the name and size that llama-bench gives them.
 
     Raises UsageError where the program comes without files or the other way round, ModelError where it cannot run one.
     """
@@ -46,7 +46,7 @@ def find_llama_models(program: str | None, files: Sequence[str]) -> list[LlamaMo
 
 
 def _run(program: str, file: str, threads: int, *test: str | int) -> dict[str, Any]:
-    """What llama-bench measures in one repeat, on the CPU."""
+    """Figures of llama-bench in one repeat, on the CPU."""
     command = [program, "-m", file, "-t", threads, *test, "-r", 1, "-ngl", 0, "-o", "json"]
     try:
         done = subprocess.run([str(part) for part in command], capture_output=True, text=True)

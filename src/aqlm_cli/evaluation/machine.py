@@ -1,7 +1,7 @@
-"""How fast this machine does the parts of a run: a few steps of each, on random numbers, in seconds.
+"""Micro-benchmark: times of the parts of a run on this machine, from a few steps of each on random values.
 
-What is timed is the code that will run: a block's forward pass, its second moments, the compression of matrices side by
-side, steps of fitting. The block has attention and a gated feed-forward, as most models do, and is at most as wide as
+The code that will run is timed: a block's forward pass, its Hessians, the quantization of matrices in parallel, steps
+of block fit. The block has attention and a gated feed-forward, as most models do, and is at most as wide as
 SmolLM2-135M's; a time a weight and token carries over to wider ones. Small matrices are timed in the model's own
 shapes, larger ones from two sizes that tell the cost of a weight from that of the inputs beside it.
 """
@@ -26,7 +26,7 @@ from aqlm_cli.quantization.parallel import Task, compress_all
 from aqlm_cli.quantization.solvers.hessian import LayerStatistics, SecondMoment
 from aqlm_cli.quantization.training.block import BlockData, fit_block
 from aqlm_cli.runs.files import digest_file, load_tensors, save_tensors
-from aqlm_cli.spec.config import RunConfig
+from aqlm_cli.spec.config import QuantizeConfig
 from aqlm_cli.spec.cost import ModelShape, Work
 from aqlm_cli.spec.schemes import Scheme, StoredTensor, parse_scheme
 from aqlm_cli.spec.time_estimate import Rates
@@ -36,15 +36,17 @@ WIDTHS = (576, 1536)
 """Residual stream and feed-forward of the block that is timed, at most: SmolLM2-135M's."""
 
 SMALL = 1_000_000
-"""Weights of a matrix that is timed in its own shape."""
+"""Most weights of a matrix that is timed in its own shape."""
 
 SAMPLES = ((384, 512), (384, 1536))
 """Shapes that stand for all others."""
 
 
-def measure_rates(model: ModelShape, work: Work, config: RunConfig, character: float) -> Rates:
-    """`character` is how long one of text takes to read."""
-    device, scheme = torch.device(config.device), parse_scheme(config.quantize.scheme)
+def measure_rates(
+    model: ModelShape, work: Work, section: QuantizeConfig, device: torch.device, seed: int, character: float
+) -> Rates:
+    """Time a few steps of everything that the settings ask for; `character` is how long one of text takes to read."""
+    scheme = parse_scheme(section.scheme)
     block = _block(model, scheme).to(device)
     weights, tokens = sum(layer.weight.numel() for layer in linears(block, "").values()), 2 * work.length
     rng = torch.Generator().manual_seed(0)
@@ -53,14 +55,14 @@ def measure_rates(model: ModelShape, work: Work, config: RunConfig, character: f
     forward = _best(lambda: run_block(block, BlockInput.alone(hidden), dtype))
     x = torch.randn(tokens, block.down.in_features, generator=rng).to(device)
     moment = _best(lambda: SecondMoment(x.shape[1], device).add(x.to(dtype)))
-    matrices, weight, coupling = _compression(model, work, config, scheme, rng)
+    matrices, weight, coupling = _compression(model, work, section, scheme, seed, rng)
     _compress_block(block, scheme, rng)
     quantized_forward = _best(lambda: run_block(block, BlockInput.alone(hidden), dtype))
     per_pass = weights * tokens
     return Rates(
         forward=forward / per_pass,
         quantized_forward=quantized_forward / per_pass,
-        step=_step(block, work, config, quantized_forward / 2, rng) / (weights * work.fit.batch * work.length),
+        step=_step(block, work, device, quantized_forward / 2, rng) / (weights * work.fit.batch * work.length),
         moment=moment / (tokens * x.shape[1] ** 2),
         matrices=matrices,
         weight=weight,
@@ -103,7 +105,7 @@ def _block(model: ModelShape, scheme: Scheme) -> _Block:
 
 
 def _best(work: Callable[[], object]) -> float:
-    """Seconds of the faster of two goes, after one to warm up."""
+    """Seconds of the faster of two calls, after one to warm up."""
     work()
     return min(_timed(work) for _ in range(2))
 
@@ -115,26 +117,31 @@ def _timed(work: Callable[[], object]) -> float:
 
 
 def _compression(
-    model: ModelShape, work: Work, config: RunConfig, scheme: Scheme, rng: torch.Generator
+    model: ModelShape, work: Work, section: QuantizeConfig, scheme: Scheme, seed: int, rng: torch.Generator
 ) -> tuple[Mapping[tuple[int, int], float], float, float]:
     """Seconds by shape, and for other shapes those of a weight, and of a weight and input."""
     shapes = {(t.out_features, t.in_features) for block in model.blocks for t in block.quantized}
     small = max(out * features for out, features in shapes) <= SMALL
-    _compress(config, scheme, [(8, scheme.group_size * 2)], work.workers, rng)  # whatever has to be compiled
+    _compress(section, seed, scheme, [(8, scheme.group_size * 2)], work.workers, rng)  # whatever has to be compiled
     if small:
-        return _compress(config, scheme, shapes, work.workers, rng), 0.0, 0.0
+        return _compress(section, seed, scheme, shapes, work.workers, rng), 0.0, 0.0
     group = scheme.group_size
     samples = [(out, math.ceil(features / group) * group) for out, features in SAMPLES]
-    seconds = _compress(config, scheme, samples, work.workers, rng)
+    seconds = _compress(section, seed, scheme, samples, work.workers, rng)
     (few, first), (many, second) = ((f, seconds[out, f] / (out * f)) for out, f in samples)
     coupling = max(0.0, (second - first) / (many - few))
     return {}, first - few * coupling, coupling
 
 
 def _compress(
-    config: RunConfig, scheme: Scheme, shapes: Iterable[tuple[int, int]], workers: int, rng: torch.Generator
+    section: QuantizeConfig,
+    seed: int,
+    scheme: Scheme,
+    shapes: Iterable[tuple[int, int]],
+    workers: int,
+    rng: torch.Generator,
 ) -> dict[tuple[int, int], float]:
-    """At least as many at once as in the run, for they slow each other down."""
+    """Seconds by shape, with at least as many workers as in the run, which slow each other down."""
     wanted = list(shapes)
     tasks = []
     for number in range(max(len(wanted), workers)):
@@ -142,8 +149,7 @@ def _compress(
         x = torch.randn(2 * features, features, generator=rng)
         statistics = LayerStatistics(x.T @ x / len(x), len(x))
         tasks.append(Task(f"{number}", torch.randn(out, features, generator=rng), statistics, scheme))
-    section = config.quantize
-    done = compress_all(tasks, METHODS[section.method], section.settings, config.seed, workers, lambda _: None)
+    done = compress_all(tasks, METHODS[section.method], section.settings, seed, workers, lambda _: None)
     return {shape: done[f"{number}"].seconds for number, shape in enumerate(wanted)}
 
 
@@ -163,11 +169,10 @@ def _random(layout: StoredTensor, rng: torch.Generator) -> Tensor:
     return torch.randn(layout.shape, generator=rng).to(dtype) / max(layout.shape)  # sums in a block stay small
 
 
-def _step(block: _Block, work: Work, config: RunConfig, judging: float, rng: torch.Generator) -> float:
-    """Seconds of a training step, where the quantized block is fitted at all; `judging` is those of one window."""
+def _step(block: _Block, work: Work, device: torch.device, evaluation: float, rng: torch.Generator) -> float:
+    """Seconds of a training step, 0 where the quantized block is not fitted; `evaluation` are those of one sequence."""
     if not work.fitted or not quantized_layers(block):
         return 0.0
-    device = torch.device(config.device)
     steps = 2
     windows = torch.randn(steps * work.fit.batch + 1, work.length, block.width, generator=rng)
 
@@ -178,11 +183,11 @@ def _step(block: _Block, work: Work, config: RunConfig, judging: float, rng: tor
     training, held_out = torch.arange(len(windows) - 1), torch.tensor([len(windows) - 1])
     once = work.fit.model_copy(update={"epochs": 1})
     seconds = _best(lambda: fit_block(block, data, training, held_out, once, rng))
-    return max(0.0, seconds - 2 * judging) / steps
+    return max(0.0, seconds - 2 * evaluation) / steps
 
 
 def _byte() -> float:
-    """Seconds to write a byte for good, digest it, and read it back."""
+    """Seconds per byte to write with fsync, digest, and read back."""
     tensors = {"zeros": torch.zeros(2**25, dtype=torch.uint8)}
     with TemporaryDirectory() as directory:
         path = Path(directory) / "zeros.safetensors"

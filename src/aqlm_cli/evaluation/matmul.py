@@ -1,7 +1,7 @@
-"""Time of single products y = x W^T beside torch's own, with weights that come from memory.
+"""Time of single matmuls y = x W^T beside torch's own, with weights that come from memory.
 
-In a model every matrix has left the cache by the time it is needed again. So a product goes through as many copies as
-no cache holds, and the candidates take turns, pass by pass.
+In a model every matrix has left the cache by the time it is needed again. So each matmul goes through more copies of
+its matrix than any cache holds, and passes of the candidates are interleaved.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ ROTATED = 2**28
 MOST_COPIES = 512
 
 Rotation: TypeAlias = tuple[int, Callable[[int], Tensor]]
-"""How many copies of a matrix there are, and the product with one of them."""
+"""Number of copies of a matrix, and the matmul with one of them."""
 
 
 def measure_product(
@@ -36,9 +36,9 @@ def measure_product(
     bandwidth: float,
     dtypes: Mapping[str, torch.dtype],
 ) -> ProductRow:
-    """With W of `shape` (out, in), `codebooks` (M, K, g), and that many rows of x, on the CPU.
+    """Time x W^T on the CPU, with W of `shape` (out, in), `codebooks` (M, K, g), and so many rows of x.
 
-    `bandwidth` in bytes per second; `dtypes` are those of torch's products beside it.
+    `bandwidth` in bytes per second; `dtypes` are those of torch's matmuls beside it.
     """
     out_features, in_features = shape
     num_codebooks, codebook_size, group_size = codebooks
@@ -57,7 +57,7 @@ def measure_product(
     passes: dict[str, Rotation] = {"packed": (len(packed), ours)}
     for name, dtype in dtypes.items():
         passes[name] = _torch_product(x.to(dtype), shape, draw)
-    medians = _take_turns(passes, repeats)
+    medians = _interleaved(passes, repeats)
     return ProductRow(
         out_features=out_features,
         in_features=in_features,
@@ -75,8 +75,8 @@ def relative_error(found: Tensor, exact: Tensor) -> float:
     return float((found - exact).norm() / exact.norm())
 
 
-def _take_turns(passes: Mapping[str, Rotation], repeats: int) -> dict[str, float]:
-    """Seconds of one product, the median of the passes."""
+def _interleaved(passes: Mapping[str, Rotation], repeats: int) -> dict[str, float]:
+    """Seconds of one matmul, the median of the passes."""
     seconds: dict[str, list[float]] = {name: [] for name in passes}
     for _ in range(repeats):
         for name, (copies, product) in passes.items():

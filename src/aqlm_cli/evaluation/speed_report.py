@@ -1,4 +1,4 @@
-"""What `bench` returns: speeds of models and of single products, for people, programs and spreadsheets."""
+"""The report of `bench`: speeds of models and of single matmuls, for people, programs and spreadsheets."""
 
 from __future__ import annotations
 
@@ -19,9 +19,12 @@ from aqlm_cli.records import Record
 
 @dataclass(frozen=True)
 class BenchRow:
-    """Tokens per second: median, lowest and highest of the repeats. `decode_times`: times as fast as the original in
-    each type; `decode_bound`: what reading the weights allows. `relative_error` is that of the logits, as relative RMS
-    against the same weights in float32; None where the row is that reference, or there is none."""
+    """Tokens per second: median, lowest and highest of the repeats.
+
+    `decode_times`: times as fast as the base model in each type. `decode_bound`: the speed at which memory delivers the
+    weights. `relative_error` is that of the logits, as relative RMS against the same weights in float32; None where the
+    row is that reference, or there is none.
+    """
 
     name: str
     decode_median: float
@@ -37,13 +40,13 @@ class BenchRow:
 
     @property
     def decode_share(self) -> float:
-        """Of what reading the weights allows."""
+        """Share of the speed at which memory delivers the weights."""
         return self.decode_median / self.decode_bound
 
 
 @dataclass(frozen=True)
 class ProductRow:
-    """One shape of y = x W^T with weights from memory. `times`: times as fast as torch's product in each type;
+    """One shape of y = x W^T with weights from memory. `times`: times as fast as torch's matmul in each type;
     `bandwidth_share`: bytes of codes a second, of those that memory gives; `relative_error` against float64."""
 
     out_features: int
@@ -58,7 +61,7 @@ class ProductRow:
 
 @dataclass(frozen=True)
 class BenchReport(Record):
-    """Speed of batch-1 decoding and of reading a prompt; `backend` is the product that the packed model ran through,
+    """Speed of batch-1 decoding and of prefill; `backend` is the code that the quantized model ran through,
     `read_bandwidth` in bytes per second."""
 
     model: str
@@ -70,6 +73,7 @@ class BenchReport(Record):
     read_bandwidth: float
     rows: tuple[BenchRow, ...]
     products: tuple[ProductRow, ...]
+    version: int = 1
 
     def table(self) -> Group:
         return Group(self._models(), self._products()) if self.products else Group(self._models())

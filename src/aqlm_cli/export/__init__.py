@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from aqlm_cli.export.dense import DenseExporter
 from aqlm_cli.export.directory import Export, export, plan_export
 from aqlm_cli.export.exporter import Exporter
-from aqlm_cli.export.model import QuantizedLayer, QuantizedModel, read_model
+from aqlm_cli.export.model import ExportedLayer, QuantizedModel, read_model
 from aqlm_cli.export.model_card import ExportFacts, Origin
 from aqlm_cli.export.transformers import TransformersExporter
 
@@ -20,9 +20,9 @@ __all__ = [
     "EXPORTERS",
     "Export",
     "ExportFacts",
+    "ExportedLayer",
     "Exporter",
     "Origin",
-    "QuantizedLayer",
     "QuantizedModel",
     "export",
     "plan_export",
@@ -30,4 +30,4 @@ __all__ = [
 ]
 
 EXPORTERS: Mapping[str, Exporter] = {exporter.name: exporter for exporter in (TransformersExporter(), DenseExporter())}
-"""By name of the format; `pack.format` of a run file takes these names."""
+"""Exporters by name of the format; `pack.format` of a run file takes these names."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from aqlm_cli.errors import ArtifactError, ModelError
 from aqlm_cli.export.exporter import Exporter
 from aqlm_cli.export.layout import Layout
-from aqlm_cli.export.model import QuantizedLayer, QuantizedModel
+from aqlm_cli.export.model import ExportedLayer, QuantizedModel
 from aqlm_cli.export.model_card import CardFacts, ExportFacts, Origin
 from aqlm_cli.export.tensors import narrowing_losses
 from aqlm_cli.export.transformers import TransformersExporter, scheme_of
@@ -32,7 +32,7 @@ class Export:
     layout: Layout
 
     def warnings(self) -> list[str]:
-        """What the format loses of this model."""
+        """Losses of this model in this format, for the user."""
         losses = narrowing_losses(self.model, self.layout)
         if not losses:
             return []
@@ -86,7 +86,7 @@ def export(
     """
     network = load_skeleton(base)
     for path, matrix in matrices.items():
-        shape, asked = _layer_shape(network, path), _matrix_shape(matrix)
+        shape, asked = _layer_shape(network, path), (matrix.out_features, matrix.in_features)
         if shape != asked:
             raise ModelError(
                 f"{base.name}: {path} is {shape or 'no linear layer'}, and its matrix {asked}; give one that fits"
@@ -112,12 +112,7 @@ def _layer_shape(network: nn.Module, path: str) -> tuple[int, int] | None:
     return (layer.out_features, layer.in_features) if isinstance(layer, nn.Linear) else None
 
 
-def _matrix_shape(matrix: Matrix) -> tuple[int, int]:
-    rows, columns = matrix.dequantize().shape
-    return rows, columns
-
-
-def _layer(matrix: Matrix) -> QuantizedLayer:
+def _layer(matrix: Matrix) -> ExportedLayer:
     scheme = scheme_of(matrix)
     label = matrix.kind if scheme is None else str(scheme)
-    return QuantizedLayer(_matrix_shape(matrix), scheme, label, matrix.bits(), lambda: matrix)
+    return ExportedLayer((matrix.out_features, matrix.in_features), scheme, label, matrix.bits(), lambda: matrix)

@@ -55,13 +55,13 @@ def plan_slots(
     stored: Mapping[str, TensorLayout],
     quantized: Collection[str],
     changed: Collection[str],
-    coded: Collection[str] = (),
+    with_codes: Collection[str] = (),
     code_layouts: CodeLayouts | None = None,
 ) -> dict[str, Slot]:
     """The checkpoint of a network without values, whose files hold `stored`.
 
     The weights of the layers at the paths `quantized` differ from the base model's, and so do the parameters named in
-    `changed`. Of the quantized layers, those in `coded` get `code_layouts` in place of a weight.
+    `changed`. Of these layers, those in `with_codes` get `code_layouts` in place of a weight.
     """
     slots: dict[str, Slot] = {}
     written: dict[str, tuple[str, TensorLayout, Placement | None]] = {}  # by parameter: its name in the checkpoint, ...
@@ -76,15 +76,15 @@ def plan_slots(
                 name = placement.stored[0] if placement.convert is None else parameter
                 written[parameter] = (name, layout, placement)
     _split_shared(network, written, replaced)
-    bases = names_of_codes(network, {path: written[f"{path}.weight"][0] for path in coded})
+    bases = names_of_codes(network, {path: written[f"{path}.weight"][0] for path in with_codes})
     for parameter, (name, layout, origin) in written.items():
         path, _, last = parameter.rpartition(".")
-        if path in coded and last == "weight" and code_layouts is not None:
+        if path in with_codes and last == "weight" and code_layouts is not None:
             for key, part in code_layouts(path, layout.shape).items():
                 slots[f"{bases[path]}.{key}"] = Slot(part, f"{path}.{key}", origin)
         else:
             # `quantize` rounds what it fits to float16, and the format wants the bias beside codes in float16.
-            dtype = torch.float16 if parameter in changed or path in coded else _narrow(layout.dtype)
+            dtype = torch.float16 if parameter in changed or path in with_codes else _narrow(layout.dtype)
             slots[name] = Slot(TensorLayout(dtype, layout.shape), parameter, origin)
     return slots
 

@@ -1,4 +1,4 @@
-"""What an exporter is given: the base model, the matrices in place of its weights, and what else changed.
+"""The model to export: the base model, the matrices in place of its weights, and the other changed parameters.
 
 Everything is read when it is asked for, so that a model larger than memory can be exported.
 """
@@ -22,7 +22,7 @@ from aqlm_kernels import Matrix
 
 
 @dataclass(frozen=True, eq=False)
-class QuantizedLayer:
+class ExportedLayer:
     """The matrix of one linear layer: `[out, in]`, its stored bits in all, and a way to read it, as often as needed."""
 
     shape: tuple[int, int]
@@ -42,7 +42,7 @@ class QuantizedModel:
 
     base: ModelSource
     network: Network  # of the base model, without values
-    layers: Mapping[str, QuantizedLayer]  # by path
+    layers: Mapping[str, ExportedLayer]  # by path
     changed: Mapping[str, Callable[[], Tensor]]
     digest: str | None = None
 
@@ -53,7 +53,7 @@ class QuantizedModel:
 
     @property
     def weights(self) -> int:
-        """How many weights are quantized."""
+        """Number of quantized weights."""
         return sum(layer.shape[0] * layer.shape[1] for layer in self.layers.values())
 
     @property
@@ -66,7 +66,7 @@ def read_model(base: ModelSource, quantized: Artifact) -> QuantizedModel:
     """The model that lies in a `quantized/` or `finetuned/` directory; only headers are read.
 
     Raises ArtifactError where its files hold other layers than its plan, and ModelError where they hold a parameter
-    that the network of the base model has not got.
+    that is not in the network of the base model.
     """
     plan = Plan.from_json(quantized.manifest.results["plan"])
     files = {
@@ -77,7 +77,7 @@ def read_model(base: ModelSource, quantized: Artifact) -> QuantizedModel:
         raise ArtifactError(f"{quantized.directory} is damaged (its files hold other layers than its plan); {fix}")
     schemes, shapes = plan.schemes, {target.path: (target.out_features, target.in_features) for target in plan.targets}
     layers = {
-        path: QuantizedLayer(
+        path: ExportedLayer(
             shapes[path],
             schemes[path],
             str(schemes[path]),
@@ -102,5 +102,5 @@ def _changed_parameters(
             if name in parameters:
                 changed[name] = partial(read_tensor, file, name)
             elif name.rpartition(".")[0] not in paths:
-                raise ModelError(f"{file} holds {name}, for which the model's network has no place; quantize it anew")
+                raise ModelError(f"{file} holds {name}, which is not in the base model's network; quantize again")
     return changed

@@ -1,4 +1,4 @@
-"""The README.md of a packed checkpoint: what it is, what it came from, what it costs and how to load it.
+"""The README.md of an exported checkpoint: its origin, its size, its quality, and how to load it.
 
 It is written for whoever is given the checkpoint, so it holds nothing of the machine that made it.
 """
@@ -63,7 +63,7 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0]))
 
 - `NUMBA_NUM_THREADS=1` is needed: in the CPU product of aqlm 1.1.7 all of Numba's threads add into one vector, and with
   more than one thread logits are wrong. `torch.set_num_threads` does not reach these threads.
-- To save the model again, load it anew first: at its first product on a CPU that version transposes `codes` in place,
+- To save the model again, load it again first: at its first product on a CPU that version transposes `codes` in place,
   and what is saved afterwards does not load, or loads and is wrong.
 - With an NVIDIA GPU install `aqlm[gpu]==1.1.7` and load with `dtype="auto", device_map="cuda"`; there neither applies.
 """
@@ -71,7 +71,7 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0]))
 
 @dataclass(frozen=True)
 class Origin:
-    """How a model was made; None where that is not known. `perplexities` are reports of `eval-ppl` on it, as JSON."""
+    """Method and text that made a model, None where not known, and reports of `eval-ppl` on it, as JSON."""
 
     method: str | None = None
     data: str | None = None
@@ -133,7 +133,7 @@ def model_card(facts: CardFacts, loading: str, tags: Sequence[str] = ()) -> str:
 
 
 def _perplexity_row(report: Mapping[str, Any]) -> str:
-    windows = f"{report['windows']} windows of {report['sequence_length']} tokens"
+    windows = f"{report['windows']} sequences of {report['sequence_length']} tokens"
     windows += ", each with a beginning token" if report.get("bos") else ""
     measured = f"{report['perplexity']:.2f} ± {report['stderr']:.2f}"
     original = report["original"]

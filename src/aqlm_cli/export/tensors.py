@@ -1,4 +1,4 @@
-"""How each tensor of an export is made: read from the base model, quantized, or changed beside the quantized layers."""
+"""Sources of the tensors of an export: the base model, the quantized matrices, and the other changed parameters."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from aqlm_cli.errors import QuantizationError
 from aqlm_cli.export.layout import Layout, Slot
-from aqlm_cli.export.model import QuantizedLayer, QuantizedModel
+from aqlm_cli.export.model import ExportedLayer, QuantizedModel
 from aqlm_cli.export.writer import Entry
 from aqlm_cli.models import Placement, tensor_index
 from aqlm_cli.models.source import StoredTensor
@@ -57,7 +57,7 @@ def _of_base(parameter: str, placement: Placement, stored: Mapping[str, StoredTe
     return placement.convert(lambda name: stored[name].read(name))[parameter].contiguous()
 
 
-def _exported(layer: QuantizedLayer, path: str, last: str, dtype: torch.dtype, matrix_tensor: MatrixTensor) -> Tensor:
+def _exported(layer: ExportedLayer, path: str, last: str, dtype: torch.dtype, matrix_tensor: MatrixTensor) -> Tensor:
     matrix = layer.read()
     tensor = matrix_tensor(matrix, last, dtype)
     if tensor.is_floating_point() and not tensor.isfinite().all():

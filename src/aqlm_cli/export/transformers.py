@@ -137,7 +137,7 @@ def refuse_unloadable(network: Network, layout: Layout, coded: Collection[str], 
 
     reason = refusal(network, layout.tensors, layout.quantization, coded)
     if reason is not None:
-        fix = "use --format dense" if coded else "leave the layer out with --skip, or save the model anew"
+        fix = "use --format dense" if coded else "leave the layer out with --skip, or save the model again"
         raise PlanError(f"the format {format} cannot hold this model: {reason}; {fix}")
 
 

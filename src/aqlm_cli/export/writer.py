@@ -19,7 +19,7 @@ from aqlm_cli.errors import ArtifactError
 from aqlm_cli.runs.files import TensorLayout, file_bytes, read_tensor, stream_tensors, write_file
 
 SHARD_BYTES = 5_000_000_000
-"""What hubs and tools that read one file at a time are comfortable with."""
+"""Largest file that hubs, and tools that read one file at a time, handle well."""
 
 
 METADATA = {"format": "pt"}

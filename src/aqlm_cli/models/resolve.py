@@ -1,6 +1,6 @@
-"""What a name means: an alias, a .gguf file, a directory, a run, or an id on the hub.
+"""Resolution of a model's name: an alias, a .gguf file, a directory, a run, or an id on the hub.
 
-A run stands for what it has packed, so every command that takes a model takes a run, too.
+The name of a run resolves to its packed model, so every command that takes a model takes a run, too.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ def resolve(
     cache_dir: Path | None = None,
     with_weights: bool = True,
 ) -> ModelSource:
-    """Find the language model that `name` means; without weights, nothing large is fetched from the hub.
+    """Find the language model with this name; without weights, nothing large is downloaded from the hub.
 
-    Raises ModelError if there is none, if it cannot be fetched, or if it is not a decoder-only language model, and
-    ArtifactError for a run that has packed nothing yet.
+    Raises ModelError if it does not exist, cannot be downloaded, or is not a decoder-only language model, and
+    ArtifactError for a run without a packed model.
     """
     cache, path = cache_dir or default_cache(), Path(name).expanduser()
     if revision is not None and (name in ALIASES or path.exists()):
-        raise ModelError(f"{name} lies on this disk and has no revisions; drop --revision")
+        raise ModelError(f"{name} is a local model and has no revisions; drop --revision")
     if found := find_gguf(name):
         from aqlm_cli.models.gguf_import import gguf_source  # imports transformers' networks, in a second
 
@@ -56,7 +56,7 @@ def resolve(
         source = hub_source(name, revision, cache, trust_remote_code, with_weights)
     source = dataclasses.replace(source, name=name, trust_remote_code=trust_remote_code)
     _check_language_model(source)
-    end_tokens(source)  # refuses a generation_config.json that holds none
+    end_tokens(source)  # refuses an invalid generation_config.json
     return source
 
 
@@ -125,20 +125,20 @@ def refuse_other_model(run: RunDirectory, source: ModelSource) -> None:
 
 
 def _check_language_model(source: ModelSource) -> None:
-    """A decoder that predicts the next token, and not, say, BERT, for which transformers has such a class too."""
-    said = model_config(source)
-    kind, named = said.get("model_type"), said.get("architectures")
-    known = isinstance(kind, str) and kind in transformers.CONFIG_MAPPING
-    if known and isinstance(named, list) and any(str(name).endswith("ForCausalLM") for name in named):
+    """Raise ModelError unless the model is a decoder: transformers has a causal class for BERT, too."""
+    settings = model_config(source)
+    kind, named = settings.get("model_type"), settings.get("architectures")
+    supported = isinstance(kind, str) and kind in transformers.CONFIG_MAPPING
+    if supported and isinstance(named, list) and any(str(name).endswith("ForCausalLM") for name in named):
         return  # without transformers' own config, which imports its networks
     config = load_config(source)
     causal = getattr(transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None), "__name__", None)
     named = config.architectures
     names = [str(name) for name in named] if isinstance(named, list) and named else [str(causal or config.model_type)]
-    # Of a model that sees or hears as well, the decoder is what transformers makes of its config.
+    # For a multimodal model, transformers builds the decoder from its config.
     wider = causal is not None and not config.is_encoder_decoder
     endings = ("ForCausalLM", "ForConditionalGeneration") if wider else ("ForCausalLM",)
-    # What was saved without its head has the head of its embeddings, or lacks one, which is told where it is read.
+    # A model saved without its head is tied to its embeddings, or lacks one, which loading reports.
     body = getattr(transformers.MODEL_MAPPING.get(type(config), None), "__name__", None) if wider else None
     if not any(name in (causal, body) or name.endswith(endings) for name in names):
         raise ModelError(

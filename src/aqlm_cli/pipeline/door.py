@@ -20,11 +20,12 @@ from typing import Any
 import torch
 
 from aqlm_cli.errors import UsageError
+from aqlm_cli.evaluation import PerplexityReport
 from aqlm_cli.events import Emit, silent
 from aqlm_cli.models import Network, load_network, load_tokenizer, resolve
 from aqlm_cli.models.hidden_states import compute_dtype
 from aqlm_cli.pipeline import order
-from aqlm_cli.records import PerplexityReport, Record
+from aqlm_cli.records import Record
 from aqlm_cli.runs.directory import read_run
 from aqlm_cli.spec import flags as tables
 from aqlm_cli.spec.config import RunConfig

@@ -16,10 +16,8 @@ import torch
 
 from aqlm_cli.data.spec import sampled_sequences
 from aqlm_cli.errors import PlanError, UsageError
-from aqlm_cli.evaluation.generation import generate
-from aqlm_cli.evaluation.perplexity import eval_ppl
-from aqlm_cli.evaluation.speed import bench, bench_shape
-from aqlm_cli.evaluation.speed_report import BenchReport
+from aqlm_cli.evaluation import BenchReport, GenerationSettings, PerplexitySettings, SpeedSettings
+from aqlm_cli.evaluation.speed import measure_shape
 from aqlm_cli.events import Emit, Noted, Warned
 from aqlm_cli.formatting import clock, readable_bytes
 from aqlm_cli.models import ResolvedModel, Subject, find_subject, refuse_too_long
@@ -37,7 +35,8 @@ from aqlm_cli.pipeline.preflight import plan_report
 from aqlm_cli.pipeline.stage_reports import CalibrationReport, ImportReport, PackReport, QuantizeReport
 from aqlm_cli.pipeline.stages.calibrate import calibrate
 from aqlm_cli.pipeline.stages.doctor import doctor
-from aqlm_cli.pipeline.stages.finetune import finetune, follow
+from aqlm_cli.pipeline.stages.evaluate import evaluate
+from aqlm_cli.pipeline.stages.finetune import finetune
 from aqlm_cli.pipeline.stages.import_checkpoint import fitting_network, import_checkpoint
 from aqlm_cli.pipeline.stages.pack import pack
 from aqlm_cli.pipeline.stages.plan import forecast, tell_if_without_weights
@@ -46,7 +45,7 @@ from aqlm_cli.pipeline.stages.sample import sample
 from aqlm_cli.pipeline.stages.status import status
 from aqlm_cli.pipeline.stages.verify import verify
 from aqlm_cli.quantization.training.distributed import World, joined, own_device, processes_here
-from aqlm_cli.records import GenerationReport, PlanReport, Record, VerifyReport
+from aqlm_cli.records import PlanReport, Record, VerifyReport
 from aqlm_cli.runs.directory import find_artifact, is_run, read_run, refuse_other_directory
 from aqlm_cli.runs.lock import exclusive
 from aqlm_cli.runs.log import logged
@@ -196,35 +195,35 @@ def measure(
     """Perplexity on every text of the settings."""
     subject, section = _subject(target, config, emit, base_model), config.eval_ppl
     with _logged_of(subject, "eval-ppl", emit) as both:
-        return {
-            text: eval_ppl(
-                subject, text, section.sequence_length, section.dtype, windows, config.device, both, section.bos
-            )
+        settings = [
+            PerplexitySettings(text, section.sequence_length, windows, section.bos, section.dtype)
             for text in section.data
-        }
+        ]
+        return {one.data: evaluate(subject, "ppl", one, config.device, both) for one in settings}
 
 
 def compare_speed(target: str, config: RunConfig, emit: Emit, base_model: ResolvedModel | None = None) -> BenchReport:
     """Speed of the target, beside its base model where it is a run."""
     subject = _subject(target, config, emit, base_model)
     with _logged_of(subject, "bench", emit) as both:
-        return bench(subject, config.bench, config.seed, both)
+        report = evaluate(subject, "speed", SpeedSettings(config.bench, config.seed), "cpu", both)
+    assert isinstance(report, BenchReport)
+    return report
 
 
 def compare_speed_of_shape(shape: str, config: RunConfig, emit: Emit) -> BenchReport:
     scheme = parse_scheme(config.quantize.scheme)
     if scheme.codebook_shape is None:
         raise UsageError(f"scheme {scheme} is packed as ordinary weights; choose one such as 2x8g8")
-    return bench_shape(shape, scheme, config.bench, config.seed, emit)
+    return measure_shape(shape, scheme, SpeedSettings(config.bench, config.seed), emit)
 
 
-def continue_text(
-    target: str, config: RunConfig, prompt: str, tokens: int, temperature: float, emit: Emit
-) -> GenerationReport:
+def continue_text(target: str, config: RunConfig, prompt: str, tokens: int, temperature: float, emit: Emit) -> Record:
     subject, section = _subject(target, config, emit, None), config.bench
-    return generate(
-        subject, prompt, tokens, temperature, config.seed, config.device, section.backend, section.head, emit
+    settings = GenerationSettings(
+        prompt, tokens, temperature, config.seed, section.backend, section.head, config.device
     )
+    return evaluate(subject, "generation", settings, config.device, emit)
 
 
 def finetune_run(target: str, job: Job) -> dict[str, Record]:
@@ -237,7 +236,7 @@ def finetune_run(target: str, job: Job) -> dict[str, Record]:
     job = job.with_settings(device=own_device(job.config.device))
     with joined(job.config.device) as world:
         if not world.is_rank_zero:
-            follow(job, world)
+            finetune(job, world)
             return {}
         return _finetune_and_pack(target, job, world)
 
@@ -263,6 +262,7 @@ def _finetune_and_pack(target: str, job: Job, world: World) -> dict[str, Record]
                 sample(logged)
         with job.logging(FINETUNE.name) as logged:
             tuned = finetune(logged, world)
+            assert tuned is not None  # in rank 0
         return {FINETUNE.name: tuned, PACK.name: _pack_again(job)}
 
 

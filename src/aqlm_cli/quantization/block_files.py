@@ -39,13 +39,13 @@ def matrix_kinds(quantized: Artifact, name: str) -> dict[str, str]:
 
 
 def read_matrix(quantized: Artifact, name: str, path: str, kind: str) -> Matrix:
-    """That of the layer at `path`."""
+    """Read the matrix of the layer at `path`."""
     with quantized.reading(name) as file:
         return MATRIX_KINDS[kind].from_tensors(load_tensors(file, prefix=f"{path}."))
 
 
 def outside_tensors(quantized: Artifact) -> dict[str, Tensor]:
-    """What has learnt outside the blocks, by name."""
+    """Trained parameters outside the blocks, by name."""
     if OUTSIDE not in quantized.manifest.files:
         return {}
     with quantized.reading(OUTSIDE) as file:
@@ -53,7 +53,7 @@ def outside_tensors(quantized: Artifact) -> dict[str, Tensor]:
 
 
 def save_block(file: Path, prefix: str, block: nn.Module, matrices: Mapping[str, Matrix]) -> None:
-    """Of the block at `prefix`, in which the matrices by path may have been fitted since."""
+    """Write the block at `prefix`, in which the matrices by path may have been fitted since."""
     tensors: dict[str, Tensor] = {}
     for name, stored in matrices.items():
         module = block.get_submodule(name.removeprefix(prefix + "."))
@@ -65,7 +65,7 @@ def save_block(file: Path, prefix: str, block: nn.Module, matrices: Mapping[str,
 
 
 def restore_block(quantized: Artifact, index: int, prefix: str, block: nn.Module) -> None:
-    """The original block at `prefix` becomes the quantized one, where there is a file of it."""
+    """Turn the block of the base model at `prefix` into the quantized one, where its file exists."""
     name = block_file(index)
     if name not in quantized.manifest.files:
         return

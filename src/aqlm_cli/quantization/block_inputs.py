@@ -1,10 +1,10 @@
-"""The hidden states of all windows on their way through the model, and what one block does with them.
+"""The calibration pass: hidden states of all sequences, block by block, and the statistics of each block.
 
-What the quantized blocks so far really put out enters the next block, so that it is measured on, and fitted to, the
-errors made before it. The target is what the original block makes of those same inputs; to aim at the original model's
-own hidden states instead, which would correct earlier errors too, was measured and is no better. The states lie in
-files and are touched a batch at a time. What enters a block stays until all of what enters the next one is on the disk,
-so that an interruption costs one block at most.
+The output of the quantized blocks so far is the input of the next block, so that its Hessians and its fit see the
+errors made before it. The target is the output of the base model's block for those same inputs. Hidden states of the
+base model as targets, which would correct earlier errors too, were measured and are no better. The states lie in files
+and are read a batch at a time. The inputs of a block stay on the disk until those of the next block are complete, so
+that an interruption costs one block at most.
 """
 
 from __future__ import annotations
@@ -32,27 +32,29 @@ from aqlm_cli.spec.calibration_split import split_sequences
 from aqlm_cli.spec.config import RunConfig
 
 CHECK = "check"
-"""The name by which the check of a walk is told."""
+"""Name of the check of the block calls in events."""
 
 
 @dataclass(frozen=True, eq=False)
 class CalibrationPass:
-    """`hidden` is what enters the block `index`; the first `fitted` windows, and those after `measured`, have
-    targets."""
+    """State at one block: `hidden` are its inputs, `targets` its outputs in the base model.
+
+    The first `fitted` sequences, and those after `measured`, have targets.
+    """
 
     walk: Walk
     work: ResumeState
     index: int
-    ids: Tensor  # [windows, L]
-    hidden: Activations  # [windows, ..., d]
-    targets: Activations  # likewise, the original block's outputs; made by `measure`, and used up by `advance`
-    measured: int  # windows whose inputs make the second moments; those after them are held out
-    fitted: int  # windows that a block is fitted to, at most `measured`
+    ids: Tensor  # [n, L]
+    hidden: Activations  # [n, ..., d]
+    targets: Activations  # [n, ..., d]; made by `measure`, overwritten by `advance`
+    measured: int  # sequences whose inputs make the Hessians; those after them are held out
+    fitted: int  # sequences that a block is fitted to, at most `measured`
     batch: int
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the products."""
+        """Type of the matmuls."""
         return self.walk.dtype
 
     @property
@@ -61,16 +63,16 @@ class CalibrationPass:
 
     @property
     def path(self) -> str:
-        """Of the block."""
+        """Path of the block."""
         return self.walk.paths[self.index]
 
-    def given(self, windows: Tensor) -> BlockInput:
-        """All that the block is given for the windows with these numbers."""
-        handed = Handed(self.work.handed(self.index))[windows]
-        return self.walk.given(self.index, self.ids[windows], self.hidden[windows], handed)
+    def given(self, chosen: Tensor) -> BlockInput:
+        """All arguments of the block for the sequences with these numbers."""
+        handed = Handed(self.work.handed(self.index))[chosen]
+        return self.walk.given(self.index, self.ids[chosen], self.hidden[chosen], handed)
 
     def measure(self, block: nn.Module, paths: Iterable[str]) -> dict[str, LayerStatistics]:
-        """Run the original block for `targets`, and for H of each of its layers in `paths`.
+        """Run the block of the base model for `targets`, and for the Hessian of each of its layers in `paths`.
 
         Layers that share their inputs share one object.
         """
@@ -93,7 +95,7 @@ class CalibrationPass:
         return found
 
     def advance(self, block: nn.Module) -> float:
-        """Run the quantized block; the squared error of what it puts out in the fitted windows, relative."""
+        """Run the quantized block; return the relative squared error of its output for the fitted sequences."""
         error = energy = 0.0
         handed_on = Handed(self.work.handing)
         handed_on.remove()  # what an interruption left
@@ -108,7 +110,7 @@ class CalibrationPass:
         return error / energy if energy > 0 else 0.0
 
     def next(self) -> CalibrationPass:
-        """At the block after this one, which is finished from here on: what was put out is what enters."""
+        """The state at the next block, whose inputs are the outputs of this one; this block is finished."""
         following = Handed(self.work.handed(self.index + 1))
         following.remove()
         Handed(self.work.handing).rename(following.directory)
@@ -121,13 +123,13 @@ class CalibrationPass:
     def _batches(self, first: int, last: int) -> Iterable[Tensor]:
         return torch.arange(first, last).split(self.batch) if first < last else ()  # split gives a part even of nothing
 
-    def _run(self, block: nn.Module, windows: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        output, handed = run_block(block, self.given(windows), self.dtype)
+    def _run(self, block: nn.Module, chosen: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        output, handed = run_block(block, self.given(chosen), self.dtype)
         return output.cpu(), handed
 
 
 def walk_through(source: ModelSource, ids: Tensor, device: torch.device, emit: Emit) -> Walk:
-    """Through the blocks of a model, which are not in memory; `ids` `[windows, L]` are text to check it with.
+    """The block calls of a model whose blocks are not in memory, checked with the token ids `[n, L]`.
 
     Raises ModelError for a family that cannot be quantized block by block.
     """
@@ -141,7 +143,7 @@ def walk_through(source: ModelSource, ids: Tensor, device: torch.device, emit: E
 def start_calibration_pass(
     source: ModelSource, ids: Tensor, measured: int, config: RunConfig, work: ResumeState, emit: Emit
 ) -> CalibrationPass:
-    """The states of the token ids `[windows, L]` at the first block that is not finished."""
+    """Hidden states of the token ids `[n, L]` at the first block that is not finished."""
     section, device, index = config.quantize, torch.device(config.device), work.blocks
     walk = walk_through(source, ids, device, emit)
     shape = (len(ids), *walk.entering(ids[:1]).shape[1:])
@@ -159,7 +161,7 @@ def start_calibration_pass(
 
 
 def entering_states(walk: Walk, ids: Tensor, batch: int, path: Path) -> Activations:
-    """What enters the first block for the token ids `[windows, L]`, in a new file at `path`; no block is computed."""
+    """Inputs of the first block for the token ids `[n, L]`, in a new file at `path`; no block is computed."""
     states = Activations.create(path, (len(ids), *walk.entering(ids[:1]).shape[1:]))
     for chosen in torch.arange(len(ids)).split(batch):
         states[chosen] = walk.entering(ids[chosen]).float().cpu()
@@ -167,9 +169,9 @@ def entering_states(walk: Walk, ids: Tensor, batch: int, path: Path) -> Activati
 
 
 def mixed_sequences(config: RunConfig, calibration: Artifact) -> tuple[Tensor, int]:
-    """Token ids `[windows, L]`, and how many of the windows are measured; the others, at the end, are held out.
+    """Token ids `[n, L]`, and the number of sequences that are measured; the others, at the end, are held out.
 
-    Mixed once, so that any part of them holds text of all sources.
+    Shuffled once, so that any part of them holds text of all sources.
     """
     with calibration.reading("windows.safetensors") as file:
         ids = load_tensors(file)["ids"].long()
@@ -179,7 +181,7 @@ def mixed_sequences(config: RunConfig, calibration: Artifact) -> tuple[Tensor, i
 
 
 def machine_of(config: RunConfig) -> dict[str, str]:
-    """What decides the last bits beside settings: who computes, in which type, with which program."""
+    """Everything beside settings that decides the last bits: processor, type of the matmuls, and versions."""
     device = torch.device(config.device)
     return {
         "device": device.type,

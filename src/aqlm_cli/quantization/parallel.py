@@ -85,7 +85,7 @@ def compress_all(
 
 
 def _stored(matrix: Matrix, path: str) -> Matrix:
-    """In the 16 bits in which it will be stored. Raises QuantizationError where they cannot hold it."""
+    """The matrix in the 16 bits of a checkpoint. Raises QuantizationError where they cannot hold it."""
     stored = matrix.stored()
     if not all(bool(tensor.isfinite().all()) for tensor in stored.tensors().values()):
         raise QuantizationError(

@@ -1,4 +1,4 @@
-"""What an interrupted quantization leaves behind, and how it goes on from there.
+"""Files of an interrupted quantization, from which the same command resumes.
 
 In `quantized.partial/work/`, beside the files of the finished blocks:
 
@@ -8,7 +8,7 @@ In `quantized.partial/work/`, beside the files of the finished blocks:
     block-006.json            what was measured of a finished block
     <path>.safetensors        a finished matrix of the present block, before the block is fitted
 
-Each is renamed to its name when it is whole and on the disk, so that what is there can be trusted.
+Each is renamed to its name when it is whole and on the disk, so that a file that exists can be trusted.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from aqlm_kernels import MATRIX_KINDS, KernelError
 
 @dataclass(frozen=True)
 class ResumeState:
-    """A quantization at work in `directory`."""
+    """A running quantization in `directory`."""
 
     directory: Path
 
     @property
     def blocks(self) -> int:
-        """How many are finished."""
+        """The number of finished blocks."""
         with storage_errors(self.directory):
             states = list(self.directory.glob("hidden-*.activations"))
         return max((int(path.stem.removeprefix("hidden-")) for path in states), default=0)
@@ -43,7 +43,7 @@ class ResumeState:
         return self.directory / f"hidden-{block:03d}.activations"
 
     def handed(self, block: int) -> Path:
-        """What enters a block beside the states."""
+        """The path of the tensors that enter a block beside the states."""
         return self.directory / f"handed-{block:03d}"
 
     @property
@@ -56,26 +56,26 @@ class ResumeState:
         return self.directory / "targets.activations"
 
     def record(self, block: int, measured: Mapping[str, Any]) -> None:
-        """Of a block that is about to be finished."""
+        """Write what was measured of a block that is about to be finished."""
         write_file(self.directory / f"block-{block:03d}.json", json.dumps(measured).encode())
 
     def recorded(self, block: int) -> dict[str, Any]:
         path = self.directory / f"block-{block:03d}.json"
         try:
-            found: dict[str, Any] = json.loads(path.read_bytes())
+            measured: dict[str, Any] = json.loads(path.read_bytes())
         except (OSError, ValueError) as error:
-            raise ArtifactError(f"{path} cannot be read ({error}); remove {self.directory} to begin anew") from error
-        return found
+            raise ArtifactError(f"{path} cannot be read ({error}); remove {self.directory} to start again") from error
+        return measured
 
-    def keep(self, one: Compressed) -> None:
+    def keep(self, compressed: Compressed) -> None:
         """A matrix of the present block."""
         about = {
-            "kind": one.matrix.kind,
-            "weights": str(one.weights),
-            "relative_error": repr(one.relative_error),
-            "seconds": repr(one.seconds),
+            "kind": compressed.matrix.kind,
+            "weights": str(compressed.weights),
+            "relative_error": repr(compressed.relative_error),
+            "seconds": repr(compressed.seconds),
         }
-        save_tensors(self.directory / f"{one.path}.safetensors", one.matrix.tensors(), about)
+        save_tensors(self.directory / f"{compressed.path}.safetensors", compressed.matrix.tensors(), about)
 
     def kept(self, path: str) -> Compressed | None:
         """The matrix of the layer at `path`, if it was finished."""
@@ -95,7 +95,7 @@ class ResumeState:
             raise ArtifactError(f"{file} is damaged ({error.__cause__ or error}); remove it and rerun") from error
 
     def forget_matrices(self) -> None:
-        """Those of a block that is finished."""
+        """Remove the matrices of a block that is finished."""
         with storage_errors(self.directory):
             for file in self.directory.glob("*.safetensors"):
                 file.unlink()

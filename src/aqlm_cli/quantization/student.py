@@ -1,8 +1,8 @@
-"""A quantized model on its way through `finetune`: the network that learns, its teacher, and what becomes of it.
+"""The student of a distillation: a quantized network in training, its teacher, and the files that it becomes.
 
 finetuned/
-    block-007.safetensors   as in quantized/ (quantized.py)
-    outside.safetensors     what learnt outside the blocks, by name: the last norm, and embeddings and head if asked
+    block-007.safetensors   as in quantized/ (block_files.py)
+    outside.safetensors     trained parameters outside the blocks, by name: the last norm; with --embeddings those, too
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from aqlm_cli.errors import ModelError, QuantizationError, UsageError
-from aqlm_cli.models import ModelSource, attend_blockwise, halves_of, load_network, stored_parameters
+from aqlm_cli.models import ModelSource, Network, attend_blockwise, halves_of, load_network, stored_parameters
 from aqlm_cli.models.blocks import find_blocks
 from aqlm_cli.models.hidden_states import compute_dtype
 from aqlm_cli.quantization.block_files import (
@@ -39,11 +39,21 @@ from aqlm_kernels import AdditiveLinear, coded_layers
 
 
 @dataclass(frozen=True, eq=False)
+class Text:
+    """Token ids `[sequences, L]` to train on, and those of the validation set."""
+
+    training: Tensor
+    held_out: Tensor
+
+
+@dataclass(frozen=True, eq=False)
 class Student:
+    """The network in training, by its blocks and its other trained parameters."""
+
     start: Artifact
-    blocks: Mapping[str, tuple[str, nn.Module]]  # those in which anything is quantized, by the file of each
-    outside: Mapping[str, nn.Parameter]  # what learns beside them, by name
-    names: Mapping[str, list[str]]  # of each of these, those for which the original's files have it
+    blocks: Mapping[str, tuple[str, nn.Module]]  # path and module of each block with a quantized layer, by its file
+    outside: Mapping[str, nn.Parameter]  # trained parameters outside the blocks, by name
+    names: Mapping[str, list[str]]  # names of every parameter in the files of the base model
     data: Distillation
 
     def begin(self, settings: FinetuneConfig) -> Training:
@@ -59,74 +69,83 @@ class Student:
         return begin(self.data, parameters, layers, settings)
 
     def round(self) -> None:
-        """To the 16 bits in which all of it will be stored."""
+        """Round everything trained to the 16 bits in which it is stored."""
         for prefix, block in self.blocks.values():
             round_block(block, prefix)
         round_to_16_bits(self.outside)
 
     def save(self, directory: Path) -> None:
+        """Write the files of `finetuned/`."""
         for name, (prefix, block) in self.blocks.items():
             kinds = matrix_kinds(self.start, name)
             matrices = {path: read_matrix(self.start, name, path, kind) for path, kind in kinds.items()}
             save_block(directory / name, prefix, block, matrices)
         moved = {stored: self.outside[name].detach() for name in self.outside for stored in self.names[name]}
-        learnt = outside_tensors(self.start) | moved
-        if learnt:
-            save_tensors(directory / OUTSIDE, learnt, {})
+        trained = outside_tensors(self.start) | moved
+        if trained:
+            save_tensors(directory / OUTSIDE, trained, {})
 
 
 def load_student(
-    source: ModelSource,
-    start: Artifact,
-    settings: FinetuneConfig,
-    text: Tensor,
-    held_out: Tensor,
-    device: torch.device,
-    world: World,
+    source: ModelSource, start: Artifact, settings: FinetuneConfig, text: Text, device: torch.device, world: World
 ) -> Student:
-    """From the original and what was made of it in `start`; `text` and `held_out` are token ids `[windows, L]`."""
-    dtype = compute_dtype(device)
-    student, teacher = load_network(source, torch.float32, device), load_network(source, dtype, device)
+    """Load the base model twice, as teacher and as student, and make of the student what `start` holds."""
+    student = load_network(source, torch.float32, device)
+    teacher = load_network(source, compute_dtype(device), device)
     for network in (student, teacher):
         attend_blockwise(network)
-    found, blocks = find_blocks(student), {}
-    learnt = outside_tensors(start)
-    for name, values in learnt.items():
-        student.get_parameter(name).data.copy_(values)
-    head = list(student.get_output_embeddings().parameters())
-    outside = outside_blocks(student)
-    if not settings.embeddings:
-        still = {id(parameter) for parameter in head}
-        outside = {name: one for name, one in outside.items() if one.ndim == 1 and id(one) not in still}
     names = names_in_files(student, stored_parameters(student, source))
+    outside = _trained_outside(student, settings.embeddings)
     if nameless := [name for name in outside if not names[name]]:
         raise ModelError(f"the model's files have no tensor for {nameless[0]}; save the model with save_pretrained")
-    for index, (prefix, block) in enumerate(zip(found.paths, found.modules, strict=True)):
-        if block_file(index) in start.manifest.files:
-            restore_block(start, index, prefix, block)
-            blocks[block_file(index)] = (prefix, block)
-        if settings.gradient_checkpointing:
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-    student_halves, original = halves_of(student), halves_of(teacher)
+    changed = outside_tensors(start)
+    for name, values in changed.items():
+        student.get_parameter(name).data.copy_(values)
+    blocks = _restore_blocks(student, start, settings.gradient_checkpointing)
+    head = tuple(student.get_output_embeddings().parameters())
+    halves, teacher_halves = halves_of(student), halves_of(teacher)
     # The teacher's weights are in the compute dtype already; the student's would be converted for every chunk.
-    own_head = settings.embeddings or any(student.get_parameter(name) is one for name in learnt for one in head)
+    own_head = settings.embeddings or any(student.get_parameter(name) is one for name in changed for one in head)
     data = Distillation(
-        student=student_halves.states,
-        teacher=original.states,
-        student_head=student_halves.logits if own_head else original.logits,
-        teacher_head=original.logits,
-        trained_head=tuple(head) if settings.embeddings else (),
-        training=text,
-        held_out=held_out,
-        dtype=dtype,
+        student=halves.states,
+        teacher=teacher_halves.states,
+        student_head=halves.logits if own_head else teacher_halves.logits,
+        teacher_head=teacher_halves.logits,
+        trained_head=head if settings.embeddings else (),
+        training=text.training,
+        held_out=text.held_out,
+        dtype=compute_dtype(device),
         device=device,
         world=world,
     )
     return Student(start, blocks, outside, names, data)
 
 
+def _restore_blocks(
+    student: Network, start: Artifact, gradient_checkpointing: bool
+) -> dict[str, tuple[str, nn.Module]]:
+    """Put the quantized blocks into the network; return path and module of each by its file."""
+    blocks, quantized = find_blocks(student), {}
+    for index, (prefix, block) in enumerate(zip(blocks.paths, blocks.modules, strict=True)):
+        if block_file(index) in start.manifest.files:
+            restore_block(start, index, prefix, block)
+            quantized[block_file(index)] = (prefix, block)
+        if gradient_checkpointing:
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    return quantized
+
+
+def _trained_outside(student: Network, embeddings: bool) -> dict[str, nn.Parameter]:
+    """Parameters outside the blocks that are trained: vectors, but not the head's; with `embeddings` all of them."""
+    outside = outside_blocks(student)
+    if embeddings:
+        return outside
+    head = {id(parameter) for parameter in student.get_output_embeddings().parameters()}
+    return {name: one for name, one in outside.items() if one.ndim == 1 and id(one) not in head}
+
+
 def names_in_files(network: nn.Module, stored: Collection[str]) -> dict[str, list[str]]:
-    """For each parameter by its first name all of its names that are `stored`: two for a tied head in some files."""
+    """All names of each parameter that are `stored`, by its first name: two for a tied head in some files."""
     names: dict[int, list[str]] = {}
     for name, parameter in network.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).extend([name] if name in stored else [])
@@ -134,6 +153,6 @@ def names_in_files(network: nn.Module, stored: Collection[str]) -> dict[str, lis
 
 
 def outside_blocks(network: nn.Module) -> dict[str, nn.Parameter]:
-    """By name; a head tied to the embeddings comes once."""
+    """Parameters outside the blocks by name; a head tied to the embeddings comes once."""
     inside = {id(parameter) for block in find_blocks(network).modules for parameter in block.parameters()}
     return {name: parameter for name, parameter in network.named_parameters() if id(parameter) not in inside}

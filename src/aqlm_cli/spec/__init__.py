@@ -1,1 +1,1 @@
-"""What is asked and what it costs: settings, schemes, plan and estimates. Pure arithmetic, never torch."""
+"""Settings, schemes, plan and cost estimates: pure arithmetic, never torch."""

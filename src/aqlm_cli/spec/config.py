@@ -16,7 +16,7 @@ from aqlm_cli.spec.section import Beam, Count, Names, Positive, Rate, Section
 from aqlm_cli.spec.units import parse_bytes, parse_duration
 
 DEFAULT_SEQUENCES = 192
-"""Calibration windows where neither `calibrate.sequences` nor any source of `calibrate.data` has a count."""
+"""Calibration sequences where neither `calibrate.sequences` nor any source of `calibrate.data` has a count."""
 
 
 def _understood(parse: Callable[[str], object], text: str) -> str:
@@ -29,10 +29,10 @@ def _understood(parse: Callable[[str], object], text: str) -> str:
 
 
 class CalibrateConfig(Section):
-    """Text to fit to, cut into windows of `sequence_length` tokens.
+    """The calibration set, cut into sequences of `sequence_length` tokens.
 
-    `sequences` windows in all; None: the sum of the sources' own counts, or DEFAULT_SEQUENCES where none has one.
-    `statistics_sequences` of them measure the second moments of every layer's inputs. `bos`: each window begins with
+    `sequences` in all; None: the sum of the sources' own counts, or DEFAULT_SEQUENCES where none has one.
+    `statistics_sequences` of them measure the diagonal of every layer's Hessian. `bos`: each sequence begins with
     the beginning-of-text token; None: where the tokenizer puts it before a text by itself.
     """
 
@@ -48,7 +48,7 @@ class FitConfig(Section):
 
     `error` per_token: each token's squared error as a share of its own output's square; total: all tokens' together.
     `learning_rate_unit` rms: each tensor's rate is `learning_rate` times its root mean square. After the warm-up the
-    rate falls as half a cosine to `min_lr_ratio` of itself. `patience`: epochs without gain on the held-out windows
+    rate falls as half a cosine to `min_lr_ratio` of itself. `patience`: epochs without gain on the validation set
     before it stops; None: never before `epochs`. `epochs` None: as many as the method is fitted for by default.
     """
 
@@ -67,11 +67,11 @@ class FitConfig(Section):
 class QuantizeConfig(Section):
     """`skip` and `only` are regular expressions, matched whole against module paths.
 
-    `import_from` is an AQLM checkpoint of the model, made by anyone: its codes are then taken over, `scheme` is theirs,
+    `import_from` is an AQLM checkpoint of the model, made by anyone: its codes are then imported, `scheme` is theirs,
     and which layers have codes was decided there. None: codes are searched for.
 
-    The settings of the method stand in a section of its name (spec/methods), which is always there where the method has
-    any; a section of another method is refused.
+    The settings of the method stand in a section of its name (spec/methods), which exists for every method that has
+    any. A section of another method is refused.
     """
 
     model_config = ConfigDict(extra="allow")  # for the method's section alone: _methods_section sees to that
@@ -92,7 +92,7 @@ class QuantizeConfig(Section):
 
     @property
     def settings(self) -> Section | None:
-        """Those of the method; None where it has none."""
+        """Settings of the method; None where it has none."""
         return (self.model_extra or {}).get(self.method)
 
     @property
@@ -170,7 +170,7 @@ class CodesConfig(Section):
 
 
 class FinetuneConfig(Section):
-    """Teaching the quantized model by the original: `steps` of `batch` windows of `sequence_length` tokens.
+    """Distillation of the base model: `steps` of `batch` sequences of `sequence_length` tokens.
 
     `data`, `sequences` and `bos` are as in `calibrate`, with `self` for text sampled from the base model; None: its
     text, and `bos` as there. A `time_budget`, such as 2h, is turned into `steps` when a run begins. `micro_batch`

@@ -1,8 +1,8 @@
-"""What a run will take, known before it begins: memory, disk and time of every stage.
+"""The cost estimate of a run before it starts: memory and disk of every stage (time: time_estimate.py).
 
-Arithmetic on the shapes of a model and on what a short measurement says of this machine (rates.py). Memory is what the
-process has resident, so it counts Python and its libraries, too. The coefficients were read off the code and checked
-against peaks of SmolLM2 and of a block of the size of Llama-3.2-1B's.
+Arithmetic on the shapes of a model and on what a short measurement says of this machine (evaluation/machine.py). Memory
+is what the process has resident, so it counts Python and its libraries, too. The coefficients were read off the code
+and checked against peaks of SmolLM2 and of a block of the size of Llama-3.2-1B's.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class BlockShape:
 
     @property
     def input_widths(self) -> tuple[int, ...]:
-        """Of all inputs whose second moment is needed; layers that share one count once."""
+        """Widths of all inputs whose Hessian is needed; inputs that layers share count once."""
         layers: dict[int, int] = defaultdict(int)
         for target in self.quantized:
             layers[target.in_features] += 1
@@ -53,8 +53,8 @@ class BlockShape:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What the arithmetic knows of a model. `outside` counts the numbers outside its blocks, a tied head once; the
-    largest tensor there is `[vocabulary, hidden]`."""
+    """Sizes of a model. `outside` counts the parameters outside its blocks, a tied head once; the largest tensor there
+    is `[vocabulary, hidden]`."""
 
     blocks: tuple[BlockShape, ...]
     outside: int
@@ -68,14 +68,14 @@ class ModelShape:
 
 @dataclass(frozen=True)
 class Work:
-    """How much a run does at a time, and on how much text."""
+    """The amount of work of a run, and how much of it is done at a time."""
 
-    windows: int
-    length: int  # tokens of a window
+    sequences: int
+    length: int  # tokens of a sequence
     statistics_sequences_of: int  # of calibrate
-    measured: int  # windows that make the second moments
+    measured: int  # sequences that measure the Hessians
     held_out: int
-    batch: int  # windows that go through a block at once
+    batch: int  # sequences that go through a block at once
     fit: FitConfig
     workers: int  # matrices compressed at once
     product_bytes: int  # of a number in the products
@@ -85,13 +85,13 @@ class Work:
         return min(self.fit.sequences, self.measured) if self.fit.epochs else 0
 
 
-def work_of(config: RunConfig, windows: int, workers: int, product_bytes: int) -> Work:
-    """What the settings ask for, of so many windows of text."""
-    section, split = config.quantize, split_sequences(config.quantize, windows)
+def work_of(config: RunConfig, sequences: int, workers: int, product_bytes: int) -> Work:
+    """The work that the settings ask for, on so many sequences of text."""
+    section, split = config.quantize, split_sequences(config.quantize, sequences)
     return Work(
-        windows=windows,
+        sequences=sequences,
         length=config.calibrate.sequence_length,
-        statistics_sequences_of=min(config.calibrate.statistics_sequences, windows),
+        statistics_sequences_of=min(config.calibrate.statistics_sequences, sequences),
         measured=split.measured,
         held_out=split.held_out,
         batch=section.batch,
@@ -103,7 +103,7 @@ def work_of(config: RunConfig, windows: int, workers: int, product_bytes: int) -
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one stage: seconds, the most memory resident, and the most that the run then has on the disk, in bytes."""
+    """One stage: seconds, peak resident memory, and the most that the run then has on the disk, in bytes."""
 
     seconds: float
     memory_bytes: int
@@ -114,11 +114,11 @@ class Cost:
 
 
 def calibration_memory(model: ModelShape, work: Work) -> int:
-    """The logits of one window, beside everything outside the blocks; or one block at work."""
+    """The logits of one sequence, beside everything outside the blocks; or one running block."""
     casts = work.product_bytes * model.vocabulary * model.hidden  # of the head's weight to the type of products
     logits = work.length * model.vocabulary * (work.product_bytes + 2 * FLOAT)
-    at_work = max(FLOAT * block.parameters + _activations(block, 1, work) for block in model.blocks)
-    return PROCESS + FLOAT * model.outside + max(casts + logits, at_work)
+    running = max(FLOAT * block.parameters + _activations(block, 1, work) for block in model.blocks)
+    return PROCESS + FLOAT * model.outside + max(casts + logits, running)
 
 
 def quantization_memory(model: ModelShape, work: Work) -> int:
@@ -160,11 +160,11 @@ def _copies(target: Target, work: Work) -> int:
     return work.product_bytes + (FLOAT if compiled or not work.fitted else 3 * FLOAT)
 
 
-def _activations(block: BlockShape, windows: int, work: Work) -> int:
-    """Of one forward pass without gradients: four tensors of the widest layer, eight of the residual stream."""
+def _activations(block: BlockShape, sequences: int, work: Work) -> int:
+    """Bytes of one forward pass without gradients: four tensors of the widest layer, eight of the residual stream."""
     widest = max((target.out_features for target in block.targets), default=0)
     hidden = min((target.in_features for target in block.targets), default=0)
-    return windows * work.length * (4 * work.product_bytes * widest + 8 * FLOAT * hidden)
+    return sequences * work.length * (4 * work.product_bytes * widest + 8 * FLOAT * hidden)
 
 
 def packing_memory(model: ModelShape) -> int:
@@ -177,7 +177,7 @@ def packing_memory(model: ModelShape) -> int:
 
 
 def calibration_disk(model: ModelShape, work: Work) -> int:
-    """Token ids, second moments of single features, and hidden states while it works."""
+    """Token ids, mean squares of single features, and hidden states while it runs."""
     return _calibration_bytes(model, work) + FLOAT * work.statistics_sequences_of * work.length * model.hidden
 
 
@@ -194,7 +194,7 @@ def packing_disk(model: ModelShape, work: Work, packed_bytes: int) -> int:
 
 def _calibration_bytes(model: ModelShape, work: Work) -> int:
     features = sum(target.in_features for block in model.blocks for target in block.targets)
-    return FLOAT * (work.windows * work.length + features)
+    return FLOAT * (work.sequences * work.length + features)
 
 
 def _stored(block: BlockShape) -> int:
@@ -211,7 +211,7 @@ def quantized_bytes(target: Target) -> int:
 
 
 def within_memory(model: ModelShape, work: Work, limit: int | None) -> Work:
-    """With the largest batch, a half, a quarter, ... of the one wanted, and then the most workers, below the limit.
+    """The work with the largest batch (as wanted, a half, a quarter, ...), then the most workers, below the limit.
 
     Raises PlanError with the least limit that can be kept.
     """
@@ -224,13 +224,13 @@ def within_memory(model: ModelShape, work: Work, limit: int | None) -> Work:
                 return choice
     least = least_memory(model, work)
     raise PlanError(
-        f"--max-memory {limit / 1e9:.2f}GB: this model needs {least / 1e9:.2f}GB with one window and one matrix at a "
+        f"--max-memory {limit / 1e9:.2f}GB: this model needs {least / 1e9:.2f}GB with one sequence and one matrix at a "
         f"time; {what_needs_less(model)}"
     )
 
 
 def least_memory(model: ModelShape, work: Work) -> int:
-    """With one window and one matrix at a time."""
+    """Peak memory with one sequence and one matrix at a time."""
     return peak_memory(model, replace(work, batch=1, workers=1))
 
 
@@ -239,7 +239,7 @@ def peak_memory(model: ModelShape, work: Work) -> int:
 
 
 def what_needs_less(model: ModelShape) -> str:
-    """Of memory: the matrices with the most inputs are what it goes to."""
+    """Advice against too little memory: the matrices with the most inputs take it."""
     targets = (target for block in model.blocks for target in block.quantized)
     widest = max(targets, key=lambda target: target.in_features)
     return f"--skip '.*{widest.path.rpartition('.')[2]}' leaves those with {widest.in_features} inputs in 16 bits"

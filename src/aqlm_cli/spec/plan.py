@@ -26,10 +26,10 @@ ROUTER = "router"
 """The kind of a linear layer that decides where tokens go, or how much of something they get."""
 
 BYTES_PER_FLOAT = BITS_PER_FLOAT // 8
-"""Whatever is not quantized is stored in 16 bits."""
+"""A value that is not quantized is stored in 16 bits."""
 
 LARGER_SHARE = 0.1
-"""Of the weights that can be quantized: a scheme that makes more of them larger was not chosen to save bytes, and is
+"""A share of the weights that can be quantized: a scheme that makes more larger was not chosen to save bytes, and is
 applied as asked."""
 
 
@@ -47,7 +47,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Target:
-    """What happens to one matrix: exactly one of `scheme` and `reason` is set."""
+    """The treatment of one matrix: exactly one of `scheme` and `reason` is set."""
 
     path: str
     kind: str
@@ -84,7 +84,7 @@ class Plan:
 
     @property
     def grown(self) -> tuple[Target, ...]:
-        """What is quantized although it becomes larger than in 16 bits."""
+        """Targets that are quantized although they become larger than in 16 bits."""
         return tuple(target for target in self.quantized if target.bytes_after > BYTES_PER_FLOAT * target.weights)
 
     @property
@@ -93,7 +93,7 @@ class Plan:
 
     @property
     def schemes(self) -> dict[str, Scheme]:
-        """Of what is quantized, by path."""
+        """Schemes of the quantized matrices, by path."""
         return {target.path: target.scheme for target in self.targets if target.scheme is not None}
 
     @property
@@ -188,7 +188,7 @@ def _target(layer: Layer, scheme: Scheme, reason: str | None) -> Target:
 
 
 def _better_left(layer: Layer, scheme: Scheme) -> str | None:
-    """Why a layer that could be quantized had better stay in 16 bits, or None."""
+    """Return the reason why a layer that could be quantized had better stay in 16 bits, or None."""
     target = _target(layer, scheme, None)
     if target.bytes_after > BYTES_PER_FLOAT * target.weights:
         return f"{scheme} and its codebooks would make it larger than it is; name it with --only to quantize it"
@@ -198,13 +198,13 @@ def _better_left(layer: Layer, scheme: Scheme) -> str | None:
 
 
 def _named(choosing: Sequence[re.Pattern[str]], paths: Sequence[str], better_left: Mapping[str, str]) -> set[str]:
-    """Those of `better_left` that are asked for: by a pattern with their last name in it, or that matches no others."""
-    found: set[str] = set()
+    """Paths of `better_left` that are asked for: by a pattern with their last name in it, or that matches no others."""
+    named: set[str] = set()
     for pattern in choosing:
         matched = {path for path in paths if pattern.fullmatch(path)}
         alone = matched <= better_left.keys()
-        found |= {path for path in matched if alone or path.rpartition(".")[2] in pattern.pattern}
-    return found
+        named |= {path for path in matched if alone or path.rpartition(".")[2] in pattern.pattern}
+    return named
 
 
 def _compiled(pattern: str, paths: Sequence[str], flag: str) -> re.Pattern[str]:

@@ -59,9 +59,9 @@ RENAMED_VALUES: Mapping[tuple[str, Any], str] = {("quantize.aqlm.algorithm", "pu
 
 def preset_path(name: str) -> Path:
     """The file of a preset: inside the installed package, or in `configs/` of a checkout."""
-    known = (*PRESETS, *FINETUNE_PRESETS)
-    if name not in known:
-        raise UsageError(f"no preset is called {name!r}; choose {', '.join(known)}")
+    names = (*PRESETS, *FINETUNE_PRESETS)
+    if name not in names:
+        raise UsageError(f"no preset is called {name!r}; choose {', '.join(names)}")
     package = Path(__file__).resolve().parents[1]
     installed = package / "configs" / f"{name}.yaml"
     return installed if installed.exists() else package.parents[1] / "configs" / f"{name}.yaml"
@@ -90,7 +90,7 @@ def parse_yaml(text: str) -> Any:
 
 
 def load_run_file(path: Path) -> dict[str, Any]:
-    """What one file says, checked for unknown keys only: its values are checked when all layers are known."""
+    """Read one file, checked for unknown keys only: its values are checked when all layers are merged."""
     try:
         with open(path, "rb") as file:
             content = file.read(LARGEST_RUN_FILE + 1)
@@ -205,17 +205,17 @@ def _valid_keys(section: type[Section], prefix: str = "") -> Iterator[str]:
 
 
 def _nearest(key: str, valid: tuple[str, ...]) -> str:
-    """By the last name first, so that a setting in the wrong section is sent to the right one."""
+    """The most similar key, by its last name first, so that a setting in the wrong section is sent to the right one."""
 
-    def likeness(known: str) -> tuple[float, float]:
-        name = difflib.SequenceMatcher(None, key.rpartition(".")[2], known.rpartition(".")[2]).ratio()
-        return name, difflib.SequenceMatcher(None, key, known).ratio()
+    def likeness(candidate: str) -> tuple[float, float]:
+        name = difflib.SequenceMatcher(None, key.rpartition(".")[2], candidate.rpartition(".")[2]).ratio()
+        return name, difflib.SequenceMatcher(None, key, candidate).ratio()
 
     return max(valid, key=likeness)
 
 
 def _given(flags: Mapping[str, Any]) -> dict[str, Any]:
-    """Without the flags that are None."""
+    """The flags that are not None."""
     return {
         key: _given(value) if isinstance(value, Mapping) else value for key, value in flags.items() if value is not None
     }

@@ -1,4 +1,4 @@
-"""How long a run will take: the arithmetic of forecast.py, with what this machine was measured to do (rates.py)."""
+"""The duration of a run: the sizes of cost.py times what this machine was measured to do (evaluation/machine.py)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from aqlm_cli.spec.plan import Target
 class Rates:
     """Seconds that this machine was measured to take.
 
-    `forward`, `quantized_forward` and `step` are per token and weight of a block: a pass of the original, of the
+    `forward`, `quantized_forward` and `step` are per token and weight of a block: a pass of the dense block, of the
     quantized block, and a training step. `moment` is per token and entry of H. `matrices` are measured times of
     compression by (out, in); `weight` and `coupling` extend them to others, per weight, and per weight and input.
     `character` is of reading text, `byte` of writing a checkpoint.
@@ -31,8 +31,8 @@ class Rates:
 
     def compression(self, target: Target) -> float:
         out, features = target.out_features, target.in_features
-        known = self.matrices.get((out, features))
-        return known if known is not None else out * features * (self.weight + features * self.coupling)
+        measured = self.matrices.get((out, features))
+        return measured if measured is not None else out * features * (self.weight + features * self.coupling)
 
 
 CHARACTERS_PER_TOKEN = 4.5
@@ -41,7 +41,7 @@ CHARACTERS_PER_TOKEN = 4.5
 def calibration_seconds(model: ModelShape, work: Work, rates: Rates) -> float:
     tokens = work.statistics_sequences_of * work.length
     weights = model.vocabulary * model.hidden + sum(t.weights for b in model.blocks for t in b.targets)
-    text = work.windows * work.length * CHARACTERS_PER_TOKEN * rates.character
+    text = work.sequences * work.length * CHARACTERS_PER_TOKEN * rates.character
     return text + tokens * weights * rates.forward
 
 
@@ -50,14 +50,14 @@ def quantization_seconds(model: ModelShape, work: Work, rates: Rates) -> float:
 
 
 def _block_seconds(block: BlockShape, work: Work, rates: Rates) -> float:
-    weights, all_windows = sum(target.weights for target in block.targets), work.measured + work.held_out
-    measuring = all_windows * work.length * weights * rates.forward
+    weights, all_sequences = sum(target.weights for target in block.targets), work.measured + work.held_out
+    measuring = all_sequences * work.length * weights * rates.forward
     measuring += work.measured * work.length * sum(width**2 for width in block.input_widths) * rates.moment
     epochs = work.fit.epochs or 0
     steps = epochs * work.fitted * work.length * weights * rates.step
-    judging = (1 + epochs) * work.held_out * work.length * weights * rates.quantized_forward if work.fitted else 0.0
-    advancing = all_windows * work.length * weights * rates.quantized_forward
-    return measuring + _makespan(map(rates.compression, block.quantized), work.workers) + steps + judging + advancing
+    validation = (1 + epochs) * work.held_out * work.length * weights * rates.quantized_forward if work.fitted else 0.0
+    advancing = all_sequences * work.length * weights * rates.quantized_forward
+    return measuring + _makespan(map(rates.compression, block.quantized), work.workers) + steps + validation + advancing
 
 
 def packing_seconds(packed_bytes: int, rates: Rates) -> float:
@@ -68,6 +68,6 @@ def packing_seconds(packed_bytes: int, rates: Rates) -> float:
 def _makespan(seconds: Iterable[float], workers: int) -> float:
     """Longest first, each to the worker that is free first, as `compress_all` does."""
     busy = [0.0] * workers
-    for one in sorted(seconds, reverse=True):
-        busy[busy.index(min(busy))] += one
+    for duration in sorted(seconds, reverse=True):
+        busy[busy.index(min(busy))] += duration
     return max(busy)

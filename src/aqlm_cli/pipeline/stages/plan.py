@@ -8,6 +8,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
+
 from aqlm_cli.data.sources import builtin_texts
 from aqlm_cli.errors import ModelError
 from aqlm_cli.evaluation.machine import measure_rates
@@ -44,7 +46,8 @@ def forecast(job: Job) -> ForecastReport:
     disks = disk_needed(preflight, work)
     emit(Noted("measuring the speed of this machine"))
     started = time.monotonic()
-    rates = measure_rates(model, work, job.config, _seconds_a_character(job.source))
+    device, character = torch.device(job.config.device), _seconds_a_character(job.source)
+    rates = measure_rates(model, work, job.config.quantize, device, job.config.seed, character)
     costs = {
         "calibrate": (calibration_seconds(model, work, rates), calibration_memory(model, work)),
         "quantize": (quantization_seconds(model, work, rates), quantization_memory(model, work)),

@@ -1,4 +1,4 @@
-"""The methods: a weight matrix and what is known of its inputs go in, a compressed matrix comes out.
+"""The methods: weight matrix and statistics of its inputs in, compressed matrix out.
 
 A new method is one file here, one row in `METHODS`, and its settings and row in spec/methods. Where its matrices are of
 a new kind, that is one file in aqlm_kernels/matrices and one in spec/schemes.

@@ -5,7 +5,7 @@
 over codes a, codebooks C and scales s. What makes it good, in this order: codes are chosen with error feedback (LDLQ),
 the most active input groups first; both codes of a pair are chosen jointly; k-means starts in the metric of that
 feedback; codebooks are solved for instead of trained, in alternation with the codes, and in all but the last rounds
-the codes are found from scratch for the new codebooks. Against AQLM's own procedure (arXiv 2401.06118; here
+the codes are chosen from scratch for the new codebooks. Against AQLM's own procedure (arXiv 2401.06118; here
 aqlm_original.py) this leaves a third less error in a twentieth of the time.
 """
 
@@ -39,7 +39,7 @@ from aqlm_kernels import AdditiveMatrix, balanced
 def quantize(
     weight: Tensor, statistics: LayerStatistics, scheme: AdditiveScheme, rng: torch.Generator, settings: AqlmSettings
 ) -> AdditiveMatrix:
-    """Compress W `[out, in]` float32, with codebooks and scales in the range of float16 as far as there is such a pair.
+    """Quantize W `[out, in]` float32, with codebooks and scales in the range of float16 as far as there is such a pair.
 
     Raises QuantizationError where W or H hold NaN or infinity.
     """
@@ -49,9 +49,9 @@ def quantize(
         raise QuantizationError("its inputs hold NaN or infinite values; the model is damaged or overflows")
     algorithm = {"ldlq": _quantize, "reference": quantize_reference}[settings.algorithm]
     unit = _unit(weight)
-    found = algorithm(weight / unit, statistics, scheme, rng, settings)
-    scales = (unit * found.scales).masked_fill((weight == 0).all(dim=1), 0)
-    return balanced(AdditiveMatrix(codes=found.codes, codebooks=found.codebooks, scales=scales))
+    approximation = algorithm(weight / unit, statistics, scheme, rng, settings)
+    scales = (unit * approximation.scales).masked_fill((weight == 0).all(dim=1), 0)
+    return balanced(AdditiveMatrix(codes=approximation.codes, codebooks=approximation.codebooks, scales=scales))
 
 
 ORDINARY = 2.0**-10, 2.0**10

@@ -2,8 +2,7 @@
 
 Plain residual k-means, then in alternation a hundred Adam steps on codebooks and scales, and one greedy pass that
 takes for one code at a time the entry which lowers its row's error most, groups and codebooks in random order. It ends
-when a pass improves the error by less than the tolerance. The published recipes use beam 1, which is what is
-implemented.
+when a pass improves the error by less than the tolerance. The published settings have beam 1, and so has this.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from aqlm_cli.spec.schemes import AdditiveScheme
 def quantize_reference(
     weight: Tensor, statistics: LayerStatistics, scheme: AdditiveScheme, rng: torch.Generator, settings: AqlmSettings
 ) -> Approximation:
-    """Compress W `[out, in]` float32; of the settings the last three and the k-means iterations count."""
+    """Quantize W `[out, in]` float32; of the settings the last three and the k-means iterations count."""
     search = code_search(weight.device)
     second_moment = statistics.second_moment
     present = _start(weight, scheme, rng, settings, search)

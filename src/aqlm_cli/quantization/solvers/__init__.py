@@ -1,1 +1,1 @@
-"""What methods share: statistics, rounding with error feedback, k-means, codebooks, the search for codes."""
+"""Parts that methods share: statistics, rounding with error feedback, k-means, codebooks, the search for codes."""

@@ -1,4 +1,4 @@
-"""What the mathematics needs from the kernels: compiled on the CPU, plain torch anywhere else.
+"""The kernels that the solvers need: compiled on the CPU, plain torch elsewhere.
 
 Methods and tuning are written once against `CodeSearch`. The two forms agree; the kernels' tests hold them together.
 """
@@ -31,7 +31,7 @@ class CodeSearch:
     _gradients: Gradients
 
     def gradients(self, values: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
-        """Those of sum(values * W) by codebooks `[M, K, g]` and scales `[out]` in float32; `values` is `[out, in]`."""
+        """Gradients of sum(values * W) by codebooks `[M, K, g]` and scales `[out]`; `values` is `[out, in]`."""
         narrow = codes.to(additive.code_dtype(codebooks.shape[1]))
         by_codebooks, by_scales = self._gradients(values, narrow, codebooks, scales)
         return by_codebooks.float(), by_scales.float()

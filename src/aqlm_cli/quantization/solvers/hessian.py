@@ -1,4 +1,4 @@
-"""What a method knows of a layer beside its weight: the second moment of its inputs, and the metrics made from it.
+"""Statistics of a layer beside its weight: the Hessian of its output error, and the metrics made from it.
 
 A layer's error on its inputs is `tr(dW H dW^T)` with H the mean of x x^T. H couples all input features; a search that
 decides one group of g features after the other sees it through two kinds of g x g metrics:
@@ -81,7 +81,7 @@ def _bfloat16_products(allowed: bool) -> Iterator[None]:
 
 @dataclass(frozen=True, eq=False)
 class Feedback:
-    """How an error in one group of inputs changes what later ones should aim at; see `feedback.sweep`."""
+    """The effect of an error in one group of inputs on the targets of later ones; see `ldlq.sweep`."""
 
     metric: Tensor  # [n, g, g]
     coupling: Tensor  # [in, in]: row k times the error of feature k is added to the state
@@ -118,7 +118,7 @@ def most_active_first(second_moment: Tensor, group: int) -> Tensor:
 
 
 LDL_GROUPS = 64
-"""So many groups are brought into the form of a feedback at once."""
+"""Groups that are brought into the form of a feedback at once."""
 
 
 def block_ldl(second_moment: Tensor, group: int, damping: float) -> Feedback:
@@ -137,7 +137,7 @@ def block_ldl(second_moment: Tensor, group: int, damping: float) -> Feedback:
         if not failed:
             break
     else:
-        raise QuantizationError("the second moment of the inputs cannot be factorised; the activations hold NaN")
+        raise QuantizationError("the Hessian cannot be factorised; the activations hold NaN")
     metric = torch.empty(features // group, group, group, device=lower.device)
     coupling = torch.empty(features, features, device=lower.device)
     for first in range(0, features, rows := LDL_GROUPS * group):

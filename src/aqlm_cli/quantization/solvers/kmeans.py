@@ -61,5 +61,5 @@ def _kmeans(
 
 
 def _sums(values: Tensor, chosen: Tensor, row_weights: Tensor, centroids: Tensor, search: CodeSearch) -> Tensor:
-    """For every centroid the sum of row_weights[i] values[i, j] over the vectors assigned to it: `[K, g]`."""
+    """Sum for every centroid row_weights[i] values[i, j] over the vectors assigned to it: `[K, g]`."""
     return search.gradients(values.flatten(1), chosen[:, :, None], centroids[None], row_weights)[0][0]

@@ -1,13 +1,13 @@
-"""Fitting a quantized block: codebooks, scales, norms and biases move, the codes stay.
+"""Block fit: codebooks, scales, norms and biases of a quantized block are trained, codes stay.
 
-Matrices were quantized one by one; fitted together, to the output that the original block gives on the same inputs,
-they make up for each other's errors. Adam on the squared error, with rates in units of each tensor's own root mean
-square, so that codebooks, scales and norms need no tuning of their own (a tensor of zeros stays as it is). The best
-state on held-out windows is kept.
+Matrices were quantized one by one. Trained together, to the output of the same block of the base model on the same
+inputs, they compensate each other's errors. Adam on the squared error, with learning rates in units of each tensor's
+own root mean square, so that codebooks, scales and norms need no rates of their own (a tensor of zeros stays as it is).
+The best state on the validation set is kept.
 
-Each token's error is taken relative to its own output: from some block on, the first token of a window holds nine
-tenths of the energy of all (arXiv 2402.17762), and the next norm takes that away; a sum over tokens would see little
-but this one.
+Each token's error is relative to its own output: from some block on, the first token of a sequence holds nine tenths
+of the energy of all (arXiv 2402.17762), and the next norm removes that; a sum over tokens would see little but this
+token.
 """
 
 from __future__ import annotations
@@ -29,42 +29,42 @@ from aqlm_kernels import QuantizedLayer
 
 @dataclass(frozen=True, eq=False)
 class BlockData:
-    """What a block is given for the windows with some numbers, and the outputs wanted, `[windows, ..., d]`."""
+    """Arguments of a block for the sequences with some numbers, and its targets `[n, ..., d]`."""
 
     given: Callable[[Tensor], BlockInput]
     targets: Tensor | Activations
-    dtype: torch.dtype  # of the products
+    dtype: torch.dtype  # of the matmuls
     device: torch.device
     per_token: bool  # errors are relative to each token's own target; False: to that of all tokens
 
     def error(self, output: Tensor, target: Tensor) -> Tensor:
-        """Of each token, `[b, ...]` of `[b, ..., d]`."""
+        """Error of each token, `[b, ...]` of `[b, ..., d]`."""
         square = (output - target).square().mean(-1)
         if not self.per_token:
             return square
         energy = target.square().mean(-1)
         return square / torch.where(energy > 0, energy, 1.0)
 
-    def relative_error(self, block: nn.Module, windows: Tensor, batch: int) -> float:
-        """The error over the given windows, as a share of that of an output of zeros."""
+    def relative_error(self, block: nn.Module, sequences: Tensor, batch: int) -> float:
+        """The error over the sequences with these numbers, as a share of that of an output of zeros."""
         error = energy = 0.0
-        for chosen in windows.split(batch):
+        for chosen in sequences.split(batch):
             target = self.targets[chosen].to(self.device)
             output, _ = run_block(block, self.given(chosen), self.dtype)
             error += float(self.error(output, target).sum(dtype=torch.float64))
             energy += self._energy(target)
         return error / energy if energy > 0 else 0.0
 
-    def energy(self, windows: Tensor, batch: int) -> float:
-        """The error that an output of zeros has, summed over the given windows."""
-        return sum(self._energy(self.targets[chosen].to(self.device)) for chosen in windows.split(batch))
+    def energy(self, sequences: Tensor, batch: int) -> float:
+        """The error that an output of zeros has, summed over the sequences with these numbers."""
+        return sum(self._energy(self.targets[chosen].to(self.device)) for chosen in sequences.split(batch))
 
     def _energy(self, target: Tensor) -> float:
         return float(self.error(torch.zeros_like(target), target).sum(dtype=torch.float64))
 
 
 def tuned_parameters(block: nn.Module, prefix: str = "") -> dict[str, nn.Parameter]:
-    """Parameters that fitting may change, by path: those of quantized layers, and every vector (norms and biases)."""
+    """Parameters that block fit trains, by path: those of quantized layers, and every vector (norms and biases)."""
     found: dict[str, nn.Parameter] = {}
     for path, module in block.named_modules(prefix=prefix):
         if isinstance(module, QuantizedLayer):
@@ -78,7 +78,7 @@ def tuned_parameters(block: nn.Module, prefix: str = "") -> dict[str, nn.Paramet
 def fit_block(
     block: nn.Module, data: BlockData, training: Tensor, held_out: Tensor, settings: FitConfig, rng: torch.Generator
 ) -> tuple[float, float]:
-    """Train the block in place on the `training` windows; keep the state that is best on the `held_out` ones.
+    """Train the block in place on the `training` sequences; keep the state that is best on the `held_out` ones.
 
     Returns the held-out error before and after.
     """
@@ -123,7 +123,7 @@ def fit_block(
 
 @torch.no_grad()
 def round_block(block: nn.Module, prefix: str = "") -> None:
-    """All that is tuned of the block at `prefix`, to the 16 bits in which it will be stored.
+    """Round all trained parameters of the block at `prefix` to the 16 bits in which they are stored.
 
     First the codebooks and scales of each layer are brought into the range of float16, which fitting may have left.
     """
@@ -135,7 +135,7 @@ def round_block(block: nn.Module, prefix: str = "") -> None:
 
 @torch.no_grad()
 def round_to_16_bits(parameters: Mapping[str, nn.Parameter]) -> None:
-    """What is tuned is stored as float16; whatever comes after must see it as it will be."""
+    """Round to float16, as the parameters are stored, so that every later step sees the stored values."""
     for name, parameter in parameters.items():
         rounded = parameter.half().float()
         if not bool(rounded.isfinite().all()):
@@ -149,5 +149,5 @@ def _rate(parameter: Tensor, settings: FitConfig) -> float:
     return settings.learning_rate * root_mean_square(parameter)
 
 
-def _shuffled(windows: Tensor, batch: int, rng: torch.Generator) -> Iterator[Tensor]:
-    yield from windows[torch.randperm(len(windows), generator=rng)].split(batch)
+def _shuffled(sequences: Tensor, batch: int, rng: torch.Generator) -> Iterator[Tensor]:
+    yield from sequences[torch.randperm(len(sequences), generator=rng)].split(batch)

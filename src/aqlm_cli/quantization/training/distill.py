@@ -1,8 +1,8 @@
-"""Tuning a quantized network as a whole: its logits towards those of the original.
+"""Distillation of the base model, the teacher, into a quantized network, the student, as a whole.
 
-The loss is KL(teacher || student), averaged over tokens. Codebooks, scales, norms and biases move by Adam or LAMB, each
-tensor at a rate in units of its own size: one rate serves all. These are the P steps of PV-Tuning (arXiv 2405.14852);
-its V steps, in which codes move, are in pv.py.
+The loss is KL(teacher || student), averaged over tokens. Codebooks, scales, norms and biases are trained by Adam or
+LAMB, with learning rates in units of each tensor's own size: one rate serves all. These are the P steps of PV-Tuning
+(arXiv 2405.14852); its V steps, in which codes change, are in pv.py.
 
 The logits of all tokens are the largest tensor of a step, and never exist as a whole: head and loss go through the
 tokens in chunks, and as the gradient of KL by the logits is softmax(student) - softmax(teacher), a chunk gives loss and
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from aqlm_cli.errors import QuantizationError
 from aqlm_cli.models.hidden_states import autocast
 from aqlm_cli.quantization.training.distributed import World
-from aqlm_cli.quantization.training.optimizers import Adam, lamb_stride
+from aqlm_cli.quantization.training.optimizers import Adam, trust_ratio
 from aqlm_cli.quantization.training.pv import CodeSteps
 from aqlm_cli.quantization.training.schedule import copied, learning_rate_factor, put_back, root_mean_square
 from aqlm_cli.seeds import generator
@@ -37,14 +37,14 @@ CHUNK = 128
 BETAS = (0.9, 0.95)
 
 States: TypeAlias = Callable[[Tensor], Tensor]
-"""Token ids `[b, L]` -> what enters the head, `[b, L, d]`."""
+"""Token ids `[b, L]` -> inputs of the head, `[b, L, d]`."""
 
 Head: TypeAlias = Callable[[Tensor], Tensor]
-"""What enters the head, `[tokens, d]` -> logits, `[tokens, vocabulary]`."""
+"""Inputs of the head, `[tokens, d]` -> logits, `[tokens, vocabulary]`."""
 
 
 class ChunkedDivergence(torch.autograd.Function):
-    """The mean over tokens of KL(teacher || student) for what enters their heads, `[tokens, d]` each.
+    """The mean over tokens of KL(teacher || student) for the inputs of their heads, `[tokens, d]` each.
 
     `trained` are the parameters of the student's head that a gradient is wanted for. The softmax is in float32.
     """
@@ -82,21 +82,21 @@ class ChunkedDivergence(torch.autograd.Function):
 
 @dataclass(frozen=True, eq=False)
 class Distillation:
-    """What is compared on which text. `training` and `held_out` are token ids `[windows, L]`."""
+    """Teacher, student, and their text: token ids `[n, L]` to train on, and those of the validation set."""
 
     student: States
     teacher: States
     student_head: Head
     teacher_head: Head
-    trained_head: tuple[nn.Parameter, ...]  # parameters of the student's head that learn
+    trained_head: tuple[nn.Parameter, ...]  # parameters of the student's head that are trained
     training: Tensor
     held_out: Tensor
-    dtype: torch.dtype  # of the products
+    dtype: torch.dtype  # of the matmuls
     device: torch.device
     world: World
 
     def divergence(self, ids: Tensor) -> Tensor:
-        """KL over the windows `[b, L]`, differentiable in what the student is made of."""
+        """KL over the sequences `[b, L]`, differentiable in the parameters of the student."""
         ids = ids.to(self.device)
         with torch.no_grad(), autocast(self.device, self.dtype):
             teacher = self.teacher(ids).flatten(0, 1)
@@ -126,12 +126,12 @@ class _Objective(nn.Module):
 
 @dataclass(eq=False)
 class Training:
-    """Where it stands; all of it can be stored and restored, so that it goes on to the same bits."""
+    """State of a training. Stored and restored, it continues to the same bits."""
 
     parameters: Mapping[str, nn.Parameter]
     codes: CodeSteps | None
     optimizer: Adam
-    rates: Mapping[str, float]  # units of each tensor's rate: what it was like at the beginning
+    rates: Mapping[str, float]  # unit of each tensor's learning rate: its root mean square at the start
     kept: dict[str, Tensor]  # `values` at their best
     objective: nn.Module
     step: int = 0
@@ -141,7 +141,7 @@ class Training:
 
     @property
     def values(self) -> dict[str, Tensor]:
-        """All that moves."""
+        """All trained tensors, codes included."""
         return {**self.parameters, **({} if self.codes is None else self.codes.codes())}
 
     @property
@@ -161,7 +161,7 @@ class Training:
 
     @torch.no_grad()
     def restore(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-        """Of a training that has just begun with the same parameters."""
+        """Take a stored state into a training that has just started with the same parameters."""
         self.step, self.changed, self.seconds = facts["step"], facts["changed"], facts["seconds"]
         self.curve = list(facts["curve"])
         for name, values in self.values.items():
@@ -172,7 +172,7 @@ class Training:
             self.codes.restore(tensors)
 
     def undo(self) -> None:
-        """Back to where it began."""
+        """Return to the state at the start."""
         put_back(self.values, self.kept)
         self.step = self.changed = 0
         self.optimizer.moments.clear()
@@ -186,7 +186,7 @@ def begin(
     layers: Mapping[str, AdditiveLinear],
     settings: FinetuneConfig,
 ) -> Training:
-    """Nothing is trained yet; `parameters` will be, and ask for gradients from here on, and the codes of `layers`.
+    """Start a training of `parameters`, which get gradients from here on, and of the codes of `layers`.
 
     A layer's codebooks and scales are among the parameters by its path.
     """
@@ -208,18 +208,18 @@ def train(
     seed: int,
     stepped: Callable[[Training, float], None],
 ) -> None:
-    """Go on from where it stands to the last step; the parameters then are the best ones on the held-out windows.
+    """Train to the last step; the parameters are then the best ones on the validation set.
 
     `stepped` is called after every step with its KL. Raises QuantizationError where the loss is not finite.
     """
     if not training.curve:
-        _judge(data, training, settings)
-    while training.step < settings.steps and not _stale(training, settings):
+        _evaluate(data, training, settings)
+    while training.step < settings.steps and not _out_of_patience(training, settings):
         started = time.monotonic()
         loss = one_step(data, training, settings, seed)
         training.seconds += time.monotonic() - started
         if training.step % settings.evaluate_every == 0 or training.step == settings.steps:
-            _judge(data, training, settings)
+            _evaluate(data, training, settings)
         stepped(training, loss)
     put_back(training.values, training.kept)
     for parameter in training.parameters.values():
@@ -227,13 +227,13 @@ def train(
 
 
 def one_step(data: Distillation, training: Training, settings: FinetuneConfig, seed: int) -> float:
-    """The KL before it."""
+    """Do one step and return the KL before it."""
     world, codes = data.world, training.codes
     ids = world.share(data.training[_chosen(training.step, settings.batch, len(data.training), seed)])
     parts, total = ids.split(settings.micro_batch), 0.0
     with nullcontext() if codes is None else codes.learning():
         for number, part in enumerate(parts, start=1):
-            with nullcontext() if number == len(parts) else world.apart(training.objective):
+            with nullcontext() if number == len(parts) else world.unsynchronized(training.objective):
                 loss = training.objective(part) * (len(part) / len(ids))
                 loss.backward()
             total += float(loss.detach())
@@ -248,7 +248,7 @@ def one_step(data: Distillation, training: Training, settings: FinetuneConfig, s
 
 @torch.no_grad()
 def _update(training: Training, settings: FinetuneConfig, share: float) -> None:
-    """Move all that learns at this share of the rates, and forget the gradients."""
+    """Update everything trained at this share of the learning rates, and clear the gradients."""
     rest, codes = dict(training.parameters), training.codes
     if codes is not None:
         for path in codes.layers:
@@ -264,12 +264,12 @@ def _move(training: Training, name: str, parameter: nn.Parameter, settings: Fine
     if parameter.grad is None:  # an expert that no token went to
         return
     direction = training.optimizer.direction(name, parameter.grad)
-    unit = lamb_stride(parameter, direction) if settings.optimizer == "lamb" else training.rates[name]
+    unit = trust_ratio(parameter, direction) if settings.optimizer == "lamb" else training.rates[name]
     parameter.sub_(direction, alpha=settings.learning_rate * share * unit)
     parameter.grad = None
 
 
-def _judge(data: Distillation, training: Training, settings: FinetuneConfig) -> None:
+def _evaluate(data: Distillation, training: Training, settings: FinetuneConfig) -> None:
     started = time.monotonic()
     kl = data.held_out_divergence(settings.micro_batch)
     training.seconds += time.monotonic() - started
@@ -278,18 +278,18 @@ def _judge(data: Distillation, training: Training, settings: FinetuneConfig) -> 
     training.curve.append({"step": training.step, "seconds": training.seconds, "held_out": kl})
 
 
-def _stale(training: Training, settings: FinetuneConfig) -> bool:
+def _out_of_patience(training: Training, settings: FinetuneConfig) -> bool:
     if settings.patience is None:
         return False
     held_out = [point["held_out"] for point in training.curve]
     return len(held_out) - 1 - held_out.index(min(held_out)) >= settings.patience
 
 
-def _chosen(step: int, batch: int, windows: int, seed: int) -> Tensor:
-    """The windows of a step: all once in each epoch, in an order of its own, whatever came before."""
+def _chosen(step: int, batch: int, sequences: int, seed: int) -> Tensor:
+    """Numbers of the sequences of a step: each once in an epoch, in an order that depends on seed and epoch alone."""
     places = range(step * batch, (step + 1) * batch)
     orders = {
-        epoch: torch.randperm(windows, generator=generator(seed, f"epoch {epoch}"))
-        for epoch in {place // windows for place in places}
+        epoch: torch.randperm(sequences, generator=generator(seed, f"epoch {epoch}"))
+        for epoch in {place // sequences for place in places}
     }
-    return torch.stack([orders[place // windows][place % windows] for place in places])
+    return torch.stack([orders[place // sequences][place % sequences] for place in places])

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 EPSILON = 1e-12
-"""Beside the root of the second moment: gradients of a mean over tokens are small, and 1e-8 would damp the rates."""
+"""Added to the root of the mean square: gradients of a mean over tokens are small, and 1e-8 would damp the steps."""
 
 
 @dataclass(eq=False)
 class Adam:
-    """The moments of tensors by name, and what they come to."""
+    """Moments of tensors by name, and the directions that they give."""
 
     beta1: float
     beta2: float
@@ -26,7 +26,7 @@ class Adam:
     moments: dict[str, Tensor] = field(default_factory=dict)  # "first/NAME", "second/NAME" and their "steps/NAME"
 
     def direction(self, name: str, gradient: Tensor) -> Tensor:
-        """Of its next step, in float32: each number near 1 where gradients are all alike."""
+        """Direction of the next step, in float32: each value near 1 where gradients are all alike."""
         gradient = gradient.float()
         steps = self.moments.setdefault("steps/" + name, torch.tensor(0)).add_(1)
         second = self._average("second/" + name, gradient.square(), self.beta2, int(steps))
@@ -34,7 +34,7 @@ class Adam:
         return first / (second.sqrt_() + EPSILON)
 
     def _average(self, key: str, value: Tensor, beta: float, steps: int) -> Tensor:
-        """The running mean with this value, free of the zero that it began with."""
+        """The running mean with this value, corrected for its start at zero."""
         kept = self.moments.get(key)
         mean = value * (1 - beta)
         if kept is not None:  # on the CPU, where it has just been restored
@@ -43,13 +43,13 @@ class Adam:
         return mean / (1 - beta**steps)
 
     def restore(self, prefix: str, tensors: Mapping[str, Tensor]) -> None:
-        """Take the moments from among stored tensors, where they have this prefix."""
+        """Take the moments from stored tensors whose names have this prefix."""
         ours = tuple(f"{prefix}{kind}/" for kind in ("first", "second", "steps"))
         names = (name for name in tensors if name.startswith(ours))
         self.moments = {name.removeprefix(prefix): tensors[name].clone() for name in names}
 
 
-def lamb_stride(values: Tensor, direction: Tensor) -> float:
-    """What a rate of 1 moves under LAMB: as far as `values` are long; 0 for a tensor of zeros."""
+def trust_ratio(values: Tensor, direction: Tensor) -> float:
+    """The trust ratio of LAMB, ||values|| / ||direction||; 0 for a tensor of zeros."""
     length = float(direction.norm())
     return float(values.norm()) / length if length > 0 else 0.0

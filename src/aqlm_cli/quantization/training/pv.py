@@ -1,11 +1,10 @@
-"""Codes that learn: the V steps of PV-Tuning (arXiv 2405.14852).
+"""Trainable codes: the V steps of PV-Tuning (arXiv 2405.14852).
 
-A code cannot move a little. So beside the weights that a layer's codes stand for lie others, V, that can: V takes the
-gradient by the weights as if they were V (a straight-through buffer) and runs ahead of them. At each step the groups
-from which V has moved furthest get the codes nearest to V; only a share of them, and only until the matrix has
-changed by its trust ratio, for the gradient knows of small changes only.
+Codes are discrete. V, the latent weights, is a continuous copy of the weights that the straight-through gradient
+updates. At each step the groups whose latent weights are furthest from their codes get the codes nearest to V: only a
+share of them, and only until the matrix has changed by its trust ratio, as a gradient predicts small changes only.
 
-What is kept is V minus the present weights: it is small, so that 16 bits can hold it.
+V minus the present weights is stored, not V: it is small, so that 16 bits can hold it.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from aqlm_cli.quantization.solvers.code_search import code_search, sum_of_entries
-from aqlm_cli.quantization.training.optimizers import Adam, lamb_stride
+from aqlm_cli.quantization.training.optimizers import Adam, trust_ratio
 from aqlm_cli.quantization.training.schedule import root_mean_square
 from aqlm_cli.spec.config import CodesConfig
 from aqlm_kernels import AdditiveLinear
@@ -29,7 +28,7 @@ from aqlm_kernels import AdditiveLinear
 BETAS = (0.0, 0.95)  # as published
 
 MOST_SCORES = 2**28
-"""Of entries for groups at a time, where the search keeps them all: 1 GiB."""
+"""Scores of entries for groups that exist at a time, where the search keeps them all: 1 GiB."""
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -52,13 +51,13 @@ class _StraightThrough(torch.autograd.Function):
 
 @dataclass(eq=False)
 class CodeSteps:
-    """The additive layers whose codes learn, by path, and how far V is ahead of the weights of each."""
+    """The additive layers with trainable codes, by path, and V minus the weights of each."""
 
     layers: Mapping[str, AdditiveLinear]
     settings: CodesConfig
     lamb: bool
     ahead: dict[str, nn.Parameter] = field(init=False)
-    units: dict[str, float] = field(init=False)  # of the rate: the root mean square that each matrix began with
+    units: dict[str, float] = field(init=False)  # of the learning rate: root mean square of each matrix at the start
     optimizer: Adam = field(init=False)
 
     def __post_init__(self) -> None:
@@ -74,7 +73,7 @@ class CodeSteps:
 
     @contextmanager
     def learning(self) -> Iterator[None]:
-        """While open, every backward through the layers leaves the gradient of V in `ahead`."""
+        """Leave the gradient of V in `ahead` at every backward through the layers while this is open."""
         for path, layer in self.layers.items():
             layer.forward = _through(layer, self.ahead[path])  # type: ignore[method-assign]
         try:
@@ -86,7 +85,7 @@ class CodeSteps:
     @contextmanager
     @torch.no_grad()
     def staying(self, path: str) -> Iterator[None]:
-        """While open, V stays where it is, although the layer's codebooks and scales may move."""
+        """Keep V as it is while this is open, although the layer's codebooks and scales may change."""
         layer, ahead = self.layers[path], self.ahead[path]
         before = _weight(layer)
         yield
@@ -94,16 +93,16 @@ class CodeSteps:
 
     @torch.no_grad()
     def step(self, path: str, rate: float) -> int:
-        """Move V of one layer against its gradient, and then codes after it.
+        """Move V of one layer against its gradient, and then its codes towards V.
 
-        Returns how many groups have other codes now.
+        Returns the number of groups with new codes.
         """
         layer, ahead = self.layers[path], self.ahead[path]
         if ahead.grad is None:  # an expert that no token went to
             return 0
         direction = self.optimizer.direction(path, ahead.grad)
         weight = _weight(layer)
-        unit = lamb_stride(weight + ahead, direction) if self.lamb else self.units[path]
+        unit = trust_ratio(weight + ahead, direction) if self.lamb else self.units[path]
         moved = ahead.float().sub_(direction, alpha=rate * unit)
         changed = self._follow(layer, weight, moved)
         ahead.copy_(moved)
@@ -111,7 +110,7 @@ class CodeSteps:
         return changed
 
     def _follow(self, layer: AdditiveLinear, weight: Tensor, ahead: Tensor) -> int:
-        """New codes where V is furthest from `weight` `[out, in]`; `ahead`, V minus weight, is then less there."""
+        """Choose new codes where V is furthest from `weight` `[out, in]`; reduce `ahead`, V - weight, by the change."""
         _, _, group = layer.codebooks.shape
         rows, groups = layer.out_features, layer.codes.shape[1]
         apart = ahead.view(rows * groups, group).square().sum(1)
@@ -140,7 +139,7 @@ class CodeSteps:
 
     @torch.no_grad()
     def forget(self) -> None:
-        """V is where the weights are."""
+        """Reset V to the weights."""
         for ahead in self.ahead.values():
             ahead.zero_()
         self.optimizer.moments.clear()
@@ -149,7 +148,7 @@ class CodeSteps:
         return {f"{path}.codes": layer.codes for path, layer in self.layers.items()}
 
     def tensors(self) -> dict[str, Tensor]:
-        """What a stored training needs beside the codes."""
+        """Tensors of a stored training, beside the codes."""
         found = {f"ahead/{path}": ahead.detach() for path, ahead in self.ahead.items()}
         return found | {f"ahead/{key}": moment for key, moment in self.optimizer.moments.items()}
 

@@ -1,4 +1,4 @@
-"""What every training here shares: how its rate falls, in which unit it is, and a state to come back to."""
+"""Parts that every training shares: the LR schedule, the unit of learning rates, and a copy of the state."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def learning_rate_factor(step: int, steps: int, warmup_steps: int, min_lr_ratio: float) -> float:
-    """Of the full rate: a linear warm-up, then half a cosine down to `min_lr_ratio`."""
+    """Factor of the full learning rate: a linear warm-up, then half a cosine down to `min_lr_ratio`."""
     warm = min(1.0, (step + 1) / (warmup_steps + 1))
     return warm * (min_lr_ratio + (1 - min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * step / steps)))
 
@@ -25,6 +25,6 @@ def copied(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def put_back(values: Mapping[str, Tensor], kept: Mapping[str, Tensor]) -> None:
-    """`copied`, undone."""
+    """Copy saved values back; the inverse of `copied`."""
     for name, tensor in values.items():
         tensor.copy_(kept[name])

@@ -37,14 +37,14 @@ class Family(Protocol):
 
     @property
     def form(self) -> str:
-        """How to write one, with an example."""
+        """The form of its word, with an example."""
 
     def parse(self, text: str) -> Scheme | None:
         """The scheme that prints as `text`, or None where `text` has another form."""
 
 
 FAMILIES: Mapping[str, Family] = {"additive": AdditiveScheme, "uniform": UniformScheme}
-"""By the kind of matrix."""
+"""Families of schemes, by the kind of matrix."""
 
 SCHEMES_BY_BITS = {
     1.0: AdditiveScheme(1, 8, 8),

@@ -62,11 +62,11 @@ class AdditiveScheme:
         return self.stored_bits(out_features, in_features) / (out_features * in_features)
 
     def refuses(self, out_features: int, in_features: int) -> str | None:
-        """Why a matrix of this shape cannot be stored so, or None."""
+        """Return the reason why a matrix of this shape cannot be stored so, or None."""
         return uneven_groups(in_features, self.group_size)
 
     def stored_layouts(self, out_features: int, in_features: int) -> dict[str, StoredTensor]:
-        """Codes in one byte or in four, codebooks and scales in float32, since block fitting goes on from there."""
+        """Codes in one byte or in four, codebooks and scales in float32, since block fitting continues from there."""
         codes = "uint8" if self.codebook_bits <= 8 else "int32"
         indices = (out_features, in_features // self.group_size, self.num_codebooks)
         return {

@@ -1,4 +1,4 @@
-"""What every family of schemes answers, and what they share."""
+"""The protocol that every family of schemes follows, and shared checks."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class StoredTensor(NamedTuple):
 
 
 class Scheme(Protocol):
-    """What a treatment of an `[out, in]` weight matrix costs; prints as the word it is parsed from."""
+    """The cost of one treatment of an `[out, in]` weight matrix; prints as the word it is parsed from."""
 
     @property
     def kind(self) -> str:
@@ -58,7 +58,7 @@ class Scheme(Protocol):
         """
 
     def refuses(self, out_features: int, in_features: int) -> str | None:
-        """Why a matrix of this shape cannot be stored so, or None."""
+        """Return the reason why a matrix of this shape cannot be stored so, or None."""
 
     def stored_layouts(self, out_features: int, in_features: int) -> Mapping[str, StoredTensor]:
         """The tensors of one matrix in `quantized/`, by name."""

@@ -47,7 +47,7 @@ class UniformScheme:
         return self.stored_bits(out_features, in_features) / (out_features * in_features)
 
     def refuses(self, out_features: int, in_features: int) -> str | None:
-        """Why a matrix of this shape cannot be stored so, or None."""
+        """Return the reason why a matrix of this shape cannot be stored so, or None."""
         return uneven_groups(in_features, self.group_size)
 
     def stored_layouts(self, out_features: int, in_features: int) -> dict[str, StoredTensor]:
