@@ -53,7 +53,7 @@ Bits = Annotated[
 Scheme = Annotated[
     str | None,
     typer.Option(
-        help=f"Exact storage scheme: {', '.join(f'{method.scheme} ({name})' for name, method in METHODS.items())}."
+        help=f"Storage scheme, such as {', '.join(f'{method.scheme} ({name})' for name, method in METHODS.items())}."
     ),
 ]
 Method = Annotated[

@@ -18,7 +18,7 @@ from aqlm_cli.data.spec import sampled_sequences
 from aqlm_cli.errors import PlanError, UsageError
 from aqlm_cli.evaluation import BenchReport, GenerationSettings, PerplexitySettings, SpeedSettings
 from aqlm_cli.evaluation.speed import measure_shape
-from aqlm_cli.events import Emit, Noted, Warned, silent
+from aqlm_cli.events import Emit, Noted, Warned
 from aqlm_cli.formatting import clock, readable_bytes
 from aqlm_cli.models import ResolvedModel, Subject, find_subject, refuse_too_long
 from aqlm_cli.openmp import forbid_nested_loops
@@ -219,7 +219,6 @@ def compare_speed_of_shape(shape: str, config: RunConfig, emit: Emit) -> BenchRe
 
 
 def continue_text(target: str, config: RunConfig, prompt: str, tokens: int, temperature: float, emit: Emit) -> Record:
-    """Text that the target generates after the prompt."""
     subject, section = _subject(target, config, emit, None), config.bench
     settings = GenerationSettings(
         prompt, tokens, temperature, config.seed, section.backend, section.head, config.device
@@ -237,7 +236,7 @@ def finetune_run(target: str, job: Job) -> dict[str, Record]:
     job = job.with_settings(device=own_device(job.config.device))
     with joined(job.config.device) as world:
         if not world.is_rank_zero:
-            finetune(dataclasses.replace(job, emit=silent), world)
+            finetune(job, world)
             return {}
         return _finetune_and_pack(target, job, world)
 

@@ -50,9 +50,9 @@ def finetune(job: Job, world: World) -> FinetuneReport | None:
 
     Every process of the world calls this; all but rank 0 return None.
     """
-    emit, config = job.emit if world.is_rank_zero else silent, job.config
+    config, emit = job.config, job.emit if world.is_rank_zero else silent
     inputs = _read_inputs(job) if world.is_rank_zero else None  # the others wait until they exist
-    decision = world.from_rank_zero(lambda: _decide(inputs, job.overwrite, world))
+    decision = world.from_rank_zero(lambda: _decide(inputs, world))
     inputs = inputs or _read_inputs(job)
     if decision["finished"]:
         return _reuse(inputs.run, emit) if world.is_rank_zero else None
@@ -66,9 +66,9 @@ def finetune(job: Job, world: World) -> FinetuneReport | None:
         steps = steps_within(parse_duration(str(section.time_budget)), student.data, training, section, config.seed)
         emit(Noted(f"time budget {section.time_budget} = {steps} steps"))
     section = section.model_copy(update={"steps": steps})
-    with _open_stage(inputs, section, job.overwrite, world) as stage:
+    with _open_stage(inputs, section, world) as stage:
         if stage is not None:
-            inputs.run.keep_section("finetune", section)
+            inputs.run.keep_section(FINETUNE.name, section)
         _train(student, training, section, config.seed, stage, emit)
         after = student.data.held_out_divergence(section.micro_batch)  # as it was rounded to be stored
         if stage is None:
@@ -93,22 +93,23 @@ class _Inputs:
     source: ModelSource
     start: Artifact
     bos: bool
+    overwrite: bool
 
-    def key(self, section: FinetuneConfig, world: World, overwrite: bool) -> StageKey:
+    def key(self, section: FinetuneConfig, world: World) -> StageKey:
         """The inputs of the artifact."""
         parents = {key: digest for key, digest in self.start.manifest.parents.items() if key == "calibration"}
         if not parents and section.data is None:  # the codes were imported, and the text is that of calibration
             parents["calibration"] = self.run.current("calibration").digest
         settings = {**settings_of_text(section, self.bos), "seed": self.config.seed}
-        parents |= {"model": self.source.identity, START: self.start.digest}
-        return StageKey(FINETUNE, settings, parents, self.machine(world), overwrite)
+        parents = {**parents, "model": self.source.identity, START: self.start.digest}
+        return StageKey(FINETUNE, settings, parents, self.machine(world), self.overwrite)
 
     def machine(self, world: World) -> dict[str, str]:
         return {**machine_of(self.config), **world.described()}
 
 
 def _read_inputs(job: Job) -> _Inputs:
-    config, run, section = job.config, job.run, job.config.finetune
+    run, section = job.run, job.config.finetune
     start, source = run.own(QUANTIZE), job.original(run)
     if start is None:
         raise ArtifactError(f"{run.path} has no complete quantized/; make it with `aqlm quantize`")
@@ -119,14 +120,14 @@ def _read_inputs(job: Job) -> _Inputs:
         bos = _calibration_has_bos(run)
     else:
         bos = bool(opening_tokens(load_tokenizer(source), None))
-    return _Inputs(config, run, source, start, bos)
+    return _Inputs(job.config, run, source, start, bos, job.overwrite)
 
 
 def _calibration_has_bos(run: RunDirectory) -> bool:
     return bool(run.current("calibration").manifest.settings.get("bos"))
 
 
-def _decide(inputs: _Inputs | None, overwrite: bool, world: World) -> dict[str, Any]:
+def _decide(inputs: _Inputs | None, world: World) -> dict[str, Any]:
     """Find a finished artifact, or the number of steps; None: the time budget has to be turned into one."""
     assert inputs is not None
     run, section = inputs.run, inputs.config.finetune
@@ -135,13 +136,13 @@ def _decide(inputs: _Inputs | None, overwrite: bool, world: World) -> dict[str, 
     steps: int | None = section.steps
     if section.time_budget is not None:
         # Once begun, a run keeps the number that its time budget came to.
-        begun_with = dict(run.known_settings(FINETUNE, overwrite))
+        begun_with = dict(run.known_settings(FINETUNE, inputs.overwrite))
         asked = {**settings_of_text(section, inputs.bos), "seed": inputs.config.seed}
         steps = begun_with.get("steps")
         steps = steps if isinstance(steps, int) and {**asked, "steps": steps} == begun_with else None
     if steps is not None:
         section = section.model_copy(update={"steps": steps})
-    key = inputs.key(section, world, overwrite)
+    key = inputs.key(section, world)
     finished = run.reusable(key) is not None
     if not finished:
         run.resumes(key)  # refuses before anything is loaded
@@ -180,13 +181,9 @@ def _token_ids(run: RunDirectory, kind: str) -> Tensor:
 # ------------------------------------------------------------------------------------------------------------- training
 
 
-def _open_stage(
-    inputs: _Inputs, section: FinetuneConfig, overwrite: bool, world: World
-) -> AbstractContextManager[Stage | None]:
+def _open_stage(inputs: _Inputs, section: FinetuneConfig, world: World) -> AbstractContextManager[Stage | None]:
     """The directory to write, in rank 0; None in every other process."""
-    if not world.is_rank_zero:
-        return nullcontext()
-    return inputs.run.resumed_stage(inputs.key(section, world, overwrite))
+    return inputs.run.resumed_stage(inputs.key(section, world)) if world.is_rank_zero else nullcontext()
 
 
 def _train(
