@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from aqlm_cli.errors import UsageError
+from aqlm_cli.spec.methods import METHODS
 from aqlm_cli.spec.run_file import FINETUNE_PRESETS, PRESETS
 from aqlm_cli.spec.schemes import SCHEMES_BY_BITS, scheme_for_bits
 
@@ -47,8 +48,15 @@ RunFile = Annotated[Path | None, typer.Option("--config", help="A run file in YA
 Bits = Annotated[
     float | None, typer.Option(help=f"Code bits a weight: {', '.join(f'{bits:g}' for bits in SCHEMES_BY_BITS)}.")
 ]
-Scheme = Annotated[str | None, typer.Option(help="The same, exactly: 2x8g8, 1x16g8; for rtn int2g64.")]
-Method = Annotated[str | None, typer.Option(help="aqlm, or rtn: round to nearest, the baseline.")]
+Scheme = Annotated[
+    str | None,
+    typer.Option(
+        help=f"The same, exactly: {', '.join(f'{method.scheme} ({name})' for name, method in METHODS.items())}."
+    ),
+]
+Method = Annotated[
+    str | None, typer.Option(help=f"{'; '.join(f'{name}: {method.summary}' for name, method in METHODS.items())}.")
+]
 Skip = Annotated[
     list[str] | None,
     typer.Option(metavar="REGEX", help="Layers to leave in 16 bits, by their whole paths; may be repeated."),
