@@ -198,7 +198,7 @@ def test_the_longest_matrix_is_begun_first(times: list[float], workers: int, sec
     shapes = [(8 * number, 8) for number in range(1, len(times) + 1)]
     targets = tuple(Target(f"{out}", "linear", out, width, parse_scheme("2x8g8"), None) for out, width in shapes)
     model = ModelShape((BlockShape(targets, 0),), outside=0, vocabulary=1, hidden=1)
-    work = work_of(build_config(None, None, {"model": "any"}), windows=8, workers=workers, product_bytes=2)
+    work = work_of(build_config(None, None, {"model": "any"}), sequences=8, workers=workers, product_bytes=2)
     nothing = dict.fromkeys(("forward", "quantized_forward", "step", "moment", "weight", "coupling", "character"), 0.0)
     rates = Rates(**nothing, byte=0.0, matrices=dict(zip(shapes, times, strict=True)))
     assert quantization_seconds(model, work, rates) == seconds
