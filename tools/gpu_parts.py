@@ -204,7 +204,7 @@ def block(options: argparse.Namespace) -> None:
 
 
 def model(options: argparse.Namespace) -> None:
-    """Two thirds of the time at most to quantize, the rest to distill; then the perplexity."""
+    """Quantize the first blocks, then distill for half of the time that is left."""
     from aqlm_cli.models.random_models import SHAPES
 
     with tempfile.TemporaryDirectory(prefix="gpu-check.") as work:
@@ -216,10 +216,15 @@ def model(options: argparse.Namespace) -> None:
         quantize(options, chosen, run, BLOCKS)
         left = ends - time.monotonic()
         flags = ["--steps", "2"] if options.tiny else ["--time-budget", f"{max(5, int(0.5 * left))}s"]
-        told = aqlm("finetune", str(run), "--sequence-length", str(length(options)), "--json", *flags)["finetune"]
+        flags += ["--data", f"builtin:{20 if options.tiny else 80}", "--sequence-length", str(length(options))]
+        told = aqlm("finetune", str(run), *flags, "--json")["finetune"]
         tell(options, what="distillation, KL before", value=told["before"])
         tell(options, what="distillation, KL after", value=told["after"])
         tell(options, what="distillation, steps", value=told["steps"], seconds=told["seconds"])
+        after = aqlm(
+            "generate", str(run), "--prompt", "The capital", "--tokens", "8", "--device", options.device, "--json"
+        )
+        tell(options, what="tokens generated", value=after["tokens"], seconds=after["seconds"])
 
 
 def quantize(options: argparse.Namespace, model: Path | str, run: Path, blocks: int) -> None:
