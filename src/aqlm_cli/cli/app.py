@@ -73,7 +73,7 @@ def calibrate(
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
 ) -> None:
-    """Cut a text into sequences and collect statistics of the model on them.
+    """Cut a text into sequences and measure the model on them.
 
     \b
     Example:
@@ -169,7 +169,7 @@ def plan(
     out: options.Out = None,
     json: options.Json = False,
 ) -> None:
-    """Show the plan of a run, and its time, memory and disk on this machine.
+    """Show the plan of a run, and its time, memory and disk.
 
     Reads config.json and the headers of the model's files, no weights, and measures this machine for some seconds.
 

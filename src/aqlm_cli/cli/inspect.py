@@ -32,7 +32,7 @@ def status(run: options.Run, json: options.Json = False) -> None:
 def verify(
     run: options.Run, json: options.Json = False, quiet: options.Quiet = False, verbose: options.Verbose = False
 ) -> None:
-    """Compare a run's files with their digests, and quantize one layer again.
+    """Check the files of a run, and quantize one layer again.
 
     The seed chooses the layer. Its codes must be the same to the bit.
 
@@ -50,7 +50,7 @@ def verify(
 
 
 def doctor(json: options.Json = False) -> None:
-    """Show the hardware and software of this machine, and the backends it can use.
+    """Show this machine, and the backends that it can use.
 
     \b
     Example:
