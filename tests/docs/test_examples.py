@@ -1,8 +1,9 @@
-"""Every example runs, on a tiny packed model, as a reader runs it: by a Python of its own."""
+"""Every example runs, on a tiny model. Those that set a variable for Numba need a Python of their own."""
 
 from __future__ import annotations
 
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -32,3 +33,11 @@ def test_lora_learns_on_a_packed_model(finished_run: Path) -> None:
     assert len(losses) == 5 and losses[-1] < losses[0]
     assert Path("lora-adapter/adapter_model.safetensors").exists()
     assert (finished_run / "packed" / "model.safetensors").read_bytes() == before
+
+
+def test_python_api_quantizes_evaluates_and_generates(finished_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("small.yaml").write_text(Path("run.yaml").read_text().replace("2x4g8", "2x8g8"))
+    runpy.run_path(str(pages.ROOT / "examples" / "python_api.py"))["main"]("tiny", "small.yaml")
+    output = capsys.readouterr().out
+    assert re.search(r"perplexity [\d.]+ ± [\d.]+, [\d.]+ times", output) and "The capital of France is" in output
+    assert Path("runs/from-python/packed/model.safetensors").exists()

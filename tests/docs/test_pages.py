@@ -77,3 +77,11 @@ def test_changelog_has_every_key_of_the_run_file_that_was_renamed() -> None:
         same = old.rpartition(".")[2] == new.rpartition(".")[2] and old.startswith("quantize.search.")
         row = "| `quantize.search.NAME` | `quantize.aqlm.NAME`" if same else f"| `{old}` | `{new}`"
         assert row in page
+
+
+@pytest.mark.parametrize("page", pages.PAGES, ids=_name)
+def test_files_of_the_code_that_are_named_exist(page: Path) -> None:
+    roots = [pages.ROOT / folder for folder in (".", "src/aqlm_cli", "kernels", "kernels/aqlm_kernels")]
+    for name in re.findall(r"`([\w/-]+/\w+\.(?:py|yaml|md|svg|csv))`", page.read_text(encoding="utf-8")):
+        if not re.search(r"mean|sign|NAME", name):  # examples of what one could add
+            assert any((root / name).exists() for root in roots), f"{_name(page)} names {name}"

@@ -65,3 +65,22 @@ def test_readme_is_short_and_says_how_to_install() -> None:
     assert len(text) <= 8192
     for word in (b"pip install .", b"uv tool install .", b"pipx install .", b".venv/bin/aqlm"):
         assert word in text
+
+
+@pytest.mark.slow
+def test_the_python_of_readme_runs(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As it stands, but for the model, the text, and settings that make it short."""
+    (block,) = pages.blocks(pages.ROOT / "README.md", "python")
+    assert len(block.strip().splitlines()) <= 8
+    for word, short in {
+        '"smollm2-135m"': '"tiny", config="small.yaml"',
+        '"builtin:80"': '"builtin:8"',
+        '"builtin"': '"notes.txt"',
+        "max_new_tokens=20": "max_new_tokens=4",
+    }.items():
+        assert word in block
+        block = block.replace(word, short)
+    names: dict[str, object] = {}
+    exec(block, names)
+    ratio, text = capsys.readouterr().out.strip().split("\n", 1)
+    assert 0.5 < float(ratio) < 2 and text.startswith("The capital of France is")
