@@ -152,15 +152,15 @@ def additive_layer(
     codebooks = torch.randn(num_codebooks, 2**bits, group_size, generator=draw) / math.sqrt(num_codebooks * in_features)
     layer = AdditiveLinear(AdditiveMatrix(codes, codebooks, torch.ones(out_features))).to(device)
     layer.requires_grad_(False)
-    return layer, AdditiveMatrix(layer.codes, layer.codebooks, layer.scales).dequantize()
+    return layer, layer.matrix().dequantize()
 
 
 def clone(layer: nn.Module) -> nn.Module:
     """With codes of its own, or the cache would serve them."""
     from aqlm_kernels import AdditiveLinear, AdditiveMatrix
 
-    matrix = AdditiveMatrix(layer.codes.clone(), layer.codebooks, layer.scales)
-    return AdditiveLinear(matrix).requires_grad_(False)
+    matrix = layer.matrix()
+    return AdditiveLinear(AdditiveMatrix(matrix.codes.clone(), matrix.codebooks, matrix.scales)).requires_grad_(False)
 
 
 def copies_of(size: int, tiny: bool) -> int:

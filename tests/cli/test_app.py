@@ -110,8 +110,8 @@ def test_an_interrupt_ends_with_status_130_and_says_what_is_kept(monkeypatch: py
 def test_bits_mean_their_scheme(monkeypatch: pytest.MonkeyPatch, bits: float, scheme: object) -> None:
     seen: list[str] = []
 
-    def prepare(config: Any, emit: Any) -> Any:
-        seen.append(config.quantize.scheme)
+    def prepare(job: Any) -> Any:
+        seen.append(job.config.quantize.scheme)
         raise DataError("enough")
 
     monkeypatch.setattr(order, "prepare", prepare)
@@ -219,8 +219,8 @@ def test_a_stage_that_is_missing_runs_first_and_a_finished_one_is_reused(run_fil
     assert "next: aqlm quantize --config runs/tiny-2x4g8/run.yaml --out runs/tiny-2x4g8\n" in calibrated.output
     continued = run("generate", "runs/tiny-2x4g8", "--prompt", "1 is", "--tokens", "2")
     assert continued.exit_code == 0, continued.output
-    assert "is not packed yet, that runs first" in continued.output
-    assert "calibration is there already" in continued.output
+    assert "is not packed yet; this runs first" in continued.output
+    assert "calibration exists already" in continued.output
 
 
 def test_the_same_command_gives_the_same_packed_bytes(run_file: Path) -> None:

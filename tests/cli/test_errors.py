@@ -21,7 +21,8 @@ from safetensors.torch import load_file, save_file
 from aqlm_cli.errors import ArtifactError
 from aqlm_cli.models import source as model_source
 from aqlm_cli.runs.artifact import open_artifact
-from aqlm_cli.runs.directory import DIRECTORIES, is_run
+from aqlm_cli.runs.directory import is_run
+from aqlm_cli.runs.stages import kinds
 
 RUN = Path("runs/tiny-2x4g8")
 
@@ -41,7 +42,7 @@ def test_a_message_is_one_printable_line_whatever_it_quotes() -> None:
 def published() -> dict[str, bytes]:
     """The files of all artifacts of the run, checked by their manifests, which tell times and so are left out."""
     found: dict[str, bytes] = {}
-    for kind in DIRECTORIES if is_run(RUN) else ():
+    for kind in kinds() if is_run(RUN) else ():
         if (RUN / kind).exists():
             files = open_artifact(RUN / kind, kind).manifest.files
             found |= {f"{kind}/{name}": (RUN / kind / name).read_bytes() for name in files}

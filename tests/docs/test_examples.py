@@ -7,7 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from helpers import pages
+
+pytestmark = pytest.mark.slow
 
 
 def _run(name: str, *arguments: str) -> str:

@@ -44,6 +44,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_every_command_succeeds_and_shows_the_tables_of_the_page(workplace: Path) -> None:
     outputs: dict[tuple[str, ...], str] = {}  # a command that stands in both is run once
     for page in (pages.ROOT / "docs" / "quickstart.md", pages.ROOT / "README.md"):

@@ -17,6 +17,7 @@ from aqlm_cli.events import Event, Noted
 from aqlm_cli.models import find_subject
 from aqlm_cli.pipeline.stages.evaluate import evaluate
 from aqlm_cli.runs.directory import open_run
+from aqlm_cli.runs.stages import PACK, StageKey
 from aqlm_cli.spec.run_file import build_config
 from aqlm_kernels import KernelError
 
@@ -100,7 +101,7 @@ def test_an_aqlm_checkpoint_generates_what_its_weights_generate(model: Path, tmp
 
 def test_a_run_generates_with_what_it_has_packed_and_says_so(model: Path, tmp_path: Path) -> None:
     run = open_run(tmp_path / "run", build_config(None, None, {"model": "not-looked-at"}))
-    with run.stage("packed", "packed", {}, {}) as stage:
+    with run.stage(StageKey(PACK, {}, {})) as stage:
         tiny_models.save("qwen2", stage.directory)
         stage.publish({})
     events: list[Event] = []

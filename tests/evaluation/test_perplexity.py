@@ -17,6 +17,7 @@ from aqlm_cli.events import Event, Noted, StageStarted
 from aqlm_cli.models import find_subject
 from aqlm_cli.pipeline.stages.evaluate import evaluate
 from aqlm_cli.runs.directory import RunDirectory, open_run
+from aqlm_cli.runs.stages import PACK, StageKey
 from aqlm_cli.spec.run_file import build_config
 
 LENGTH = 64
@@ -95,7 +96,7 @@ def test_the_asked_dtype_is_used(tmp_path: Path, text: str) -> None:
 def packed_run(directory: Path, original: Path) -> RunDirectory:
     """A run whose packed model has another head than the original."""
     run = open_run(directory, build_config(None, None, {"model": str(original)}))
-    with run.stage("packed", "packed", {}, {"quantized": "a1b2"}) as stage:
+    with run.stage(StageKey(PACK, {}, {"quantized": "a1b2"})) as stage:
         tiny_models.save("llama", stage.directory)
         weights = load_file(stage.directory / "model.safetensors")
         weights["lm_head.weight"] = weights["lm_head.weight"] * 1.5

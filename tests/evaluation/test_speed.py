@@ -20,6 +20,7 @@ from aqlm_cli.models import Decoding, decoding_of, find_subject, random_models
 from aqlm_cli.models.decoding import narrowest
 from aqlm_cli.pipeline.stages.evaluate import evaluate
 from aqlm_cli.runs.directory import RunDirectory, open_run
+from aqlm_cli.runs.stages import PACK, StageKey
 from aqlm_cli.spec.config import BenchConfig
 from aqlm_cli.spec.run_file import build_config
 from aqlm_cli.spec.schemes import AdditiveScheme, parse_scheme
@@ -39,7 +40,7 @@ def model(tmp_path: Path) -> Path:
 @pytest.fixture
 def run(model: Path, tmp_path: Path) -> RunDirectory:
     run = open_run(tmp_path / "run", build_config(None, None, {"model": str(model)}))
-    with run.stage("packed", "packed", {}, {}) as stage:
+    with run.stage(StageKey(PACK, {}, {})) as stage:
         stage.directory.rmdir()
         tiny_models.save_additive(model, stage.directory)
         stage.publish({})

@@ -29,7 +29,7 @@ from aqlm_cli.errors import AqlmError, PlanError
 from aqlm_cli.events import Event
 from aqlm_cli.models import load_network, resolve
 from aqlm_cli.models.blocks import find_blocks
-from aqlm_cli.pipeline.preflight import preflight
+from aqlm_cli.pipeline.job import make_job
 from aqlm_cli.pipeline.stages.calibrate import calibrate
 from aqlm_cli.pipeline.stages.pack import pack
 from aqlm_cli.pipeline.stages.quantize import quantize
@@ -120,9 +120,9 @@ class Trial:
     def why_no_codes(self) -> str | None:
         """The reason why packed files cannot hold codes, if that is so; PlanError where they can hold nothing."""
         try:
-            preflight(self.config("transformers"))
+            make_job(self.config("transformers"), self.run).preflight  # noqa: B018
         except PlanError as error:
-            preflight(self.config("dense"))
+            make_job(self.config("dense"), self.run).preflight  # noqa: B018
             return str(error)
         return None
 
@@ -131,7 +131,7 @@ class Trial:
 
     @torch.no_grad()
     def calibrate(self) -> None:
-        report = calibrate(self.config("dense"), self.run, False, unheard)
+        report = calibrate(make_job(self.config("dense"), self.run))
         ids = load_file(self.run / "calibration" / "windows.safetensors")["ids"].long()
         ids = ids[torch.linspace(0, len(ids) - 1, 2).long()]
         logits = self.network(input_ids=ids, use_cache=False).logits.float()
@@ -145,7 +145,7 @@ class Trial:
     @torch.no_grad()
     def quantize(self) -> Plan:
         """What became of each matrix. The codes, decoded by hand, become the weights of the network, all in 16 bits."""
-        report = quantize(self.config("dense"), self.run, False, unheard)
+        report = quantize(make_job(self.config("dense"), self.run))
         plan = Plan.from_json(open_artifact(report.directory, "quantized").manifest.results["plan"])
         stored: dict[str, Tensor] = {}
         for file in sorted((self.run / "quantized").glob("block-*.safetensors")):
@@ -165,7 +165,7 @@ class Trial:
         return plan
 
     def pack_codes(self) -> None:
-        directory = pack(self.run, "transformers", True, unheard).directory
+        directory = pack(make_job(self.config("transformers"), self.run, overwrite=True)).directory
         ours = load_network(resolve(str(directory)), torch.float32)
         same("what is packed, loaded by ours", logits_of(ours), self.wanted_of_codes)
         stock, report = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, output_loading_info=True)
@@ -174,7 +174,7 @@ class Trial:
 
     @torch.no_grad()
     def pack_dense(self) -> None:
-        directory = pack(self.run, "dense", True, unheard).directory
+        directory = pack(make_job(self.config("dense"), self.run, overwrite=True)).directory
         found = logits_of(load_network(resolve(str(directory)), torch.float32))
         for path, weight in self.weights.items():
             self.network.get_submodule(path).weight.copy_(weight.half())

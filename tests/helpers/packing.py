@@ -17,14 +17,16 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from aqlm_cli.events import Event
 from aqlm_cli.models import load_network, resolve
 from aqlm_cli.models.blocks import count_parameters, describe_layers, find_blocks
+from aqlm_cli.pipeline.job import make_job
 from aqlm_cli.pipeline.stage_reports import PackReport
 from aqlm_cli.pipeline.stages.pack import pack
 from aqlm_cli.quantization.methods import rtn
-from aqlm_cli.runs.directory import RunDirectory, open_run
+from aqlm_cli.runs.directory import RunDirectory, open_run, read_run
 from aqlm_cli.runs.files import save_tensors
+from aqlm_cli.runs.stages import QUANTIZE, StageKey
+from aqlm_cli.spec.config import PackConfig
 from aqlm_cli.spec.plan import Plan, Target, make_plan
 from aqlm_cli.spec.run_file import build_config
 from aqlm_cli.spec.schemes import AdditiveScheme, UniformScheme, parse_scheme
@@ -104,7 +106,7 @@ def quantized_model(
         },
     )
     run = open_run(tmp_path / "run", run_config)
-    with run.stage("quantized", "quantized", {"scheme": scheme}, {"model": source.identity}) as stage:
+    with run.stage(StageKey(QUANTIZE, {"scheme": scheme}, {"model": source.identity})) as stage:
         for index, prefix in enumerate(find_blocks(network).paths):
             block = {path: matrix for path, matrix in matrices(plan).items() if path.startswith(f"{prefix}.")}
             tensors = {
@@ -120,8 +122,9 @@ def quantized_model(
 
 
 def packed(run: RunDirectory, format: str | None = None, overwrite: bool = False) -> PackReport:
-    events: list[Event] = []
-    return pack(run.path, format, overwrite, events.append)
+    config = read_run(run.path).config
+    chosen = config.pack if format is None else PackConfig.model_validate({"format": format})
+    return pack(make_job(config.model_copy(update={"pack": chosen}), run.path, overwrite=overwrite))
 
 
 def with_weights_written_out(run: RunDirectory, plan: Plan) -> nn.Module:

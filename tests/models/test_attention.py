@@ -15,7 +15,7 @@ from aqlm_cli.models.attention import BlockwiseAttention
 
 
 def drawn(length: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
-    """q of two windows with two key heads that three query heads share each, k, and v of another width."""
+    """q of two sequences with two key heads that three query heads share each, k, and v of another width."""
     rng = torch.Generator().manual_seed(length)
     shapes = (4, 3, length, 16), (4, length, 16), (4, length, 24)
     q, k, v = (torch.randn(shape, generator=rng, dtype=dtype).requires_grad_(True) for shape in shapes)

@@ -62,7 +62,7 @@ def test_the_identity_of_a_split_file_is_of_all_its_parts(tmp_path: Path, find: 
 def test_a_part_that_is_missing_is_named(tmp_path: Path, find: Any) -> None:
     paths = write_split(save_halved(tmp_path / "original"), tmp_path, count=4)
     paths[1].unlink()
-    with pytest.raises(ModelError, match=r"is one of 4 files, and .*tiny-00002-of-00004\.gguf is not there; fetch"):
+    with pytest.raises(ModelError, match=r"is one of 4 files; .*tiny-00002-of-00004\.gguf is missing: fetch"):
         find(paths[0])
     paths[0].unlink()
     with pytest.raises(ModelError, match=r"tiny-00001-of-00004\.gguf is missing and 1 more"):

@@ -17,7 +17,7 @@ from helpers import tiny_models
 from helpers.gguf_files import write_gguf
 from huggingface_hub import errors as hub
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from aqlm_cli.errors import ArtifactError, ModelError
@@ -43,6 +43,7 @@ from aqlm_cli.models.blocks import (
 )
 from aqlm_cli.models.walk_check import open_walk
 from aqlm_cli.runs.directory import open_run
+from aqlm_cli.runs.stages import PACK, StageKey
 from aqlm_cli.spec.run_file import build_config
 from aqlm_kernels import AdditiveLinear
 
@@ -118,6 +119,40 @@ def test_a_block_is_found_in_the_shard_that_has_it(tmp_path: Path, find: Any) ->
     block = BlockLoader(find(tmp_path / "sharded"), torch.float32)(1)
     there = dict(find_blocks(network).modules[1].named_parameters())
     assert all(torch.equal(parameter, there[name]) for name, parameter in block.named_parameters())
+
+
+def test_modules_made_to_load_every_block_grow_with_the_blocks_and_not_with_their_square(
+    tmp_path: Path, find: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, init = 0, nn.Module.__init__
+
+    def counting(self: nn.Module, *arguments: Any, **named: Any) -> None:
+        nonlocal made
+        made += 1
+        init(self, *arguments, **named)
+
+    counts = []
+    for blocks in (4, 8, 16):
+        source = find(tiny_models.save("llama", tmp_path / f"of-{blocks}", num_hidden_layers=blocks))
+        with monkeypatch.context() as patch:
+            patch.setattr(nn.Module, "__init__", counting)
+            made, load = 0, BlockLoader(source, torch.float32)
+            for index in range(blocks):
+                load(index)
+        counts.append(made)
+    assert counts[2] - counts[1] == 2 * (counts[1] - counts[0]), counts
+
+
+def test_a_block_that_is_loaded_again_has_its_own_weights(tmp_path: Path, find: Any) -> None:
+    """Its owner puts codes in the place of its layers, and changes what is left."""
+    load = BlockLoader(find(tiny_models.save("llama", tmp_path / "model")), torch.float32)
+    first = load(0)
+    wanted = {name: tensor.clone() for name, tensor in first.state_dict().items()}
+    first.mlp.down_proj = nn.Identity()
+    first.self_attn.q_proj.weight.zero_()
+    load(1)
+    again = load(0).state_dict()
+    assert again.keys() == wanted.keys() and all(torch.equal(again[name], wanted[name]) for name in wanted)
 
 
 def test_a_quantized_model_is_refused_by_the_plan(tmp_path: Path, find: Any) -> None:
@@ -293,7 +328,7 @@ def test_a_run_resolves_to_its_packed_model(tmp_path: Path, find: Any) -> None:
     run = open_run(tmp_path / "my-run", build_config(None, None, {"model": "somewhere"}))
     with pytest.raises(ArtifactError, match="aqlm pack"):
         find(run.path)
-    with run.stage("packed", "packed", {}, {}) as stage:
+    with run.stage(StageKey(PACK, {}, {})) as stage:
         tiny_models.save("llama", stage.directory)
         stage.publish({})
     assert find(run.path).directory == run.path / "packed"
@@ -303,7 +338,7 @@ def test_a_run_resolves_to_its_packed_model(tmp_path: Path, find: Any) -> None:
 def test_a_run_of_a_revision_is_opened_though_it_lies_on_this_disk(tmp_path: Path) -> None:
     original = tiny_models.save("llama", tmp_path / "original")
     run = open_run(tmp_path / "run", build_config(None, None, {"model": str(original)}))
-    with run.stage("packed", "packed", {}, {}) as stage:
+    with run.stage(StageKey(PACK, {}, {})) as stage:
         tiny_models.save("qwen2", stage.directory)
         stage.publish({})
     subject = find_subject(str(run.path), revision="v2")
@@ -367,7 +402,7 @@ def test_a_gguf_that_cannot_be_converted_leaves_nothing_behind(tmp_path: Path, f
     original = tiny_models.save("llama", tmp_path / "original", vocab_size=259)
     for name, extra, reason in [
         ("huge", {"model.norm.weight": torch.full((64,), 1e6)}, "output_norm.weight holds values"),
-        ("strange", {"rope_other.weight": torch.ones(8)}, "holds rope_other.weight, for which llama"),
+        ("strange", {"rope_other.weight": torch.ones(8)}, "holds rope_other.weight, which llama"),
     ]:
         write_gguf(original, tmp_path / f"{name}.gguf", gguf.GGMLQuantizationType.F16, **extra)
         with pytest.raises(ModelError, match=reason):
@@ -387,7 +422,7 @@ def test_a_gguf_whose_counts_lead_out_of_the_file_is_refused(tmp_path: Path, fin
         if place is not None:
             damaged[place : place + 8] = struct.pack("<Q", 2**60)
         (tmp_path / "a.gguf").write_bytes(damaged)
-        with pytest.raises(ModelError, match=f"{2**60} where .* bytes are left"):
+        with pytest.raises(ModelError, match=f"{2**60}, but .* bytes are left"):
             find(tmp_path / "a.gguf")
 
 
@@ -541,8 +576,11 @@ def test_a_kind_of_model_that_needs_its_own_code_is_refused_without_the_flag(tmp
         ({"attn_implementation": "someone/kernel"}, "code from the hub"),
         ({"attn_implementation": {"text": "someone/kernel"}}, "code from the hub"),
         ({"num_attention_heads": 0}, "transformers .* refuses a value in its config.json: integer modulo by zero"),
-        ({"hidden_size": "64"}, "refuses: Validation error for field 'hidden_size': .*expected int, got str"),
-        ({"eos_token_id": "a"}, "refuses: Validation error for field 'eos_token_id': .*'a'"),
+        (
+            {"hidden_size": "64"},
+            "refuses a value in its config.json: Validation error for field 'hidden_size': .*expected int, got str",
+        ),
+        ({"eos_token_id": "a"}, "refuses a value in its config.json: Validation error for field 'eos_token_id': .*'a'"),
         ({"hidden_act": "strange"}, r"gives no valid network .KeyError: 'strange'."),
         ({"id2label": 5}, "transformers .* refuses a value in its config.json"),
         ({"rope_parameters": {"rope_type": "\x1b[31m"}}, "gives no valid network|refuses a value"),
@@ -635,7 +673,7 @@ def test_a_model_without_a_tokenizer_is_refused(tmp_path: Path, find: Any) -> No
     directory = tiny_models.save("llama", tmp_path / "model")
     for path in directory.glob("tokenizer*"):
         path.unlink()
-    with pytest.raises(ModelError, match="no tokenizer"):
+    with pytest.raises(ModelError, match="its tokenizer cannot be loaded"):
         load_tokenizer(find(directory))
 
 

@@ -94,9 +94,9 @@ def test_a_method_that_config_json_has_is_named(
     ("change", "words"),
     [
         (lambda weight: weight.to(torch.float8_e4m3fn), r"values of type F8_E4M3 \(model\.layers\.0"),
-        (lambda weight: weight.to(torch.float8_e5m2), "numbers of the type F8_E5M2"),
-        (lambda weight: weight.to(torch.uint8), "numbers of the type U8"),
-        (lambda weight: weight.to(torch.int8), "numbers of the type I8"),
+        (lambda weight: weight.to(torch.float8_e5m2), "values of type F8_E5M2"),
+        (lambda weight: weight.to(torch.uint8), "values of type U8"),
+        (lambda weight: weight.to(torch.int8), "values of type I8"),
     ],
 )
 def test_weights_of_other_types_are_recognised_without_config_json(

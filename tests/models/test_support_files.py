@@ -19,9 +19,11 @@ from aqlm_cli.errors import ArtifactError, ModelError
 from aqlm_cli.models import load_tokenizer, resolve, save_support_files
 from aqlm_cli.models import source as model_source
 from aqlm_cli.models.support_files import FETCHED, is_support_file, support_files
+from aqlm_cli.pipeline.job import make_job
 from aqlm_cli.pipeline.stages.verify import verify
 from aqlm_cli.runs.artifact import open_artifact
 from aqlm_cli.runs.directory import open_run
+from aqlm_cli.runs.stages import PACK, StageKey
 from aqlm_cli.spec.run_file import build_config
 
 CHAT = [{"role": "user", "content": "hello"}]
@@ -70,16 +72,16 @@ def test_packed_support_files_have_every_chat_template(form: str, tmp_path: Path
 def test_the_manifest_lists_and_verify_compares_the_folder_of_templates(tmp_path: Path, find: Any) -> None:
     source = find(save_with_templates(tmp_path / "model", "folder"))
     run = open_run(tmp_path / "run", build_config(None, None, {"model": str(source.directory)}))
-    with run.stage("packed", "packed", {}, {}) as stage:
+    with run.stage(StageKey(PACK, {}, {})) as stage:
         save_support_files(source, stage.directory)
         packed = stage.publish({})
     folder = packed.directory / "additional_chat_templates"
     nested = {name for name in packed.manifest.files if "/" in name}
     assert nested == {f"{folder.name}/rag.jinja", f"{folder.name}/tool_use.jinja"}
-    assert verify(run.path, lambda _: None).files == len(packed.manifest.files)
+    assert verify(make_job(run.config, run.path)).files == len(packed.manifest.files)
     (folder / "rag.jinja").write_text("S")
     with pytest.raises(ArtifactError, match=r"rag\.jinja is damaged"):
-        verify(run.path, lambda _: None)
+        verify(make_job(run.config, run.path))
     (folder / "rag.jinja").unlink()
     with pytest.raises(ArtifactError, match=r"rag\.jinja is missing"):
         open_artifact(packed.directory, "packed")

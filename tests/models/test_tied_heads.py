@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from aqlm_cli.errors import ModelError
 from aqlm_cli.evaluation import EVALUATIONS, SpeedSettings, StoredModel
 from aqlm_cli.models import load_network, open_decoding, resolve
-from aqlm_cli.pipeline.preflight import preflight
+from aqlm_cli.pipeline.job import make_job
 from aqlm_cli.spec.config import BenchConfig
 from aqlm_cli.spec.run_file import build_config
 
@@ -96,7 +96,8 @@ def test_the_head_is_what_transformers_takes_for_it(edited: dict[str, Any], tmp_
         assert tokens == wanted[0, PROMPT:].tolist()
         assert close(logits, expected) and not close(logits.flip(1), expected)
         assert close(load_network(resolve(str(directory)), torch.float32)(wanted).logits[0, PROMPT - 1 : -1], expected)
-    known = preflight(build_config(None, None, {"model": run.config.model, "quantize": {"scheme": "2x8g8"}}))
+    config = build_config(None, None, {"model": run.config.model, "quantize": {"scheme": "2x8g8"}})
+    known = make_job(config, run.path).preflight
     stored = sum(tensor.numel() for tensor in edited["edited"].values())
     assert known.plan.bytes_before == 2 * stored, "every tensor that the files hold"
     assert known.plan.bytes_after == report.bytes

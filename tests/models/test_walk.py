@@ -94,7 +94,7 @@ OWN_INPUTS = {**FOUR_BLOCKS, "hidden_size_per_layer_input": 16, "vocab_size_per_
 CARRYING: dict[str, tuple[str, dict[str, Any]]] = {
     "embeddings of each block's own": ("gemma4_text", {**OWN_INPUTS, "global_head_dim": 16, "num_kv_shared_layers": 0}),
     "keys of an earlier block": ("gemma4_text", {**OWN_INPUTS, "global_head_dim": 16, "num_kv_shared_layers": 2}),
-    "windows in the second dimension": (
+    "batch in the second dimension": (
         "gemma3n_text",
         {**OWN_INPUTS, "num_kv_shared_layers": 2, "laurel_rank": 8, "activation_sparsity_pattern": [0.0] * 4},
     ),
@@ -102,8 +102,8 @@ CARRYING: dict[str, tuple[str, dict[str, Any]]] = {
         "zaya",
         {"router_hidden_size": 16, "num_experts": 4, "moe_intermediate_size": 32, "num_hidden_layers": 3},
     ),
-    "slopes of all heads of all windows": ("bloom", {"n_layer": 2, "n_head": 4}),
-    "masks of all windows": ("xglm", {"d_model": 64, "ffn_dim": 128, "num_layers": 2, "attention_heads": 4}),
+    "slopes of all heads of all sequences": ("bloom", {"n_layer": 2, "n_head": 4}),
+    "masks of all sequences": ("xglm", {"d_model": 64, "ffn_dim": 128, "num_layers": 2, "attention_heads": 4}),
 }
 
 
@@ -233,7 +233,7 @@ class Refusing(Toy):
 
 
 def test_a_forward_that_fails_on_text_is_one_line_with_its_reason() -> None:
-    with pytest.raises(ModelError, match=r"Refusing fails on 3 windows of 24 tokens .*multiple of 64"):
+    with pytest.raises(ModelError, match=r"Refusing fails on 3 sequences of 24 tokens .*multiple of 64"):
         walk_of(Refusing().requires_grad_(False), ids_of(4))
 
 
@@ -256,8 +256,8 @@ def test_matmuls_are_in_float32_if_a_block_supports_no_other_type(kind: type[Toy
 
 
 @pytest.mark.parametrize("text", [[5] * 8 + [6], list(range(9)), [1, 2] * 40, [3, 3, 4]])
-@pytest.mark.parametrize("windows", [3, 5])
-def test_the_compared_sequences_are_distinct_and_from_the_text(text: list[int], windows: int) -> None:
-    rows = distinct_sequences(torch.tensor([text]), windows)
-    assert rows.shape == (windows, min(len(text), 24)) and {*rows.flatten().tolist()} <= {*text}
-    assert len({tuple(row) for row in rows.tolist()}) == windows
+@pytest.mark.parametrize("count", [3, 5])
+def test_the_compared_sequences_are_distinct_and_from_the_text(text: list[int], count: int) -> None:
+    rows = distinct_sequences(torch.tensor([text]), count)
+    assert rows.shape == (count, min(len(text), 24)) and {*rows.flatten().tolist()} <= {*text}
+    assert len({tuple(row) for row in rows.tolist()}) == count

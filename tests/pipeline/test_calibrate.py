@@ -17,6 +17,7 @@ from aqlm_cli.data.sequences import calibration_sequences
 from aqlm_cli.errors import ArtifactError, DataError, QuantizationError, StorageError
 from aqlm_cli.events import Advanced, Event, Noted, StageStarted
 from aqlm_cli.models.blocks import find_blocks, linears
+from aqlm_cli.pipeline.job import make_job
 from aqlm_cli.pipeline.stage_reports import CalibrationReport
 from aqlm_cli.pipeline.stages.calibrate import calibrate
 from aqlm_cli.quantization import block_inputs
@@ -52,7 +53,7 @@ def settings(model: Path, seed: int = 0, **section: Any) -> RunConfig:
 
 
 def run(config: RunConfig, overwrite: bool = False, events: list[Event] | None = None) -> CalibrationReport:
-    return calibrate(config, Path("run"), overwrite, ([] if events is None else events).append)
+    return calibrate(make_job(config, Path("run"), overwrite=overwrite, emit=([] if events is None else events).append))
 
 
 def files(directory: Path = Path("run/calibration")) -> dict[str, bytes]:
@@ -150,7 +151,7 @@ def test_what_is_there_with_the_same_settings_is_reused(model: Path) -> None:
     assert run(settings(model), events=events) == report
     assert Path("run/calibration/manifest.json").stat().st_mtime_ns == written
     (event,) = events
-    assert isinstance(event, Noted) and "is there already" in event.message
+    assert isinstance(event, Noted) and "exists already" in event.message
 
 
 @pytest.mark.parametrize(
@@ -196,7 +197,7 @@ def damage(model: Path, name: str, value: float) -> None:
     [
         ("model.layers.1.input_layernorm", torch.nan, r"^model\.layers\.1\.input_layernorm: the weight holds NaN"),
         ("model.layers.1.input_layernorm", 1e30, r"^model\.layers\.1\.self_attn\.q_proj: its inputs hold NaN"),
-        ("model.norm", 1e38, "the loss of the original model is not finite"),
+        ("model.norm", 1e38, "the loss of the base model is not finite"),
     ],
 )
 def test_activations_that_are_no_numbers_are_refused_with_the_first_layer_that_meets_them(

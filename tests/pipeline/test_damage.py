@@ -163,7 +163,7 @@ def test_a_run_that_is_moved_away_meanwhile_goes_on_where_it_is_put_back(
 ) -> None:
     on_write(text, count, lambda: os.rename("out", "moved"))
     line = refused(*QUANTIZE, "out")
-    assert "cannot write out/" in line and "its directory is gone; put it back and rerun" in line
+    assert "cannot write out/" in line and "its directory is missing; put it back and rerun" in line
     assert not Path("out").exists()
     os.rename("moved", "out")
     assert run(*QUANTIZE, "out").exit_code == 0
@@ -175,7 +175,7 @@ def test_a_run_that_is_removed_meanwhile_is_not_half_made_again(
     whole: dict[str, Any], on_write: Callable[..., None], text: str, count: int
 ) -> None:
     on_write(text, count, lambda: shutil.rmtree("out"))
-    assert "its directory is gone" in refused(*QUANTIZE, "out")
+    assert "its directory is missing" in refused(*QUANTIZE, "out")
     assert not Path("out").exists()
     assert run(*QUANTIZE, "out").exit_code == 0
     assert made(Path("out")) == whole
@@ -291,7 +291,7 @@ def test_damaged_work_is_named_or_gone_on_from(
     if name == "hidden-001.activations":  # numbers, and nobody knows which
         assert result.exit_code == 0
         return
-    fixes = ("to begin anew", "to start again", "remove it and rerun")
+    fixes = ("to start again", "to start again", "remove it and rerun")
     assert result.exit_code == 1 and any(fix in result.stderr for fix in fixes)
     assert result.stderr.count("\n") == 1 and str(path.parent) in result.stderr
     path.unlink() if path.suffix == ".safetensors" else shutil.rmtree(path.parent)

@@ -126,7 +126,7 @@ def test_what_was_begun_goes_on_although_other_settings_were_asked_meanwhile(
     steps = yaml.safe_load((made / "run.yaml").read_text())["finetune"]["steps"]
     for other in (("--time-budget", "2s"), ("--steps", "1")):
         refused = run("finetune", "run", *other)
-        assert refused.exit_code == 1 and "finetuned.partial was begun with" in refused.stderr
+        assert refused.exit_code == 1 and "finetuned.partial was started with" in refused.stderr
     assert run("quantize", "--config", "run.yaml", "--out", "run").exit_code == 0
     result = run("finetune", "run", "--time-budget", "1s", "--overwrite")
     assert result.exit_code == 0 and "resuming" in result.output, result.output

@@ -38,8 +38,9 @@ from aqlm_cli.models import load_network, load_skeleton, resolve, tensor_index
 from aqlm_cli.models.source import ModelSource
 from aqlm_cli.models.weight_files import WEIGHTS
 from aqlm_cli.runs.artifact import MANIFEST
-from aqlm_cli.runs.directory import DIRECTORIES, open_run, read_run
+from aqlm_cli.runs.directory import open_run, read_run
 from aqlm_cli.runs.files import load_tensors, read_metadata, save_tensors, write_file
+from aqlm_cli.runs.stages import PACK, StageKey, kinds, stages_of
 from aqlm_cli.spec.run_file import build_config, dump_yaml
 from aqlm_kernels import KernelError
 
@@ -182,18 +183,18 @@ def read_run_file(directory: Path) -> None:
 def prepare_run(directory: Path) -> None:
     """A run whose artifacts are made one from the other."""
     run, parents = open_run(directory, build_config(None, None, {"model": "tiny"})), {"model": "sha256:0"}
-    for kind in DIRECTORIES:
-        with run.stage(kind, kind, {"scheme": "2x8g8", "skip": ["lm_head"]}, parents) as stage:
+    for kind in kinds():
+        with run.stage(StageKey(stages_of(kind)[-1], {"scheme": "2x8g8", "skip": ["lm_head"]}, parents)) as stage:
             write_file(stage.directory / "block-000.safetensors", b"codes")
             parents = {**parents, kind: stage.publish({"loss": 1.5, "times": [1, 2]}).digest}
 
 
 def read_artifacts(directory: Path) -> None:
     run = read_run(directory)
-    for kind in DIRECTORIES:
+    for kind in kinds():
         run.current(kind)
     parents = run.current("packed").manifest.parents
-    run.reusable("packed", "packed", {"scheme": "2x8g8", "skip": ["lm_head"]}, parents, overwrite=False)
+    run.reusable(StageKey(PACK, {"scheme": "2x8g8", "skip": ["lm_head"]}, parents))
 
 
 def prepare_tensors(directory: Path) -> None:

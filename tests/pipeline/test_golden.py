@@ -21,11 +21,13 @@ from torch import Tensor
 
 from aqlm_cli.models import resolve, tensor_index
 from aqlm_cli.models.weight_files import WEIGHTS
+from aqlm_cli.pipeline.job import make_job
 from aqlm_cli.pipeline.stages.pack import pack
 from aqlm_cli.pipeline.stages.quantize import quantize
 from aqlm_cli.quantization.methods import METHODS
 from aqlm_cli.runs.directory import open_run
 from aqlm_cli.runs.files import save_tensors
+from aqlm_cli.runs.stages import CALIBRATE, StageKey
 from aqlm_cli.spec.run_file import build_config
 from aqlm_kernels import AdditiveMatrix
 
@@ -81,12 +83,13 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     given = {"model": "model", "threads": 1, "calibrate": calibration, "quantize": section}
     config = build_config(None, None, given)
     directory = open_run(Path("run"), config)
-    with directory.stage("calibration", "calibration", {}, {"model": resolve("model").identity}) as stage:
+    with directory.stage(StageKey(CALIBRATE, {}, {"model": resolve("model").identity})) as stage:
         save_tensors(stage.directory / "windows.safetensors", {"ids": torch.arange(32, dtype=torch.int32).view(4, 8)})
         stage.publish({})
     monkeypatch.setitem(METHODS, "aqlm", fixed)  # type: ignore[arg-type]
-    quantize(config, Path("run"), False, lambda event: None)
-    pack(Path("run"), None, False, lambda event: None)
+    job = make_job(config, Path("run"))
+    quantize(job)
+    pack(job)
     return Path("run")
 
 

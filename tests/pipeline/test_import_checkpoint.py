@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from typer.testing import Result
 
-from aqlm_cli.models import load_network, original_of, resolve
+from aqlm_cli.models import base_model_of, load_network, resolve
 from aqlm_cli.models.blocks import find_blocks
 from aqlm_cli.pipeline.stages import import_checkpoint as stage
 from aqlm_cli.quantization.block_files import restore_block
@@ -90,7 +90,10 @@ def test_the_adopted_model_computes_and_packs_what_the_checkpoint_holds(family: 
     Path("imported.yaml").write_text("{model: original, quantize: {import_from: stranger}}")
     assert run("quantize", "--config", "imported.yaml", "--out", "new").exit_code == 0
     imported = read_run(Path("new"))
-    network, quantized = load_network(original_of(imported), torch.float32), imported.current("quantized")
+    network, quantized = (
+        load_network(base_model_of(imported.config).source, torch.float32),
+        imported.current("quantized"),
+    )
     blocks = find_blocks(network)
     for index, (prefix, block) in enumerate(zip(blocks.paths, blocks.modules, strict=True)):
         restore_block(quantized, index, prefix, block)
@@ -157,7 +160,7 @@ def test_a_run_begins_where_another_ended(quantized: Path) -> None:
 def test_a_run_that_is_not_packed_yet_is_packed_first(quantized: Path) -> None:
     shutil.rmtree(quantized / "packed")
     result = run("finetune", "run", "--out", "new")
-    assert result.exit_code == 0 and "run is not packed yet, that runs first" in result.output
+    assert result.exit_code == 0 and "run is not packed yet; this runs first" in result.output
 
 
 def test_a_run_that_is_packed_as_ordinary_weights_says_how_to_pack_it(quantized: Path) -> None:
@@ -171,7 +174,7 @@ def test_it_is_done_once_and_what_differs_is_refused_by_name(stranger: Path) -> 
     command = ("finetune", "stranger", "--teacher", "tiny", "--out", "new", *SHORT)
     run(*command)
     first = artifacts("new")
-    assert run(*command).output.count(" already, made ") == 3
+    assert run(*command).output.count("exists already") == 3
     assert "exists already" in run("finetune", "new").output, "the run knows what it began with"
     assert artifacts("new") == first
     shutil.copytree("tiny", "other")
@@ -329,7 +332,7 @@ def test_settings_of_a_search_that_does_not_take_place_are_refused(stranger: Pat
     Path("imported.yaml").write_text("{model: tiny, quantize: {import_from: stranger}}")
     for flag in (("--bits", "3"), ("--skip", ".*q_proj"), ("--only", ".*q_proj")):
         line = refused("quantize", "--config", "imported.yaml", *flag, "--out", "new")
-        assert "has no say where the codes of stranger are taken over" in line, flag
+        assert "has no effect where the codes of stranger are imported" in line, flag
     assert not Path("new").exists()
 
 
@@ -337,7 +340,7 @@ def test_what_is_no_checkpoint_or_has_no_original_is_refused(stranger: Path) -> 
     assert "tiny is not an AQLM checkpoint" in refused("finetune", "tiny", "--teacher", "tiny")
     Path("empty").mkdir()
     assert "no config.json" in refused("finetune", "empty", "--teacher", "tiny")
-    assert "name its original with --teacher" in refused("finetune", "stranger")
+    assert "name its base model with --teacher" in refused("finetune", "stranger")
     assert "quantized already" in refused("finetune", "stranger", "--teacher", "stranger")
     assert not Path("runs").exists()
     assert "is stranger itself" in refused("finetune", "stranger", "--teacher", "tiny", "--out", "stranger", status=2)
@@ -346,4 +349,4 @@ def test_what_is_no_checkpoint_or_has_no_original_is_refused(stranger: Path) -> 
 def test_other_settings_in_its_config_are_told(stranger: Path) -> None:
     edit_config(stranger, lambda config: config.update(rms_norm_eps=1e-3))
     output = run("finetune", "stranger", "--teacher", "tiny", *SHORT).output
-    assert "warning: stranger has other settings than tiny, whose are kept: rms_norm_eps 0.001, not 1e-06" in output
+    assert "warning: stranger has other settings than tiny: rms_norm_eps 0.001, not 1e-06" in output

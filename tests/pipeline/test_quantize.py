@@ -21,6 +21,7 @@ from aqlm_cli.events import Advanced, BlockQuantized, Event, LayerQuantized, Not
 from aqlm_cli.models import load_network, resolve
 from aqlm_cli.models.blocks import find_blocks, linears
 from aqlm_cli.models.hidden_states import Activations, run_block
+from aqlm_cli.pipeline.job import Job, make_job
 from aqlm_cli.pipeline.order import prepare
 from aqlm_cli.pipeline.stage_reports import QuantizeReport
 from aqlm_cli.pipeline.stages import quantize as stage
@@ -33,8 +34,9 @@ from aqlm_cli.quantization.methods import rtn
 from aqlm_cli.quantization.solvers.hessian import LayerStatistics
 from aqlm_cli.quantization.training.block import fit_block, tuned_parameters
 from aqlm_cli.runs.artifact import Artifact, open_artifact
-from aqlm_cli.runs.directory import open_run
+from aqlm_cli.runs.directory import open_run, read_run
 from aqlm_cli.runs.files import load_tensors, read_metadata, save_tensors
+from aqlm_cli.runs.stages import CALIBRATE, StageKey
 from aqlm_cli.seeds import generator
 from aqlm_cli.spec.config import RunConfig
 from aqlm_cli.spec.plan import Plan
@@ -74,8 +76,14 @@ def settings(model: Path, **section: Any) -> RunConfig:
 def run(
     config: RunConfig, directory: str = "run", overwrite: bool = False, events: list[Event] | None = None
 ) -> QuantizeReport:
-    calibrate(config, Path(directory), False, lambda event: None)
-    return quantize(config, Path(directory), overwrite, ([] if events is None else events).append)
+    calibrate(make_job(config, Path(directory)))
+    return quantize(
+        make_job(config, Path(directory), overwrite=overwrite, emit=([] if events is None else events).append)
+    )
+
+
+def job_in(directory: Path) -> Job:
+    return make_job(read_run(directory).config, directory)
 
 
 def quantized(directory: str = "run") -> Artifact:
@@ -145,7 +153,7 @@ def test_a_model_goes_from_text_to_a_checkpoint_that_computes_alike(
     ids = tiny_models.token_ids(length=LENGTH)
     with torch.no_grad():
         found, original = restored(model)(ids).logits, network(ids).logits
-    pack(Path("run"), None, False, lambda event: None)
+    pack(job_in(Path("run")))
     packed = load_network(resolve("run/packed"), torch.float32)
     with torch.no_grad():
         assert (packed(ids).logits - found).norm() < 1e-3 * found.norm()
@@ -348,7 +356,7 @@ def test_the_errors_reported_are_those_of_the_packed_file(
 
     monkeypatch.setattr(stage, "compress_all", noting)
     run(settings(loud_and_quiet, fit={**FIT, "epochs": 0}))
-    packed = load_file(pack(Path("run"), None, False, lambda event: None).directory / "model.safetensors")
+    packed = load_file(pack(job_in(Path("run"))).directory / "model.safetensors")
     reported = quantized().manifest.results["layers"]
     assert reported.keys() == tasks.keys()
     for path, task in tasks.items():
@@ -366,7 +374,7 @@ def test_weights_beyond_the_range_of_float16_are_quantized_fitted_and_packed_as_
     errors = []
     for model in (llama, loud_and_quiet):
         run(settings(model, fit={**FIT, "epochs": 2}), f"run-{model.name}")
-        packed = pack(Path(f"run-{model.name}"), None, False, lambda event: None).directory
+        packed = pack(job_in(Path(f"run-{model.name}"))).directory
         wanted = load_network(resolve(str(llama)), torch.float32)(tiny_models.token_ids()).logits
         found = load_network(resolve(str(packed)), torch.float32)(tiny_models.token_ids()).logits
         errors.append(float((found - wanted).norm() / wanted.norm()))
@@ -427,15 +435,15 @@ def test_blocks_behind_the_last_chosen_layer_are_not_run(llama: Path, monkeypatc
     ],
 )
 def test_a_plan_says_what_will_multiply_and_whether_that_is_slow(llama: Path, scheme: str, kernel: str | None) -> None:
-    assert prepare(settings(llama, scheme=scheme))[1].kernel == (
+    assert prepare(make_job(settings(llama, scheme=scheme), Path("run")))[1].kernel == (
         kernel or choose(smallest(2, 256, 8), torch.device("cpu")).name
     )
-    assert prepare(settings(llama, method="rtn", scheme="int4g16"))[1].kernel is None
+    assert prepare(make_job(settings(llama, method="rtn", scheme="int4g16"), Path("run")))[1].kernel is None
 
 
 def test_a_plan_tells_what_will_be_done_without_doing_it(llama: Path) -> None:
     config = settings(llama, only=[r".*mlp.*"])
-    plan = prepare(config)[1]
+    plan = prepare(make_job(config, Path("run")))[1]
     report = run(config)
     assert (plan.layers, plan.stored_bits, plan.bytes_after) == (report.layers, report.stored_bits, report.bytes_after)
     assert len(plan.skipped) == 8 and plan.layers == 6
@@ -477,7 +485,7 @@ def test_one_window_cannot_be_held_out_and_that_is_said(llama: Path) -> None:
     events: list[Event] = []
     run(few_windows(llama, 1), events=events)
     assert [event.message for event in events if isinstance(event, Warned)] == [
-        "there is one window of text only, so none can be held out and blocks are not fitted; add text"
+        "the calibration set has one sequence, so none is held out and blocks are not fitted; add text"
     ]
     assert {event.gain for event in events if isinstance(event, BlockQuantized)} == {0.0}
 
@@ -516,7 +524,7 @@ def test_a_layer_that_no_text_reaches_stays_as_it_is(llama: Path, unreached: Cal
         f"model.layers.{block}.self_attn.q_proj": "no text reaches it" for block in range(2)
     }
     assert report.layers == len(matrices()) == 12
-    pack(Path("run"), None, False, lambda event: None)
+    pack(job_in(Path("run")))
     packed, original = (
         load_network(resolve("run/packed"), torch.float32),
         load_network(resolve(str(llama)), torch.float32),
@@ -533,13 +541,13 @@ def test_text_that_reaches_no_layer_is_refused(llama: Path, unreached: Callable[
 
 
 def test_a_calibration_of_another_model_is_refused(llama: Path, tmp_path: Path) -> None:
-    calibrate(settings(llama), Path("run"), False, lambda event: None)
+    calibrate(make_job(settings(llama), Path("run")))
     manifest = Path("run/calibration/manifest.json")
     made = json.loads(manifest.read_text())
     made["parents"]["model"] = "sha256:another"
     manifest.write_text(json.dumps(made))
     with pytest.raises(ArtifactError, match="was made from another model than"):
-        quantize(settings(llama), Path("run"), False, lambda event: None)
+        quantize(make_job(settings(llama), Path("run")))
 
 
 def test_held_out_windows_are_not_fitted_to(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -594,15 +602,15 @@ def test_what_is_there_with_the_same_settings_is_reused(llama: Path) -> None:
     assert run(settings(llama), events=events) == report
     assert Path("run/quantized/manifest.json").stat().st_mtime_ns == written
     (event,) = events
-    assert isinstance(event, Noted) and "is there already" in event.message
+    assert isinstance(event, Noted) and "exists already" in event.message
 
 
 def test_other_settings_are_refused_by_name_and_redone_on_request(finished: Path) -> None:
     before = files()
     with pytest.raises(ArtifactError, match=r"quantize\.scheme: 2x4g8 there, 1x4g8 here.*--overwrite"):
-        quantize(settings(finished, scheme="1x4g8"), Path("run"), False, lambda event: None)
+        quantize(make_job(settings(finished, scheme="1x4g8"), Path("run")))
     assert files() == before
-    report = quantize(settings(finished, scheme="1x4g8"), Path("run"), True, lambda event: None)
+    report = quantize(make_job(settings(finished, scheme="1x4g8"), Path("run"), overwrite=True))
     assert report.scheme == "1x4g8" and files() != before
 
 
@@ -612,14 +620,14 @@ def test_a_calibration_made_anew_is_another_one_though_its_settings_are_the_same
     assert parents["calibration"] == open_artifact(Path("run/calibration"), "calibration").digest
     assert parents["model"] == resolve(str(finished)).identity
     Path("a.txt").write_text(Path("a.txt").read_text().upper())
-    calibrate(config, Path("run"), True, lambda event: None)
+    calibrate(make_job(config, Path("run"), overwrite=True))
     with pytest.raises(ArtifactError, match=r"made from\.calibration \w+ there, \w+ asked; add --overwrite"):
-        quantize(config, Path("run"), False, lambda event: None)
+        quantize(make_job(config, Path("run")))
 
 
 def test_a_run_without_calibration_says_how_to_make_one(llama: Path) -> None:
     with pytest.raises(ArtifactError, match=r"no .*calibration.*aqlm calibrate"):
-        quantize(settings(llama), Path("run"), False, lambda event: None)
+        quantize(make_job(settings(llama), Path("run")))
 
 
 # ---------------------------------------------------------------------------------------------------------- the disk
@@ -637,7 +645,7 @@ def test_a_disk_without_room_for_hidden_states_is_one_line(llama: Path, monkeypa
         asked.append(size)
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    calibrate(settings(llama), Path("run"), False, lambda event: None)
+    calibrate(make_job(settings(llama), Path("run")))
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(StorageError, match=r"no space left on device while writing .*\.activations; free space"):
         run(settings(llama))
@@ -649,7 +657,7 @@ def test_a_disk_without_room_for_hidden_states_is_one_line(llama: Path, monkeypa
 def test_a_disk_that_fills_up_on_the_way_publishes_nothing(
     when: str, llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calibrate(settings(llama), Path("run"), False, lambda event: None)
+    calibrate(make_job(settings(llama), Path("run")))
     replace = os.replace
 
     def full(source: Any, target: Any) -> None:
@@ -659,7 +667,7 @@ def test_a_disk_that_fills_up_on_the_way_publishes_nothing(
 
     monkeypatch.setattr(os, "replace", full)
     with pytest.raises(StorageError, match="no space left"):
-        quantize(settings(llama), Path("run"), False, lambda event: None)
+        quantize(make_job(settings(llama), Path("run")))
     assert not Path("run/quantized").exists()
 
 
@@ -669,13 +677,13 @@ def test_a_disk_that_fills_up_on_the_way_publishes_nothing(
 def calibrated_before(model: Path, name: str, value: float) -> RunConfig:
     """A run whose calibration knows nothing of the one weight that is then damaged."""
     config = settings(model)
-    calibrate(config, Path("run"), False, lambda event: None)
+    calibrate(make_job(config, Path("run")))
     ids = load_file("run/calibration/windows.safetensors")["ids"]
     tensors = load_file(model / "model.safetensors")
     tensors[name].view(-1)[3] = value
     save_file(tensors, model / "model.safetensors", {"format": "pt"})
     directory = open_run(Path("run"), config)
-    with directory.stage("calibration", "calibration", {}, {"model": resolve(str(model)).identity}) as stage:
+    with directory.stage(StageKey(CALIBRATE, {}, {"model": resolve(str(model)).identity})) as stage:
         save_tensors(stage.directory / "windows.safetensors", {"ids": ids})
         stage.publish({})
     return config
@@ -691,7 +699,7 @@ def calibrated_before(model: Path, name: str, value: float) -> RunConfig:
 def test_a_weight_of_nan_is_refused_with_the_name_of_its_layer(path: str, named: str, llama: Path) -> None:
     config = calibrated_before(llama, f"{path}.weight", torch.nan)
     with pytest.raises(QuantizationError, match=named):
-        quantize(config, Path("run"), False, lambda event: None)
+        quantize(make_job(config, Path("run")))
     assert not Path("run/quantized").exists()
 
 
@@ -701,7 +709,7 @@ def test_activations_that_overflow_are_refused_with_the_name_of_their_layer(valu
     with pytest.raises(
         QuantizationError, match=r"^model\.layers\.1\.mlp\.\w+_proj: its inputs hold NaN or infinite values"
     ):
-        quantize(config, Path("run"), False, lambda event: None)
+        quantize(make_job(config, Path("run")))
     assert not Path("run/quantized").exists()
 
 

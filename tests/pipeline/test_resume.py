@@ -1,4 +1,4 @@
-"""Killed at any instant, the same command goes on and ends in the same bytes."""
+"""Killed at any instant, Run the same command to resume and ends in the same bytes."""
 
 from __future__ import annotations
 
@@ -127,9 +127,9 @@ def test_finished_blocks_and_matrices_are_not_done_again(
 ) -> None:
     command = "quantize", "--config", "run.yaml", "--out", "stopped"
     stopped = interrupted_at("model.layers.1", 3, *command)  # two matrices of the second block are whole
-    assert stopped.exit_code == 130 and "the same command goes on" in stopped.output
+    assert stopped.exit_code == 130 and "Run the same command to resume" in stopped.output
     resumed = commands.run(*command).output
-    assert "stopped/quantized.partial holds 1 of 2 blocks, going on after them" in resumed
+    assert "stopped/quantized.partial holds 1 of 2 blocks; resuming after them" in resumed
     assert resumed.count("model.layers.") == 7 - 2
     assert commands.made("stopped") == commands.made(finished_run)
 
@@ -147,7 +147,7 @@ def test_another_calibration_is_not_mixed_in(interrupted_run: tuple[str, ...]) -
     begun.write_text(json.dumps(found))
     result = commands.run(*interrupted_run)
     assert result.exit_code == 1
-    assert "quantized.partial was begun with made from.calibration 0000" in result.output
+    assert "quantized.partial was started with made from.calibration 0000" in result.output
     assert commands.run(*interrupted_run, "--overwrite").exit_code == 0
 
 
@@ -175,10 +175,10 @@ def test_what_is_half_removed_is_not_gone_on_from(
     assert commands.run(*interrupted_run, "--scheme", "3x4g8", "--overwrite").exit_code == 130
     monkeypatch.setattr(shutil, "rmtree", remove)
     result = commands.run(*interrupted_run, "--overwrite")
-    assert result.exit_code == 0 and "going on after them" not in result.output
+    assert result.exit_code == 0 and "resuming after them" not in result.output
 
 
 def test_another_machine_is_not_mixed_in(interrupted_run: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(block_inputs, "compute_dtype", lambda device: torch.float64)
     result = commands.run(*interrupted_run)
-    assert result.exit_code == 1 and "float64 asked; add --overwrite to begin anew" in result.output
+    assert result.exit_code == 1 and "float64 asked; add --overwrite to start again" in result.output

@@ -20,6 +20,7 @@ from aqlm_cli.data.spec import sampled_sequences
 from aqlm_cli.errors import DataError
 from aqlm_cli.events import Advanced, Event, StageStarted
 from aqlm_cli.models import load_tokenizer, resolve
+from aqlm_cli.pipeline.job import make_job
 from aqlm_cli.pipeline.stages import sample as stage
 from aqlm_cli.runs.directory import read_run
 
@@ -45,7 +46,7 @@ def sampled(directory: Path, data: str = "self:6", **settings: Any) -> tuple[Ten
     """The token ids `[windows, L]` that the stage leaves for these settings, and what it told meanwhile."""
     config, told = read_run(directory).config, list[Event]()
     section = config.finetune.model_copy(update={"data": data})
-    stage.sample(config.model_copy(update={"finetune": section, **settings}), directory, False, told.append)
+    stage.sample(make_job(config.model_copy(update={"finetune": section, **settings}), directory, emit=told.append))
     return text(directory), told
 
 
@@ -72,7 +73,7 @@ def test_neither_the_batch_nor_the_number_of_windows_changes_a_window(
 
 def test_progress_is_told_window_by_window(made: Path) -> None:
     _, told = sampled(made, "self:24")  # at once, so that a step may be worth more than a window of 16 tokens
-    assert told[0] == StageStarted("sample", 24, "window")
+    assert told[0] == StageStarted("sample", 24, "sequence")
     assert [event.done for event in told if isinstance(event, Advanced)] == list(range(1, 25))
     assert all(event.detail.endswith(" tokens/s") for event in told if isinstance(event, Advanced))
 
@@ -89,7 +90,7 @@ def test_a_model_is_finetuned_on_its_originals_text(made: Path) -> None:
     stages = json.loads(run("status", "run", "--json").stdout)["stages"]
     assert [one["stage"] for one in stages] == ["calibrate", "quantize", "sample", "finetune", "pack"]
     assert {one["state"] for one in stages} == {"finished"}
-    assert "sample: 8 of 8 windows, done in" in result.stderr
+    assert "sample: 8 of 8 sequences, done in" in result.stderr
     (made / "text/windows.safetensors").write_bytes(b"0" * (made / "text/windows.safetensors").stat().st_size)
     assert "text/windows.safetensors is damaged" in refused("verify", "run")
 
@@ -132,10 +133,10 @@ def test_the_same_text_is_taken_again_and_another_number_of_windows_is_sampled(m
     run("finetune", "run", "--data", "self:8")
     first, written = text(made), (made / "text/windows.safetensors").stat().st_mtime_ns
     again = run("finetune", "run", "--data", "self:8", "--steps", "3", "--overwrite")
-    assert again.exit_code == 0 and "run/text is there already" in again.output
+    assert again.exit_code == 0 and "run/text exists already" in again.output
     assert (made / "text/windows.safetensors").stat().st_mtime_ns == written
     more = run("finetune", "run", "--data", "self:10", "--overwrite")
-    assert more.exit_code == 0 and "run/text is there already" not in more.output
+    assert more.exit_code == 0 and "run/text exists already" not in more.output
     assert text(made).shape == (10, LENGTH) and torch.equal(text(made)[:8], first)
 
 
@@ -150,12 +151,12 @@ def test_damaged_text_is_sampled_again(made: Path) -> None:
 def test_what_finetune_refuses_costs_no_text(made: Path, interrupted_at: Callable[..., Result]) -> None:
     assert interrupted_at("training.safetensors", 2, "finetune", "run", "--data", "self:8").exit_code == 130
     kept = text(made)
-    assert "finetuned.partial was begun with settings.data self:8 there" in refused(
+    assert "finetuned.partial was started with settings.data self:8 there" in refused(
         "finetune", "run", "--data", "self:9"
     )
     assert torch.equal(text(made), kept)
     assert "resuming" in run("finetune", "run", "--data", "self:8").output
-    assert "finetuned is there with settings.data self:8 there" in refused("finetune", "run", "--data", "self:9")
+    assert "finetuned exists with settings.data self:8 there" in refused("finetune", "run", "--data", "self:9")
     assert torch.equal(text(made), kept)
     shutil.rmtree(made / "text")
     assert "finetuned exists already" in run("finetune", "run", "--data", "self:8").output

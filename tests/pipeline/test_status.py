@@ -90,7 +90,7 @@ def test_a_run_goes_from_not_begun_over_interrupted_to_finished(
     shown = commands.run("status", "out")
     assert (
         re.search(r"running\W+no\W", shown.output)
-        and "not begun" in shown.output
+        and "not started" in shown.output
         and "next: aqlm quantize --config" in shown.output
     )
     stopped = interrupted_at("model.layers.1", 1, "quantize", "--config", str(run_file), "--out", "out")
@@ -125,7 +125,7 @@ def test_the_time_left_is_that_of_the_steps_so_far(finished_run: Path, monkeypat
     )  # for this one holds no lock against itself
     with exclusive(finished_run):
         found = status(finished_run).stages[1]
-    assert (found.state, found.done, found.total) == ("at work", 6, 10)
+    assert (found.state, found.done, found.total) == ("running", 6, 10)
     assert found.seconds_left == pytest.approx(4 * 30 - 10, abs=2)
 
 

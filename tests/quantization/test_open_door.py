@@ -145,7 +145,7 @@ def sign(run_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The rows that a new method and a new kind need, and a run file that names them."""
     monkeypatch.setitem(MATRIX_KINDS, "sign", SignMatrix)  # type: ignore[arg-type]
     monkeypatch.setitem(schemes.FAMILIES, "sign", SignScheme)  # type: ignore[arg-type]
-    monkeypatch.setitem(METHODS, "sign", MethodSpec(SignSettings, ("sign",), "sign", epochs=2))  # type: ignore[arg-type]
+    monkeypatch.setitem(METHODS, "sign", MethodSpec("signs", SignSettings, ("sign",), "sign", epochs=2))  # type: ignore[arg-type]
     monkeypatch.setitem(methods.METHODS, "sign", quantize)  # type: ignore[arg-type]
     run_file.write_text(RUN_FILE + FINETUNE)
 

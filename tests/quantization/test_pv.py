@@ -34,7 +34,7 @@ def steps(one: AdditiveLinear, lamb: bool = False, **settings: Any) -> CodeSteps
 
 
 def weight(one: AdditiveLinear) -> Tensor:
-    return one.matrix.dequantize()
+    return one.matrix().dequantize()
 
 
 def pushed(codes: CodeSteps, gradient: Tensor, rate: float) -> int:

@@ -45,8 +45,8 @@ config = build_config(None, Path("run.yaml"), {})
 order.use_machine(config)
 found = {}
 for stage, step in {
-    "calibrate": lambda: order.calibrate_run(config, Path("run"), False, lambda event: None),
-    "quantize and pack": lambda: order.quantize_and_pack(config, Path("run"), False, lambda event: None),
+    "calibrate": lambda: order.calibrate_run(order.make_job(config, Path("run"))),
+    "quantize and pack": lambda: order.quantize_and_pack(order.make_job(config, Path("run"))),
 }.items():
     step()
     found[stage] = peak_memory_bytes()

@@ -20,6 +20,8 @@ PACKAGES = (
     "src/aqlm_cli/quantization/resume.py",
     "src/aqlm_cli/models/[!r]*.py",
     "src/aqlm_cli/models/r[!e]*.py",
+    "src/aqlm_cli/cli",
+    "src/aqlm_cli/runs",
 )
 """Paths and globs of what has been swept."""
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,13 @@ from aqlm_cli.errors import ArtifactError, StorageError
 from aqlm_cli.runs.artifact import Artifact, Manifest, open_artifact
 from aqlm_cli.runs.directory import RunDirectory, is_run, open_run, read_run
 from aqlm_cli.runs.files import write_file
+from aqlm_cli.runs.stages import QUANTIZE, StageKey, stages_of
 from aqlm_cli.spec.config import RunConfig
 from aqlm_cli.spec.run_file import build_config
 
 SETTINGS = {"scheme": "2x8g8", "skip": ("lm_head",)}
 PARENTS = {"model": "sha256:abc"}
+KEY = StageKey(QUANTIZE, SETTINGS, PARENTS)
 
 
 def config(**flags: Any) -> RunConfig:
@@ -24,7 +27,7 @@ def config(**flags: Any) -> RunConfig:
 
 
 def publish(run: RunDirectory, text: str = "codes", kind: str = "quantized", **results: Any) -> Artifact:
-    with run.stage(kind, kind, SETTINGS, PARENTS) as stage:
+    with run.stage(StageKey(stages_of(kind)[-1], SETTINGS, PARENTS)) as stage:
         write_file(stage.directory / "block-000.safetensors", text.encode())
         return stage.publish(results)
 
@@ -38,7 +41,7 @@ def run(tmp_path: Path) -> RunDirectory:
 
 
 def test_a_stage_is_seen_only_when_it_is_published(run: RunDirectory) -> None:
-    with run.stage("quantized", "quantized", SETTINGS, PARENTS) as stage:
+    with run.stage(KEY) as stage:
         write_file(stage.directory / "block-000.safetensors", b"codes")
         assert run.artifact("quantized") is None
         stage.publish({"loss": 1.5})
@@ -50,7 +53,7 @@ def test_a_stage_is_seen_only_when_it_is_published(run: RunDirectory) -> None:
 
 
 def test_a_stage_that_dies_leaves_its_work_and_the_next_start_wipes_it(run: RunDirectory) -> None:
-    with pytest.raises(RuntimeError), run.stage("quantized", "quantized", SETTINGS, PARENTS) as stage:
+    with pytest.raises(RuntimeError), run.stage(KEY) as stage:
         write_file(stage.directory / "stale", b"")
         raise RuntimeError
     assert (run.path / "quantized.partial" / "stale").exists()
@@ -124,7 +127,7 @@ def test_a_name_that_leads_out_of_the_directory_is_refused(run: RunDirectory, na
 def test_a_name_that_no_file_can_have_is_refused(run: RunDirectory, name: str) -> None:
     artifact = publish(run)
     rewrite(artifact, files={name: {"sha256": "0", "bytes": 5}})
-    with pytest.raises(ArtifactError, match="which no file is called"):
+    with pytest.raises(ArtifactError, match="which is no file name"):
         open_artifact(artifact.directory, "quantized")
 
 
@@ -192,7 +195,7 @@ def test_a_manifest_reads_back_the_same(run: RunDirectory) -> None:
 
 def test_the_same_settings_and_parents_are_reused(run: RunDirectory) -> None:
     artifact = publish(run)
-    assert run.reusable("quantized", "quantized", SETTINGS, PARENTS, overwrite=False) == run.artifact("quantized")
+    assert run.reusable(KEY) == run.artifact("quantized")
     assert artifact.digest == publish(run).digest
 
 
@@ -200,21 +203,21 @@ def test_other_settings_or_parents_are_refused_with_each_difference(run: RunDire
     publish(run)
     with pytest.raises(ArtifactError) as caught:
         changed = {**SETTINGS, "scheme": "3x8g8"}
-        run.reusable("quantized", "quantized", changed, {"model": "sha256:def"}, overwrite=False)
+        run.reusable(StageKey(QUANTIZE, changed, {"model": "sha256:def"}))
     assert "settings.scheme 2x8g8 there, 3x8g8 asked" in str(caught.value)
     assert "made from.model sha256:abc there, sha256:def asked" in str(caught.value)
     assert "--overwrite" in str(caught.value)
 
 
 def test_overwrite_and_an_empty_run_leave_nothing_to_reuse(run: RunDirectory) -> None:
-    assert run.reusable("quantized", "quantized", SETTINGS, PARENTS, overwrite=False) is None
+    assert run.reusable(KEY) is None
     publish(run)
-    assert run.reusable("quantized", "quantized", SETTINGS, PARENTS, overwrite=True) is None
+    assert run.reusable(replace(KEY, overwrite=True)) is None
 
 
 def test_what_was_made_from_something_that_is_made_anew_is_not_built_on(run: RunDirectory) -> None:
     def publish_from(kind: str, parents: dict[str, str], text: str = "codes") -> str:
-        with run.stage(kind, kind, {}, parents) as stage:
+        with run.stage(StageKey(stages_of(kind)[-1], {}, parents)) as stage:
             write_file(stage.directory / "file", text.encode())
             return stage.publish({}).digest
 

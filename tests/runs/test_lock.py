@@ -78,7 +78,7 @@ def test_a_directory_of_somebody_else_is_left_as_it_is(run_file: Path) -> None:
     other.mkdir()
     (other / "lock").write_text("mine")
     result = commands.run("calibrate", "--config", str(run_file), "--out", "other")
-    assert result.exit_code == 1 and "no lock of ours" in result.output
+    assert result.exit_code == 1 and "is not an aqlm lock file" in result.output
     (other / "notes").write_text("mine, too")
     result = commands.run("calibrate", "--config", str(run_file), "--out", "other")
     assert result.exit_code == 1 and "is not a run directory" in result.output

@@ -15,9 +15,9 @@ import typer
 
 from aqlm_cli.cli import evaluate, finetune, inspect, options
 from aqlm_cli.cli.console import OneLineErrors, Screen
-from aqlm_cli.events import silent
 from aqlm_cli.formatting import PROMPT, command_line
 from aqlm_cli.openmp import share_pool
+from aqlm_cli.spec.flags import QUANTIZE, as_settings
 from aqlm_cli.spec.run_file import build_config
 
 app = typer.Typer(
@@ -26,8 +26,11 @@ app = typer.Typer(
 
 
 def main() -> None:
-    """In a team of torchrun's the process ends without Python's own end, where a thread of Gloo's that still holds a
-    tensor aborts it now and then (pytorch/pytorch#179291); torchrun would then end the others at their work."""
+    """Run the command line.
+
+    Under torchrun, skip interpreter shutdown: a Gloo thread that still holds a tensor can abort there
+    (pytorch/pytorch#179291), and torchrun would then stop the other processes.
+    """
     share_pool()
     try:
         app()
@@ -41,7 +44,7 @@ def main() -> None:
 
 @app.callback()
 def about(version: options.Version = False) -> None:
-    """Compress a language model to 1-4 bits a weight, and see what was won and lost.
+    """Compress a language model to 1-4 bits per weight, and measure what it costs.
 
     \b
     Example:
@@ -70,30 +73,22 @@ def calibrate(
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
 ) -> None:
-    """Cut a text into windows and measure the model on them.
+    """Cut a text into sequences and collect statistics of the model on them.
 
     \b
     Example:
       aqlm calibrate smollm2-135m --data builtin --sequences 80
     """
+    flags = dict(locals())
     from aqlm_cli.pipeline import order
 
-    settings = build_config(
-        preset,
-        config,
-        {
-            **options.machine_flags(model, revision, trust_remote_code, seed, device, threads),
-            "calibrate": {"data": data, "sequences": sequences, "sequence_length": sequence_length, "bos": bos},
-        },
-    )
+    settings = build_config(preset, config, as_settings(flags, QUANTIZE))
     with Screen(json, quiet, verbose) as screen:
         order.use_machine(settings)
-        directory = out or order.default_run_directory(settings)
-        report = order.calibrate_run(settings, directory, overwrite, screen.emit)
-        screen.finish(
-            {"calibrate": report},
-            following=command_line("quantize", "--config", directory / "run.yaml", "--out", directory),
-        )
+        job = order.make_job(settings, out, overwrite=overwrite, emit=screen.emit)
+        report = order.calibrate_run(job)
+        following = command_line("quantize", "--config", job.directory / "run.yaml", "--out", job.directory)
+        screen.finish({"calibrate": report}, following)
 
 
 @app.command()
@@ -125,38 +120,29 @@ def quantize(
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
 ) -> None:
-    """Compress a model's linear layers and pack the result.
+    """Quantize the linear layers of a model and pack the result.
 
-    Calibrates first where that has not been done.
+    Calibration runs first where it is missing.
 
     \b
     Example:
       aqlm quantize --bits 2 HuggingFaceTB/SmolLM2-135M-Instruct
       aqlm quantize --scheme 3x8g8 --skip '.*down_proj' --data notes.txt:64,builtin:64 smollm2-135m
     """
+    flags = dict(locals())
     from aqlm_cli.pipeline import order
 
-    settings = build_config(
-        preset,
-        config,
-        {
-            **options.machine_flags(model, revision, trust_remote_code, seed, device, threads),
-            **options.limits(max_memory, max_disk),
-            "calibrate": {"data": data, "sequences": sequences, "sequence_length": sequence_length, "bos": bos},
-            "quantize": {"method": method, "scheme": options.chosen_scheme(bits, scheme), "skip": skip, "only": only},
-            "pack": {"format": format},
-        },
-    )
+    settings = build_config(preset, config, as_settings(flags, QUANTIZE))
     with Screen(json, quiet, verbose) as screen:
         order.use_machine(settings)
-        directory = out or order.default_run_directory(settings)
-        settings, plan = order.prepare(settings, screen.emit if dry_run else silent)
+        job = order.make_job(settings, out, overwrite=overwrite, emit=screen.emit)
         if dry_run:
-            screen.finish({"plan": plan}, following="the same command without --dry-run")
+            screen.finish(order.dry_run(job), following="the same command without --dry-run")
             return
+        job, plan = order.prepare(job)
         screen.show(plan)
-        reports = order.quantize_and_pack(settings, directory, overwrite, screen.emit)
-        screen.finish(reports, following=command_line("eval-ppl", directory))
+        reports = order.quantize_and_pack(job)
+        screen.finish(reports, following=command_line("eval-ppl", job.directory))
 
 
 @app.command()
@@ -183,31 +169,23 @@ def plan(
     out: options.Out = None,
     json: options.Json = False,
 ) -> None:
-    """Show what quantizing a model will take on this machine.
+    """Show the plan of a run, and its time, memory and disk on this machine.
 
-    Reads config.json and the headers of the model's files, never a weight, and measures this machine for some seconds.
+    Reads config.json and the headers of the model's files, no weights, and measures this machine for some seconds.
 
     \b
     Example:
       aqlm plan --bits 2 smollm2-135m
       aqlm plan --bits 2 --max-memory 8GiB path/to/Llama-3-70B
     """
+    flags = dict(locals())
     from aqlm_cli.pipeline import order
 
-    settings = build_config(
-        preset,
-        config,
-        {
-            **options.machine_flags(model, revision, trust_remote_code, None, device, threads),
-            **options.limits(max_memory, max_disk),
-            "calibrate": {"data": data, "sequences": sequences, "sequence_length": sequence_length, "bos": bos},
-            "quantize": {"method": method, "scheme": options.chosen_scheme(bits, scheme), "skip": skip, "only": only},
-            "pack": {"format": format},
-        },
-    )
+    settings = build_config(preset, config, as_settings(flags, QUANTIZE))
     with Screen(json) as screen:
         order.use_machine(settings)
-        reports = order.forecast_run(settings, out or Path.cwd(), screen.emit)
+        job = order.make_job(settings, out or Path.cwd(), emit=screen.emit, with_weights=False)
+        reports = order.forecast_run(job)
         screen.finish(reports, following="the same command with quantize in the place of plan")
 
 
@@ -220,17 +198,18 @@ def pack(
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
 ) -> None:
-    """Write a quantized model as a checkpoint for others.
+    """Write a quantized model as a checkpoint that others can load.
 
     \b
     Example:
       aqlm pack runs/SmolLM2-135M-Instruct-2bit --format dense --overwrite
     """
+    flags = dict(locals())
     from aqlm_cli.pipeline import order
 
-    settings = order.settings_of_run(run, {"pack": {"format": format}})
+    settings = order.settings_of_run(run, as_settings(flags, QUANTIZE))
     with Screen(json, quiet, verbose) as screen:
-        report = order.pack_run(settings, run, overwrite, screen.emit)
+        report = order.pack_run(order.make_job(settings, run, overwrite=overwrite, emit=screen.emit))
         screen.finish({"pack": report}, following=command_line("generate", run, "--prompt", PROMPT))
 
 
@@ -241,16 +220,16 @@ for measuring in (evaluate.eval_ppl, evaluate.bench, evaluate.generate):
 
 @app.command()
 def run(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="A run file in YAML.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="Run file in YAML.")],
     out: options.Out = None,
     overwrite: options.Overwrite = False,
     json: options.Json = False,
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
 ) -> None:
-    """Run all stages of a run file, calibration to benchmark.
+    """Run all stages of a run file, from calibration to benchmark.
 
-    `finetune` is one of them where the file has a section of that name.
+    `finetune` is included where the file has a section of that name.
 
     \b
     Example:
@@ -261,11 +240,10 @@ def run(
     settings = build_config(None, file, {})
     with Screen(json, quiet, verbose) as screen:
         order.use_machine(settings)
-        directory = out or order.default_run_directory(settings)
-        settings, plan = order.prepare(settings)
+        job, plan = order.prepare(order.make_job(settings, out, overwrite=overwrite, emit=screen.emit))
         screen.show(plan)
-        reports = order.run_all(settings, directory, overwrite, screen.emit)
-        screen.finish(reports, following=command_line("generate", directory, "--prompt", PROMPT))
+        reports = order.run_all(job)
+        screen.finish(reports, following=command_line("generate", job.directory, "--prompt", PROMPT))
 
 
 for looking in (inspect.status, inspect.verify, inspect.doctor):

@@ -1,4 +1,4 @@
-"""How events, results and errors look: a bar with the time left on a terminal, plain lines elsewhere.
+"""Console output of events, results and errors: a progress bar on a terminal, plain lines elsewhere.
 
 With `--json` exactly one JSON object goes to stdout and everything else to stderr; likewise other forms for machines.
 """
@@ -40,15 +40,17 @@ class _Stage:
 
 
 class Screen:
-    """Open for the time of one command."""
+    """The console of one command; open while it runs."""
 
     def __init__(
-        self, as_json: bool, quiet: bool = False, verbose: bool = False, *, for_machines: bool = False
+        self, as_json: bool, quiet: bool = False, verbose: bool = False, *, md: bool = False, csv: bool = False
     ) -> None:
         if quiet and verbose:
             raise UsageError("--quiet and --verbose exclude each other; give one of them")
+        if as_json + md + csv > 1:
+            raise UsageError("--json, --md and --csv exclude each other; give one of them")
         self._as_json, self._quiet, self._verbose = as_json, quiet, verbose
-        self._console = Console(stderr=as_json or for_machines, highlight=False)
+        self._console = Console(stderr=as_json or md or csv, highlight=False)
         if not self._console.is_terminal:
             self._console.width = FILE_WIDTH
         columns = (
@@ -81,7 +83,7 @@ class Screen:
             self._line(_sentence(event))
 
     def show(self, record: Record) -> None:
-        """A table on the way; never part of the JSON."""
+        """Print an intermediate table; never part of the JSON."""
         if not self._quiet:
             self._table(record)
 
@@ -120,19 +122,19 @@ class Screen:
 
 
 class OneLineErrors(TyperGroup):
-    """A command that cannot go on ends with one line on stderr, if a user can mend it; a bug keeps its traceback."""
+    """A command that fails ends with one line on stderr, if the user can fix it; a bug keeps its traceback."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except _mendable() as error:
+        except _fixable() as error:
             _end(str(error), getattr(error, "exit_status", 1), error)
         except KeyboardInterrupt as interrupt:
-            _end("interrupted; what is finished is kept, the same command goes on after it", 130, interrupt)
+            _end("interrupted; finished work is kept. Run the same command to resume.", 130, interrupt)
 
 
-def _mendable() -> tuple[type[Exception], ...]:
-    """Looked up when something was raised: a KernelError can only come from a package that is loaded by then."""
+def _fixable() -> tuple[type[Exception], ...]:
+    """Error types of one line. A KernelError can only come from a package that is loaded when it is raised."""
     kernels = sys.modules.get("aqlm_kernels.errors")
     return (AqlmError,) if kernels is None else (AqlmError, kernels.KernelError)
 

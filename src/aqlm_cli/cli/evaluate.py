@@ -1,4 +1,4 @@
-"""The commands that measure a model and let it speak, registered by cli.py."""
+"""The commands that measure a model and generate text with it; registered in app.py."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ import typer
 
 from aqlm_cli.cli import options
 from aqlm_cli.cli.console import Screen
-from aqlm_cli.errors import UsageError
 from aqlm_cli.formatting import PROMPT, command_line
+from aqlm_cli.spec.flags import BENCH, EVAL_PPL, GENERATE, as_settings
 
 
 def eval_ppl(
     target: options.Target,
-    data: Annotated[str | None, typer.Option(help="wikitext2, c4, builtin or a file.")] = None,
+    data: Annotated[str | None, typer.Option(help="Text: wikitext2, c4, builtin or a file.")] = None,
     sequence_length: options.SequenceLength = None,
     bos: options.Bos = None,
-    windows: Annotated[int | None, typer.Option(min=2, help="Only the first so many; all, if not given.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
+    windows: Annotated[int | None, typer.Option(min=2, help="Number of sequences (default: all).")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Compute type: float32, bfloat16 or float16.")] = None,
     revision: options.Revision = None,
     trust_remote_code: options.RemoteCode = None,
     device: options.Device = None,
@@ -27,24 +27,20 @@ def eval_ppl(
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
 ) -> None:
-    """Measure perplexity; of a run, beside the original's.
+    """Measure perplexity; of a run, beside that of its base model.
 
-    The protocol is GPTQ's: windows without overlap, every token but a window's first scored. Where the tokenizer puts a
-    beginning token before a text, each window has one, which GPTQ's have not: --no-bos compares with published figures.
+    The protocol is GPTQ's: sequences without overlap, every token but the first of each scored. Where the tokenizer
+    puts a BOS token before a text, each sequence starts with one, unlike in GPTQ: use --no-bos to compare with
+    published figures.
 
     \b
     Example:
       aqlm eval-ppl runs/SmolLM2-135M-Instruct-2bit --data wikitext2 --sequence-length 2048
     """
+    flags = dict(locals())
     from aqlm_cli.pipeline import order
 
-    settings = order.settings_for(
-        target,
-        {
-            **options.machine_flags(None, revision, trust_remote_code, None, device, threads),
-            "eval_ppl": {"data": data and [data], "sequence_length": sequence_length, "bos": bos, "dtype": dtype},
-        },
-    )
+    settings = order.settings_for(target, as_settings({**flags, "data": data and [data]}, EVAL_PPL))
     with Screen(json, quiet, verbose) as screen:
         order.use_machine(settings)
         reports = order.measure(target, settings, windows, screen.emit)
@@ -54,17 +50,17 @@ def eval_ppl(
 def bench(
     target: options.OptionalTarget = None,
     shape: Annotated[
-        str | None, typer.Option(help="In place of a model: llama-3.2-1b or the like, with random numbers.")
+        str | None, typer.Option(help="Shape in place of a model, such as llama-3.2-1b, with random weights.")
     ] = None,
-    scheme: Annotated[str | None, typer.Option(help="With --shape: 2x8g8 or the like.")] = None,
-    tokens: Annotated[int | None, typer.Option(help="New tokens to decode.")] = None,
-    prompt: Annotated[int | None, typer.Option(help="Tokens of the prompt.")] = None,
-    repeats: Annotated[int | None, typer.Option(help="Times that each model runs.")] = None,
-    batch: Annotated[int | None, typer.Option(help="Rows of x in a single product.")] = None,
+    scheme: Annotated[str | None, typer.Option(help="Scheme for --shape, such as 2x8g8.")] = None,
+    tokens: Annotated[int | None, typer.Option(help="Tokens to decode.")] = None,
+    prompt: Annotated[int | None, typer.Option(help="Prompt length in tokens.")] = None,
+    repeats: Annotated[int | None, typer.Option(help="Number of repetitions.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Rows of x in a single matmul.")] = None,
     backend: options.Backend = None,
     head: options.Head = None,
-    llama_bench: Annotated[str | None, typer.Option(help="llama.cpp's program, to measure beside.")] = None,
-    llama_model: Annotated[list[str] | None, typer.Option(help="A .gguf file that it runs; repeatable.")] = None,
+    llama_bench: Annotated[str | None, typer.Option(help="llama.cpp's llama-bench, to compare with.")] = None,
+    llama_model: Annotated[list[str] | None, typer.Option(help=".gguf file for llama-bench; repeatable.")] = None,
     seed: options.Seed = None,
     revision: options.Revision = None,
     trust_remote_code: options.RemoteCode = None,
@@ -72,44 +68,25 @@ def bench(
     json: options.Json = False,
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
-    md: Annotated[bool, typer.Option("--md", help="Markdown tables on stdout, everything else on stderr.")] = False,
-    csv: Annotated[bool, typer.Option("--csv", help="Likewise comma-separated values.")] = False,
+    md: Annotated[bool, typer.Option("--md", help="Print Markdown tables on stdout, all else on stderr.")] = False,
+    csv: Annotated[
+        bool, typer.Option("--csv", help="Print comma-separated values on stdout, all else on stderr.")
+    ] = False,
 ) -> None:
-    """Measure tokens per second; of a run, beside the original's.
+    """Measure tokens per second; of a run, beside its base model.
 
-    Reading a prompt, decoding token by token, and single products are measured apart, on the CPU.
+    Prefill, decoding token by token, and single matmuls are measured separately, on the CPU.
 
     \b
     Example:
       aqlm bench runs/SmolLM2-135M-Instruct-2bit --threads 1
       aqlm bench --shape llama-3.2-1b --scheme 2x8g8
     """
+    flags = dict(locals())
     from aqlm_cli.pipeline import order
 
-    if (target is None) == (shape is None):
-        raise UsageError("give a model, a run or --shape, one of them")
-    if json + md + csv > 1:
-        raise UsageError("--json, --md and --csv are three forms of the same; give one of them")
-    if scheme is not None and shape is None:
-        raise UsageError("--scheme goes with --shape; a run has a scheme of its own")
-    if shape is not None and (revision is not None or trust_remote_code is not None):
-        raise UsageError("--revision and --trust-remote-code belong to a model; --shape has neither, leave them out")
-    lengths = {"tokens": tokens, "prompt": prompt, "repeats": repeats, "batch": batch}
-    settings = order.settings_for(
-        target or str(shape),
-        {
-            **options.machine_flags(None, revision, trust_remote_code, seed, None, threads),
-            "quantize": {"scheme": scheme},
-            "bench": {
-                **lengths,
-                "backend": backend,
-                "head": head,
-                "llama_bench": llama_bench,
-                "llama_models": llama_model,
-            },
-        },
-    )
-    with Screen(json, quiet, verbose, for_machines=md or csv) as screen:
+    settings = order.settings_to_bench(target, shape, as_settings(flags, BENCH))
+    with Screen(json, quiet, verbose, md=md, csv=csv) as screen:
         order.use_machine(settings)
         if target is None:
             report = order.compare_speed_of_shape(str(shape), settings, screen.emit)
@@ -123,9 +100,11 @@ def bench(
 
 def generate(
     target: options.Target,
-    prompt: Annotated[str, typer.Option(help="The text to continue.")],
-    tokens: Annotated[int, typer.Option(min=1, help="The most tokens to add.")] = 64,
-    temperature: Annotated[float, typer.Option(min=0, help="0: always the likeliest token.")] = 0.0,
+    prompt: Annotated[str, typer.Option(help="Text to continue.")],
+    tokens: Annotated[int, typer.Option(min=1, help="Maximum number of new tokens.")] = 64,
+    temperature: Annotated[
+        float, typer.Option(min=0, help="Sampling temperature; 0: always the likeliest token.")
+    ] = 0.0,
     backend: options.Backend = None,
     head: options.Head = None,
     seed: options.Seed = None,
@@ -143,10 +122,10 @@ def generate(
     Example:
       aqlm generate runs/SmolLM2-135M-Instruct-2bit --prompt "The capital of France is"
     """
+    flags = dict(locals())
     from aqlm_cli.pipeline import order
 
-    flags = options.machine_flags(None, revision, trust_remote_code, seed, device, threads)
-    settings = order.settings_for(target, {**flags, "bench": {"backend": backend, "head": head}})
+    settings = order.settings_for(target, as_settings(flags, GENERATE))
     with Screen(json, quiet, verbose) as screen:
         order.use_machine(settings)
         report = order.continue_text(target, settings, prompt, tokens, temperature, screen.emit)

@@ -1,39 +1,43 @@
-"""The command that teaches a quantized model by its original; registered by cli.py."""
+"""The command that fine-tunes a quantized model by distillation; registered in app.py."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from aqlm_cli.cli import options
 from aqlm_cli.cli.console import Screen
-from aqlm_cli.errors import UsageError
 from aqlm_cli.formatting import command_line
+from aqlm_cli.spec.flags import FINETUNE, as_settings
 
 
 def finetune(
-    target: Annotated[str, typer.Argument(metavar="RUN|CHECKPOINT", help="A run, or an AQLM checkpoint by anyone.")],
-    teacher: Annotated[str | None, typer.Option(help="The model that CHECKPOINT was made from.")] = None,
+    target: Annotated[str, typer.Argument(metavar="RUN|CHECKPOINT", help="A run, or any AQLM checkpoint.")],
+    teacher: Annotated[str | None, typer.Option(help="Base model of CHECKPOINT.")] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Begin a new run here; of a CHECKPOINT runs/NAME-finetuned if not given.")
+        Path | None, typer.Option(help="Directory of a new run (default for a CHECKPOINT: runs/NAME-finetuned).")
     ] = None,
     data: Annotated[
         str | None,
-        typer.Option(help="Text to learn from; self:64 is sampled from the original; if not given, calibration's."),
+        typer.Option(help="Training text; self:64 is sampled from the base model (default: the calibration set)."),
     ] = None,
     sequences: options.Sequences = None,
     sequence_length: options.SequenceLength = None,
     bos: options.Bos = None,
-    steps: Annotated[int | None, typer.Option(help="How many.")] = None,
-    time_budget: Annotated[str | None, typer.Option(help="Such as 2h or 90m: as many steps as fit.")] = None,
-    batch: Annotated[int | None, typer.Option(help="Sequences of a step.")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Relative to the size of each tensor.")] = None,
-    codes: Annotated[
-        float | None, typer.Option(metavar="SHARE", help="Let so many of the codes move at a step, such as 0.01.")
+    steps: Annotated[int | None, typer.Option(help="Number of steps.")] = None,
+    time_budget: Annotated[str | None, typer.Option(help="Time limit, such as 2h or 90m, in place of --steps.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Sequences per step.")] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="Learning rate, relative to the size of each tensor.")
     ] = None,
-    embeddings: Annotated[bool | None, typer.Option("--embeddings", help="Train them and the head as well.")] = None,
+    codes: Annotated[
+        float | None, typer.Option(metavar="SHARE", help="Share of the codes that may change at a step, such as 0.01.")
+    ] = None,
+    embeddings: Annotated[
+        bool | None, typer.Option("--embeddings", help="Train the embeddings and the lm_head, too.")
+    ] = None,
     preset: options.FinetunePreset = None,
     device: options.Device = None,
     threads: options.Threads = None,
@@ -42,28 +46,23 @@ def finetune(
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
 ) -> None:
-    """Teach a quantized model by its original, at the same size.
+    """Fine-tune a quantized model by distillation. The size does not change.
 
-    Codebooks, scales, norms and biases move; the codes stay, unless --codes lets them. Packs the result. A new run
-    begins with the newest codes, codebooks and scales of another one, or of a checkpoint. Several processes learn
-    together under `torchrun --nproc-per-node N -m aqlm_cli finetune ...`.
+    The base model is the teacher. Trains codebooks, scales, norms and biases, and with --codes the codes. Packs the
+    result. A new run starts with the newest codes, codebooks and scales of another run, or of a checkpoint. Several
+    processes train together under `torchrun --nproc-per-node N -m aqlm_cli finetune ...`.
 
     \b
     Example:
       aqlm finetune runs/SmolLM2-135M-Instruct-2bit --time-budget 30m
-      aqlm finetune path/to/AQLM-checkpoint --teacher path/to/original --data notes.txt:400
+      aqlm finetune path/to/AQLM-checkpoint --teacher path/to/base-model --data notes.txt:400
     """
+    flags = as_settings(locals(), FINETUNE)
     from aqlm_cli.pipeline import order
 
-    if steps is not None and time_budget is not None:
-        raise UsageError("--steps and --time-budget exclude each other; give one of them")
-    section: dict[str, Any] = {"data": data, "sequences": sequences, "sequence_length": sequence_length}
-    section |= {"steps": steps, "time_budget": time_budget, "batch": batch, "learning_rate": learning_rate}
-    section |= {"codes": {"share": codes}, "embeddings": embeddings, "bos": bos}
-    machine = {"device": device, "threads": threads}
-    settings, run = order.settings_to_finetune(target, teacher, out, machine, preset, section)
+    settings, run = order.settings_to_finetune(target, teacher, out, flags, preset)
     with Screen(json, quiet, verbose) as screen:
         order.use_machine(settings)
-        reports = order.finetune_run(target, settings, run, overwrite, screen.emit)
+        reports = order.finetune_run(target, order.make_job(settings, run, overwrite=overwrite, emit=screen.emit))
         if reports:
             screen.finish(reports, following=command_line("eval-ppl", run))

@@ -1,4 +1,4 @@
-"""The commands that look at a run, or at the machine, and change neither; registered by cli.py."""
+"""The commands that inspect a run, or the machine, and change neither; registered in app.py."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from aqlm_cli.formatting import command_line
 
 
 def status(run: options.Run, json: options.Json = False) -> None:
-    """Show where a run stands and how long it will take.
+    """Show the state of a run and the time that it still needs.
 
-    Another process may be at work in it; nothing is waited for.
+    Another process may be running in it; the command does not wait.
 
     \b
     Example:
@@ -32,9 +32,9 @@ def status(run: options.Run, json: options.Json = False) -> None:
 def verify(
     run: options.Run, json: options.Json = False, quiet: options.Quiet = False, verbose: options.Verbose = False
 ) -> None:
-    """Compare a run's files with their digests and one layer anew.
+    """Compare a run's files with their digests, and quantize one layer again.
 
-    The layer is chosen by the seed, and quantized again from the model and the text.
+    The seed chooses the layer. Its codes must be the same to the bit.
 
     \b
     Example:
@@ -43,13 +43,14 @@ def verify(
     from aqlm_cli.pipeline import order
 
     with Screen(json, quiet, verbose) as screen:
-        order.use_machine(order.settings_of_run(run, {}))
-        report = order.verify_run(run, screen.emit)
+        settings = order.settings_of_run(run, {})
+        order.use_machine(settings)
+        report = order.verify_run(order.make_job(settings, run, emit=screen.emit))
         screen.finish({"verify": report}, following=command_line("eval-ppl", run))
 
 
 def doctor(json: options.Json = False) -> None:
-    """Show what this machine has and which backends it can use.
+    """Show the hardware and software of this machine, and the backends it can use.
 
     \b
     Example:

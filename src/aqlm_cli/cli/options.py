@@ -1,19 +1,19 @@
 """The options that several commands share, each with its one line of help.
 
-All but the switches are None where they were not given: the run file, the preset or the default then counts.
+All but the switches are None where they were not given: the run file, the preset or the default counts then.
 """
 
 from __future__ import annotations
 
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from aqlm_cli.errors import UsageError
+from aqlm_cli.spec.methods import METHODS
 from aqlm_cli.spec.run_file import FINETUNE_PRESETS, PRESETS
-from aqlm_cli.spec.schemes import SCHEMES_BY_BITS, scheme_for_bits
+from aqlm_cli.spec.schemes import SCHEMES_BY_BITS
 
 
 def _print_version(wanted: bool) -> None:
@@ -30,89 +30,69 @@ Model = Annotated[
     str | None,
     typer.Argument(metavar="MODEL", help="Hub id, directory, .gguf file or smollm2-135m; may stand in the run file."),
 ]
-Target = Annotated[str, typer.Argument(metavar="MODEL|RUN", help="A model, or the directory of a run.")]
+Target = Annotated[str, typer.Argument(metavar="MODEL|RUN", help="A model or a run directory.")]
 OptionalTarget = Annotated[
-    str | None, typer.Argument(metavar="[MODEL|RUN]", help="A model, or the directory of a run.", show_default=False)
+    str | None, typer.Argument(metavar="[MODEL|RUN]", help="A model or a run directory.", show_default=False)
 ]
-Run = Annotated[Path, typer.Argument(metavar="RUN", help="The directory of a run, such as runs/NAME-2bit.")]
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory, such as runs/NAME-2bit.")]
 
-Revision = Annotated[str | None, typer.Option(help="Commit, tag or branch of a hub model.")]
-RemoteCode = Annotated[bool | None, typer.Option("--trust-remote-code", help="Run Python code of the model.")]
-Preset = Annotated[str | None, typer.Option(help=f"Settings under the run file: {', '.join(PRESETS)}.")]
-FinetunePreset = Annotated[
-    str | None, typer.Option("--preset", help=f"Settings over those of the run: {', '.join(FINETUNE_PRESETS)}.")
+Revision = Annotated[str | None, typer.Option(help="Commit, tag or branch of a model on the Hub.")]
+RemoteCode = Annotated[
+    bool | None, typer.Option("--trust-remote-code", help="Run the Python code that comes with the model.")
 ]
-RunFile = Annotated[Path | None, typer.Option("--config", help="A run file in YAML; flags beat it.")]
+Preset = Annotated[str | None, typer.Option(help=f"Preset; the run file overrides it: {', '.join(PRESETS)}.")]
+FinetunePreset = Annotated[
+    str | None,
+    typer.Option("--preset", help=f"Preset; it overrides the settings of the run: {', '.join(FINETUNE_PRESETS)}."),
+]
+RunFile = Annotated[Path | None, typer.Option("--config", help="Run file in YAML; flags override it.")]
 
 Bits = Annotated[
-    float | None, typer.Option(help=f"Code bits a weight: {', '.join(f'{bits:g}' for bits in SCHEMES_BY_BITS)}.")
+    float | None, typer.Option(help=f"Code bits per weight: {', '.join(f'{bits:g}' for bits in SCHEMES_BY_BITS)}.")
 ]
-Scheme = Annotated[str | None, typer.Option(help="The same, exactly: 2x8g8, 1x16g8; for rtn int2g64.")]
-Method = Annotated[str | None, typer.Option(help="aqlm, or rtn: round to nearest, the baseline.")]
+Scheme = Annotated[
+    str | None,
+    typer.Option(
+        help=f"Storage scheme, such as {', '.join(f'{method.scheme} ({name})' for name, method in METHODS.items())}."
+    ),
+]
+Method = Annotated[
+    str | None, typer.Option(help=f"{'; '.join(f'{name}: {method.summary}' for name, method in METHODS.items())}.")
+]
 Skip = Annotated[
     list[str] | None,
-    typer.Option(metavar="REGEX", help="Layers to leave in 16 bits, by their whole paths; may be repeated."),
+    typer.Option(metavar="REGEX", help="Layers to leave in 16 bits, by whole path; repeatable."),
 ]
 Only = Annotated[
-    list[str] | None, typer.Option(metavar="REGEX", help="Quantize no other layers than these; may be repeated.")
+    list[str] | None, typer.Option(metavar="REGEX", help="Quantize only these layers, by whole path; repeatable.")
 ]
 
 Format = Annotated[
-    str | None, typer.Option(help="Of the packed checkpoint: transformers, or dense, an ordinary one in 16 bits.")
+    str | None, typer.Option(help="Checkpoint format: transformers, or dense (ordinary weights in 16 bits).")
 ]
 CalibrationData = Annotated[
-    str | None, typer.Option(help="Text to fit to: c4, wikitext2, redpajama, builtin or files; c4:96,notes.txt:32.")
+    str | None, typer.Option(help="Calibration text: c4, wikitext2, redpajama, builtin or files; c4:96,notes.txt:32.")
 ]
-Sequences = Annotated[int | None, typer.Option(help="Sequences of text in all, where --data counts none.")]
-SequenceLength = Annotated[int | None, typer.Option(help="Tokens in a window.")]
+Sequences = Annotated[int | None, typer.Option(help="Number of sequences, where --data gives no counts.")]
+SequenceLength = Annotated[int | None, typer.Option(help="Tokens per sequence.")]
 Bos = Annotated[
     bool | None,
     typer.Option(
         "--bos/--no-bos",
-        help="Begin every window with the beginning token; if not given, as the tokenizer does by itself.",
+        help="Start every sequence with the BOS token (default: as the tokenizer does).",
         show_default=False,
     ),
 ]
 
-Seed = Annotated[int | None, typer.Option(help="Of all randomness.")]
-Device = Annotated[str | None, typer.Option(help="cpu, or cuda where there is one.")]
-Threads = Annotated[int | None, typer.Option(help="Of the processor; all, if not given.")]
-Backend = Annotated[str | None, typer.Option(help="Of packed products, as `aqlm doctor` names them.")]
-Head = Annotated[str | None, typer.Option(help="exact, or int8: the output head in bytes, which is less to read.")]
-MaxMemory = Annotated[str | None, typer.Option(help="Take no more, such as 8GiB: less is then done at a time.")]
-MaxDisk = Annotated[str | None, typer.Option(help="Refuse to begin what would take more, such as 20GB.")]
-Out = Annotated[Path | None, typer.Option(help="Run directory; runs/NAME-BITS if not given.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Redo what is there.")]
-Quiet = Annotated[bool, typer.Option("--quiet", help="Results, warnings and errors alone.")]
-Verbose = Annotated[bool, typer.Option("--verbose", help="Every step, with the time of day.")]
-Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, everything else on stderr.")]
-
-
-def machine_flags(
-    model: str | None,
-    revision: str | None,
-    trust_remote_code: bool | None,
-    seed: int | None,
-    device: str | None,
-    threads: int | None,
-) -> dict[str, Any]:
-    """Those that are settings of no section."""
-    return {
-        "model": model,
-        "revision": revision,
-        "trust_remote_code": trust_remote_code,
-        "seed": seed,
-        "device": device,
-        "threads": threads,
-    }
-
-
-def limits(max_memory: str | None, max_disk: str | None) -> dict[str, Any]:
-    return {"max_memory": max_memory, "max_disk": max_disk}
-
-
-def chosen_scheme(bits: float | None, scheme: str | None) -> str | None:
-    """What `--bits` or `--scheme` says."""
-    if bits is not None and scheme is not None:
-        raise UsageError("--bits and --scheme say the same thing; give one of them")
-    return scheme if bits is None else str(scheme_for_bits(bits))
+Seed = Annotated[int | None, typer.Option(help="Random seed.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:NUMBER.")]
+Threads = Annotated[int | None, typer.Option(help="CPU threads (default: all).")]
+Backend = Annotated[str | None, typer.Option(help="Matmul backend; see `aqlm doctor`.")]
+Head = Annotated[str | None, typer.Option(help="exact (16-bit lm_head) or int8 (less to read).")]
+MaxMemory = Annotated[str | None, typer.Option(help="Memory limit, such as 8GiB: smaller batches.")]
+MaxDisk = Annotated[str | None, typer.Option(help="Disk limit, such as 20GB: refuse a run that needs more.")]
+Out = Annotated[Path | None, typer.Option(help="Run directory (default: runs/NAME-BITS).")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Overwrite existing results.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Print results, warnings and errors only.")]
+Verbose = Annotated[bool, typer.Option("--verbose", help="Print every step, with the time of day.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, all else on stderr.")]

@@ -22,7 +22,14 @@ from aqlm_cli.models.loading import (
 from aqlm_cli.models.names import Placement, names_of_codes, placements, stored_parameters
 from aqlm_cli.models.positions import refuse_longer_than_stated, refuse_too_long
 from aqlm_cli.models.quantization import is_quantized
-from aqlm_cli.models.resolve import Subject, find_subject, original_of, resolve
+from aqlm_cli.models.resolve import (
+    ResolvedModel,
+    Subject,
+    base_model_of,
+    find_subject,
+    refuse_other_model,
+    resolve,
+)
 from aqlm_cli.models.sampling import open_sampling
 from aqlm_cli.models.source import ModelSource, end_tokens, model_config, save_support_files, tensor_index
 from aqlm_cli.models.tokenizer import open_tokenizer, refuse_unknown_tokens
@@ -35,8 +42,10 @@ __all__ = [
     "ModelSource",
     "Network",
     "Placement",
+    "ResolvedModel",
     "Subject",
     "attend_blockwise",
+    "base_model_of",
     "decoding_of",
     "end_tokens",
     "find_subject",
@@ -53,10 +62,10 @@ __all__ = [
     "open_decoding",
     "open_sampling",
     "open_tokenizer",
-    "original_of",
     "placements",
     "plan_of_checkpoint",
     "refuse_longer_than_stated",
+    "refuse_other_model",
     "refuse_too_long",
     "refuse_unknown_tokens",
     "resolve",

@@ -78,12 +78,19 @@ def load_without(
 
 
 class BlockLoader:
-    """Loader of single blocks by index, each equal to that of `load_network`; nothing else is read."""
+    """Loader of single blocks by index, each equal to that of `load_network`; nothing else is read.
+
+    All of them are filled into one network without weights, so that the modules of the model are made once, not once
+    for each block.
+    """
 
     def __init__(self, source: ModelSource, dtype: torch.dtype, device: str | torch.device = "cpu") -> None:
+        from aqlm_cli.models.skip_layers import Refillable
+
         self._source, self._dtype, self._device = source, dtype, device
         self._skeleton = load_skeleton(source)
         self._paths = find_blocks(self._skeleton).paths
+        self._network = Refillable(type(self._skeleton))
 
     def __call__(self, index: int) -> nn.Module:
         path = self._paths[index]
@@ -91,9 +98,16 @@ class BlockLoader:
         tied = self._skeleton.all_tied_weights_keys.items()
         sharing = {name for pair in tied if _inside(path, pair) for name in pair}
         kept = [path, *sorted({name.rpartition(".")[0] for name in sharing if not name.startswith(f"{path}.")})]
+        config, kind = load_config(self._source), self._network.network_type
+        if type(config) is not type(self._skeleton.config):  # that of a multimodal model, which holds its decoder's
+            config = config.get_text_config()
+
+        def load() -> transformers.PreTrainedModel:
+            return _load_without(self._source, config, [""], self._dtype, kept, kind)
+
         with quiet():
-            network = _load_without(self._source, load_config(self._source), [""], self._dtype, kept)
-        return _prepared(network.get_submodule(path), self._device)
+            block = self._network.filled(kept, load)
+        return _prepared(block, self._device)
 
 
 def _inside(path: str, names: Iterable[str]) -> bool:
@@ -199,11 +213,14 @@ def _prepared(module: Module, device: str | torch.device) -> Module:
     return module.eval().requires_grad_(False).to(device)
 
 
-def _load(source: ModelSource, dtype: torch.dtype, **options: Any) -> transformers.PreTrainedModel:
+def _load(
+    source: ModelSource, dtype: torch.dtype, network_type: Any = None, **options: Any
+) -> transformers.PreTrainedModel:
+    """The network by transformers. `network_type` None: the class that config.json means."""
     tensor_index(source.directory)  # refuses a model without safetensors
     settings = {"dtype": dtype, "trust_remote_code": source.trust_remote_code, "use_safetensors": True, **options}
     try:
-        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
+        loaded: Any = (network_type or transformers.AutoModelForCausalLM).from_pretrained(
             source.directory, output_loading_info=True, ignore_mismatched_sizes=True, **settings
         )
     except Exception as error:  # config.json may hold anything
@@ -222,11 +239,12 @@ def _load_without(
     paths: Sequence[str],
     dtype: torch.dtype,
     kept: Collection[str] = (),
+    network_type: type[transformers.PreTrainedModel] | None = None,
 ) -> transformers.PreTrainedModel:
     from aqlm_cli.models.skip_layers import leaving_out
 
     config.quantization_config = leaving_out(paths, kept)
-    return _load(source, dtype, config=config)
+    return _load(source, dtype, network_type, config=config)
 
 
 def _load_quantized(source: ModelSource, dtype: torch.dtype) -> transformers.PreTrainedModel:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import transformers
@@ -24,6 +25,7 @@ from aqlm_cli.models.source import (
     model_config,
 )
 from aqlm_cli.runs.directory import RunDirectory, is_run, read_run
+from aqlm_cli.spec.config import RunConfig
 
 
 def resolve(
@@ -59,35 +61,60 @@ def resolve(
 
 
 @dataclass(frozen=True)
+class ResolvedModel:
+    """A model by its name: resolved when its source is first asked for, and only once."""
+
+    name: str
+    revision: str | None = None
+    trust_remote_code: bool = False
+    with_weights: bool = True
+
+    @cached_property
+    def source(self) -> ModelSource:
+        """The files. Raises as `resolve` does."""
+        return resolve(self.name, self.revision, self.trust_remote_code, with_weights=self.with_weights)
+
+
+def base_model_of(config: RunConfig, with_weights: bool = True) -> ResolvedModel:
+    """The model that a run file names."""
+    return ResolvedModel(config.model, config.revision, config.trust_remote_code, with_weights)
+
+
+@dataclass(frozen=True)
 class Subject:
-    """What a command is pointed at: a model, or what a run has packed."""
+    """The target of a command: a model, or the packed checkpoint of a run, which has a base model."""
 
     source: ModelSource
-    run: RunDirectory | None
+    run: RunDirectory | None = None
+    base_model: ResolvedModel | None = None
 
     def original(self) -> ModelSource | None:
         """The model that the run was made from; None for a model that stands for itself."""
-        return None if self.run is None else original_of(self.run)
+        if self.run is None or self.base_model is None:
+            return None
+        refuse_other_model(self.run, self.base_model.source)
+        return self.base_model.source
 
 
-def find_subject(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Subject:
-    """`revision` is that of a model on the hub; a run knows its own."""
+def find_subject(
+    name: str, revision: str | None = None, trust_remote_code: bool = False, base_model: ResolvedModel | None = None
+) -> Subject:
+    """`revision` is that of a model on the hub; a run knows its own. `base_model` is that of the run, if resolved."""
     if not is_run(Path(name)):
-        return Subject(resolve(name, revision, trust_remote_code), run=None)
+        return Subject(resolve(name, revision, trust_remote_code))
     run = read_run(Path(name))
-    return Subject(resolve(name, None, trust_remote_code or run.config.trust_remote_code), run)
+    source = resolve(name, None, trust_remote_code or run.config.trust_remote_code)
+    return Subject(source, run, base_model or base_model_of(run.config))
 
 
-def original_of(run: RunDirectory) -> ModelSource:
-    """The model that a run was made from; ArtifactError if its name now means another one."""
-    config, quantized = run.config, run.artifact("quantized")
-    source = resolve(config.model, config.revision, config.trust_remote_code)
+def refuse_other_model(run: RunDirectory, source: ModelSource) -> None:
+    """ArtifactError where the run was made from another model than `source`."""
+    quantized = run.artifact("quantized")
     if quantized is not None and quantized.manifest.parents.get("model") != source.identity:
         raise ArtifactError(
-            f"{quantized.directory} was made from {quantized.manifest.parents.get('model')}, and {config.model} is now "
-            f"{source.identity}; bring the old model back, or redo the run with --overwrite"
+            f"{quantized.directory} was made from {quantized.manifest.parents.get('model')}, and {run.config.model} is "
+            f"now {source.identity}; bring the old model back, or redo the run with --overwrite"
         )
-    return source
 
 
 def _check_language_model(source: ModelSource) -> None:

@@ -8,7 +8,8 @@ memory, and are marked as initialized. transformers then neither reads nor initi
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
+from copy import deepcopy
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,6 +17,13 @@ from transformers import PreTrainedModel
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from aqlm_cli.models.blocks import replace_module
+
+KINDS = ("_parameters", "_buffers")
+
+HIDDEN = "_aqlm_cli_hidden"
+"""The attribute with the names that `_hide` took from each of KINDS."""
 
 LEFT_OUT = "aqlm-cli-left-out"
 """Name of `LeaveOut` in transformers."""
@@ -64,15 +72,73 @@ class LeaveOut(HfQuantizer):
         return False
 
 
+class Refillable:
+    """One network without weights that `from_pretrained` fills part after part: its modules are made once.
+
+    `network_type` stands for the class of the network. Whoever makes an instance of it gets the one network, with
+    copies of the parts to fill in their places; after the load the empty parts take their places again.
+    """
+
+    def __init__(self, network_type: type[PreTrainedModel]) -> None:
+        self._network: PreTrainedModel | None = None
+        self._tied: dict[str, str] = {}
+        self._parts: Sequence[str] = ()
+        self._empty: dict[str, nn.Module] = {}
+
+        def instance(_: type, *args: Any, **kwargs: Any) -> PreTrainedModel:
+            if self._network is None:
+                self._network = network_type(*args, **kwargs)
+                self._tied = self._network.all_tied_weights_keys
+            return self._prepared(self._network)
+
+        self.network_type: type[PreTrainedModel] = type(
+            network_type.__name__, (network_type,), {"__new__": instance, "__module__": network_type.__module__}
+        )
+
+    def filled(self, parts: Sequence[str], load: Callable[[], PreTrainedModel]) -> nn.Module:
+        """The first of the parts, with its weights. `load` makes an instance of `network_type` and loads into it."""
+        self._parts, self._empty = parts, {}
+        try:
+            return load().get_submodule(parts[0])
+        finally:
+            for path, module in self._empty.items():
+                assert self._network is not None
+                replace_module(self._network, path, module)
+
+    def _prepared(self, network: PreTrainedModel) -> PreTrainedModel:
+        network.all_tied_weights_keys = self._tied
+        self._empty = {path: network.get_submodule(path) for path in self._parts}
+        memo: dict[int, Any] = {}  # parts that share a weight go on sharing it
+        for path, module in self._empty.items():
+            part = deepcopy(module, memo)
+            for inner in part.modules():
+                _show(inner)
+            replace_module(network, path, part)
+        return network
+
+
 def _within(path: str, root: str) -> bool:
     return not root or path == root or path.startswith(f"{root}.")
 
 
 def _hide(module: nn.Module) -> None:
     """Turn the module's own parameters and buffers, which must be empty, into plain attributes."""
-    for kind in (module._parameters, module._buffers):
-        for name, tensor in list(kind.items()):
+    for kind in KINDS:
+        tensors = getattr(module, kind)
+        hidden = module.__dict__.setdefault(HIDDEN, {}).setdefault(kind, [])
+        for name, tensor in list(tensors.items()):
             if isinstance(tensor, Tensor):
                 tensor._is_hf_initialized = True  # type: ignore[attr-defined]
-                del kind[name]
+                del tensors[name]
                 module.__dict__[name] = tensor
+                hidden.append(name)
+
+
+def _show(module: nn.Module) -> None:
+    """Undo `_hide`."""
+    for kind, names in module.__dict__.pop(HIDDEN, {}).items():
+        for name in names:
+            tensor = module.__dict__.pop(name)
+            tensor.__dict__.pop("_is_hf_initialized", None)  # two modules may share it
+            getattr(module, kind)[name] = tensor
+    module.__dict__.pop("_is_hf_initialized", None)

@@ -1,4 +1,4 @@
-"""The result of `aqlm plan`: what a run will take on this machine, and whether it has that."""
+"""The result of `aqlm plan`: what a run will cost on this machine, and whether it fits."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class ForecastReport(Record):
             "this machine has", "", readable_bytes(self.memory_available), readable_bytes(self.disk_available)
         )
         rows = [
-            ("windows at once", str(self.batch)),
+            ("sequences at once", str(self.batch)),
             ("packed weights", f"{self.safetensors_bytes} bytes of safetensors"),
             ("measured in", f"{self.measured_seconds:.0f} s on this machine"),
             *(("does not fit", line) for line in self.advice),

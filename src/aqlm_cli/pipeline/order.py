@@ -1,12 +1,12 @@
 """The order of the stages, and how a command gets the stages it needs.
 
-Stages do not know each other. Each takes what an earlier one published, and says so if it is missing; here the earlier
-one is run first.
+Stages do not know each other. Each takes what an earlier one published, and refuses where that is missing; here the
+earlier one runs first.
 """
 
 from __future__ import annotations
 
-import contextlib
+import dataclasses
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -15,21 +15,23 @@ import numba
 import torch
 
 from aqlm_cli.data.spec import sampled_sequences
-from aqlm_cli.errors import ArtifactError, PlanError, UsageError
+from aqlm_cli.errors import PlanError, UsageError
 from aqlm_cli.evaluation import BenchReport, GenerationSettings, PerplexitySettings, SpeedSettings
 from aqlm_cli.evaluation.speed import measure_shape
-from aqlm_cli.events import Emit, Noted, Warned, silent
-from aqlm_cli.formatting import clock, plain, readable_bytes
-from aqlm_cli.models import Subject, find_subject
+from aqlm_cli.events import Emit, Noted, Warned
+from aqlm_cli.formatting import clock, readable_bytes
+from aqlm_cli.models import ResolvedModel, Subject, find_subject, refuse_too_long
 from aqlm_cli.openmp import forbid_nested_loops
+from aqlm_cli.pipeline.forecast_cache import keep_costs, kept_costs
+from aqlm_cli.pipeline.job import Job, make_job
 from aqlm_cli.pipeline.overrides import (
-    default_run_directory,
     refuse_lengths,
     settings_for,
     settings_of_run,
+    settings_to_bench,
     settings_to_finetune,
 )
-from aqlm_cli.pipeline.preflight import plan_report, preflight, within_limits
+from aqlm_cli.pipeline.preflight import plan_report
 from aqlm_cli.pipeline.stage_reports import CalibrationReport, ImportReport, PackReport, QuantizeReport
 from aqlm_cli.pipeline.stages.calibrate import calibrate
 from aqlm_cli.pipeline.stages.doctor import doctor
@@ -44,9 +46,10 @@ from aqlm_cli.pipeline.stages.status import status
 from aqlm_cli.pipeline.stages.verify import verify
 from aqlm_cli.quantization.training.distributed import World, joined, own_device, processes_here
 from aqlm_cli.records import PlanReport, Record, VerifyReport
-from aqlm_cli.runs.directory import RunDirectory, find_artifact, is_run, read_run, refuse_other_directory
+from aqlm_cli.runs.directory import find_artifact, is_run, read_run, refuse_other_directory
 from aqlm_cli.runs.lock import exclusive
 from aqlm_cli.runs.log import logged
+from aqlm_cli.runs.stages import CALIBRATE, FINETUNE, PACK, QUANTIZE, SAMPLE
 from aqlm_cli.spec.config import PackConfig, RunConfig
 from aqlm_cli.spec.cost import Cost
 from aqlm_cli.spec.schemes import parse_scheme
@@ -56,10 +59,11 @@ __all__ = [
     "compare_speed",
     "compare_speed_of_shape",
     "continue_text",
-    "default_run_directory",
     "doctor",
+    "dry_run",
     "finetune_run",
     "forecast_run",
+    "make_job",
     "measure",
     "pack_run",
     "prepare",
@@ -67,6 +71,7 @@ __all__ = [
     "run_all",
     "settings_for",
     "settings_of_run",
+    "settings_to_bench",
     "settings_to_finetune",
     "status",
     "use_machine",
@@ -74,14 +79,10 @@ __all__ = [
 ]
 
 
-FORECAST = "forecast.json"
-"""The report of a run that keeps what its stages were thought to take."""
-
-
 def use_machine(config: RunConfig) -> None:
-    """Let torch's products and our own kernels run on `config.threads`; None leaves both at all of the machine's.
+    """Let torch and our own kernels run on `config.threads` threads; None: on all of the machine's.
 
-    Raises UsageError for threads or a device that this machine has not got.
+    Raises UsageError for threads or a device that this machine does not have.
     """
     device = torch.device(own_device(config.device))
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
@@ -95,107 +96,104 @@ def use_machine(config: RunConfig) -> None:
     forbid_nested_loops()
 
 
-def prepare(config: RunConfig, emit: Emit = silent) -> tuple[RunConfig, PlanReport]:
-    """The settings within the limits that they name, and what `quantize` would do with them."""
-    known = preflight(config)
-    tell_if_without_weights(known, emit)
-    return within_limits(config, known), plan_report(config, known.plan)
+def prepare(job: Job) -> tuple[Job, PlanReport]:
+    """The job within the limits that its settings name, and what `quantize` would do in it."""
+    job = job.within_limits()
+    return job, plan_report(job.config, job.preflight.plan)
 
 
-def forecast_run(config: RunConfig, run_directory: Path, emit: Emit) -> dict[str, Record]:
+def dry_run(job: Job) -> dict[str, Record]:
+    """The plan of a quantization, and nothing written."""
+    _, plan = prepare(job)
+    tell_if_without_weights(job)
+    return {"plan": plan}
+
+
+def forecast_run(job: Job) -> dict[str, Record]:
     """The plan, and what it will take; no weight is read.
 
-    Raises PlanError for a run that takes its codes over: what that takes is not known, and little.
+    Raises PlanError for a run that imports its codes: what that takes is not known, and little.
     """
-    if config.quantize.import_from is not None:
-        raise PlanError(f"the codes are those of {config.quantize.import_from}, so nothing is quantized")
-    known = preflight(config, with_weights=False)
-    tell_if_without_weights(known, emit)
-    config = within_limits(config, known)
-    return {"plan": plan_report(config, known.plan), "forecast": forecast(config, known, run_directory, emit)}
+    if job.config.quantize.import_from is not None:
+        raise PlanError(f"the codes are imported from {job.config.quantize.import_from}; there is nothing to forecast")
+    job, plan = prepare(job)
+    tell_if_without_weights(job)
+    return {"plan": plan, "forecast": forecast(job)}
 
 
-def quantize_and_pack(config: RunConfig, run_directory: Path, overwrite: bool, emit: Emit) -> dict[str, Record]:
-    """From the model to a checkpoint; what is complete and was made with the same settings is reused."""
-    with _at_work(run_directory):
-        if config.quantize.import_from is not None:
-            imported = _quantize(config, run_directory, overwrite, emit, {})
-            return {"quantize": imported, "pack": _pack(config, run_directory, overwrite, emit, {})}
-        if find_artifact(run_directory, "calibration") is None:
-            emit(Noted("there is no calibration yet, it runs first"))
-        costs = _costs(config, run_directory, overwrite, emit)
-        _calibrate(config, run_directory, overwrite, emit, costs)
-        read_run(run_directory).write_report(FORECAST, {"settings": plain(config.model_dump()), "costs": plain(costs)})
-        return {
-            "quantize": _quantize(config, run_directory, overwrite, emit, costs),
-            "pack": _pack(config, run_directory, overwrite, emit, costs),
-        }
+def quantize_and_pack(job: Job) -> dict[str, Record]:
+    """Quantize the model and pack the result; complete work with the same settings is reused."""
+    with _in_use(job.directory):
+        if job.config.quantize.import_from is None:
+            if find_artifact(job.directory, CALIBRATE.kind) is None:
+                job.emit(Noted("calibration is missing; it runs first"))
+            job = dataclasses.replace(job, planned=_planned(job))
+            _calibrate(job)
+            keep_costs(job.run, job.config, job.planned)
+        return {QUANTIZE.name: _quantize(job), PACK.name: _pack(job)}
 
 
-def _costs(config: RunConfig, run_directory: Path, overwrite: bool, emit: Emit) -> Mapping[str, Cost]:
-    """What each stage is thought to take: as an interrupted run of the same settings was told, or measured now."""
-    settings = plain(config.model_dump())
-    with contextlib.suppress(ArtifactError, TypeError, KeyError, AttributeError):  # then it is made anew
-        kept = RunDirectory(run_directory, config).read_report(FORECAST)
-        if kept["settings"] == settings and not overwrite:
-            return {stage: Cost(**cost) for stage, cost in kept["costs"].items()}
-    report = forecast(config, preflight(config), run_directory, emit)
-    emit(
+def _planned(job: Job) -> Mapping[str, Cost]:
+    """The forecast of each stage: the one of an interrupted run with the same settings, or made now."""
+    kept = None if job.overwrite else kept_costs(job.directory, job.config, job.emit)
+    if kept is not None:
+        return kept
+    report = forecast(job)
+    job.emit(
         Noted(
-            f"about {clock(report.seconds)} ahead, with {readable_bytes(report.memory_bytes)} of memory at most and "
-            f"{readable_bytes(report.disk_bytes)} on the disk"
+            f"expected: {clock(report.seconds)}, at most {readable_bytes(report.memory_bytes)} of memory and "
+            f"{readable_bytes(report.disk_bytes)} of disk"
         )
     )
     for line in report.advice:
-        emit(Warned(f"this machine may have too little {line}"))
+        job.emit(Warned(f"this machine may have too little {line}"))
     return report.stages
 
 
-def calibrate_run(config: RunConfig, run_directory: Path, overwrite: bool, emit: Emit) -> CalibrationReport:
-    with _at_work(run_directory):
-        return _calibrate(config, run_directory, overwrite, emit, {})
+def calibrate_run(job: Job) -> CalibrationReport:
+    """The text of a run, and the statistics of the base model on it."""
+    with _in_use(job.directory):
+        return _calibrate(job)
 
 
-def pack_run(config: RunConfig, run_directory: Path, overwrite: bool, emit: Emit) -> PackReport:
+def pack_run(job: Job) -> PackReport:
     """Pack a run, after quantizing it where that is missing."""
-    quantized = read_run(run_directory).artifact("quantized")
-    with _at_work(run_directory):
+    quantized = job.run.artifact(QUANTIZE.kind)
+    with _in_use(job.directory):
         if quantized is None:
-            _quantize_first(config, run_directory, emit)
-        return _pack(config, run_directory, overwrite, emit, {})
+            _quantize_first(job)
+        return _pack(job)
 
 
-def _quantize_first(config: RunConfig, run_directory: Path, emit: Emit) -> None:
-    emit(Noted(f"{run_directory} is not quantized yet, that runs first"))
-    if config.quantize.import_from is None:
-        _calibrate(config, run_directory, False, emit, {})
-    _quantize(config, run_directory, False, emit, {})
+def _quantize_first(job: Job) -> None:
+    """Quantize a run that another stage needs quantized; nothing in it is overwritten."""
+    job = dataclasses.replace(job, overwrite=False)
+    job.emit(Noted(f"{job.directory} is not quantized yet; this runs first"))
+    if job.config.quantize.import_from is None:
+        _calibrate(job)
+    _quantize(job)
 
 
-def _calibrate(
-    config: RunConfig, run_directory: Path, overwrite: bool, emit: Emit, costs: Mapping[str, Cost]
-) -> CalibrationReport:
-    with logged(run_directory, "calibrate", emit) as both:
-        return calibrate(config, run_directory, overwrite, both, costs.get("calibrate"))
+def _calibrate(job: Job) -> CalibrationReport:
+    with job.logging(CALIBRATE.name) as logged:
+        return calibrate(logged)
 
 
-def _quantize(
-    config: RunConfig, run_directory: Path, overwrite: bool, emit: Emit, costs: Mapping[str, Cost]
-) -> QuantizeReport | ImportReport:
-    with logged(run_directory, "quantize", emit) as both:
-        if config.quantize.import_from is not None:
-            return import_checkpoint(config, run_directory, overwrite, both)
-        return quantize(config, run_directory, overwrite, both, costs.get("quantize"))
+def _quantize(job: Job) -> QuantizeReport | ImportReport:
+    with job.logging(QUANTIZE.name) as logged:
+        return quantize(logged) if job.config.quantize.import_from is None else import_checkpoint(logged)
 
 
-def _pack(config: RunConfig, run_directory: Path, overwrite: bool, emit: Emit, costs: Mapping[str, Cost]) -> PackReport:
-    with logged(run_directory, "pack", emit) as both:
-        return pack(run_directory, config.pack.format, overwrite, both, costs.get("pack"))
+def _pack(job: Job) -> PackReport:
+    with job.logging(PACK.name) as logged:
+        return pack(logged)
 
 
-def measure(target: str, config: RunConfig, windows: int | None, emit: Emit) -> dict[str, Record]:
+def measure(
+    target: str, config: RunConfig, windows: int | None, emit: Emit, base_model: ResolvedModel | None = None
+) -> dict[str, Record]:
     """Perplexity on every text of the settings."""
-    subject, section = _subject(target, config, emit), config.eval_ppl
+    subject, section = _subject(target, config, emit, base_model), config.eval_ppl
     with _logged_of(subject, "eval-ppl", emit) as both:
         settings = [
             PerplexitySettings(text, section.sequence_length, windows, section.bos, section.dtype)
@@ -204,8 +202,9 @@ def measure(target: str, config: RunConfig, windows: int | None, emit: Emit) -> 
         return {one.data: evaluate(subject, "ppl", one, config.device, both) for one in settings}
 
 
-def compare_speed(target: str, config: RunConfig, emit: Emit) -> BenchReport:
-    subject = _subject(target, config, emit)
+def compare_speed(target: str, config: RunConfig, emit: Emit, base_model: ResolvedModel | None = None) -> BenchReport:
+    """Speed of the target, beside its base model where it is a run."""
+    subject = _subject(target, config, emit, base_model)
     with _logged_of(subject, "bench", emit) as both:
         report = evaluate(subject, "speed", SpeedSettings(config.bench, config.seed), "cpu", both)
     assert isinstance(report, BenchReport)
@@ -220,93 +219,105 @@ def compare_speed_of_shape(shape: str, config: RunConfig, emit: Emit) -> BenchRe
 
 
 def continue_text(target: str, config: RunConfig, prompt: str, tokens: int, temperature: float, emit: Emit) -> Record:
-    subject, section = _subject(target, config, emit), config.bench
+    subject, section = _subject(target, config, emit, None), config.bench
     settings = GenerationSettings(
         prompt, tokens, temperature, config.seed, section.backend, section.head, config.device
     )
     return evaluate(subject, "generation", settings, config.device, emit)
 
 
-def finetune_run(target: str, config: RunConfig, run_directory: Path, overwrite: bool, emit: Emit) -> dict[str, Record]:
-    """Teach a quantized run by its original, and pack it anew; what is missing before it runs first.
+def finetune_run(target: str, job: Job) -> dict[str, Record]:
+    """Fine-tune a quantized run by distillation from its base model, and pack it again; what is missing runs first.
 
-    The run is `target`, or another one that begins with the codes of `target`. Nothing comes of it in a process that
+    The run is `target`, or another one that begins with the codes of `target`. Returns nothing in a process that
     torchrun started beside the first.
     """
-    config = config.model_copy(update={"device": own_device(config.device)})
-    with joined(config.device) as world:
+    refuse_too_long(job.source, job.config.finetune.sequence_length, "--sequence-length")
+    job = job.with_settings(device=own_device(job.config.device))
+    with joined(job.config.device) as world:
         if not world.is_rank_zero:
-            finetune(config, run_directory, overwrite, silent, world)
+            finetune(job, world)
             return {}
-        return _finetune_and_pack(target, config, run_directory, overwrite, emit, world)
+        return _finetune_and_pack(target, job, world)
 
 
-def _finetune_and_pack(
-    target: str, config: RunConfig, run_directory: Path, overwrite: bool, emit: Emit, world: World
-) -> dict[str, Record]:
-    begins = run_directory != Path(target)
+def _finetune_and_pack(target: str, job: Job, world: World) -> dict[str, Record]:
+    section, begins = job.config.finetune, job.directory != Path(target)
     if begins:
-        _pack_first(target, emit)
-        if overwrite or not is_run(run_directory):
-            fitting_network(config, preflight(config))  # or it is refused before anything is written
-    with _at_work(run_directory):
+        _pack_first(target, job.emit, job.model)
+        if job.overwrite or not is_run(job.directory):
+            fitting_network(job)  # or it is refused before anything is written
+    with _in_use(job.directory):
         if begins:
-            _quantize(config, run_directory, overwrite, emit, {})
-        run = read_run(run_directory)
-        if run.own("quantized", "quantized") is None:
-            _quantize_first(run.config, run_directory, emit)
-        if run.config.quantize.import_from is not None and config.finetune.data is None:
-            emit(Noted("without --data the text is that of calibration, which runs first"))
-            _calibrate(run.config, run_directory, overwrite and begins, emit, {})
-        if sampled_sequences(config.finetune.data, config.finetune.sequences):
-            with logged(run_directory, "sample", emit) as both:
-                sample(config, run_directory, overwrite, both)
-        with logged(run_directory, "finetune", emit) as both:
-            tuned = finetune(config, run_directory, overwrite, both, world)
+            _quantize(job)
+        config = job.run.config
+        of_run = dataclasses.replace(job, config=config)
+        if job.run.own(QUANTIZE) is None:
+            _quantize_first(of_run)
+        if config.quantize.import_from is not None and section.data is None:
+            job.emit(Noted("without --data the calibration set is used; calibration runs first"))
+            _calibrate(dataclasses.replace(of_run, overwrite=job.overwrite and begins))
+        if sampled_sequences(section.data, section.sequences):
+            with job.logging(SAMPLE.name) as logged:
+                sample(logged)
+        with job.logging(FINETUNE.name) as logged:
+            tuned = finetune(logged, world)
             assert tuned is not None  # in rank 0
-        run = read_run(run_directory)
-        packed = run.own("packed", "packed")
-        outdated = packed is not None and packed.manifest.parents.get("quantized") != run.current("quantized").digest
-        format = run.config.pack.format if packed is None else packed.manifest.settings["format"]
-        again = run.config.model_copy(update={"pack": PackConfig(format=format)})
-        return {"finetune": tuned, "pack": _pack(again, run_directory, outdated, emit, {})}
+        return {FINETUNE.name: tuned, PACK.name: _pack_again(job)}
 
 
-def verify_run(run_directory: Path, emit: Emit) -> VerifyReport:
-    read_run(run_directory)  # or it is refused before a lock is made
-    with _at_work(run_directory), logged(run_directory, "verify", emit) as both:
-        return verify(run_directory, both)
+def _pack_again(job: Job) -> PackReport:
+    """Pack the changed model in the format that the run was packed in, or else in that of its run file."""
+    run = job.run
+    packed = run.own(PACK)
+    outdated = packed is not None and packed.manifest.parents.get("quantized") != run.current("quantized").digest
+    format = run.config.pack.format if packed is None else packed.manifest.settings["format"]
+    config = run.config.model_copy(update={"pack": PackConfig(format=format)})
+    return _pack(dataclasses.replace(job, config=config, overwrite=outdated))
 
 
-def run_all(config: RunConfig, run_directory: Path, overwrite: bool, emit: Emit) -> dict[str, Record]:
+def verify_run(job: Job) -> VerifyReport:
+    """Compare the files of a run with their digests, and quantize one layer again."""
+    read_run(job.directory)  # or it is refused before a lock is made
+    with _in_use(job.directory), job.logging("verify") as logged:
+        return verify(logged)
+
+
+def run_all(job: Job) -> dict[str, Record]:
     """Every stage in order; `finetune` where the settings have a section of that name."""
-    refuse_lengths(config)
-    made = quantize_and_pack(config, run_directory, overwrite, emit)
-    if "finetune" in config.model_fields_set:
-        made |= finetune_run(str(run_directory), config, run_directory, overwrite, emit)
-    measured = measure(str(run_directory), config, None, emit)
-    return {**made, **measured, "bench": compare_speed(str(run_directory), config, emit)}
+    config, target = job.config, str(job.directory)
+    refuse_lengths(config, job.source)
+    reports = quantize_and_pack(job)
+    if FINETUNE.name in config.model_fields_set:
+        reports |= finetune_run(target, job)
+    reports |= measure(target, config, None, job.emit, job.model)
+    return {**reports, "bench": compare_speed(target, config, job.emit, job.model)}
 
 
-def _subject(target: str, config: RunConfig, emit: Emit) -> Subject:
-    """What `target` means; where it is a run without a checkpoint, the stages that are missing run first."""
-    _pack_first(target, emit)
-    return find_subject(target, config.revision, config.trust_remote_code)
+def _subject(target: str, config: RunConfig, emit: Emit, base_model: ResolvedModel | None) -> Subject:
+    """The model at `target`; where it is a run without a checkpoint, the missing stages run first."""
+    base_model = _pack_first(target, emit, base_model)
+    return find_subject(target, config.revision, config.trust_remote_code, base_model)
 
 
-def _pack_first(target: str, emit: Emit) -> None:
-    if is_run(Path(target)):
-        run = read_run(Path(target))
-        if run.artifact("packed") is None:
-            emit(Noted(f"{target} is not packed yet, that runs first"))
-            pack_run(run.config, run.path, overwrite=False, emit=emit)
+def _pack_first(target: str, emit: Emit, base_model: ResolvedModel | None) -> ResolvedModel | None:
+    """The base model of a run at `target`, which is packed from here on; None for what is no run."""
+    if not is_run(Path(target)):
+        return None
+    run = read_run(Path(target))
+    if run.artifact(PACK.kind) is not None:
+        return base_model
+    emit(Noted(f"{target} is not packed yet; this runs first"))
+    job = make_job(run.config, run.path, emit=emit, resolved=base_model)
+    pack_run(job)
+    return job.model
 
 
 def _logged_of(subject: Subject, stage: str, emit: Emit) -> AbstractContextManager[Emit]:
-    """In the run's log, where the subject is a run."""
+    """An `emit` that also writes the log of the run, where the subject is one."""
     return nullcontext(emit) if subject.run is None else logged(subject.run.path, stage, emit)
 
 
-def _at_work(run_directory: Path) -> AbstractContextManager[None]:
+def _in_use(run_directory: Path) -> AbstractContextManager[None]:
     refuse_other_directory(run_directory)
     return exclusive(run_directory)

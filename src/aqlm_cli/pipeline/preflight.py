@@ -49,22 +49,24 @@ from aqlm_kernels import choose, smallest
 
 @dataclass(frozen=True, eq=False)
 class Preflight:
+    """All that is known of a model before any of its weights is read. `checkpoint` is where its codes come from."""
+
     source: ModelSource
+    checkpoint: ModelSource | None
     plan: Plan
     shape: ModelShape
     packed_bytes: int  # of the safetensors of the packed checkpoint, to the byte
 
 
-def preflight(config: RunConfig, with_weights: bool = True) -> Preflight:
-    """Of the model that the settings name; `with_weights` False fetches none from the hub.
+def preflight(config: RunConfig, source: ModelSource) -> Preflight:
+    """`source` is the model that the settings name.
 
     Raises ModelError where the files do not hold what config.json asks for, ConfigError where the settings ask for
     other codes than those of the checkpoint that they name, and PlanError where what comes of them could not be packed.
     """
     from aqlm_cli.models.trial import refuse_gaps  # takes seconds to import, as a network does
 
-    source = resolve(config.model, config.revision, config.trust_remote_code, with_weights=with_weights)
-    section = config.quantize
+    section, checkpoint = config.quantize, _checkpoint_of(config)
     if section.import_from is None:  # else no text is read
         refuse_too_long(source, config.calibrate.sequence_length, "--sequence-length")
     network = load_skeleton(source)
@@ -74,32 +76,32 @@ def preflight(config: RunConfig, with_weights: bool = True) -> Preflight:
     if there is not None:
         refuse_gaps(source, network, stored)
     layers, count = describe_layers(network), count_parameters(network)
-    if section.import_from is None:
+    if checkpoint is None:
         plan = make_plan(layers, count, parse_scheme(section.scheme), section.skip, section.only)
     else:
-        plan = plan_of_checkpoint(checkpoint_of(config), source, network, layers, count)
+        plan = plan_of_checkpoint(checkpoint, source, network, layers, count)
         _refuse_other_codes(section, str(plan.scheme))
     layout = EXPORTERS[config.pack.format].layouts(network, stored, plan.schemes, _fitted(network, plan))
-    return Preflight(source, plan, model_shape(network, plan), checkpoint_bytes(layout.tensors))
+    return Preflight(source, checkpoint, plan, model_shape(network, plan), checkpoint_bytes(layout.tensors))
 
 
 def _refuse_other_codes(section: QuantizeConfig, scheme: str) -> None:
-    """What is not said says nothing, and the run file of a finished run says what became of it."""
+    """ConfigError for settings that ask for other codes than the imported ones; the run file may repeat those."""
     decided = QuantizeConfig(scheme=scheme)
     for name in sorted(section.model_fields_set & {"method", "scheme", "skip", "only"}):
         if getattr(section, name) != getattr(decided, name):
-            line = f"quantize.{name} has no say where the codes of {section.import_from} are taken over; leave it out"
+            line = f"quantize.{name} has no effect where the codes of {section.import_from} are imported; leave it out"
             raise ConfigError(line)
 
 
-def checkpoint_of(config: RunConfig) -> ModelSource:
-    """That from which the codes are taken over."""
-    assert config.quantize.import_from is not None
-    return resolve(config.quantize.import_from, trust_remote_code=config.trust_remote_code)
+def _checkpoint_of(config: RunConfig) -> ModelSource | None:
+    """The AQLM checkpoint from which the codes are imported, if any."""
+    name = config.quantize.import_from
+    return None if name is None else resolve(name, trust_remote_code=config.trust_remote_code)
 
 
 def model_shape(network: nn.Module, plan: Plan) -> ModelShape:
-    """What a forecast needs to know of the network, which may be without weights."""
+    """The sizes that a cost estimate needs; the network may be without weights."""
     blocks = find_blocks(network)
     targets: dict[str, list[Target]] = {path: [] for path in blocks.paths}
     for target in plan.targets:
@@ -128,7 +130,7 @@ def _fitted(network: nn.Module, plan: Plan) -> set[str]:
 
 
 def planned_work(config: RunConfig, shape: ModelShape) -> Work:
-    """What the settings ask for, cut down to `max_memory`; PlanError where that cannot be."""
+    """The workload of the settings, cut down to `max_memory`; PlanError where that is impossible."""
     windows = sum(count for _, count in share_sequences(config.calibrate.data, config.calibrate.sequences))
     product_bytes = compute_dtype(torch.device(config.device)).itemsize
     work = work_of(config, windows, torch.get_num_threads(), product_bytes)
@@ -144,8 +146,8 @@ def within_limits(config: RunConfig, known: Preflight) -> RunConfig:
     needed = max(disk_needed(known, work).values())
     if config.max_disk is not None and needed > parse_bytes(config.max_disk):
         raise PlanError(
-            f"--max-disk {config.max_disk}: this run needs {readable_bytes(needed)}; fewer windows need less "
-            "(--data or --sequences), or give it more"
+            f"--max-disk {config.max_disk}: this run needs {readable_bytes(needed)}; use fewer sequences "
+            "(--data or --sequences), or raise the limit"
         )
     return config.model_copy(update={"quantize": config.quantize.model_copy(update={"batch": work.batch})})
 
@@ -177,7 +179,7 @@ def plan_report(config: RunConfig, plan: Plan) -> PlanReport:
 
 
 def _kernel(scheme: Scheme, device: torch.device) -> str | None:
-    """What will multiply by the compressed layers on this machine, and whether that is slow; None: torch."""
+    """The matmul kernel for quantized layers on this machine, and whether it is slow; None: torch."""
     if scheme.codebook_shape is None:
         return None
     backend = choose(smallest(*scheme.codebook_shape), device)

@@ -1,4 +1,4 @@
-"""What the stages return that make an artifact: what it is, and what it took beside what it was planned to take."""
+"""Records of the stages that make an artifact: its properties, and its cost beside the planned cost."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from aqlm_cli.records import Record
 
 @dataclass(frozen=True, kw_only=True)
 class StageReport(Record):
-    """Of a stage that made the artifact in `directory`: what it took, and what it was `planned` to take, if it was.
+    """The cost of the stage that made the artifact in `directory`, beside what was `planned`, if anything was.
 
-    `memory_bytes` is what the process had resident at most, `disk_bytes` what the run had on the disk; None where the
-    artifact was there already and does not tell.
+    `memory_bytes` is the peak resident memory of the process, `disk_bytes` the peak size of the run on the disk; None
+    where an existing artifact does not tell.
     """
 
     directory: Path
@@ -27,6 +27,10 @@ class StageReport(Record):
     memory_bytes: int | None = None
     disk_bytes: int | None = None
     planned: Mapping[str, float] | None = None
+
+    def results(self) -> dict[str, Any]:
+        """The fields as a manifest keeps them; `restored` is the inverse. The directory is where the manifest lies."""
+        return {name: value for name, value in self.as_json().items() if name != "directory"}
 
     def costs(self) -> list[tuple[str, str]]:
         """Rows of a table."""
@@ -58,8 +62,8 @@ def restored(kind: type[Report], directory: Path, results: Mapping[str, Any]) ->
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrationReport(StageReport):
-    """`loss` is the model's mean negative log likelihood on the windows, in nats a token; `sources` counts windows, and
-    `bos` says that each begins with a beginning-of-text token."""
+    """`loss` is the base model's mean negative log likelihood, in nats a token; `sources` counts sequences, and `bos`
+    says that each begins with a BOS token."""
 
     windows: int
     sequence_length: int
@@ -73,12 +77,12 @@ class CalibrationReport(StageReport):
             "calibration",
             [
                 (
-                    "windows",
+                    "sequences",
                     f"{self.windows} of {self.sequence_length} tokens ({self.tokens} tokens)"
-                    + (", each with a beginning token" if self.bos else ""),
+                    + (", each with a BOS token" if self.bos else ""),
                 ),
                 ("from", ", ".join(f"{text_name(source)} ({windows})" for source, windows in self.sources.items())),
-                ("loss of the model", f"{self.loss:.4f} nats a token"),
+                ("loss of the base model", f"{self.loss:.4f} nats a token"),
                 *self.costs(),
                 ("wrote", str(self.directory)),
             ],
@@ -117,7 +121,7 @@ class QuantizeReport(StageReport):
 
 @dataclass(frozen=True, kw_only=True)
 class ImportReport(StageReport):
-    """Codes of a `checkpoint` taken over; bits and bytes as in QuantizeReport."""
+    """The imported codes of a `checkpoint`; bits and bytes as in QuantizeReport."""
 
     checkpoint: str
     model: str
@@ -130,7 +134,7 @@ class ImportReport(StageReport):
 
     def table(self) -> Table:
         return facts(
-            "taken over",
+            "imported",
             [
                 ("checkpoint", self.checkpoint),
                 ("model", self.model),
@@ -145,9 +149,9 @@ class ImportReport(StageReport):
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneReport(StageReport):
-    """`before` and `after` are KL(original || quantized) in nats a token on windows that were not trained on; `tokens`
-    counts those of all steps, `text_tokens` those of the text, which may have been gone through several times;
-    `changed` is how often a group of weights got other codes."""
+    """`before` and `after` are KL(teacher || student) in nats a token on the validation set; `tokens`
+    counts those of all steps, `text_tokens` those of the text, which may be read several times;
+    `changed` counts groups of weights that got other codes."""
 
     steps: int
     tokens: int
@@ -158,12 +162,12 @@ class FinetuneReport(StageReport):
     after: float
 
     def table(self) -> Table:
-        moved = f"groups got other codes {self.changed} times" if self.changed else "the codes stay"
+        moved = f"groups got other codes {self.changed} times" if self.changed else "codes unchanged"
         return facts(
             "finetuned",
             [
                 ("steps", f"{self.steps}, {self.tokens} tokens of a text of {self.text_tokens}"),
-                ("trained", f"{self.parameters} numbers; {moved}"),
+                ("trained", f"{self.parameters} parameters; {moved}"),
                 ("held-out KL", f"{self.before:.4f} -> {self.after:.4f} nats a token"),
                 *self.costs(),
                 ("wrote", str(self.directory)),
@@ -173,7 +177,7 @@ class FinetuneReport(StageReport):
 
 @dataclass(frozen=True, kw_only=True)
 class PackReport(StageReport):
-    """`nominal_bits` is what the scheme stands for, `stored_bits` what a quantized weight takes in these files.
+    """`nominal_bits` are those of the scheme, `stored_bits` those of a quantized weight in these files.
 
     They differ where the format cannot hold the scheme: a uniform grid written as a 16-bit checkpoint stores 16 bits.
     `bytes` counts every tensor of the checkpoint, embeddings and head included.

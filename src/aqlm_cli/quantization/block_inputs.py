@@ -28,8 +28,8 @@ from aqlm_cli.quantization.solvers.hessian import LayerStatistics, SecondMoment
 from aqlm_cli.runs.artifact import Artifact
 from aqlm_cli.runs.files import load_tensors, publish_file, storage_errors
 from aqlm_cli.seeds import generator
+from aqlm_cli.spec.calibration_split import split_sequences
 from aqlm_cli.spec.config import RunConfig
-from aqlm_cli.spec.cost import statistics_split
 
 CHECK = "check"
 """Name of the check of the block calls in events."""
@@ -176,8 +176,8 @@ def mixed_sequences(config: RunConfig, calibration: Artifact) -> tuple[Tensor, i
     with calibration.reading("windows.safetensors") as file:
         ids = load_tensors(file)["ids"].long()
     ids = ids[torch.randperm(len(ids), generator=generator(config.seed, "windows"))]
-    measured, held_out = statistics_split(config, len(ids))
-    return ids[: measured + held_out], measured
+    split = split_sequences(config.quantize, len(ids))
+    return ids[: split.total], split.measured
 
 
 def machine_of(config: RunConfig) -> dict[str, str]:

@@ -1,1 +1,1 @@
-"""What lies on the disk: run directory, artifacts, files, lock and log."""
+"""Everything on the disk: run directory, artifacts, files, lock and log."""

@@ -21,27 +21,18 @@ from pydantic import BaseModel, ConfigDict
 
 from aqlm_cli.errors import ArtifactError, shortened
 from aqlm_cli.runs.files import digest_file, storage_errors, sync_directory, write_file
+from aqlm_cli.runs.stages import StageKey, stage_at
 from aqlm_kernels import KernelError
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 WORK = "work"
-"""Where a stage keeps what it needs to go on after an interruption; never published."""
-
-MADE_BY: Mapping[str, str] = {
-    "calibration": "aqlm calibrate --config {run}/run.yaml --out {run}",
-    "text": "aqlm finetune {run}",
-    "quantized": "aqlm quantize --config {run}/run.yaml --out {run}",
-    "finetuned": "aqlm finetune {run}",
-    "packed": "aqlm pack {run}",
-}
-"""The command that makes each artifact of a run, by the name of its directory."""
+"""Folder of a running stage with the state that it resumes from; never published."""
 
 
 def rebuild_command(directory: Path, kind: str) -> str:
-    """What to do about an artifact of a run that is damaged or out of date."""
-    command = MADE_BY[directory.name if directory.name in MADE_BY else kind]
-    return f"redo it with `{command.format(run=directory.parent)} --overwrite`"
+    """The fix for an artifact of a run that is damaged or out of date."""
+    return f"redo it with `{stage_at(directory, kind).command.format(run=directory.parent)} --overwrite`"
 
 
 # ------------------------------------------------------------------------------------------------------ manifests
@@ -55,7 +46,7 @@ class FileRecord(BaseModel):
 
 
 class Manifest(BaseModel):
-    """What an artifact is and where it came from.
+    """The identity and origin of an artifact.
 
     `settings` is the part of the run file that shaped it, `parents` maps each kind it was made from to that parent's
     digest (for the model: its identity), `files` lists every file beside the manifest, `results` what was measured.
@@ -101,7 +92,7 @@ class Artifact:
 
     @contextlib.contextmanager
     def reading(self, name: str) -> Iterator[Path]:
-        """A file that the manifest lists; what its content is not is one line that says how to have it made anew."""
+        """Open a listed file. A damaged file raises ArtifactError with the command that rebuilds it."""
         path = self.path(name)
         try:
             yield path
@@ -111,18 +102,18 @@ class Artifact:
 
 
 def open_artifact(directory: Path, kind: str) -> Artifact:
-    """Check version, kind, and that every file is there, inside the directory, and of its recorded size.
+    """Check version, kind, and that every file exists inside the directory, with its recorded size.
 
     Not covered: the digests of the files, which would mean reading all of them.
     """
     path = directory / MANIFEST
     try:
-        found = json.loads(path.read_bytes())
-        version = found.get("format_version")
+        content = json.loads(path.read_bytes())
+        version = content.get("format_version")
         if version != FORMAT_VERSION:
             shown = shortened(str(version))
             raise ArtifactError(f"{path} has format version {shown}, this aqlm reads {FORMAT_VERSION}; update aqlm")
-        manifest = Manifest.model_validate(found)
+        manifest = Manifest.model_validate(content)
     except FileNotFoundError:
         raise ArtifactError(f"{directory} is not a complete artifact, {MANIFEST} is missing") from None
     except (OSError, ValueError, AttributeError, RecursionError) as error:  # pydantic's ValidationError is a ValueError
@@ -136,7 +127,7 @@ def open_artifact(directory: Path, kind: str) -> Artifact:
 
 
 def _check_file(directory: Path, kind: str, name: str, record: FileRecord) -> None:
-    """A manifest comes from disk and may come from a stranger: its names must not lead out of its directory."""
+    """A manifest is untrusted: its names must not lead out of its directory."""
     relative = PurePosixPath(name)
     inside = not relative.is_absolute() and ".." not in relative.parts and "\\" not in name
     try:
@@ -144,12 +135,12 @@ def _check_file(directory: Path, kind: str, name: str, record: FileRecord) -> No
         size = (directory / name).stat().st_size if inside and (directory / name).is_file() else None
     except (OSError, ValueError, RuntimeError) as error:  # too long, no text, or a link to itself
         shown = shortened(repr(name))
-        raise ArtifactError(f"{directory / MANIFEST} names {shown}, which no file is called; do not use it") from error
+        raise ArtifactError(f"{directory / MANIFEST} names {shown}, which is no file name; do not use it") from error
     if not inside:
         raise ArtifactError(f"{directory / MANIFEST} names {name}, which lies outside {directory}; do not use it")
     if size != record.bytes:
-        found = "is missing" if size is None else f"has {size} bytes, not {record.bytes}"
-        raise ArtifactError(f"{directory / name} {found}; {rebuild_command(directory, kind)}")
+        fault = "is missing" if size is None else f"has {size} bytes, not {record.bytes}"
+        raise ArtifactError(f"{directory / name} {fault}; {rebuild_command(directory, kind)}")
 
 
 # ---------------------------------------------------------------------------------------------------------- stages
@@ -157,22 +148,20 @@ def _check_file(directory: Path, kind: str, name: str, record: FileRecord) -> No
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage at work. What it writes into `directory` is nobody's business until `publish`."""
+    """A running stage. Other stages do not see `directory` before `publish`."""
 
     directory: Path
     published: Path
-    kind: str
-    settings: Mapping[str, Any]
-    parents: Mapping[str, str]
+    key: StageKey
 
     @property
     def work(self) -> Path:
         return self.directory / WORK
 
     def publish(self, results: Mapping[str, Any]) -> Artifact:
-        """Write the manifest and rename the directory to its name, in place of the artifact that was there."""
+        """Write the manifest and rename the directory to its name, in place of the earlier artifact."""
         with storage_errors(self.directory):
-            (self.directory / MANIFEST).unlink(missing_ok=True)  # of a publication that was interrupted
+            (self.directory / MANIFEST).unlink(missing_ok=True)  # left by an interrupted publication
             files = {
                 path.relative_to(self.directory).as_posix(): FileRecord(
                     sha256=digest_file(path), bytes=path.stat().st_size
@@ -181,13 +170,17 @@ class Stage:
                 if path.is_file() and not path.is_relative_to(self.work)
             }
         manifest = Manifest(
-            kind=self.kind, settings=dict(self.settings), parents=dict(self.parents), files=files, results=dict(results)
+            kind=self.key.stage.kind,
+            settings=dict(self.key.settings),
+            parents=dict(self.key.parents),
+            files=files,
+            results=dict(results),
         )
         text = json.dumps(manifest.model_dump(), indent=1, sort_keys=True)
         write_file(self.directory / MANIFEST, text.encode())
         replaced = self.published.with_name(self.published.name + ".old")
         with storage_errors(self.published):
-            if replaced.exists():  # left there by a crash
+            if replaced.exists():  # left by a crash
                 shutil.rmtree(replaced)
             if self.published.exists():
                 os.replace(self.published, replaced)

@@ -1,8 +1,8 @@
 """The one way anything gets written, and how tensors lie in files.
 
-`write_file` is the only function of this package that writes: beside the place, synced, renamed, so that a file is
-there whole or not at all. safetensors files are streamed through it, one tensor in memory at a time. (Hidden states are
-files that are memory; they come to their names in the same way, by `publish_file`.)
+`write_file` is the only function of this package that writes: beside the place, synced, renamed, so that a file
+exists whole or not at all. safetensors files are streamed through it, one tensor in memory at a time. (Hidden states
+are memory-mapped files; they get their names in the same way, by `publish_file`.)
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from aqlm_cli.errors import ArtifactError, StorageError
 
 @contextlib.contextmanager
 def storage_errors(path: Path) -> Iterator[None]:
-    """Turn what the disk refuses into one line that names the place and the way out."""
+    """Turn errors of the disk into one line that names the file and the fix."""
     try:
         yield
     except OSError as error:
@@ -36,7 +36,7 @@ def storage_errors(path: Path) -> Iterator[None]:
         elif error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
             reason = f"{path} is read-only for this user; choose another place or change its permissions"
         elif error.errno == errno.ENOENT:
-            reason = f"cannot write {path}: its directory is gone; put it back and rerun, or rerun to begin anew"
+            reason = f"cannot write {path}: its directory is missing; put it back and rerun, or rerun to start again"
         else:
             reason = f"cannot write {path}: {error.strerror or error}"
         raise StorageError(reason) from error
@@ -58,7 +58,7 @@ def write_file(path: Path, data: bytes | Iterable[bytes]) -> None:
 
 
 def publish_file(beside: Path, path: Path) -> None:
-    """What was written at `beside`, by whatever means, takes the place of `path` once it is on the disk."""
+    """Put the complete file `beside` in the place of `path`, once it is on the disk."""
     with storage_errors(path):
         with open(beside, "rb") as file:
             os.fsync(file.fileno())
@@ -76,7 +76,7 @@ def digest_file(path: Path) -> str:
 
 
 def disk_bytes(directory: Path) -> int:
-    """What everything below `directory` takes on the disk."""
+    """Bytes that everything below `directory` takes on the disk."""
     taken = 0
     for path in directory.rglob("*"):
         with contextlib.suppress(OSError):  # removed meanwhile
@@ -95,7 +95,7 @@ def sync_directory(directory: Path) -> None:
 
 @dataclass(frozen=True)
 class TensorLayout:
-    """What a safetensors header has to know of a tensor before its bytes come."""
+    """Type and shape of a tensor, as a safetensors header names them before its bytes."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -153,7 +153,7 @@ def _in_order(layouts: Mapping[str, TensorLayout]) -> list[str]:
 
 
 def _header(layouts: Mapping[str, TensorLayout], metadata: Mapping[str, str] | None) -> bytes:
-    """With its length before it, and spaces after it that make the tensors begin at a multiple of 8."""
+    """The header after its length, padded with spaces so that the tensors begin at a multiple of 8."""
     type_names = {dtype: name for name, dtype in DTYPES.items()}
     header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
     start = 0

@@ -18,14 +18,14 @@ from aqlm_cli.errors import ArtifactError
 from aqlm_cli.runs.files import storage_errors
 
 LOCK, LOGS = "lock", "logs"
-"""What may lie in a directory before it is a run."""
+"""Names that may lie in a directory before it is a run."""
 
 PATIENCE = 10  # attempts
 
 
 @dataclass(frozen=True)
 class Holder:
-    """A process at work in a run; its number where it is known."""
+    """The process that runs in a run directory; its number where it is known."""
 
     process: int | None
     words: str
@@ -33,10 +33,10 @@ class Holder:
 
 @contextlib.contextmanager
 def exclusive(run_directory: Path) -> Iterator[None]:
-    """No other process is in this block with the same directory, which is made if it is not there.
+    """Keep every other process out of the same directory, which is created if it is missing.
 
-    The system holds the lock, not the file: it goes with its process, however that ends, and a file that is left means
-    nothing. Raises ArtifactError that names the process which is there.
+    The system holds the lock, not the file: it ends with its process, however that ends, and a file that is left means
+    nothing. Raises ArtifactError that names the other process.
     """
     path = run_directory / LOCK
     with storage_errors(run_directory):
@@ -49,9 +49,9 @@ def exclusive(run_directory: Path) -> Iterator[None]:
         file.seek(0)
         found = _read(file.read())
         if not held:
-            raise ArtifactError(f"{run_directory} is in use by {found.words}; wait for it, or stop it")
+            raise ArtifactError(f"{run_directory} is in use by {found.words}; wait for it or stop it")
         if path.stat().st_size and found.process is None:
-            raise ArtifactError(f"{path} is no lock of ours; remove it if nobody needs it, or choose another directory")
+            raise ArtifactError(f"{path} is not an aqlm lock file; delete it or choose another directory")
         started = datetime.now().isoformat(" ", "seconds")
         try:
             with storage_errors(path):
@@ -59,12 +59,12 @@ def exclusive(run_directory: Path) -> Iterator[None]:
                 file.write(json.dumps({"process": os.getpid(), "command": sys.argv, "started": started}).encode())
             yield
         finally:
-            with contextlib.suppress(OSError):  # the first error counts, and what is left there means nothing
+            with contextlib.suppress(OSError):  # the first error counts, and a file that is left means nothing
                 file.truncate(0)
 
 
 def holder(run_directory: Path) -> Holder | None:
-    """Who is at work in a run; None if nobody is, as far as this user may see."""
+    """The process that runs in a run directory; None if there is none, as far as this user may see."""
     try:
         with open(run_directory / LOCK, "rb") as file:
             try:
@@ -77,7 +77,7 @@ def holder(run_directory: Path) -> Holder | None:
 
 
 def _lock(file: FileIO) -> bool:
-    """Whether it could be had; `holder` of another process takes it for an instant, so this asks more than once."""
+    """True if the lock was taken; `holder` of another process takes it for an instant, so this tries more than once."""
     for _ in range(PATIENCE):
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -92,5 +92,5 @@ def _read(text: bytes) -> Holder:
         said = json.loads(text)
         words = f"process {said['process']} (`{' '.join(said['command'])}`, since {said['started']})"
         return Holder(int(said["process"]), words)
-    except (ValueError, LookupError, TypeError):  # it has only just come, or is about to go
+    except (ValueError, LookupError, TypeError):  # it has only just started, or is about to end
         return Holder(None, "another process")

@@ -1,6 +1,6 @@
-"""The logs of a run: what the screen shows of a stage, a line of JSON an event, in `logs/<stage>.jsonl`.
+"""Event logs of a run: each event of a stage as one line of JSON in `logs/<stage>.jsonl`.
 
-A log is only added to: a run that was interrupted and went on has all of it in one file.
+A log is only appended to: a run that was interrupted and resumed has all of it in one file.
 """
 
 from __future__ import annotations

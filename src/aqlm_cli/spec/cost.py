@@ -11,6 +11,7 @@ from collections import defaultdict
 from dataclasses import dataclass, replace
 
 from aqlm_cli.errors import PlanError
+from aqlm_cli.spec.calibration_split import split_sequences
 from aqlm_cli.spec.config import FitConfig, RunConfig
 from aqlm_cli.spec.plan import Target
 from aqlm_cli.spec.schemes import total_bytes
@@ -86,29 +87,18 @@ class Work:
 
 def work_of(config: RunConfig, sequences: int, workers: int, product_bytes: int) -> Work:
     """The work that the settings ask for, on so many sequences of text."""
-    section = config.quantize
-    measured, held_out = statistics_split(config, sequences)
+    section, split = config.quantize, split_sequences(config.quantize, sequences)
     return Work(
         sequences=sequences,
         length=config.calibrate.sequence_length,
         statistics_sequences_of=min(config.calibrate.statistics_sequences, sequences),
-        measured=measured,
-        held_out=held_out,
+        measured=split.measured,
+        held_out=split.held_out,
         batch=section.batch,
         fit=section.fitting,
         workers=workers,
         product_bytes=product_bytes,
     )
-
-
-def statistics_split(config: RunConfig, sequences: int) -> tuple[int, int]:
-    """The number of sequences that measure the Hessians, and of those held out to validate the fitting.
-
-    Some are held out also where the method is not fitted by default, so that methods are compared on the same ones.
-    """
-    section = config.quantize
-    held_out = min(section.fit.held_out, max(1, sequences // 4), sequences - 1) if section.fit.epochs != 0 else 0
-    return min(section.statistics_sequences, sequences - held_out), held_out
 
 
 @dataclass(frozen=True)
@@ -215,9 +205,6 @@ def quantized_bytes(target: Target) -> int:
     """Bytes of a matrix in `quantized/`."""
     assert target.scheme is not None
     return total_bytes(target.scheme.stored_layouts(target.out_features, target.in_features))
-
-
-# ----------------------------------------------------------------------------------------------------------------- time
 
 
 # --------------------------------------------------------------------------------------------------------------- limits

@@ -1,8 +1,8 @@
-"""`aqlm calibrate`: the text that quantization fits to, and what the original model says of it.
+"""`aqlm calibrate`: the calibration set, and statistics of the base model on it.
 
-`windows.safetensors` holds the token ids. A part of the windows goes through the original model once: the second moment
-of every input feature of every linear layer shows which features are dead and which are outliers, and the model's own
-loss shows at a glance whether the text suits it.
+The artifact holds the token ids. A part of the sequences goes through the base model once: the mean square of every
+input feature of every linear layer shows which features are dead and which are outliers, and the loss of the model
+shows at a glance whether the text suits it.
 """
 
 from __future__ import annotations
@@ -23,54 +23,40 @@ from aqlm_cli.errors import QuantizationError
 from aqlm_cli.events import Advanced, Emit, Noted, StageStarted
 from aqlm_cli.formatting import plain
 from aqlm_cli.memory import peak_memory_bytes, reset_peak_memory
-from aqlm_cli.models import ModelSource, load_tokenizer, refuse_too_long, refuse_unknown_tokens, resolve
+from aqlm_cli.models import ModelSource, load_tokenizer, refuse_too_long, refuse_unknown_tokens
 from aqlm_cli.models.blocks import linears
 from aqlm_cli.models.hidden_states import Handed, autocast, run_block
+from aqlm_cli.pipeline.job import Job
 from aqlm_cli.pipeline.stage_reports import CalibrationReport, restored
 from aqlm_cli.quantization.block_inputs import entering_states, walk_through
 from aqlm_cli.runs.artifact import Stage
-from aqlm_cli.runs.directory import open_run
 from aqlm_cli.runs.files import disk_bytes, save_tensors
-from aqlm_cli.spec.config import RunConfig
-from aqlm_cli.spec.cost import Cost
-
-STAGE = "calibrate"
+from aqlm_cli.runs.stages import CALIBRATE, StageKey
 
 
-def calibrate(
-    config: RunConfig, run_directory: Path, overwrite: bool, emit: Emit, planned: Cost | None = None
-) -> CalibrationReport:
-    """Write `calibration/`, or reuse one that was made from the same model, text and seed.
-
-    `planned` is what it was thought to take, to stand beside what it took.
-    """
-    source = resolve(config.model, config.revision, config.trust_remote_code)
+def calibrate(job: Job) -> CalibrationReport:
+    """Write `calibration/`, or reuse one that was made from the same model, text and seed."""
+    config, source = job.config, job.source
     refuse_too_long(source, config.calibrate.sequence_length, "--sequence-length")
     tokenizer = load_tokenizer(source)
     opening = opening_tokens(tokenizer, config.calibrate.bos)
-    run = open_run(run_directory, config, overwrite)
+    run = job.open_run()
     settings = {**settings_of_text(config.calibrate, bool(opening)), "seed": config.seed}
-    parents = {"model": source.identity}
-    calibration = run.reusable("calibration", "calibration", settings, parents, overwrite)
+    key = StageKey(CALIBRATE, settings, {"model": source.identity}, overwrite=job.overwrite)
+    calibration = run.reusable(key)
     if calibration is None:
-        with run.stage("calibration", "calibration", settings, parents) as stage:
+        with run.stage(key) as stage:
             stage.work.mkdir()
-            results = _measure(config, source, tokenizer, opening, stage, emit)
-            calibration = stage.publish({**results, "planned": plain(planned)})
-    else:
-        emit(Noted(f"{calibration.directory} is there already, made from the same model and text"))
+            report = _measure(job, tokenizer, opening, stage)
+            stage.publish(report.results())
+            return report
+    job.emit(Noted(f"{calibration.directory} exists already, made from the same model and text"))
     return restored(CalibrationReport, calibration.directory, calibration.manifest.results)
 
 
-def _measure(
-    config: RunConfig,
-    source: ModelSource,
-    tokenizer: TextTokenizer,
-    opening: Sequence[int],
-    stage: Stage,
-    emit: Emit,
-) -> dict[str, object]:
-    """Write the windows and the moments; return the fields of the report."""
+def _measure(job: Job, tokenizer: TextTokenizer, opening: Sequence[int], stage: Stage) -> CalibrationReport:
+    """Write the token ids and the moments."""
+    config, source, emit = job.config, job.source, job.emit
     started = time.monotonic()
     reset_peak_memory()
     section, length = config.calibrate, config.calibrate.sequence_length
@@ -83,17 +69,19 @@ def _measure(
     chosen = torch.linspace(0, len(windows.ids) - 1, min(section.statistics_sequences, len(windows.ids))).long()
     moments, loss = _teacher_statistics(source, windows.ids[chosen], stage.work, torch.device(config.device), emit)
     save_tensors(stage.directory / "second_moments.safetensors", moments)
-    return {
-        "windows": len(windows.ids),
-        "sequence_length": length,
-        "tokens": windows.ids.numel(),
-        "loss": loss,
-        "sources": dict(Counter(windows.sources)),
-        "bos": bool(opening),
-        "seconds": time.monotonic() - started,
-        "memory_bytes": peak_memory_bytes(),
-        "disk_bytes": disk_bytes(stage.directory.parent),
-    }
+    return CalibrationReport(
+        directory=stage.published,
+        windows=len(windows.ids),
+        sequence_length=length,
+        tokens=windows.ids.numel(),
+        loss=loss,
+        sources=dict(Counter(windows.sources)),
+        bos=bool(opening),
+        seconds=time.monotonic() - started,
+        memory_bytes=peak_memory_bytes(),
+        disk_bytes=disk_bytes(stage.directory.parent),
+        planned=plain(job.planned.get(CALIBRATE.name)),
+    )
 
 
 @torch.no_grad()
@@ -109,7 +97,7 @@ def _teacher_statistics(
     windows = torch.arange(len(ids)).split(1)
     hidden = entering_states(walk, ids, 1, work / "hidden.activations")
     handed, handing = Handed(work / "handed"), Handed(work / "handed.partial")
-    emit(StageStarted(STAGE, len(walk.paths), "block"))
+    emit(StageStarted(CALIBRATE.name, len(walk.paths), "block"))
     moments: dict[str, Tensor] = {}
     for index, prefix in enumerate(walk.paths):
         block = walk.load(index)
@@ -123,22 +111,24 @@ def _teacher_statistics(
         handing.rename(handed.directory)
         for path, entries in sums.items():
             if not bool(entries.isfinite().all()):
-                raise QuantizationError(f"{path}: its inputs hold NaN or infinite values; the model overflows")
+                raise QuantizationError(
+                    f"{path}: its inputs hold NaN or infinite values: the activations of the base model overflow"
+                )
             moments[path] = entries.float().cpu()
-        emit(Advanced(STAGE, index + 1))
+        emit(Advanced(CALIBRATE.name, index + 1))
     total = 0.0
     for window in windows:
         with autocast(device, walk.dtype):
             logits = walk.logits(ids[window], hidden[window], handed[window])[0]
         total += float(F.cross_entropy(logits[:-1].float(), ids[window][0, 1:].to(device)))
     if not math.isfinite(total):
-        raise QuantizationError("the loss of the original model is not finite; its activations overflow")
+        raise QuantizationError("the loss of the base model is not finite: its activations overflow")
     return moments, total / len(ids)
 
 
 @contextmanager
 def _mean_squares(block: nn.Module, prefix: str, tokens: int) -> Iterator[dict[str, Tensor]]:
-    """While open, every forward of `block` adds its linear layers' inputs to their mean squares `[in]`, by path."""
+    """Mean squares `[in]` of the inputs of each linear layer, by path; every forward of `block` adds to them."""
     sums: dict[str, Tensor] = {}
 
     def watch(path: str, layer: nn.Linear) -> torch.utils.hooks.RemovableHandle:
@@ -158,7 +148,7 @@ def _mean_squares(block: nn.Module, prefix: str, tokens: int) -> Iterator[dict[s
 
 
 def _refuse_damaged(module: nn.Module, path: str) -> None:
-    """Weights that are not there, but in names and shapes, are not looked at."""
+    """QuantizationError for NaN or infinite weights. Weights on the meta device are skipped."""
     for owner, part in module.named_modules(prefix=path):
         for parameter in part.parameters(recurse=False):
             if not parameter.is_meta and not bool(parameter.isfinite().all()):

@@ -25,7 +25,8 @@ from aqlm_cli.errors import ArtifactError, DataError, UsageError
 from aqlm_cli.evaluation.plots import draw_curve
 from aqlm_cli.events import Advanced, Emit, Noted, StageStarted, silent
 from aqlm_cli.memory import peak_memory_bytes, reset_peak_memory
-from aqlm_cli.models import ModelSource, load_tokenizer, original_of, refuse_unknown_tokens
+from aqlm_cli.models import ModelSource, load_tokenizer, refuse_unknown_tokens
+from aqlm_cli.pipeline.job import Job
 from aqlm_cli.pipeline.stage_reports import FinetuneReport, restored
 from aqlm_cli.quantization.block_inputs import machine_of
 from aqlm_cli.quantization.student import Student, Text, load_student
@@ -33,29 +34,26 @@ from aqlm_cli.quantization.training.budget import steps_within
 from aqlm_cli.quantization.training.distill import Training, train
 from aqlm_cli.quantization.training.distributed import World
 from aqlm_cli.runs.artifact import Artifact, Stage
-from aqlm_cli.runs.directory import START, RunDirectory, read_run
+from aqlm_cli.runs.directory import RunDirectory
 from aqlm_cli.runs.files import disk_bytes, load_tensors, read_metadata, save_tensors
+from aqlm_cli.runs.stages import FINETUNE, QUANTIZE, START, StageKey
 from aqlm_cli.seeds import generator
 from aqlm_cli.spec.config import FinetuneConfig, RunConfig
 from aqlm_cli.spec.units import parse_duration
-
-STAGE = "finetune"
 
 STATE = "training.safetensors"
 """File in `work/` from which an interrupted training resumes."""
 
 
-def finetune(
-    config: RunConfig, run_directory: Path, overwrite: bool, emit: Emit, world: World
-) -> FinetuneReport | None:
+def finetune(job: Job, world: World) -> FinetuneReport | None:
     """Write `finetuned/` from the run's `quantized/`, or reuse one that was made with the same settings.
 
     Every process of the world calls this; all but rank 0 return None.
     """
-    emit = emit if world.is_rank_zero else silent
-    inputs = _read_inputs(config, run_directory) if world.is_rank_zero else None  # the others wait until they exist
-    decision = world.from_rank_zero(lambda: _decide(inputs, overwrite, world))
-    inputs = inputs or _read_inputs(config, run_directory)
+    config, emit = job.config, job.emit if world.is_rank_zero else silent
+    inputs = _read_inputs(job) if world.is_rank_zero else None  # the others wait until they exist
+    decision = world.from_rank_zero(lambda: _decide(inputs, world))
+    inputs = inputs or _read_inputs(job)
     if decision["finished"]:
         return _reuse(inputs.run, emit) if world.is_rank_zero else None
     reset_peak_memory()
@@ -68,9 +66,9 @@ def finetune(
         steps = steps_within(parse_duration(str(section.time_budget)), student.data, training, section, config.seed)
         emit(Noted(f"time budget {section.time_budget} = {steps} steps"))
     section = section.model_copy(update={"steps": steps})
-    with _open_stage(inputs, section, overwrite, world) as stage:
+    with _open_stage(inputs, section, world) as stage:
         if stage is not None:
-            inputs.run.keep_finetune_settings(section)
+            inputs.run.keep_section(FINETUNE.name, section)
         _train(student, training, section, config.seed, stage, emit)
         after = student.data.held_out_divergence(section.micro_batch)  # as it was rounded to be stored
         if stage is None:
@@ -95,24 +93,26 @@ class _Inputs:
     source: ModelSource
     start: Artifact
     bos: bool
+    overwrite: bool
 
-    def made_with(self, section: FinetuneConfig) -> tuple[dict[str, object], dict[str, str]]:
-        """Settings and parents of the artifact."""
+    def key(self, section: FinetuneConfig, world: World) -> StageKey:
+        """The inputs of the artifact."""
         parents = {key: digest for key, digest in self.start.manifest.parents.items() if key == "calibration"}
         if not parents and section.data is None:  # the codes were imported, and the text is that of calibration
             parents["calibration"] = self.run.current("calibration").digest
         settings = {**settings_of_text(section, self.bos), "seed": self.config.seed}
-        return settings, {**parents, "model": self.source.identity, START: self.start.digest}
+        parents = {**parents, "model": self.source.identity, START: self.start.digest}
+        return StageKey(FINETUNE, settings, parents, self.machine(world), self.overwrite)
 
     def machine(self, world: World) -> dict[str, str]:
         return {**machine_of(self.config), **world.described()}
 
 
-def _read_inputs(config: RunConfig, run_directory: Path) -> _Inputs:
-    run, section = read_run(run_directory), config.finetune
-    start, source = run.own("quantized", "quantized"), original_of(run)
+def _read_inputs(job: Job) -> _Inputs:
+    run, section = job.run, job.config.finetune
+    start, source = run.own(QUANTIZE), job.original(run)
     if start is None:
-        raise ArtifactError(f"{run_directory} has no complete quantized/; make it with `aqlm quantize`")
+        raise ArtifactError(f"{run.path} has no complete quantized/; make it with `aqlm quantize`")
     run.refuse_outdated(start)
     if section.bos is not None:
         bos = section.bos
@@ -120,14 +120,14 @@ def _read_inputs(config: RunConfig, run_directory: Path) -> _Inputs:
         bos = _calibration_has_bos(run)
     else:
         bos = bool(opening_tokens(load_tokenizer(source), None))
-    return _Inputs(config, run, source, start, bos)
+    return _Inputs(job.config, run, source, start, bos, job.overwrite)
 
 
 def _calibration_has_bos(run: RunDirectory) -> bool:
     return bool(run.current("calibration").manifest.settings.get("bos"))
 
 
-def _decide(inputs: _Inputs | None, overwrite: bool, world: World) -> dict[str, Any]:
+def _decide(inputs: _Inputs | None, world: World) -> dict[str, Any]:
     """Find a finished artifact, or the number of steps; None: the time budget has to be turned into one."""
     assert inputs is not None
     run, section = inputs.run, inputs.config.finetune
@@ -136,16 +136,16 @@ def _decide(inputs: _Inputs | None, overwrite: bool, world: World) -> dict[str, 
     steps: int | None = section.steps
     if section.time_budget is not None:
         # Once begun, a run keeps the number that its time budget came to.
-        begun_with = dict(run.known_settings("finetuned", overwrite))
+        begun_with = dict(run.known_settings(FINETUNE, inputs.overwrite))
         asked = {**settings_of_text(section, inputs.bos), "seed": inputs.config.seed}
         steps = begun_with.get("steps")
         steps = steps if isinstance(steps, int) and {**asked, "steps": steps} == begun_with else None
     if steps is not None:
         section = section.model_copy(update={"steps": steps})
-    made_with = inputs.made_with(section)
-    finished = run.reusable("finetuned", "quantized", *made_with, overwrite) is not None
+    key = inputs.key(section, world)
+    finished = run.reusable(key) is not None
     if not finished:
-        run.goes_on("finetuned", *made_with, inputs.machine(world), overwrite)  # refuses before anything is loaded
+        run.resumes(key)  # refuses before anything is loaded
     return {"finished": finished, "steps": steps}
 
 
@@ -166,7 +166,7 @@ def _read_text(inputs: _Inputs, emit: Emit) -> Text:
             section.data, section.sequences, length, config.seed, tokenizer, sampled, opening=opening, emit=emit
         ).ids
         refuse_unknown_tokens(source, ids)
-    ids = ids[torch.randperm(len(ids), generator=generator(config.seed, STAGE))]
+    ids = ids[torch.randperm(len(ids), generator=generator(config.seed, FINETUNE.name))]
     if len(ids) <= section.held_out:
         raise DataError(f"the text has {len(ids)} sequences, and {section.held_out} are held out; add text")
     return Text(training=ids[section.held_out :], held_out=ids[: section.held_out])
@@ -181,14 +181,9 @@ def _token_ids(run: RunDirectory, kind: str) -> Tensor:
 # ------------------------------------------------------------------------------------------------------------- training
 
 
-def _open_stage(
-    inputs: _Inputs, section: FinetuneConfig, overwrite: bool, world: World
-) -> AbstractContextManager[Stage | None]:
+def _open_stage(inputs: _Inputs, section: FinetuneConfig, world: World) -> AbstractContextManager[Stage | None]:
     """The directory to write, in rank 0; None in every other process."""
-    if not world.is_rank_zero:
-        return nullcontext()
-    made_with = inputs.made_with(section)
-    return inputs.run.resumed_stage("finetuned", "quantized", *made_with, inputs.machine(world), overwrite)
+    return inputs.run.resumed_stage(inputs.key(section, world)) if world.is_rank_zero else nullcontext()
 
 
 def _train(
@@ -200,13 +195,17 @@ def _train(
     if found["state"] is not None:
         _restore(training, Path(found["state"]))
         emit(Noted(f"{Path(found['state']).parents[1]} holds {training.step} of {section.steps} steps; resuming"))
-    emit(StageStarted(STAGE, section.steps, "step", done=training.step))
+    emit(StageStarted(FINETUNE.name, section.steps, "step", done=training.step))
 
     def stepped(now: Training, kl: float) -> None:
         tokens = section.batch * section.sequence_length * now.step / now.seconds
         if state is not None and now.step % section.save_every == 0:
             save_tensors(state, now.tensors(), {"facts": json.dumps(now.facts())})
-        emit(Advanced(STAGE, now.step, f"KL {kl:.4f}, held out {now.curve[-1]['held_out']:.4f}, {tokens:.0f} tokens/s"))
+        emit(
+            Advanced(
+                FINETUNE.name, now.step, f"KL {kl:.4f}, held out {now.curve[-1]['held_out']:.4f}, {tokens:.0f} tokens/s"
+            )
+        )
 
     train(student.data, training, section, seed, stepped)
     student.round()
@@ -242,7 +241,7 @@ def _results(
 
 
 def _reuse(run: RunDirectory, emit: Emit) -> FinetuneReport:
-    finished = run.own("finetuned", "quantized")
+    finished = run.own(FINETUNE)
     assert finished is not None
     emit(Noted(f"{finished.directory} exists already, made with the same settings"))
     return _report(run, finished)

@@ -1,8 +1,8 @@
 """The codes of an AQLM checkpoint, made by anyone, as the `quantized/` of a run.
 
-A run whose `quantize.import_from` names one begins with its codes, codebooks and scales, with the norms and biases of
-its blocks, and with what has learnt outside the blocks, number by number as they are there. Everything else in the run
-is the original's, so it must be the original's in the checkpoint, too.
+A run whose `quantize.import_from` names one starts with its codes, codebooks and scales, with the norms and biases of
+its blocks, and with the parameters that were trained outside the blocks, value by value. Everything else in the run is
+taken from the base model, so the checkpoint must have the same values there.
 """
 
 from __future__ import annotations
@@ -19,14 +19,13 @@ from aqlm_cli.formatting import some
 from aqlm_cli.memory import peak_memory_bytes, reset_peak_memory
 from aqlm_cli.models import ModelSource, load_config, load_network, load_without, stored_parameters
 from aqlm_cli.models.blocks import find_blocks
-from aqlm_cli.pipeline.preflight import Preflight, checkpoint_of, preflight
+from aqlm_cli.pipeline.job import Job
 from aqlm_cli.pipeline.stage_reports import ImportReport, restored
 from aqlm_cli.quantization.block_files import OUTSIDE, block_file, save_block
 from aqlm_cli.quantization.student import names_in_files, outside_blocks
 from aqlm_cli.quantization.training.block import tuned_parameters
-from aqlm_cli.runs.directory import open_run
 from aqlm_cli.runs.files import disk_bytes, save_tensors
-from aqlm_cli.spec.config import RunConfig
+from aqlm_cli.runs.stages import QUANTIZE, StageKey
 from aqlm_kernels import quantized_layers
 
 STAGE = "import_checkpoint"
@@ -34,61 +33,68 @@ STAGE = "import_checkpoint"
 NOT_COMPARED = {"_name_or_path", "aqlm_cli", "architectures", "dtype", "quantization_config", "transformers_version"}
 """Settings in config.json that say how a model is stored, and by whom."""
 
-FURTHEST_LEARNT = 0.5
-"""Of its norm: what lies further from the original's is another model's, and has not learnt from there."""
+FURTHEST_TRAINED = 0.5
+"""Distance by its norm: a tensor further from that of the base model was not trained from there."""
 
 
-def import_checkpoint(config: RunConfig, run_directory: Path, overwrite: bool, emit: Emit) -> ImportReport:
+def import_checkpoint(job: Job) -> ImportReport:
     """Write `quantized/` from the checkpoint that the settings name, or reuse what was made from the same one.
 
     The run file gets the scheme of the checkpoint. Raises ModelError where it was not made from the run's model.
     """
     started = time.monotonic()
-    known, checkpoint = preflight(config), checkpoint_of(config)
-    source, plan = known.source, known.plan
-    section = config.quantize.model_copy(update={"scheme": str(plan.scheme)})
-    run = open_run(run_directory, config.model_copy(update={"quantize": section}), overwrite)
+    source, checkpoint, plan = job.source, checkpoint_of(job), job.preflight.plan
+    run = job.with_settings(quantize=job.config.quantize.model_copy(update={"scheme": str(plan.scheme)})).open_run()
     parents = {"model": source.identity, "checkpoint": checkpoint.identity}
-    imported = run.reusable("quantized", "quantized", {}, parents, overwrite)
+    key = StageKey(QUANTIZE, {}, parents, overwrite=job.overwrite)
+    imported = run.reusable(key)
     if imported is not None:
-        emit(Noted(f"{imported.directory} is there already, made from the same checkpoint"))
+        job.emit(Noted(f"{imported.directory} exists already, made from the same checkpoint"))
         return restored(ImportReport, imported.directory, imported.manifest.results["report"])
     reset_peak_memory()
-    network, learnt = fitting_network(config, known)
+    network, learnt = fitting_network(job)
     if other := _other_settings(checkpoint, source):
-        emit(Warned(f"{checkpoint.name} has other settings than {source.name}, whose are kept: {some(other)}"))
-    with run.stage("quantized", "quantized", {}, parents) as stage:
-        _save_blocks(network, stage.directory, emit)
+        line = f"{checkpoint.name} has other settings than {source.name}: {some(other)}"
+        job.emit(Warned(f"{line}; those of {source.name} are kept"))
+    with run.stage(key) as stage:
+        _save_blocks(network, stage.directory, job.emit)
         if learnt:
             save_tensors(stage.directory / OUTSIDE, learnt, {})
-        report = {
-            "checkpoint": checkpoint.name,
-            "model": source.name,
-            "scheme": str(plan.scheme),
-            "layers": len(plan.quantized),
-            "code_bits": plan.code_bits,
-            "stored_bits": plan.stored_bits,
-            "bytes_before": plan.bytes_before,
-            "bytes_after": plan.bytes_after,
-            "seconds": time.monotonic() - started,
-            "memory_bytes": peak_memory_bytes(),
-            "disk_bytes": disk_bytes(run.path),
-        }
+        report = ImportReport(
+            directory=stage.published,
+            checkpoint=checkpoint.name,
+            model=source.name,
+            scheme=str(plan.scheme),
+            layers=len(plan.quantized),
+            code_bits=plan.code_bits,
+            stored_bits=plan.stored_bits,
+            bytes_before=plan.bytes_before,
+            bytes_after=plan.bytes_after,
+            seconds=time.monotonic() - started,
+            memory_bytes=peak_memory_bytes(),
+            disk_bytes=disk_bytes(run.path),
+        )
         model = {"name": source.name, "identity": source.identity}
-        imported = stage.publish({"plan": plan.to_json(), "layers": {}, "model": model, "report": report})
-    emit(Noted(f"{len(plan.quantized)} layers of {checkpoint.name} are in {imported.directory}"))
-    return restored(ImportReport, imported.directory, report)
+        stage.publish({"plan": plan.to_json(), "layers": {}, "model": model, "report": report.results()})
+    job.emit(Noted(f"{report.layers} layers of {checkpoint.name} are in {report.directory}"))
+    return report
 
 
-def fitting_network(config: RunConfig, known: Preflight) -> tuple[nn.Module, dict[str, Tensor]]:
-    """The network of the checkpoint, and by name what has learnt outside its blocks; all else is as in the original.
+def checkpoint_of(job: Job) -> ModelSource:
+    """The AQLM checkpoint from which the codes are imported."""
+    assert job.preflight.checkpoint is not None
+    return job.preflight.checkpoint
+
+
+def fitting_network(job: Job) -> tuple[nn.Module, dict[str, Tensor]]:
+    """The network of the checkpoint, and by name the parameters trained outside its blocks; all else is the base model.
 
     Raises ModelError for the first tensor that is not.
     """
-    checkpoint, source = checkpoint_of(config), known.source
+    checkpoint, source, schemes = checkpoint_of(job), job.source, job.preflight.plan.schemes
     network = load_network(checkpoint, torch.float32)
-    original = load_without(source, list(known.plan.schemes), torch.float32)
-    layers = tuple(f"{path}." for path in known.plan.schemes)
+    original = load_without(source, list(schemes), torch.float32)
+    layers = tuple(f"{path}." for path in schemes)
     there = {name: tensor for name, tensor in _tensors(network).items() if not name.startswith(layers)}
     wanted, taken = _tensors(original), _taken_over(network)
     if alone := sorted(there.keys() ^ wanted.keys()):
@@ -99,22 +105,22 @@ def fitting_network(config: RunConfig, known: Preflight) -> tuple[nn.Module, dic
     for name in sorted(there):
         if there[name].shape != wanted[name].shape:
             shapes = f"{list(there[name].shape)} there and {list(wanted[name].shape)} in {source.name}"
-            raise ModelError(f"{checkpoint.name}: {name} is {shapes}; name the model that it was made from")
+            raise ModelError(f"{checkpoint.name}: {name} is {shapes}; name the base model of the checkpoint")
         if name in taken or _same(there[name], wanted[name]):
             continue
         if name in outside and _near(there[name], wanted[name]):
             learnt.update({stored: there[name].detach() for stored in names[name]})
         else:
             raise ModelError(
-                f"{checkpoint.name}: {name} is not that of {source.name}, nor can it have been trained from there; "
-                "name the model that it was made from"
+                f"{checkpoint.name}: {name} differs from that of {source.name}, by more than training changes; "
+                "name the base model of the checkpoint"
             )
     return network, learnt
 
 
 def _tensors(network: nn.Module) -> dict[str, Tensor]:
-    """By path, also what a network computes when it is made, such as the frequencies of rotary embeddings; a head tied
-    to the embeddings comes once."""
+    """Parameters and buffers by path, computed ones such as the frequencies of rotary embeddings included; a tied head
+    comes once."""
     return {**dict(network.named_parameters()), **dict(network.named_buffers())}
 
 
@@ -130,17 +136,16 @@ def _taken_over(network: nn.Module) -> set[str]:
 
 
 def _near(there: Tensor, wanted: Tensor) -> bool:
-    return float((there - wanted).norm()) <= FURTHEST_LEARNT * float(wanted.norm())
+    return float((there - wanted).norm()) <= FURTHEST_TRAINED * float(wanted.norm())
 
 
 def _same(there: Tensor, wanted: Tensor) -> bool:
-    """Whether the two are one tensor, stored in types of their own: equal in float16, or the first is the second in
-    bfloat16."""
+    """True where both are one tensor in different types: equal in float16, or the first is the second in bfloat16."""
     return torch.equal(there.half(), wanted.half()) or torch.equal(there, wanted.bfloat16().float())
 
 
 def _other_settings(checkpoint: ModelSource, original: ModelSource) -> list[str]:
-    """Those in config.json that differ: most of them change no number, and which do differs by family."""
+    """Settings in config.json that differ: most of them change no value, and which do differs by architecture."""
     there, kept = load_config(checkpoint).to_dict(), load_config(original).to_dict()
     keys = sorted({*there, *kept} - NOT_COMPARED)
     return [f"{key} {there.get(key)}, not {kept.get(key)}" for key in keys if there.get(key) != kept.get(key)]

@@ -7,51 +7,47 @@ it tells a time, a host or a path of this machine; the same quantized model alwa
 from __future__ import annotations
 
 import time
-from pathlib import Path
 from typing import Any
 
-from aqlm_cli.events import Emit, Noted, Warned
+from aqlm_cli.events import Noted, Warned
 from aqlm_cli.export import EXPORTERS, Origin, plan_export, read_model
 from aqlm_cli.formatting import plain, text_name
 from aqlm_cli.memory import peak_memory_bytes, reset_peak_memory
-from aqlm_cli.models import original_of
+from aqlm_cli.pipeline.job import Job
 from aqlm_cli.pipeline.stage_reports import PackReport, restored
 from aqlm_cli.runs.artifact import Artifact
-from aqlm_cli.runs.directory import RunDirectory, read_run
+from aqlm_cli.runs.directory import RunDirectory
 from aqlm_cli.runs.files import disk_bytes
+from aqlm_cli.runs.stages import PACK, StageKey
 from aqlm_cli.spec.cost import Cost
 
 
-def pack(
-    run_directory: Path, format: str | None, overwrite: bool, emit: Emit, planned: Cost | None = None
-) -> PackReport:
-    """Write `packed/` of a run, in the given format or else in that of its run file; read it back, load it, compare.
+def pack(job: Job) -> PackReport:
+    """Write `packed/` of an existing run in the format that the settings name; read it back, load it, compare.
 
     Raises ArtifactError where there is nothing to pack or the model is no longer the one that was quantized, and
     PlanError where the format cannot hold it.
     """
     started = time.monotonic()
-    run = read_run(run_directory)
+    run, emit, format = job.run, job.emit, job.config.pack.format
     quantized = run.current("quantized")
-    settings = {"format": format or run.config.pack.format}
-    parents = {"quantized": quantized.digest}
-    packed = run.reusable("packed", "packed", settings, parents, overwrite)
+    key = StageKey(PACK, {"format": format}, {"quantized": quantized.digest}, overwrite=job.overwrite)
+    packed = run.reusable(key)
     if packed is not None:
         emit(Noted(f"{packed.directory} exists already, made from the same quantized model"))
         return restored(PackReport, packed.directory, packed.manifest.results)
     emit(Noted(f"packing {quantized.directory}"))
     reset_peak_memory()
-    export = plan_export(read_model(original_of(run), quantized), EXPORTERS[settings["format"]])
+    export = plan_export(read_model(job.original(run), quantized), EXPORTERS[format])
     for warning in export.warnings():
         emit(Warned(warning))
-    with run.stage("packed", "packed", settings, parents) as stage:
+    with run.stage(key) as stage:
         export.write(stage.directory, _origin(run, quantized))
         packed = stage.publish(plain(export.facts()))
     # Told, and not kept: the same quantized model gives the same manifest, too.
     taken = Cost(time.monotonic() - started, peak_memory_bytes(), disk_bytes(run.path))
-    return restored(
-        PackReport, packed.directory, {**packed.manifest.results, **plain(taken), "planned": plain(planned)}
-    )
+    planned = plain(job.planned.get(PACK.name))
+    return restored(PackReport, packed.directory, {**packed.manifest.results, **plain(taken), "planned": planned})
 
 
 def _origin(run: RunDirectory, quantized: Artifact) -> Origin:

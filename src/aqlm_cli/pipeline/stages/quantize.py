@@ -1,23 +1,22 @@
-"""`aqlm quantize`: block by block through the model, each on what the quantized blocks before it really put out.
+"""`aqlm quantize`: block by block through the model, each on the real output of the quantized blocks before it.
 
-For one block, with its inputs for all windows in a file:
+For one block, with its inputs for all sequences in a file:
 
-1. the original block runs: its outputs are the targets, and x x^T of every linear layer's inputs gives H;
-2. its matrices are compressed, side by side;
-3. the compressed block is fitted to the targets, then rounded to the 16 bits in which it will be stored;
+1. the block of the base model runs: its outputs are the targets, and x x^T of every linear layer's inputs gives H;
+2. its matrices are quantized, side by side;
+3. the quantized block is fitted to the targets, then rounded to the 16 bits in which it will be stored;
 4. its outputs take the place of the inputs: the next block will see, and correct, the error made here.
 
-Finished blocks, and finished matrices of the present one, are on the disk (resume_state.py): after an interruption the
-same command goes on from there, to the same bytes.
+Finished blocks, and finished matrices of the current one, are on the disk (quantization/resume.py): after an
+interruption the same command resumes from there, to the same bytes.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,7 +27,8 @@ from aqlm_cli.events import Advanced, BlockQuantized, Emit, LayerQuantized, Note
 from aqlm_cli.formatting import plain
 from aqlm_cli.memory import give_back_memory, peak_memory_bytes, reset_peak_memory
 from aqlm_cli.models.blocks import linears
-from aqlm_cli.pipeline.preflight import Preflight, plan_report, planned_work, preflight, within_limits
+from aqlm_cli.pipeline.job import Job
+from aqlm_cli.pipeline.preflight import planned_work
 from aqlm_cli.pipeline.stage_reports import QuantizeReport, restored
 from aqlm_cli.quantization.block_files import block_file, put_matrix, save_block
 from aqlm_cli.quantization.block_inputs import CalibrationPass, machine_of, mixed_sequences, start_calibration_pass
@@ -37,31 +37,25 @@ from aqlm_cli.quantization.parallel import Compressed, Task, compress_all
 from aqlm_cli.quantization.resume import ResumeState
 from aqlm_cli.quantization.training.block import BlockData, fit_block, round_block
 from aqlm_cli.runs.artifact import Artifact, Stage
-from aqlm_cli.runs.directory import open_run
 from aqlm_cli.runs.files import disk_bytes
+from aqlm_cli.runs.stages import QUANTIZE, StageKey
 from aqlm_cli.seeds import generator
 from aqlm_cli.spec.config import RunConfig
-from aqlm_cli.spec.cost import Cost
 from aqlm_cli.spec.schemes import Scheme
 from aqlm_kernels import quantized_layers
-
-STAGE = "quantize"
 
 UNREACHED = "no text reaches it"
 """The reason of a layer that stays as it is: an expert that no token was sent to, attention to an absent encoder."""
 
 
-def quantize(
-    config: RunConfig, run_directory: Path, overwrite: bool, emit: Emit, planned: Cost | None = None
-) -> QuantizeReport:
+def quantize(job: Job) -> QuantizeReport:
     """Write `quantized/` from the run's calibration, or reuse one that was made with the same settings.
 
-    `planned` is what it was thought to take, to stand beside what it took. Raises PlanError where the settings' own
-    limits cannot be kept.
+    Raises PlanError where the settings' own limits cannot be kept.
     """
-    known = preflight(config)
-    config, source, plan = within_limits(config, known), known.source, known.plan
-    run = open_run(run_directory, config, overwrite)
+    job = job.within_limits()
+    config, source = job.config, job.source
+    run = job.open_run()
     calibration = run.current("calibration")
     if calibration.manifest.parents["model"] != source.identity:
         raise ArtifactError(
@@ -69,28 +63,44 @@ def quantize(
         )
     settings = {**config.quantize.model_dump(mode="json"), "seed": config.seed}
     parents = {"model": source.identity, "calibration": calibration.digest}
-    quantized = run.reusable("quantized", "quantized", settings, parents, overwrite)
+    key = StageKey(QUANTIZE, settings, parents, machine_of(config), job.overwrite)
+    quantized = run.reusable(key)
     if quantized is not None:
-        emit(Noted(f"{quantized.directory} is there already, made with the same settings"))
+        job.emit(Noted(f"{quantized.directory} exists already, made with the same settings"))
         return restored(QuantizeReport, quantized.directory, quantized.manifest.results["report"])
     reset_peak_memory()
-    with run.resumed_stage("quantized", "quantized", settings, parents, machine_of(config), overwrite) as stage:
-        found = _quantize_blocks(config, known, calibration, stage, emit)
-        layers = {path: measured for block in found for path, measured in block["layers"].items()}
+    with run.resumed_stage(key) as stage:
+        blocks = _quantize_blocks(job, calibration, stage)
+        layers = {path: measured for block in blocks for path, measured in block["layers"].items()}
         if not layers:
             raise QuantizationError(f"nothing is quantized: {UNREACHED}; add text, or choose other layers")
+        plan = job.preflight.plan
         plan = plan.leaving(plan.schemes.keys() - layers.keys(), UNREACHED)
-        report = plan_report(config, plan).as_json()
-        del report["skipped"], report["kernel"], report["schemes"]
-        errors = [layer["relative_error"] for layer in layers.values() if layer["relative_error"] > 0]
-        report["mean_relative_error"] = math.exp(sum(map(math.log, errors)) / len(errors)) if errors else 0.0
-        report["seconds"] = sum(block["seconds"] for block in found)
-        report["memory_bytes"] = max(block["memory_bytes"] for block in found)
-        report["disk_bytes"] = max(block["disk_bytes"] for block in found)
-        report["planned"] = plain(planned)
+        report = QuantizeReport(
+            directory=stage.published,
+            model=config.model,
+            scheme=str(plan.scheme),
+            method=config.quantize.method,
+            layers=len(plan.quantized),
+            code_bits=plan.code_bits,
+            stored_bits=plan.stored_bits,
+            bytes_before=plan.bytes_before,
+            bytes_after=plan.bytes_after,
+            mean_relative_error=_geometric_mean([layer["relative_error"] for layer in layers.values()]),
+            seconds=sum(block["seconds"] for block in blocks),
+            memory_bytes=max(block["memory_bytes"] for block in blocks),
+            disk_bytes=max(block["disk_bytes"] for block in blocks),
+            planned=plain(job.planned.get(QUANTIZE.name)),
+        )
         about = {"model": {"name": source.name, "identity": source.identity}, "machine": machine_of(config)}
-        quantized = stage.publish({"plan": plan.to_json(), "layers": layers, **about, "report": report})
-    return restored(QuantizeReport, quantized.directory, quantized.manifest.results["report"])
+        stage.publish({"plan": plan.to_json(), "layers": layers, **about, "report": report.results()})
+    return report
+
+
+def _geometric_mean(errors: Sequence[float]) -> float:
+    """The geometric mean of those that are not zero; 0 where all are."""
+    logarithms = [math.log(error) for error in errors if error > 0]
+    return math.exp(sum(logarithms) / len(logarithms)) if logarithms else 0.0
 
 
 # ------------------------------------------------------------------------------------------------------ block by block
@@ -98,7 +108,7 @@ def quantize(
 
 @dataclass(frozen=True, eq=False)
 class _Work:
-    """What stays the same from block to block."""
+    """The parts that stay the same from block to block."""
 
     config: RunConfig
     schemes: Mapping[str, Scheme]  # of every layer to quantize, by path
@@ -108,21 +118,20 @@ class _Work:
     emit: Emit
 
 
-def _quantize_blocks(
-    config: RunConfig, known: Preflight, calibration: Artifact, stage: Stage, emit: Emit
-) -> list[dict[str, Any]]:
+def _quantize_blocks(job: Job, calibration: Artifact, stage: Stage) -> list[dict[str, Any]]:
     """Write `block-NNN.safetensors` of every block that has something to quantize; return what was measured of each."""
     started = time.monotonic()
+    config, preflight, emit = job.config, job.preflight, job.emit
     ids, measured = mixed_sequences(config, calibration)
     if config.quantize.fitting.epochs and measured == len(ids):
-        emit(Warned("there is one window of text only, so none can be held out and blocks are not fitted; add text"))
-    source, schemes, resume_state = known.source, known.plan.schemes, ResumeState(stage.work)
-    states = start_calibration_pass(source, ids, measured, config, resume_state, emit)
+        emit(Warned("the calibration set has one sequence, so none is held out and blocks are not fitted; add text"))
+    schemes, resume_state = preflight.plan.schemes, ResumeState(stage.work)
+    states = start_calibration_pass(job.source, ids, measured, config, resume_state, emit)
     last = states.walk.last(list(schemes))
     if resume_state.blocks:
-        emit(Noted(f"{stage.directory} holds {resume_state.blocks} of {last + 1} blocks, going on after them"))
-    emit(StageStarted(STAGE, last + 1, "block", done=resume_state.blocks))
-    work = _Work(config, schemes, planned_work(config, known.shape).workers, stage, resume_state, emit)
+        emit(Noted(f"{stage.directory} holds {resume_state.blocks} of {last + 1} blocks; resuming after them"))
+    emit(StageStarted(QUANTIZE.name, last + 1, "block", done=resume_state.blocks))
+    work = _Work(config, schemes, planned_work(config, preflight.shape).workers, stage, resume_state, emit)
     for index in range(states.index, last + 1):
         block = states.walk.load(index)
         layers = _quantize_block(work, states, block)
@@ -131,7 +140,7 @@ def _quantize_blocks(
         resume_state.record(index, {"layers": layers, "seconds": seconds, **taken})
         states, started = states.next(), started + seconds
         resume_state.forget_matrices()
-        emit(Advanced(STAGE, index + 1))
+        emit(Advanced(QUANTIZE.name, index + 1))
     return [resume_state.recorded(index) for index in range(last + 1)]
 
 

@@ -1,8 +1,7 @@
-"""`aqlm verify`: are the files of a run what was once written, and would the same be written again?
+"""`aqlm verify`: the files of a run compared with their digests, and one layer quantized again.
 
-Every file is read and compared with its digest. Then one layer is quantized again, from the model and the text: which
-one, the seed says. Its codes must be the same to the bit. (Codebooks and scales are fitted together with those of the
-whole block afterwards; their digests were compared before.)
+The seed chooses the layer, which is quantized from the model and the text. Its codes must be the same to the bit.
+(Codebooks and scales are fitted together with those of the whole block afterwards; their digests were compared before.)
 """
 
 from __future__ import annotations
@@ -14,45 +13,46 @@ from tempfile import TemporaryDirectory
 import torch
 
 from aqlm_cli.errors import ArtifactError
-from aqlm_cli.events import Advanced, Emit, Noted, StageStarted
-from aqlm_cli.models import original_of
+from aqlm_cli.events import Advanced, Noted, StageStarted
 from aqlm_cli.models.plain_linear import is_plain
+from aqlm_cli.pipeline.job import Job
 from aqlm_cli.quantization.block_files import block_file, matrix_kinds, read_matrix, restore_block
 from aqlm_cli.quantization.block_inputs import machine_of, mixed_sequences, start_calibration_pass
 from aqlm_cli.quantization.methods import METHODS
 from aqlm_cli.quantization.parallel import Task, compress_all
 from aqlm_cli.quantization.resume import ResumeState
 from aqlm_cli.records import VerifyReport
+from aqlm_cli.runs import stages
 from aqlm_cli.runs.artifact import Artifact, rebuild_command
-from aqlm_cli.runs.directory import DIRECTORIES, RunDirectory, read_run
+from aqlm_cli.runs.directory import RunDirectory
 from aqlm_cli.runs.files import digest_file
+from aqlm_cli.runs.stages import QUANTIZE
 from aqlm_cli.seeds import generator
 from aqlm_cli.spec.plan import Plan
 from aqlm_cli.spec.schemes import Scheme
 from aqlm_kernels import Matrix
 
-STAGE = "verify"
+VERIFY = "verify"
 
 
-def verify(run_directory: Path, emit: Emit) -> VerifyReport:
-    """Raises ArtifactError for the first file, or the layer, that is not what it was, and says how to mend it."""
+def verify(job: Job) -> VerifyReport:
+    """Raises ArtifactError for the first file, or the layer, that is not what it was, and says how to fix it."""
     started = time.monotonic()
-    run = read_run(run_directory)
-    named = [run.own(name, kind) for kind, names in DIRECTORIES.items() for name in reversed(names)]
-    there = [artifact for artifact in named if artifact is not None]
-    if not there:
-        raise ArtifactError(f"{run_directory} holds nothing to verify yet; begin with `aqlm quantize`")
-    files = [(artifact, name) for artifact in there for name in artifact.manifest.files]
-    emit(StageStarted(STAGE, len(files), "file"))
+    run, emit = job.run, job.emit
+    artifacts = [artifact for stage in stages.STAGES if (artifact := run.own(stage)) is not None]
+    if not artifacts:
+        raise ArtifactError(f"{run.path} holds nothing to verify yet; start with `aqlm quantize`")
+    files = [(artifact, name) for artifact in artifacts for name in artifact.manifest.files]
+    emit(StageStarted(VERIFY, len(files), "file"))
     for number, (artifact, name) in enumerate(files, start=1):
         _compare_digest(artifact, name)
-        emit(Advanced(STAGE, number))
-    for kind in {artifact.manifest.kind for artifact in there}:
+        emit(Advanced(VERIFY, number))
+    for kind in {artifact.manifest.kind for artifact in artifacts}:
         run.current(kind)  # made from what is there now
-    quantized = run.own("quantized", "quantized")
-    layer = None if quantized is None else _requantize(run, quantized, emit)
+    quantized = run.own(QUANTIZE)
+    layer = None if quantized is None else _requantize(job, run, quantized)
     return VerifyReport(
-        directory=run_directory,
+        directory=run.path,
         files=len(files),
         bytes=sum(artifact.manifest.files[name].bytes for artifact, name in files),
         layer=layer,
@@ -64,37 +64,37 @@ def _compare_digest(artifact: Artifact, name: str) -> None:
     path = artifact.path(name)
     if digest_file(path) != artifact.manifest.files[name].sha256:
         way_out = rebuild_command(artifact.directory, artifact.manifest.kind)
-        raise ArtifactError(f"{path} is damaged (other bytes than its manifest says); {way_out}")
+        raise ArtifactError(f"{path} is damaged (its digest differs from the manifest); {way_out}")
 
 
-def _requantize(run: RunDirectory, quantized: Artifact, emit: Emit) -> str | None:
+def _requantize(job: Job, run: RunDirectory, quantized: Artifact) -> str | None:
     """The path of the layer; None where this machine would not compute the same bits."""
     config, schemes = run.config, Plan.from_json(quantized.manifest.results["plan"]).schemes
     if config.quantize.import_from is not None:
-        emit(Noted(f"the codes are those of {config.quantize.import_from}, so no layer is quantized again"))
+        job.emit(Noted(f"the codes were imported from {config.quantize.import_from}, so no layer is quantized again"))
         return None
     if quantized.manifest.results.get("machine") != machine_of(config):
-        emit(Noted("quantized by another version or on another kind of machine, so no layer is quantized again"))
+        job.emit(Noted("quantized by another version or on another kind of machine, so no layer is quantized again"))
         return None
-    chosen = sorted(schemes)[int(torch.randint(len(schemes), (), generator=generator(config.seed, STAGE)))]
+    chosen = sorted(schemes)[int(torch.randint(len(schemes), (), generator=generator(config.seed, VERIFY)))]
     with TemporaryDirectory(prefix="verify.", dir=run.path) as work:
-        again, there = _both(run, quantized, chosen, schemes[chosen], Path(work), emit)
+        again, there = _both(job, run, quantized, chosen, schemes[chosen], Path(work))
     for name, numbers in again.tensors().items():
         other = there.tensors()[name]
         if not numbers.is_floating_point() and not torch.equal(numbers.long(), other.long()):
             share = float((numbers.long() != other.long()).float().mean())
             raise ArtifactError(
-                f"{chosen}: quantized again, {share:.1%} of its {name} are others than in {quantized.directory}; "
+                f"{chosen}: quantized again, {share:.1%} of its {name} differ from those in {quantized.directory}; "
                 f"{rebuild_command(quantized.directory, quantized.manifest.kind)}"
             )
     return chosen
 
 
 def _both(
-    run: RunDirectory, quantized: Artifact, chosen: str, scheme: Scheme, work: Path, emit: Emit
+    job: Job, run: RunDirectory, quantized: Artifact, chosen: str, scheme: Scheme, work: Path
 ) -> tuple[Matrix, Matrix]:
-    """The matrix of the chosen layer made again, on what the quantized blocks before it put out, and the stored one."""
-    config, source = run.config, original_of(run)
+    """The matrix of the chosen layer, quantized again on the output of the blocks before it, and the stored one."""
+    config, source, emit = run.config, job.original(run), job.emit
     ids, measured = mixed_sequences(config, run.current("calibration"))
     states = start_calibration_pass(source, ids, measured, config, ResumeState(work), emit)
     index = states.walk.last([chosen])

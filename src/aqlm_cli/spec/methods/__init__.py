@@ -14,6 +14,7 @@ from aqlm_cli.spec.section import Section
 
 @dataclass(frozen=True)
 class MethodSpec:
+    summary: str  # a few words for help texts
     settings: type[Section] | None  # the section of a run file named after the method; None: it has no settings
     families: tuple[str, ...]  # of schemes that it can quantize to
     scheme: str  # an example of one
@@ -21,6 +22,8 @@ class MethodSpec:
 
 
 METHODS: Mapping[str, MethodSpec] = {
-    "aqlm": MethodSpec(AqlmSettings, ("additive",), "2x8g8", epochs=2),
-    "rtn": MethodSpec(None, ("uniform",), "int2g64", epochs=0),  # the baseline: nothing is fitted unless asked
+    "aqlm": MethodSpec("additive codebooks", AqlmSettings, ("additive",), "2x8g8", epochs=2),
+    "rtn": MethodSpec(
+        "round to nearest, the baseline", None, ("uniform",), "int2g64", epochs=0
+    ),  # fitted only if asked
 }
