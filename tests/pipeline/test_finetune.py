@@ -55,6 +55,7 @@ def test_the_quantized_model_comes_nearer_to_the_original_with_its_codes_as_they
         assert (made / "reports" / name).stat().st_size > 0
 
 
+@pytest.mark.slow
 def test_run_finetunes_where_its_file_has_that_section(run_file: Path, made: Path) -> None:
     """The same bytes as one command after the other give."""
     assert run("finetune", "run").exit_code == 0

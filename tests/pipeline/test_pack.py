@@ -49,6 +49,7 @@ CASES: list[dict[str, Any]] = [
 ]
 
 
+@pytest.mark.slow
 def test_stock_transformers_computes_and_generates_from_what_is_packed(tmp_path: Path) -> None:
     """Tied and untied heads, biases, codes of 12 bits, renamed heads, fused experts, ordinary weights."""
     directories = [
