@@ -68,10 +68,10 @@ def test_run_finetunes_where_its_file_has_that_section(run_file: Path, made: Pat
 
 
 def test_what_comes_after_takes_the_finetuned_model(made: Path) -> None:
-    coarse = json.loads(run("eval-ppl", "run", "--windows", "4", "--json").stdout)
+    coarse = json.loads(run("eval-ppl", "run", "--sequences", "4", "--json").stdout)
     run("finetune", "run", "--steps", "20")
-    fine = json.loads(run("eval-ppl", "run", "--windows", "4", "--json").stdout)
-    assert fine["perplexity"] != coarse["perplexity"] and fine["original"] == coarse["original"]
+    fine = json.loads(run("eval-ppl", "run", "--sequences", "4", "--json").stdout)
+    assert fine["perplexity"] != coarse["perplexity"] and fine["base_model"] == coarse["base_model"]
     assert "exists already" in run("pack", "run").output
     verified = json.loads(run("verify", "run", "--json").stdout)
     assert verified["layer"] and verified["files"] == sum(
