@@ -16,7 +16,8 @@ from aqlm_kernels.hf_layout import from_checkpoint, to_checkpoint
 from aqlm_kernels.linear import AdditiveLinear, coded_layers
 from aqlm_kernels.matrices.additive import AdditiveMatrix
 from aqlm_kernels.matrices.balance import balanced, balancing_shift
-from aqlm_kernels.matrices.kinds import MATRIX_KINDS, Matrix, QuantizedLayer, quantized_layers
+from aqlm_kernels.matrices.kinds import MATRIX_KINDS, quantized_layers
+from aqlm_kernels.matrices.matrix import Matrix, QuantizedLayer
 from aqlm_kernels.matrices.uniform import UniformMatrix
 from aqlm_kernels.packed import PackedMatrix
 from aqlm_kernels.patch_transformers import patch_transformers

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from aqlm_kernels.errors import KernelError
-from aqlm_kernels.matrices.kinds import Matrix
+from aqlm_kernels.matrices.matrix import Matrix
 
 
 class CompressedLinear(nn.Module):

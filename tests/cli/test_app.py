@@ -156,7 +156,7 @@ def test_a_model_goes_from_text_to_text_and_every_command_says_what_is_next(run_
     order = [quantized.output.index(words) for words in ("plan", "it runs first", "calibrate: ", "block 0: ", "packed")]
     assert order == sorted(order), "the plan comes before the work"
     assert "next: aqlm eval-ppl runs/tiny-2x4g8\n" in quantized.output
-    measured = run("eval-ppl", "runs/tiny-2x4g8", "--windows", "4")
+    measured = run("eval-ppl", "runs/tiny-2x4g8", "--sequences", "4")
     assert "next: aqlm bench runs/tiny-2x4g8\n" in measured.output
     assert "±" in measured.output and "base" in measured.output
     assert "wrote runs/tiny-2x4g8/reports/eval-ppl-notes.txt-4x32-float32.json" in measured.output
@@ -179,7 +179,7 @@ def test_a_model_goes_from_text_to_text_and_every_command_says_what_is_next(run_
     dense = run("pack", "runs/tiny-2x4g8", "--format", "dense", "--overwrite")
     assert "dense" in dense.output
     card = Path("runs/tiny-2x4g8/packed/README.md").read_text()
-    assert "perplexity, notes.txt, 4 windows of 32 tokens" in card
+    assert "perplexity, notes.txt, 4 sequences of 32 tokens" in card
     again = run("quantize", "--config", str(run_file), "--scheme", "3x4g8", "--out", "runs/tiny-2x4g8")
     assert again.exit_code == 1 and "quantize.scheme: 2x4g8 there, 3x4g8 here" in again.stderr
 
@@ -198,19 +198,19 @@ def test_json_is_one_object_on_stdout_and_nothing_else(run_file: Path) -> None:
         "data",
         "perplexity",
         "stderr",
-        "windows",
+        "sequences",
         "sequence_length",
         "dtype",
-        "original",
+        "base_model",
         "ratio",
         "bos",
         "version",
     ]
-    assert list(single) == keys and list(single["original"]) == ["perplexity", "stderr"]
+    assert list(single) == keys and list(single["base_model"]) == ["perplexity", "stderr"]
     assert (single["model"], single["data"], single["ratio"]) == (
         "out",
         "notes.txt",
-        single["perplexity"] / single["original"]["perplexity"],
+        single["perplexity"] / single["base_model"]["perplexity"],
     )
 
 

@@ -136,7 +136,7 @@ def test_every_token_of_the_text_after_the_opening_is_scored(tmp_path: Path, tem
     tokenizer(template).save_pretrained(directory)
     (tmp_path / "text.txt").write_text("\n".join(LINES))
     command = ["eval-ppl", str(directory), "--data", str(tmp_path / "text.txt"), "--sequence-length", str(LENGTH)]
-    result = run(*command, "--windows", "4", "--json")
+    result = run(*command, "--sequences", "4", "--json")
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout)
     network: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
@@ -145,7 +145,7 @@ def test_every_token_of_the_text_after_the_opening_is_scored(tmp_path: Path, tem
         chances = network(ids).logits.log_softmax(2)[:, :-1].gather(2, ids[:, 1:, None])[..., 0]
     assert report["perplexity"] == pytest.approx(math.exp(-chances[:, len(opening) - 1 :].mean()), rel=1e-5)
     assert report["bos"] is True and "published figures mostly need --no-bos" in result.stderr
-    without = json.loads(run(*command, "--windows", "4", "--json", "--no-bos").stdout)
+    without = json.loads(run(*command, "--sequences", "4", "--json", "--no-bos").stdout)
     assert without["bos"] is False and without["perplexity"] != report["perplexity"]
 
 
@@ -153,7 +153,7 @@ def test_the_switch_adds_bos_where_the_tokenizer_does_not(tmp_path: Path) -> Non
     directory = tiny_models.save("llama", tmp_path / "model")
     (tmp_path / "text.txt").write_text("\n".join(LINES))
     command = ["eval-ppl", str(directory), "--data", str(tmp_path / "text.txt"), "--sequence-length", str(LENGTH)]
-    command += ["--windows", "4"]
+    command += ["--sequences", "4"]
     perplexities = {}
     for flags in ((), ("--no-bos",), ("--bos",)):
         report = json.loads(run(*command, "--json", *flags).stdout)

@@ -64,7 +64,7 @@ def test_perplexity_is_that_of_a_plain_transformers_loop(family: str, tmp_path: 
     directory = tiny_models.save(family, tmp_path / "model")
     report = measure(directory, text)
     assert report.perplexity == pytest.approx(by_transformers(directory, text), rel=1e-5)
-    assert (report.windows, report.original, report.ratio) == (WINDOWS, None, None)
+    assert (report.sequences, report.base_model, report.ratio) == (WINDOWS, None, None)
 
 
 def test_logits_longer_than_a_chunk_are_scored_whole(
@@ -115,10 +115,10 @@ def test_a_run_is_measured_beside_its_original_which_is_measured_once(tmp_path: 
     events: list[Event] = []
     report = measure(run.path, text, events)
     assert measured_models(events) == 2
-    assert report.original is not None and report.ratio is not None
+    assert report.base_model is not None and report.ratio is not None
     assert report.perplexity == pytest.approx(by_transformers(run.path / "packed", text), rel=1e-5)
-    assert report.original.perplexity == pytest.approx(by_transformers(original, text), rel=1e-5)
-    assert report.ratio == report.perplexity / report.original.perplexity != 1
+    assert report.base_model.perplexity == pytest.approx(by_transformers(original, text), rel=1e-5)
+    assert report.ratio == report.perplexity / report.base_model.perplexity != 1
 
     events.clear()
     assert measure(run.path, text, events) == report

@@ -10,11 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.kernel_cases import CASES
 
 from aqlm_kernels import PackedMatrix, reference
 from aqlm_kernels.matrices import additive
-
-from .conftest import CASES
 
 triton = pytest.importorskip("triton")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -106,12 +105,13 @@ LONG = [("dx, 512 rows", "3x8g8"), ("dC and ds, 512 rows", "1x16g8"), ("y, 512 r
     [("y, 1 row", "2x8g8"), ("y, 16 rows", "2x8g8"), *(pytest.param(*one, marks=pytest.mark.soak) for one in LONG)],
 )
 def test_the_documented_bytes_are_those_that_move(product, scheme):
-    from .traffic import line, measured
+    from helpers.traffic import line, measured
 
     documented = (Path(__file__).parents[2] / "docs" / "kernels.md").read_text().splitlines()
     assert line(measured(product, scheme)) in documented
 
 
+@pytest.mark.slow
 @compiled_only
 def test_the_numbers_are_right_under_the_interpreter():
     environment = {**os.environ, "TRITON_INTERPRET": "1"}

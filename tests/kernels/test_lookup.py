@@ -9,12 +9,11 @@ import sys
 import numba
 import pytest
 import torch
+from helpers.kernel_cases import CASES
 
 from aqlm_kernels import PackedMatrix, reference
 from aqlm_kernels.cpu import avx512, lut
 from aqlm_kernels.packed import blocks_of
-
-from .conftest import CASES
 
 SMALL = [case for case in CASES if case.codebook_bits <= 8]
 GREATEST = {lut.by_lookup: 65535, lut.by_byte_lookup: 255}
@@ -90,6 +89,7 @@ def test_values_that_are_not_finite_spoil_their_own_row_only(product, value):
     assert torch.equal(spoilt[[0, 1, 3, 4]], clean[[0, 1, 3, 4]])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not avx512.HAS_VBMI, reason="the tests above have run without the instructions")
 @pytest.mark.parametrize(("name", "features"), [("generic", ""), ("haswell", "+avx,+avx2,+fma,+f16c")])
 def test_it_does_the_same_without_the_instructions(name, features, tmp_path):

@@ -343,8 +343,8 @@ def test_a_run_of_a_revision_is_opened_though_it_lies_on_this_disk(tmp_path: Pat
         stage.publish({})
     subject = find_subject(str(run.path), revision="v2")
     assert (subject.source.name, subject.source.directory) == (str(run.path), run.path / "packed")
-    assert (found := subject.original()) is not None and found.directory == original
-    assert find_subject(str(original)).original() is None
+    assert (found := subject.base()) is not None and found.directory == original
+    assert find_subject(str(original)).base() is None
 
 
 # ----------------------------------------------------------------------------------------------------------------- GGUF

@@ -72,7 +72,7 @@ def test_the_windows_are_those_of_the_text_in_order_of_the_sources(model: Path) 
     expected = calibration_sequences("a.txt:8,b.txt:4", None, LENGTH, 0, AutoTokenizer.from_pretrained(model))
     assert windows().dtype == torch.int32
     assert torch.equal(windows().long(), expected.ids)
-    assert (report.windows, report.sequence_length, report.tokens) == (WINDOWS, LENGTH, WINDOWS * LENGTH)
+    assert (report.sequences, report.sequence_length, report.tokens) == (WINDOWS, LENGTH, WINDOWS * LENGTH)
     assert report.sources == {"a.txt": 8, "b.txt": 4}
     assert report.directory == Path("run/calibration")
 

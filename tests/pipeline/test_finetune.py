@@ -55,6 +55,7 @@ def test_the_quantized_model_comes_nearer_to_the_original_with_its_codes_as_they
         assert (made / "reports" / name).stat().st_size > 0
 
 
+@pytest.mark.slow
 def test_run_finetunes_where_its_file_has_that_section(run_file: Path, made: Path) -> None:
     """The same bytes as one command after the other give."""
     assert run("finetune", "run").exit_code == 0
@@ -67,10 +68,10 @@ def test_run_finetunes_where_its_file_has_that_section(run_file: Path, made: Pat
 
 
 def test_what_comes_after_takes_the_finetuned_model(made: Path) -> None:
-    coarse = json.loads(run("eval-ppl", "run", "--windows", "4", "--json").stdout)
+    coarse = json.loads(run("eval-ppl", "run", "--sequences", "4", "--json").stdout)
     run("finetune", "run", "--steps", "20")
-    fine = json.loads(run("eval-ppl", "run", "--windows", "4", "--json").stdout)
-    assert fine["perplexity"] != coarse["perplexity"] and fine["original"] == coarse["original"]
+    fine = json.loads(run("eval-ppl", "run", "--sequences", "4", "--json").stdout)
+    assert fine["perplexity"] != coarse["perplexity"] and fine["base_model"] == coarse["base_model"]
     assert "exists already" in run("pack", "run").output
     verified = json.loads(run("verify", "run", "--json").stdout)
     assert verified["layer"] and verified["files"] == sum(

@@ -89,6 +89,7 @@ def models(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 @settings(max_examples=12)
 @given(model=models())
 def test_the_planned_sizes_are_those_of_the_files(

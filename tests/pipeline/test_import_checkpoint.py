@@ -104,6 +104,7 @@ def test_the_adopted_model_computes_and_packs_what_the_checkpoint_holds(family: 
     assert same(*({name: each[name] for name in each if name.endswith(coded)} for each in (packed, numbers(stranger))))
 
 
+@pytest.mark.slow
 def test_a_strangers_checkpoint_is_finetuned_and_stock_transformers_loads_it(stranger: Path, tmp_path: Path) -> None:
     told = finetuned("stranger", "--teacher", "tiny", *SHORT)
     assert told["finetune"]["after"] < told["finetune"]["before"]

@@ -49,6 +49,7 @@ CASES: list[dict[str, Any]] = [
 ]
 
 
+@pytest.mark.slow
 def test_stock_transformers_computes_and_generates_from_what_is_packed(tmp_path: Path) -> None:
     """Tied and untied heads, biases, codes of 12 bits, renamed heads, fused experts, ordinary weights."""
     directories = [
@@ -226,17 +227,17 @@ def test_the_card_shows_a_perplexity_of_this_quantized_model_only(tmp_path: Path
         "data": "/home/me/wiki.txt",
         "perplexity": 23.456,
         "stderr": 0.5,
-        "windows": 9,
+        "sequences": 9,
         "sequence_length": 64,
     }
-    report |= {"original": {"perplexity": 20.0, "stderr": 0.4}, "quantized": run.current("quantized").digest}
+    report |= {"base_model": {"perplexity": 20.0, "stderr": 0.4}, "quantized": run.current("quantized").digest}
     path = run.reports / "eval-ppl-wiki.txt-9x64-float32.json"
     path.write_text(json.dumps(report))
     card = (packed(run).directory / "README.md").read_text()
-    assert "wiki.txt, 9 windows of 64 tokens | 23.46 ± 0.50, original 20.00 ± 0.40" in card
+    assert "wiki.txt, 9 sequences of 64 tokens | 23.46 ± 0.50, base model 20.00 ± 0.40" in card
     path.write_text(json.dumps({**report, "bos": True}))
     card = (packed(run, overwrite=True).directory / "README.md").read_text()
-    assert "9 windows of 64 tokens, each with a beginning token | 23.46" in card
+    assert "9 sequences of 64 tokens, each with a beginning token | 23.46" in card
     path.write_text(json.dumps({**report, "quantized": "that of another"}))
     assert "perplexity" not in (packed(run, overwrite=True).directory / "README.md").read_text()
 

@@ -99,6 +99,7 @@ def syncs_by_stage(log: Path) -> dict[str, list[int]]:
     return {stage: [n for n, path in enumerate(calls, 1) if f"{stage}.partial" in path] for stage in STAGES}
 
 
+@pytest.mark.slow
 def test_a_killed_command_goes_on_to_the_same_bytes(driver: Driver) -> None:
     expected = uninterrupted(driver)
     for stage, numbers in syncs_by_stage(Path("log")).items():

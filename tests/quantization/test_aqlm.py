@@ -92,6 +92,7 @@ def test_error_feedback_and_its_order_pay(monkeypatch: pytest.MonkeyPatch) -> No
         assert whole < 0.8 * geometric_mean([error(seed) for seed in range(3)])
 
 
+@pytest.mark.slow
 def test_each_bit_spent_lowers_the_error_as_theory_has_it() -> None:
     """A bit a weight more divides the squared error by four at best, and by more than two here."""
     one, two, three, four = (error(0, f"{m}x4g4") for m in (1, 2, 3, 4))
@@ -106,6 +107,7 @@ def test_more_rounds_and_a_wider_beam_lower_the_error() -> None:
     )
 
 
+@pytest.mark.slow
 def test_the_two_forms_of_the_search_end_at_the_same_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     """Within half a percent on average: one tie broken otherwise can send a single small matrix another way."""
     schemes = ("1x4g4", "2x4g4", "2x4g8", "3x4g8", "2x6g8")

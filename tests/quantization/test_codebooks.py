@@ -201,6 +201,7 @@ def test_where_the_entries_add_up_to_zero_the_scale_is_kept(present: Approximati
 # ----------------------------------------------------------------------------------------------------- any shape of it
 
 
+@pytest.mark.slow
 @settings(max_examples=60)  # one takes a tenth of a second
 @given(
     rows=st.integers(1, 40),

@@ -73,7 +73,7 @@ def quantized(run_file: Path, capfd: pytest.CaptureFixture[str]) -> aqlm_cli.Run
 
 def test_a_run_is_evaluated_packed_and_loaded(quantized: aqlm_cli.Run) -> None:
     report = quantized.evaluate()
-    assert report.data == "notes.txt" and report.original is not None and report.ratio is not None
+    assert report.data == "notes.txt" and report.base_model is not None and report.ratio is not None
     assert aqlm_cli.open_run("run") == quantized and quantized.config.model == "tiny"
     model, tokenizer = aqlm_cli.load(quantized.path, dtype="float32")
     ids = torch.tensor([tokenizer.encode("1 is 1. ")])

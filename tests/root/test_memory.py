@@ -57,6 +57,7 @@ print(json.dumps(found))
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [ROUNDED, pytest.param(SEARCHED, marks=pytest.mark.soak)], ids=["rtn", "aqlm"])
 def test_a_model_of_32_blocks_takes_the_memory_of_one_of_4(settings: str, tmp_path: Path) -> None:
     few, many = (peaks(tmp_path / str(blocks), blocks, settings) for blocks in (4, 32))

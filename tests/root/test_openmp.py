@@ -52,6 +52,7 @@ def separate() -> set[str]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("before", [SHARED, COMMAND], ids=["function", "command"])
 def test_torch_and_numba_share_one_pool_of_threads(before: str, separate: set[str]) -> None:
     (library,) = libraries(before)
@@ -75,6 +76,7 @@ print(ctypes.CDLL(LIBRARY).omp_get_max_active_levels(), file=sys.stderr)
 """
 
 
+@pytest.mark.slow
 def test_threads_start_no_threads_of_their_own_after_numba_has_started(separate: set[str]) -> None:
     done = subprocess.run([sys.executable, "-c", LEVELS], capture_output=True, text=True, check=True)
     assert done.stderr.splitlines()[-1] == "1"

@@ -81,6 +81,7 @@ def bytes_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[torch.dtype
     }
 
 
+@pytest.mark.slow
 @given(tensors=any_tensors(), metadata=st.dictionaries(st.text(), st.text(), max_size=3))
 def test_whatever_is_written_the_safetensors_package_and_we_read_the_same(
     tmp_path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]

@@ -8,15 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from aqlm_kernels.compressed import CompressedLinear
 from aqlm_kernels.matrices.balance import HIGHEST, LOWEST
-
-if TYPE_CHECKING:
-    from aqlm_kernels.compressed import CompressedLinear
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,8 +75,6 @@ class UniformMatrix:
 
     def module(self, bias: Tensor | None = None) -> CompressedLinear:
         """The layer that computes with the dequantized weight."""
-        from aqlm_kernels.compressed import CompressedLinear  # which knows every kind
-
         return CompressedLinear(self, bias)
 
     def bits(self) -> int:

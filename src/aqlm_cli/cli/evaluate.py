@@ -17,7 +17,7 @@ def eval_ppl(
     data: Annotated[str | None, typer.Option(help="Text: wikitext2, c4, builtin or a file.")] = None,
     sequence_length: options.SequenceLength = None,
     bos: options.Bos = None,
-    windows: Annotated[int | None, typer.Option(min=2, help="Number of sequences (default: all).")] = None,
+    sequences: Annotated[int | None, typer.Option(min=2, help="Number of sequences (default: all).")] = None,
     dtype: Annotated[str | None, typer.Option(help="Compute type: float32, bfloat16 or float16.")] = None,
     revision: options.Revision = None,
     trust_remote_code: options.RemoteCode = None,
@@ -43,7 +43,7 @@ def eval_ppl(
     settings = order.settings_for(target, as_settings({**flags, "data": data and [data]}, EVAL_PPL))
     with Screen(json, quiet, verbose) as screen:
         order.use_machine(settings)
-        reports = order.measure(target, settings, windows, screen.emit)
+        reports = order.measure(target, settings, sequences, screen.emit)
         screen.finish(reports, following=command_line("bench", target))
 
 

@@ -67,10 +67,10 @@ class PerplexityReport(Record):
     data: str
     perplexity: float
     stderr: float
-    windows: int
+    sequences: int
     sequence_length: int
     dtype: str
-    original: Perplexity | None
+    base_model: Perplexity | None
     ratio: float | None
     bos: bool = False
     version: int = 1
@@ -80,13 +80,13 @@ class PerplexityReport(Record):
         table = Table(*columns, title="perplexity", title_justify="left")
         ratio = "" if self.ratio is None else f"{self.ratio:.4f}"
         rows = [(self.model, Perplexity(self.perplexity, self.stderr), ratio)]
-        if self.original is not None:
-            rows.insert(0, ("base", self.original, "1"))
+        if self.base_model is not None:
+            rows.insert(0, ("base", self.base_model, "1"))
         for name, measured, ratio in rows:
             table.add_row(
                 Text(name),
                 Text(text_name(self.data)),
-                f"{self.windows} x {self.sequence_length}" + (", bos" if self.bos else ""),
+                f"{self.sequences} x {self.sequence_length}" + (", bos" if self.bos else ""),
                 self.dtype,
                 f"{measured.perplexity:.3f} ± {measured.stderr:.3f}",
                 ratio,
@@ -107,33 +107,33 @@ class PerplexityEvaluation:
     ) -> PerplexityReport:
         ids, opening = _sequences(model, settings, emit)
         measured = measure(model, ids, opening, settings.dtype, emit)
-        original = None
+        compared = None
         if base is not None:
             facts = {
                 "model": base.identity,
                 "dtype": settings.dtype,
-                "windows": list(ids.shape),
+                "sequences": list(ids.shape),
                 "ids": hashlib.sha256(ids.numpy().tobytes()).hexdigest(),
             }
             kept = remember(facts, lambda: _as_dict(measure(base, ids, opening, settings.dtype, emit)))
-            original = Perplexity(kept["perplexity"], kept["stderr"])
+            compared = Perplexity(kept["perplexity"], kept["stderr"])
         return PerplexityReport(
             model=model.name,
             data=settings.data,
             perplexity=measured.perplexity,
             stderr=measured.stderr,
-            windows=len(ids),
+            sequences=len(ids),
             sequence_length=settings.sequence_length,
             dtype=settings.dtype,
-            original=original,
-            ratio=None if original is None else measured.perplexity / original.perplexity,
+            base_model=compared,
+            ratio=None if compared is None else measured.perplexity / compared.perplexity,
             bos=opening > 0,
         )
 
     def files(self, report: PerplexityReport) -> Mapping[str, Mapping[str, Any] | bytes]:
         """eval-ppl-wikitext2-148x2048-float32.json, with -bos where sequences begin so; of a path only its name."""
         text = re.sub(r"[^\w.-]+", "_", text_name(report.data))
-        size = f"{report.windows}x{report.sequence_length}"
+        size = f"{report.sequences}x{report.sequence_length}"
         return {f"eval-ppl-{text}-{size}-{report.dtype}{'-bos' if report.bos else ''}.json": report.as_json()}
 
 
@@ -189,7 +189,7 @@ def _sequences(model: EvaluatedModel, settings: PerplexitySettings, emit: Emit) 
         emit(Noted("every sequence begins as the tokenizer begins a text; published figures mostly need --no-bos"))
     ids = evaluation_sequences(data, length, tokenizer, opening=opening, emit=emit)[: settings.sequences]
     if len(ids) < 2:
-        raise DataError(f"one sequence of {data} gives no standard error; lower --sequence-length or raise --windows")
+        raise DataError(f"one sequence of {data} gives no standard error; lower --sequence-length or raise --sequences")
     model.refuse_tokens(ids)
     return ids, len(opening)
 

@@ -133,9 +133,9 @@ def model_card(facts: CardFacts, loading: str, tags: Sequence[str] = ()) -> str:
 
 
 def _perplexity_row(report: Mapping[str, Any]) -> str:
-    windows = f"{report['windows']} sequences of {report['sequence_length']} tokens"
-    windows += ", each with a beginning token" if report.get("bos") else ""
+    length = f"{report['sequences']} sequences of {report['sequence_length']} tokens"
+    length += ", each with a beginning token" if report.get("bos") else ""
     measured = f"{report['perplexity']:.2f} ± {report['stderr']:.2f}"
-    original = report["original"]
-    beside = f", original {original['perplexity']:.2f} ± {original['stderr']:.2f}" if original else ""
-    return f"| perplexity, {text_name(report['data'])}, {windows} | {measured}{beside} |\n"
+    base = report["base_model"]
+    beside = f", base model {base['perplexity']:.2f} ± {base['stderr']:.2f}" if base else ""
+    return f"| perplexity, {text_name(report['data'])}, {length} | {measured}{beside} |\n"

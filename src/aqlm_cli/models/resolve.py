@@ -88,7 +88,7 @@ class Subject:
     run: RunDirectory | None = None
     base_model: ResolvedModel | None = None
 
-    def original(self) -> ModelSource | None:
+    def base(self) -> ModelSource | None:
         """The model that the run was made from; None for a model that stands for itself."""
         if self.run is None or self.base_model is None:
             return None

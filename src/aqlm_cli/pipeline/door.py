@@ -53,7 +53,7 @@ class Run:
         *,
         sequence_length: int | None = None,
         bos: bool | None = None,
-        windows: int | None = None,
+        sequences: int | None = None,
         dtype: str | None = None,
         device: str | None = None,
         threads: int | None = None,
@@ -69,7 +69,7 @@ class Run:
         section = settings.eval_ppl.model_copy(update={"data": settings.eval_ppl.data[:1]})
         order.use_machine(settings)
         reports = order.measure(
-            str(self.path), settings.model_copy(update={"eval_ppl": section}), windows, emit or silent
+            str(self.path), settings.model_copy(update={"eval_ppl": section}), sequences, emit or silent
         )
         (report,) = reports.values()
         assert isinstance(report, PerplexityReport)

@@ -77,7 +77,7 @@ class Job:
         """Create the run, or enter the existing one with the settings of the job. Raises as `open_run` does."""
         return open_run(self.directory, self.config, self.overwrite)
 
-    def original(self, run: RunDirectory) -> ModelSource:
+    def base_model(self, run: RunDirectory) -> ModelSource:
         """The files of the base model. ArtifactError where the run was made from another model."""
         refuse_other_model(run, self.source)
         return self.source

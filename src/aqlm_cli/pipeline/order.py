@@ -190,13 +190,13 @@ def _pack(job: Job) -> PackReport:
 
 
 def measure(
-    target: str, config: RunConfig, windows: int | None, emit: Emit, base_model: ResolvedModel | None = None
+    target: str, config: RunConfig, sequences: int | None, emit: Emit, base_model: ResolvedModel | None = None
 ) -> dict[str, Record]:
     """Perplexity on every text of the settings."""
     subject, section = _subject(target, config, emit, base_model), config.eval_ppl
     with _logged_of(subject, "eval-ppl", emit) as both:
         settings = [
-            PerplexitySettings(text, section.sequence_length, windows, section.bos, section.dtype)
+            PerplexitySettings(text, section.sequence_length, sequences, section.bos, section.dtype)
             for text in section.data
         ]
         return {one.data: evaluate(subject, "ppl", one, config.device, both) for one in settings}

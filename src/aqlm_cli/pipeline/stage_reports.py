@@ -65,7 +65,7 @@ class CalibrationReport(StageReport):
     """`loss` is the base model's mean negative log likelihood, in nats a token; `sources` counts sequences, and `bos`
     says that each begins with a BOS token."""
 
-    windows: int
+    sequences: int
     sequence_length: int
     tokens: int
     loss: float
@@ -78,10 +78,10 @@ class CalibrationReport(StageReport):
             [
                 (
                     "sequences",
-                    f"{self.windows} of {self.sequence_length} tokens ({self.tokens} tokens)"
+                    f"{self.sequences} of {self.sequence_length} tokens ({self.tokens} tokens)"
                     + (", each with a BOS token" if self.bos else ""),
                 ),
-                ("from", ", ".join(f"{text_name(source)} ({windows})" for source, windows in self.sources.items())),
+                ("from", ", ".join(f"{text_name(source)} ({count})" for source, count in self.sources.items())),
                 ("loss of the base model", f"{self.loss:.4f} nats a token"),
                 *self.costs(),
                 ("wrote", str(self.directory)),

@@ -71,7 +71,7 @@ def _measure(job: Job, tokenizer: TextTokenizer, opening: Sequence[int], stage: 
     save_tensors(stage.directory / "second_moments.safetensors", moments)
     return CalibrationReport(
         directory=stage.published,
-        windows=len(windows.ids),
+        sequences=len(windows.ids),
         sequence_length=length,
         tokens=windows.ids.numel(),
         loss=loss,

@@ -25,7 +25,7 @@ def evaluate(subject: Subject, kind: str, settings: Any, device: str, emit: Emit
     quantized = None if run is None else run.artifact("quantized")
     if quantized is not None:
         emit(Noted(f"{source.directory} is made from {quantized.directory.name}/"))
-    base = subject.original() if evaluation.beside_base else None
+    base = subject.base() if evaluation.beside_base else None
     report = evaluation.run(
         StoredModel(source, device),
         None if base is None else StoredModel(base, device),
@@ -47,7 +47,7 @@ def _in_reports(run: RunDirectory) -> Remember:
 
     def remember(facts: Mapping[str, Any], compute: Callable[[], dict[str, float]]) -> dict[str, float]:
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-        kept = run.reports / f"original-{digest[:16]}.json"
+        kept = run.reports / f"base-model-{digest[:16]}.json"
         if kept.exists():
             return run.read_report(kept.name)
         figures = compute()

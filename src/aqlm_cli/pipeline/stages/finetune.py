@@ -110,7 +110,7 @@ class _Inputs:
 
 def _read_inputs(job: Job) -> _Inputs:
     run, section = job.run, job.config.finetune
-    start, source = run.own(QUANTIZE), job.original(run)
+    start, source = run.own(QUANTIZE), job.base_model(run)
     if start is None:
         raise ArtifactError(f"{run.path} has no complete quantized/; make it with `aqlm quantize`")
     run.refuse_outdated(start)

@@ -38,7 +38,7 @@ def pack(job: Job) -> PackReport:
         return restored(PackReport, packed.directory, packed.manifest.results)
     emit(Noted(f"packing {quantized.directory}"))
     reset_peak_memory()
-    export = plan_export(read_model(job.original(run), quantized), EXPORTERS[format])
+    export = plan_export(read_model(job.base_model(run), quantized), EXPORTERS[format])
     for warning in export.warnings():
         emit(Warned(warning))
     with run.stage(key) as stage:

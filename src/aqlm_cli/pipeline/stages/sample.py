@@ -36,7 +36,7 @@ of so many lie in memory beside the model, before finetuning needs it for a seco
 def sample(job: Job) -> None:
     """Write `text/`, unless it exists or `finetune` will not come to read it."""
     run, config, section = job.run, job.config, job.config.finetune
-    source, windows = job.original(run), sampled_sequences(section.data, section.sequences)
+    source, windows = job.base_model(run), sampled_sequences(section.data, section.sequences)
     opening = opening_tokens(load_tokenizer(source), section.bos)
     if not _will_be_read(run, config, bool(opening), job.overwrite):
         return

@@ -94,7 +94,7 @@ def _both(
     job: Job, run: RunDirectory, quantized: Artifact, chosen: str, scheme: Scheme, work: Path
 ) -> tuple[Matrix, Matrix]:
     """The matrix of the chosen layer, quantized again on the output of the blocks before it, and the stored one."""
-    config, source, emit = run.config, job.original(run), job.emit
+    config, source, emit = run.config, job.base_model(run), job.emit
     ids, measured = mixed_sequences(config, run.current("calibration"))
     states = start_calibration_pass(source, ids, measured, config, ResumeState(work), emit)
     index = states.walk.last([chosen])
