@@ -42,7 +42,7 @@ docs-reference: $(INSTALLED)
 
 # What becomes of every family of models that transformers knows.
 docs-models: setup
-	$(BIN)/python tests/helpers/family_table.py docs/models.md
+	PYTHONPATH=tests $(BIN)/python -m helpers.family_table docs/models.md
 
 fmt: setup
 	$(BIN)/ruff check --fix .

@@ -1,7 +1,7 @@
 """docs/models.md: what becomes of every family.
 
-`python tests/helpers/family_table.py docs/models.md` writes it anew; with names of families after it, the lines of
-these alone.
+`PYTHONPATH=tests python -m helpers.family_table docs/models.md` writes it anew; with names of families after it, the
+lines of these alone.
 """
 
 from __future__ import annotations

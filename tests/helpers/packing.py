@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from aqlm_cli.events import Emit, silent
 from aqlm_cli.models import load_network, resolve
 from aqlm_cli.models.blocks import count_parameters, describe_layers, find_blocks
 from aqlm_cli.pipeline.job import make_job
@@ -121,10 +122,10 @@ def quantized_model(
     return run, plan
 
 
-def packed(run: RunDirectory, format: str | None = None, overwrite: bool = False) -> PackReport:
+def packed(run: RunDirectory, format: str | None = None, overwrite: bool = False, emit: Emit = silent) -> PackReport:
     config = read_run(run.path).config
     chosen = config.pack if format is None else PackConfig.model_validate({"format": format})
-    return pack(make_job(config.model_copy(update={"pack": chosen}), run.path, overwrite=overwrite))
+    return pack(make_job(config.model_copy(update={"pack": chosen}), run.path, overwrite=overwrite, emit=emit))
 
 
 def with_weights_written_out(run: RunDirectory, plan: Plan) -> nn.Module:

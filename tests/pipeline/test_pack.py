@@ -32,7 +32,6 @@ from aqlm_cli.errors import ArtifactError, ModelError, PlanError, QuantizationEr
 from aqlm_cli.events import Event, Warned
 from aqlm_cli.export import writer
 from aqlm_cli.models import load_network, resolve
-from aqlm_cli.pipeline.stages.pack import pack
 from aqlm_cli.runs.directory import open_run
 from aqlm_cli.spec.plan import Target
 from aqlm_cli.spec.run_file import build_config
@@ -317,7 +316,7 @@ def test_rows_that_lose_bits_in_float16_are_told_of(
     scaled(monkeypatch, size, first_row)
     run, plan = quantized_run(tmp_path, dtype=dtype)
     events: list[Event] = []
-    tensors = load_file(pack(run.path, "dense", False, events.append).directory / "model.safetensors")
+    tensors = load_file(packed(run, "dense", emit=events.append).directory / "model.safetensors")
     warnings = [event.message for event in events if isinstance(event, Warned)]
     assert len(warnings) == warned
     if warned:
