@@ -13,15 +13,17 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import os
 import platform
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 sys.path.insert(0, str(Path(__file__).parent))
 import gpu_wheels
@@ -56,7 +58,7 @@ def main() -> None:
     options = parse()
     started, deadline = time.monotonic(), time.monotonic() + options.seconds
     refuse_without_device(options.device)
-    options.out.mkdir(parents=True, exist_ok=True)
+    make_folder(options.out)
     gpu_wheels.install(options.wheels, LIBRARIES)
     results: dict[str, Any] = {"machine": machine(options.device), "parts": {}}
     for part in parts(options.minutes):
@@ -71,10 +73,10 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Check kernels, matmuls, a block and a model on this machine's GPU.")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the results")
+    parser = Parser(description="Check kernels, matmuls, a block and a model on this machine's GPU.")
+    parser.add_argument("--out", type=folder, required=True, help="folder for the results")
     parser.add_argument("--model", default="smollm2-135m", help="a model, or a shape of which random weights are made")
-    parser.add_argument("--minutes", type=float, default=2.5, help="for quantizing and distilling it, at most")
+    parser.add_argument("--minutes", type=minutes, default=2.5, help="for quantizing and distilling it, at most")
     parser.add_argument("--wheels", type=Path, default=ROOT / ".wheels", help="what `make gpu-wheels` has filled")
     parser.add_argument("--device", default="cuda", help="cpu: try the parts where there is no GPU")
     parser.add_argument("--tiny", action="store_true", help="shapes that take no time; the numbers mean nothing")
@@ -82,6 +84,40 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--limit", type=float, help="seconds for each part, in place of its own limit")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="for everything")
     return parser.parse_args()
+
+
+def minutes(text: str) -> float:
+    """Number of minutes in `text`, positive and finite."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of minutes; give one such as MINUTES=2.5")
+    return number
+
+
+def folder(text: str) -> Path:
+    """The folder of this name; without one, results would lie about in the working directory."""
+    if not text:
+        raise argparse.ArgumentTypeError("no folder is named; give one such as OUT=runs/gpu-check")
+    return Path(text)
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}\n")
+
+
+def make_folder(out: Path) -> None:
+    """Make OUT; end where it cannot be made or written to, before anything is measured."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out).close()
+    except OSError as error:
+        raise SystemExit(f"error: --out {out}: {error.strerror}; choose another folder with OUT=") from None
 
 
 def refuse_without_device(device: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from helpers import tiny_models
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from aqlm_cli.errors import ModelError
+from aqlm_cli.errors import ModelError, UsageError
 from aqlm_cli.evaluation import (
     EVALUATIONS,
     GenerationSettings,
@@ -123,3 +123,22 @@ def test_more_tokens_than_a_network_in_memory_reads_are_refused(directory: Path)
 def test_a_text_needs_a_tokenizer(directory: Path, settings: Mapping[str, Any]) -> None:
     with pytest.raises(ModelError, match="mine has no tokenizer"):
         EVALUATIONS["ppl"].run(LoadedModel("mine", loaded(directory).loaded), None, settings["ppl"], silent)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: PerplexitySettings(3), "PerplexitySettings: `data` takes str, not 3"),  # type: ignore[arg-type]
+        (lambda: PerplexitySettings("text.txt", sequence_length=1), "sequences of 1 tokens score none"),
+        (lambda: PerplexitySettings("text.txt", sequences=-1), "-1 sequences are none"),
+        (lambda: PerplexitySettings("text.txt", dtype="int8"), "there is no type 'int8' to compute in; choose float32"),
+        (lambda: GenerationSettings("2", max_new_tokens=0), "0 new tokens are none"),
+        (lambda: GenerationSettings("2", temperature=float("nan")), "temperature nan is not possible"),
+        (lambda: GenerationSettings("2", head="nope"), "`head` takes Head, not 'nope'"),  # type: ignore[arg-type]
+        (lambda: SpeedSettings(None), "SpeedSettings: `section` takes BenchConfig, not None"),  # type: ignore[arg-type]
+    ],
+)
+def test_settings_that_cannot_be_are_refused_when_they_are_made(make: Callable[[], object], words: str) -> None:
+    with pytest.raises(UsageError) as error:
+        make()
+    assert words in str(error.value)

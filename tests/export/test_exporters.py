@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import numba
 import pytest
@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from aqlm_cli.errors import ArtifactError, ModelError, PlanError
+from aqlm_cli.errors import AqlmError, ArtifactError, ModelError, PlanError
 from aqlm_cli.export import EXPORTERS, export
 from aqlm_cli.models import ModelSource, load_network, resolve
 from aqlm_cli.models.blocks import find_blocks, linears
@@ -140,3 +140,43 @@ def test_a_matrix_or_parameter_without_a_place_is_refused_before_anything_is_wri
     (tmp_path / "out" / "mine").write_text("")
     with pytest.raises(ArtifactError, match="is not empty"):
         export(source, {path: matrix}, {}, tmp_path / "out")
+
+
+UP = "model.layers.0.mlp.up_proj"
+
+
+@pytest.mark.parametrize(
+    ("matrices", "changed", "words"),
+    [
+        ({}, {}, "no matrix is given"),
+        ({UP: torch.zeros(128, 64)}, {}, f"`matrices` takes a Matrix for {UP}, not Tensor"),
+        ({UP: None}, {}, f"`matrices` takes a Matrix for {UP}, not NoneType"),
+        ({UP: ...}, {NORM: None}, f"`changed` takes a tensor of floating-point numbers for {NORM}"),
+        ({UP: ...}, {NORM: torch.ones(64, dtype=torch.long)}, "`changed` takes a tensor of floating-point numbers"),
+        ({UP: ...}, {f"{UP}.weight": torch.ones(128, 64)}, "is changed, and its layer has a matrix; give one of them"),
+    ],
+)
+def test_what_is_no_matrix_and_no_parameter_is_one_line(
+    tmp_path: Path, matrices: dict[str, Any], changed: dict[str, Any], words: str
+) -> None:
+    source = resolve(str(tiny_models.save("llama", tmp_path / "model")))
+    given = {path: first_block(source)[path] if matrix is ... else matrix for path, matrix in matrices.items()}
+    with pytest.raises(AqlmError) as error:
+        export(source, given, changed, tmp_path / "out")
+    assert words in str(error.value) and not (tmp_path / "out").exists()
+
+
+def test_a_failure_while_writing_leaves_the_directory_empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = resolve(str(tiny_models.save("llama", tmp_path / "model")))
+    matrices = first_block(source)
+
+    def fail(*_: object) -> None:
+        raise ArtifactError("it does not load")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(EXPORTERS["dense"]), "verify", fail)
+        with pytest.raises(ArtifactError, match="it does not load"):
+            export(source, matrices, {}, tmp_path / "out", EXPORTERS["dense"])
+    assert not list((tmp_path / "out").iterdir())
+    export(source, matrices, {}, str(tmp_path / "out"), EXPORTERS["dense"])
+    assert (tmp_path / "out" / "README.md").exists()

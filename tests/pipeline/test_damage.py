@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -297,3 +298,21 @@ def test_damaged_work_is_named_or_gone_on_from(
     path.unlink() if path.suffix == ".safetensors" else shutil.rmtree(path.parent)
     assert run(*QUANTIZE, "out").exit_code == 0
     assert made(Path("out")) == whole
+
+
+@pytest.mark.parametrize(
+    ("results", "words"),
+    [
+        ({}, "run/quantized/manifest.json has no result `plan`"),
+        ({"plan": 3}, "its manifest holds no plan"),
+        ({"plan": {"targets": [{}]}}, "its manifest holds no plan"),
+    ],
+)
+def test_a_manifest_without_its_results_names_the_command_that_makes_it_again(
+    finished_run: Path, results: dict[str, Any], words: str
+) -> None:
+    path = finished_run / "quantized" / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "results": results}))
+    for command in ["verify", "run"], ["pack", "run", "--overwrite"]:
+        line = refused(*command)
+        assert words in line and "aqlm quantize --config run/run.yaml --out run --overwrite" in line

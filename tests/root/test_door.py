@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,8 +17,8 @@ from helpers.commands import made, refused, run
 
 import aqlm_cli
 from aqlm_cli.cli.app import app
-from aqlm_cli.errors import ArtifactError, UsageError
-from aqlm_cli.events import Event
+from aqlm_cli.errors import ArtifactError, ModelError, UsageError
+from aqlm_cli.events import BlockQuantized, Event
 
 FOR_THE_CONSOLE = {"json", "quiet", "verbose", "dry_run", "help", "teacher", "target"}
 FOR_PYTHON = {"emit", "self"}
@@ -95,3 +96,72 @@ def test_errors_are_the_lines_of_the_command(run_file: Path) -> None:
     with pytest.raises(ArtifactError) as missing:
         aqlm_cli.open_run("nowhere")
     assert refused("pack", "nowhere") == f"error: {missing.value}\n"
+
+
+# ------------------------------------------------------------------------------------------ arguments that are no such
+
+
+@pytest.mark.parametrize(
+    ("keyword", "value", "words"),
+    [
+        ("bits", "2", "`bits` takes float | None, not '2'"),
+        ("bits", True, "`bits` takes float | None, not True"),
+        ("method", ["aqlm"], "`method` takes str | None, not ['aqlm']"),
+        ("only", "x", "`only` takes list[str] | tuple[str, ...] | None, not 'x'"),
+        ("skip", [3], "`skip` takes list[str] | tuple[str, ...] | None, not [3]"),
+        ("config", 3, "`config` takes str | Path | None, not 3"),
+        ("out", b"run", "`out` takes str | Path | None, not b'run'"),
+        ("out", "a\0b", "`out` takes str | Path | None, not 'a\\x00b'"),
+        ("preset", [], "`preset` takes str | None, not []"),
+        ("overwrite", "no", "`overwrite` takes bool, not 'no'"),
+        ("emit", 3, "`emit` takes Emit | None, not 3"),
+    ],
+)
+def test_an_argument_of_another_type_is_one_line(run_file: Path, keyword: str, value: Any, words: str) -> None:
+    with pytest.raises(UsageError) as error:
+        aqlm_cli.quantize("tiny", **{"config": "run.yaml", "out": "new", keyword: value})
+    assert str(error.value) == f"quantize: {words}"
+    assert not Path("new").exists() and not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: aqlm_cli.open_run(None), "open_run: `path` takes str | Path, not None"),  # type: ignore[arg-type]
+        (lambda: aqlm_cli.Run(3), "Run: `path` takes str | Path, not 3"),  # type: ignore[arg-type]
+        (lambda: aqlm_cli.load("tiny", dtype=torch.half), "load: `dtype` takes str | None, not torch.float16"),  # type: ignore[arg-type]
+        (lambda: aqlm_cli.load("tiny", device="tpu"), "there is no device 'tpu'; choose cpu, cuda or cuda:NUMBER"),
+        (lambda: aqlm_cli.load("tiny", device="cuda:99"), "--device cuda:99: torch finds"),
+    ],
+)
+def test_other_functions_check_their_arguments_too(run_file: Path, call: Callable[[], object], words: str) -> None:
+    with pytest.raises(UsageError) as error:
+        call()
+    assert words in str(error.value)
+
+
+def test_a_run_may_be_named_by_text(finished_run: Path) -> None:
+    assert aqlm_cli.Run("run") == aqlm_cli.open_run(finished_run)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("name", "words"), [("x" * 5000, "neither locally"), ("~nobody-of-this-name/x", "x ")])
+def test_a_name_that_can_be_no_path_is_a_model_that_does_not_exist(run_file: Path, name: str, words: str) -> None:
+    with pytest.raises(ModelError, match=words):
+        aqlm_cli.quantize(name, bits=2)
+
+
+@pytest.mark.parametrize("count", [0, -1])
+def test_no_sequences_are_none_to_evaluate(finished_run: Path, count: int) -> None:
+    with pytest.raises(UsageError, match=f"{count} sequences are none"):
+        aqlm_cli.open_run(finished_run).evaluate(sequences=count)
+
+
+def test_an_interruption_in_a_session_leaves_what_the_next_call_resumes(run_file: Path, workspace: Path) -> None:
+    def interrupt(event: Event) -> None:
+        if isinstance(event, BlockQuantized):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        aqlm_cli.quantize(config="run.yaml", out="run", emit=interrupt)
+    assert aqlm_cli.quantize(config="run.yaml", out="run").path == Path("run")
+    assert made("run") == made(workspace / "run")

@@ -352,3 +352,60 @@ def test_malformed_flags_exit_with_2_and_all_else_with_1() -> None:
     family = AqlmError.__subclasses__()
     assert UsageError in family and ConfigError in family
     assert {error.__name__: error.exit_status for error in family if error.exit_status != 1} == {"UsageError": 2}
+
+
+@pytest.mark.parametrize("text", ["quantize: {search: {rounds: {a: 1}}}", "quantize: {search: {a: {b: 1}}}"])
+def test_what_stands_below_a_key_of_an_earlier_version_hides_no_new_name(tmp_path: Path, text: str) -> None:
+    with pytest.raises(ConfigError, match=r"`quantize\.search(\.rounds)?` is now called `quantize\.aqlm(\.rounds)?`"):
+        load_run_file(run_file(tmp_path, text))
+
+
+def test_all_keys_of_an_earlier_version_are_named_at_once_and_a_section_that_moved_only_once(tmp_path: Path) -> None:
+    path = run_file(
+        tmp_path, "quantize: {checkpoint: null, search: {recipe: ldlq, beam: 8, rounds: 2}}\nfinetune: {keep_every: 2}"
+    )
+    with pytest.raises(ConfigError) as error:
+        load_run_file(path)
+    assert str(error.value) == (
+        f"{path}: `quantize.checkpoint` is now called `quantize.import_from`; "
+        "`quantize.search.recipe` is now called `quantize.aqlm.algorithm`; `quantize.search` is now called "
+        "`quantize.aqlm`; `finetune.keep_every` is now called `finetune.save_every`; rename them there"
+    )
+
+
+@pytest.mark.parametrize(
+    ("quantize", "words"),
+    [
+        ("{method: [aqlm]}", "`quantize.method`: Input should be a valid string, found ['aqlm']"),
+        ("{method: null, aqlm: {beam: 8}}", "`quantize.method`: Input should be a valid string, found None"),
+        ("{method: gptq, gptq: {bits: 3}}", "`quantize.method`: there is no method 'gptq'; choose aqlm or rtn"),
+        ("{method: fit, fit: {epochs: 1}}", "`quantize.method`: there is no method 'fit'; choose aqlm or rtn"),
+        ("{method: rtn, scheme: int2g64, rtn: {}}", "`quantize.rtn`: method rtn has no settings; remove the section"),
+        ("{rtn: {}}", "`quantize.rtn`: settings of method rtn, but quantize.method is aqlm; remove them"),
+        ("{aqlm.beam: 8}", "`quantize.aqlm.beam`: is no setting and no method; remove it, or write a key of a section"),
+    ],
+)
+@pytest.mark.parametrize("preset", [None, "paper"])
+def test_a_method_that_cannot_be_is_what_the_line_names(
+    tmp_path: Path, quantize: str, words: str, preset: str | None
+) -> None:
+    path = run_file(tmp_path, f"model: any\nquantize: {quantize}\n")
+    with pytest.raises(ConfigError) as error:
+        build_config(preset, path, {})
+    assert str(error.value).startswith(f"{path}: {words}")
+
+
+@pytest.mark.parametrize("text", ["quantize: {batch: 2}\nquantize: {batch: 4}", "quantize: {batch: 2, batch: 4}"])
+def test_a_key_that_comes_twice_is_refused_and_not_forgotten(tmp_path: Path, text: str) -> None:
+    with pytest.raises(ConfigError, match=r"the key (quantize|batch) comes twice; write it once .* line \d"):
+        load_run_file(run_file(tmp_path, text))
+
+
+def test_a_count_that_no_tensor_can_have_is_refused() -> None:
+    with pytest.raises(UsageError, match="less than or equal to 1000000000"):
+        build_config(None, None, {"model": "any", "calibrate": {"sequence_length": 10**30}})
+
+
+def test_a_preset_without_settings_for_finetuning_is_no_recipe() -> None:
+    with pytest.raises(UsageError, match="preset fast has no settings for finetuning; choose pv-tuning or"):
+        build_config(None, None, {"model": "any"}, recipe="fast")

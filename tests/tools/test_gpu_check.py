@@ -137,3 +137,18 @@ def test_what_is_missing_is_installed_with_its_group_or_named(
     assert wheels.missing() == ["typer", "shellingham", "annotated-doc", "click"]
     with pytest.raises(SystemExit, match="typer, shellingham, annotated-doc, click; run `make gpu-wheels`"):
         wheels.install(tmp_path, tmp_path / "target")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--minutes", "nan"], "'nan' is no number of minutes; give one such as MINUTES=2.5"),
+        (["--minutes=-1"], "'-1' is no number of minutes"),
+        (["--out", ""], "no folder is named; give one such as OUT=runs/gpu-check"),
+        (["--device", "cpu", "--out", "/dev/null/x"], "--out /dev/null/x: Not a directory; choose another folder"),
+    ],
+)
+def test_what_cannot_be_used_is_one_line(tmp_path: Path, arguments: list[str], words: str) -> None:
+    done = check("--out", str(tmp_path), *arguments)
+    assert done.returncode in (1, 2) and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert words in done.stderr and not list(tmp_path.iterdir())

@@ -6,6 +6,7 @@ or a local file. sequences.py cuts them into sequences.
 
 from __future__ import annotations
 
+import os
 import urllib.error
 import urllib.request
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -36,7 +37,7 @@ def documents(name: str, split: Split, characters: int | None = None, emit: Emit
         texts = builtin_texts(split)
     elif name in HUB:
         texts = _from_hub(name, split, characters)
-    elif Path(name).exists():
+    elif os.path.exists(name):  # pathlib's raises where the name is too long, or a directory is closed to us
         texts = read_texts(Path(name), emit)
     else:
         raise DataError(f"unknown text source {name!r}; choose {', '.join(HUB)}, builtin, or a file that exists")

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from aqlm_cli.errors import DataError
 from aqlm_cli.spec.config import DEFAULT_SEQUENCES
+from aqlm_cli.spec.section import LARGEST
 
 SELF = "self"
 """Name of the source that is the model itself: sequences sampled from it, for finetuning only."""
@@ -28,7 +29,7 @@ def _parse_source(part: str) -> Source:
     name, colon, count = part.rpartition(":")
     if not (colon and count.isdecimal()):
         name, count = part, ""
-    if not name or (count and int(count) == 0):
+    if not name or (count and not (len(count) <= 10 and 1 <= int(count) <= LARGEST)):
         raise DataError(f"invalid text source {part!r}; write SOURCE or SOURCE:SEQUENCES, such as c4:96")
     return Source(name, int(count) if count else None)
 

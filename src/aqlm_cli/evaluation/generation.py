@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,7 +12,8 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from aqlm_cli.errors import DataError
+from aqlm_cli.arguments import check_fields
+from aqlm_cli.errors import DataError, UsageError
 from aqlm_cli.evaluation.evaluation import Remember, compute_again
 from aqlm_cli.evaluation.model import EvaluatedModel
 from aqlm_cli.events import Emit
@@ -34,6 +36,13 @@ class GenerationSettings:
     backend: str | None = None
     head: Head = "exact"
     device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.max_new_tokens < 1:
+            raise UsageError(f"{self.max_new_tokens} new tokens are none; give at least 1")
+        if not 0 <= self.temperature < math.inf:
+            raise UsageError(f"temperature {self.temperature} is not possible; give 0 or more")
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,9 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor, nn
 
+from aqlm_cli.arguments import check_fields
 from aqlm_cli.data.sequences import evaluation_sequences, opening_tokens
-from aqlm_cli.errors import DataError, ModelError
+from aqlm_cli.errors import DataError, ModelError, UsageError
 from aqlm_cli.evaluation.evaluation import Remember, compute_again
 from aqlm_cli.evaluation.model import EvaluatedModel
 from aqlm_cli.events import Advanced, Emit, Noted, StageStarted
@@ -46,6 +47,15 @@ class PerplexitySettings:
     sequences: int | None = None
     bos: bool | None = None
     dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.sequences is not None and self.sequences < 1:
+            raise UsageError(f"{self.sequences} sequences are none; give at least 2, or leave --sequences out for all")
+        if self.sequence_length < 2:
+            raise UsageError(f"sequences of {self.sequence_length} tokens score none; raise --sequence-length")
+        if self.dtype not in DTYPES:
+            raise UsageError(f"there is no type {self.dtype!r} to compute in; choose {', '.join(DTYPES)}")
 
 
 @dataclass(frozen=True)

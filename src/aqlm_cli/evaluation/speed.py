@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from aqlm_cli.arguments import check_fields
 from aqlm_cli.evaluation.candidates import DTYPES, candidates_of_shape, llama_candidates, load_candidates
 from aqlm_cli.evaluation.evaluation import Remember, compute_again
 from aqlm_cli.evaluation.matmul import measure_product
@@ -40,6 +41,9 @@ class SpeedSettings:
 
     section: BenchConfig
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 class SpeedEvaluation:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from torch import Tensor, nn
 
-from aqlm_cli.errors import ArtifactError, ModelError
+from aqlm_cli.errors import ArtifactError, ModelError, UsageError, shortened
 from aqlm_cli.export.exporter import Exporter
 from aqlm_cli.export.layout import Layout
 from aqlm_cli.export.model import ExportedLayer, QuantizedModel
@@ -75,15 +77,27 @@ def export(
     base: ModelSource,
     matrices: Mapping[str, Matrix],
     changed: Mapping[str, Tensor],
-    directory: Path,
+    directory: Path | str,
     exporter: Exporter = TransformersExporter(),  # noqa: B008 - it has no state
 ) -> ExportFacts:
     """Write the model at `base` with these matrices, by path of the layer, in place of its weights.
 
     `changed` are other parameters that differ, by name. Raises ModelError where the network has no such layer or
     parameter, PlanError where the format cannot hold the model, and ArtifactError where `directory` is not empty, or
-    what was written does not load.
+    what was written does not load; then it is empty again.
     """
+    if not isinstance(base, ModelSource):
+        raise UsageError(f"export: `base` takes a ModelSource, not {shortened(repr(base))}; `models.resolve` finds one")
+    if not matrices:
+        raise ModelError(f"export: no matrix is given, so {base.name} would stay as it is; give at least one")
+    for path, matrix in matrices.items():
+        if not hasattr(matrix, "out_features"):
+            raise UsageError(f"export: `matrices` takes a Matrix for {path}, not {type(matrix).__name__}")
+    for name, tensor in changed.items():
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+            raise UsageError(f"export: `changed` takes a tensor of floating-point numbers for {name}")
+        if name.removesuffix(".weight") in matrices:
+            raise UsageError(f"export: {name} is changed, and its layer has a matrix; give one of them")
     network = load_skeleton(base)
     for path, matrix in matrices.items():
         shape, asked = _layer_shape(network, path), (matrix.out_features, matrix.in_features)
@@ -95,15 +109,27 @@ def export(
     for name, tensor in changed.items():
         if name not in parameters or parameters[name].shape != tensor.shape:
             raise ModelError(f"{base.name} has no parameter {name} of the shape {list(tensor.shape)}; leave it out")
-    with storage_errors(directory):
-        directory.mkdir(parents=True, exist_ok=True)
-    if any(directory.iterdir()):
-        raise ArtifactError(f"{directory} is not empty; choose another directory")
     layers = {path: _layer(matrix) for path, matrix in matrices.items()}
     readers = {name: partial(Tensor.detach, tensor) for name, tensor in changed.items()}
     planned = plan_export(QuantizedModel(base, network, layers, readers), exporter)
-    planned.write(directory, Origin())
+    with _filling(Path(directory)):
+        planned.write(Path(directory), Origin())
     return planned.facts()
+
+
+@contextlib.contextmanager
+def _filling(directory: Path) -> Iterator[None]:
+    """An empty directory that is made where it is missing, and empty again where it could not be filled."""
+    with storage_errors(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        if any(directory.iterdir()):
+            raise ArtifactError(f"{directory} is not empty; choose another directory")
+    try:
+        yield
+    except BaseException:
+        for entry in directory.iterdir():
+            shutil.rmtree(entry, ignore_errors=True) if entry.is_dir() else entry.unlink(missing_ok=True)
+        raise
 
 
 def _layer_shape(network: nn.Module, path: str) -> tuple[int, int] | None:

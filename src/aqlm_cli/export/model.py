@@ -13,10 +13,9 @@ from torch import Tensor
 
 from aqlm_cli.errors import ArtifactError, ModelError
 from aqlm_cli.models import ModelSource, Network, load_skeleton
-from aqlm_cli.quantization.block_files import OUTSIDE, block_files, matrix_kinds, read_matrix
+from aqlm_cli.quantization.block_files import OUTSIDE, block_files, matrix_kinds, plan_of, read_matrix
 from aqlm_cli.runs.artifact import Artifact, rebuild_command
 from aqlm_cli.runs.files import read_tensor, tensor_names
-from aqlm_cli.spec.plan import Plan
 from aqlm_cli.spec.schemes import Scheme
 from aqlm_kernels import Matrix
 
@@ -68,7 +67,7 @@ def read_model(base: ModelSource, quantized: Artifact) -> QuantizedModel:
     Raises ArtifactError where its files hold other layers than its plan, and ModelError where they hold a parameter
     that is not in the network of the base model.
     """
-    plan = Plan.from_json(quantized.manifest.results["plan"])
+    plan = plan_of(quantized)
     files = {
         path: (name, kind) for name in block_files(quantized) for path, kind in matrix_kinds(quantized, name).items()
     }

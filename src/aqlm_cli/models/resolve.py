@@ -6,6 +6,7 @@ The name of a run resolves to its packed model, so every command that takes a mo
 from __future__ import annotations
 
 import dataclasses
+import os  # whose questions about paths answer no where pathlib's raise: a name too long, a directory closed to us
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -40,8 +41,8 @@ def resolve(
     Raises ModelError if it does not exist, cannot be downloaded, or is not a decoder-only language model, and
     ArtifactError for a run without a packed model.
     """
-    cache, path = cache_dir or default_cache(), Path(name).expanduser()
-    if revision is not None and (name in ALIASES or path.exists()):
+    cache, path = cache_dir or default_cache(), Path(os.path.expanduser(name))
+    if revision is not None and (name in ALIASES or os.path.exists(path)):
         raise ModelError(f"{name} is a local model and has no revisions; drop --revision")
     if found := find_gguf(name):
         from aqlm_cli.models.gguf_import import gguf_source  # imports transformers' networks, in a second
@@ -50,7 +51,7 @@ def resolve(
     elif is_run(path):
         packed = read_run(path).current("packed").directory
         source = dataclasses.replace(directory_source(packed, cache), short_name=path.resolve().name)
-    elif path.is_dir():
+    elif os.path.isdir(path):
         source = directory_source(path, cache)
     else:
         source = hub_source(name, revision, cache, trust_remote_code, with_weights)

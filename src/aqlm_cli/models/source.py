@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import os
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -116,8 +117,8 @@ def find_gguf(name: str) -> GgufFile | None:
         path = Path(spec.origin).parent / embedded.file
         return GgufFile(path, short_name=embedded.base_model.partition("/")[2], base_model=embedded.base_model)
     if name.endswith(".gguf"):
-        path = Path(name).expanduser()
-        if not path.is_file():
+        path = Path(os.path.expanduser(name))
+        if not os.path.isfile(path):
             raise ModelError(f"{path} does not exist; check the path")
         return GgufFile(path, short_name=path.stem, base_model=None)
     return None

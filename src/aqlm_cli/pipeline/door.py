@@ -12,14 +12,14 @@ same stages, so both write the same bytes. Errors are `AqlmError`, with the line
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from aqlm_cli.errors import UsageError
+from aqlm_cli.arguments import checked
+from aqlm_cli.errors import UsageError, shortened
 from aqlm_cli.evaluation import PerplexityReport
 from aqlm_cli.events import Emit, silent
 from aqlm_cli.models import Network, load_network, load_tokenizer, resolve
@@ -42,11 +42,17 @@ class Run:
 
     path: Path
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.path, str | Path):
+            raise UsageError(f"Run: `path` takes str | Path, not {shortened(repr(self.path))}")
+        object.__setattr__(self, "path", Path(self.path))
+
     @property
     def config(self) -> RunConfig:
         """The complete settings of the run, from its run.yaml."""
         return read_run(self.path).config
 
+    @checked
     def evaluate(
         self,
         data: str | None = None,
@@ -65,7 +71,9 @@ class Run:
         text that is missing or too short.
         """
         flags = dict(locals())
-        settings = order.settings_of_run(self.path, as_settings({**flags, "data": data and [data]}, tables.EVAL_PPL))
+        settings = order.settings_of_run(
+            self.path, as_settings({**flags, "data": None if data is None else [data]}, tables.EVAL_PPL)
+        )
         section = settings.eval_ppl.model_copy(update={"data": settings.eval_ppl.data[:1]})
         order.use_machine(settings)
         reports = order.measure(
@@ -75,6 +83,7 @@ class Run:
         assert isinstance(report, PerplexityReport)
         return report
 
+    @checked
     def finetune(
         self,
         *,
@@ -108,6 +117,7 @@ class Run:
         order.finetune_run(str(self.path), job)
         return Run(directory)
 
+    @checked
     def pack(self, format: str | None = None, *, overwrite: bool = False, emit: Emit | None = None) -> Record:
         """Write `packed/`, a checkpoint for others; `directory` of the record returned is where.
 
@@ -118,14 +128,15 @@ class Run:
         return order.pack_run(order.make_job(settings, self.path, overwrite=overwrite, emit=emit or silent))
 
 
+@checked
 def quantize(
     model: str | Path | None = None,
     *,
     bits: float | None = None,
     scheme: str | None = None,
     method: str | None = None,
-    skip: Sequence[str] | None = None,
-    only: Sequence[str] | None = None,
+    skip: list[str] | tuple[str, ...] | None = None,
+    only: list[str] | tuple[str, ...] | None = None,
     format: str | None = None,
     data: str | None = None,
     sequences: int | None = None,
@@ -163,11 +174,13 @@ def quantize(
     return Run(job.directory)
 
 
+@checked
 def open_run(path: str | Path) -> Run:
     """The existing run in this directory. ArtifactError where there is none."""
     return Run(read_run(Path(path)).path)
 
 
+@checked
 def load(
     path: str | Path,
     *,
@@ -180,11 +193,11 @@ def load(
 
     `path` is a run, a hub id, a directory, a .gguf file, or an AQLM checkpoint made by anyone. Quantized layers stay
     quantized. `dtype` None: bfloat16 where the device multiplies in it, else float32. The network is in evaluation
-    mode, without gradients. Raises ModelError for a model that is missing or damaged, ArtifactError for a run that is
-    not packed.
+    mode, without gradients. Raises UsageError for a device that this machine does not have, ModelError for a model that
+    is missing or damaged, ArtifactError for a run that is not packed.
     """
+    place = order.find_device(build_config(None, None, {"model": str(path), "device": device}).device)
     source = resolve(str(path), revision, trust_remote_code)
-    place = torch.device(device)
     return load_network(source, _dtype(dtype, place), place), load_tokenizer(source)
 
 

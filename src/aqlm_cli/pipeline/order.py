@@ -61,6 +61,7 @@ __all__ = [
     "continue_text",
     "doctor",
     "dry_run",
+    "find_device",
     "finetune_run",
     "forecast_run",
     "make_job",
@@ -84,9 +85,7 @@ def use_machine(config: RunConfig) -> None:
 
     Raises UsageError for threads or a device that this machine does not have.
     """
-    device = torch.device(own_device(config.device))
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UsageError(f"--device {device}: torch finds {torch.cuda.device_count()} such devices here; choose cpu")
+    find_device(own_device(config.device))
     threads = config.threads or max(1, numba.get_num_threads() // processes_here())
     try:
         numba.set_num_threads(threads)  # starts Numba's threads
@@ -94,6 +93,14 @@ def use_machine(config: RunConfig) -> None:
         raise UsageError(f"--threads {threads}: this machine has {numba.get_num_threads()}") from error
     torch.set_num_threads(threads)
     forbid_nested_loops()
+
+
+def find_device(name: str) -> torch.device:
+    """The device of this name. UsageError where this machine does not have it."""
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UsageError(f"--device {device}: torch finds {torch.cuda.device_count()} such devices here; choose cpu")
+    return device
 
 
 def prepare(job: Job) -> tuple[Job, PlanReport]:

@@ -12,6 +12,7 @@ from rich.table import Table
 from aqlm_cli.errors import ArtifactError
 from aqlm_cli.formatting import both_bits, clock, facts, readable_bytes, shrinkage, text_name
 from aqlm_cli.records import Record
+from aqlm_cli.runs.artifact import Artifact, rebuild_command
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,13 +51,14 @@ class StageReport(Record):
 Report = TypeVar("Report", bound=StageReport)
 
 
-def restored(kind: type[Report], directory: Path, results: Mapping[str, Any]) -> Report:
+def restored(kind: type[Report], artifact: Artifact, results: Mapping[str, Any]) -> Report:
     """The report of a stage from its manifest. Raises ArtifactError where that was written in another form."""
     try:
-        return kind(directory=directory, **results)
+        return kind(directory=artifact.directory, **results)
     except TypeError as error:
+        way_out = rebuild_command(artifact.directory, artifact.manifest.kind)
         raise ArtifactError(
-            f"the manifest of {directory} holds other results than this aqlm writes; redo its stage with --overwrite"
+            f"the manifest of {artifact.directory} holds other results than this aqlm writes; {way_out}"
         ) from error
 
 

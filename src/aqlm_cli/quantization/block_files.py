@@ -13,11 +13,13 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from aqlm_cli.errors import ArtifactError, UsageError
 from aqlm_cli.models.blocks import replace_module
 from aqlm_cli.models.plain_linear import is_plain
 from aqlm_cli.quantization.training.block import tuned_parameters
-from aqlm_cli.runs.artifact import Artifact
+from aqlm_cli.runs.artifact import Artifact, rebuild_command
 from aqlm_cli.runs.files import load_tensors, read_metadata, save_tensors
+from aqlm_cli.spec.plan import Plan
 from aqlm_kernels import MATRIX_KINDS, Matrix, QuantizedLayer
 
 OUTSIDE = "outside.safetensors"
@@ -29,6 +31,16 @@ def block_file(index: int) -> str:
 
 def block_files(quantized: Artifact) -> list[str]:
     return [name for name in sorted(quantized.manifest.files) if name.startswith("block-")]
+
+
+def plan_of(quantized: Artifact) -> Plan:
+    """The plan by which the model was quantized. ArtifactError where the manifest holds none."""
+    stored = quantized.result("plan")
+    try:
+        return Plan.from_json(stored)
+    except (UsageError, LookupError, TypeError, ValueError) as error:
+        way_out = rebuild_command(quantized.directory, quantized.manifest.kind)
+        raise ArtifactError(f"{quantized.directory} is damaged (its manifest holds no plan); {way_out}") from error
 
 
 def matrix_kinds(quantized: Artifact, name: str) -> dict[str, str]:

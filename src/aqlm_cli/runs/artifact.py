@@ -82,6 +82,13 @@ class Artifact:
     def digest(self) -> str:
         return self.manifest.digest
 
+    def result(self, name: str) -> Any:
+        """A result of the stage. ArtifactError where the manifest has none of this name."""
+        if name not in self.manifest.results:
+            way_out = rebuild_command(self.directory, self.manifest.kind)
+            raise ArtifactError(f"{self.directory / MANIFEST} has no result `{name}`; {way_out}")
+        return self.manifest.results[name]
+
     def path(self, name: str) -> Path:
         """A file that the manifest lists."""
         if name not in self.manifest.files:
@@ -120,7 +127,10 @@ def open_artifact(directory: Path, kind: str) -> Artifact:
         reason = str(error).splitlines()[0]
         raise ArtifactError(f"{path} is not a manifest ({reason}); {rebuild_command(directory, kind)}") from error
     if manifest.kind != kind:
-        raise ArtifactError(f"{directory} holds a {shortened(manifest.kind)} artifact, not a {kind} one")
+        found = shortened(manifest.kind)
+        raise ArtifactError(
+            f"{directory} holds a {found} artifact, not a {kind} one; {rebuild_command(directory, kind)}"
+        )
     for name, record in manifest.files.items():
         _check_file(directory, kind, name, record)
     return Artifact(directory, manifest)

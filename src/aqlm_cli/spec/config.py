@@ -12,7 +12,7 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 from aqlm_cli.errors import UsageError
 from aqlm_cli.spec.methods import METHODS
 from aqlm_cli.spec.schemes import parse_scheme
-from aqlm_cli.spec.section import Beam, Count, Names, Positive, Rate, Section
+from aqlm_cli.spec.section import LARGEST, Beam, Count, Names, Positive, Rate, Section
 from aqlm_cli.spec.units import parse_bytes, parse_duration
 
 DEFAULT_SEQUENCES = 192
@@ -38,7 +38,7 @@ class CalibrateConfig(Section):
 
     data: str = "c4"
     sequences: Positive | None = None
-    sequence_length: Annotated[int, Field(ge=2)] = 1024
+    sequence_length: Annotated[int, Field(ge=2, le=LARGEST)] = 1024
     bos: bool | None = None
     statistics_sequences: Positive = 16
 
@@ -108,13 +108,15 @@ class QuantizeConfig(Section):
         if not isinstance(given, Mapping):
             return given
         method = given.get("method", cls.model_fields["method"].default)
+        if not isinstance(method, str) or method not in METHODS:
+            return given  # and the method is what is refused
         others = given.keys() - cls.model_fields.keys() - {method}
         if foreign := sorted(others & METHODS.keys()):
             reason = f"settings of method {foreign[0]}, but quantize.method is {method}; remove them"
             raise _refusal(foreign[0], "value_error", given, reason)
         if others:
             raise _refusal(min(others), "extra_forbidden", given)
-        section = METHODS[method].settings if method in METHODS else None
+        section = METHODS[method].settings
         if section is None:
             if method in given:
                 raise _refusal(method, "value_error", given, f"method {method} has no settings; remove the section")
@@ -184,7 +186,7 @@ class FinetuneConfig(Section):
 
     data: str | None = None
     sequences: Positive | None = None
-    sequence_length: Annotated[int, Field(ge=2)] = 512
+    sequence_length: Annotated[int, Field(ge=2, le=LARGEST)] = 512
     bos: bool | None = None
     steps: Positive = 400
     time_budget: str | None = None
@@ -219,8 +221,8 @@ class PackConfig(Section):
 class EvalConfig(Section):
     """`bos` as in `calibrate`; false is what GPTQ does."""
 
-    data: Names = ("wikitext2",)
-    sequence_length: Annotated[int, Field(ge=2)] = 2048
+    data: Annotated[Names, Field(min_length=1)] = ("wikitext2",)
+    sequence_length: Annotated[int, Field(ge=2, le=LARGEST)] = 2048
     bos: bool | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
 

@@ -37,6 +37,8 @@ _NOT_COMPARED = ("threads", "device", "max_memory", "max_disk")
 _IN_YAML = {
     "tuple_type": "needs a list such as [first, second]",
     "model_type": "needs a section of keys and values, or {}",
+    # What load_run_file lets through: a key with a dot in its name, or settings of a method that does not exist.
+    "extra_forbidden": "is no setting and no method; remove it, or write a key of a section indented below it",
 }
 
 
@@ -67,8 +69,11 @@ def preset_path(name: str) -> Path:
     return installed if installed.exists() else package.parents[1] / "configs" / f"{name}.yaml"
 
 
-class _LoaderWithoutAliases(yaml.SafeLoader):
-    """A few aliases of aliases stand for more values than any memory holds, or for a value inside itself."""
+class _StrictLoader(yaml.SafeLoader):
+    """Refuses aliases: a few of aliases stand for more values than any memory holds, or for a value inside itself.
+
+    Refuses also a key that comes twice: YAML forbids it, and PyYAML forgets the first, which may be a whole section.
+    """
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
@@ -76,11 +81,20 @@ class _LoaderWithoutAliases(yaml.SafeLoader):
             raise yaml.composer.ComposerError(None, None, "aliases are not read; write the value out", mark)
         return super().compose_node(parent, index)
 
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        scalars = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        names = [key.value for key in scalars]
+        if twice := next((key for number, key in enumerate(scalars) if key.value in names[:number]), None):
+            reason = f"the key {shortened(twice.value)} comes twice; write it once"
+            raise yaml.constructor.ConstructorError(None, None, reason, twice.start_mark)
+        mapping: dict[Any, Any] = super().construct_mapping(node, deep)
+        return mapping
+
 
 def parse_yaml(text: str) -> Any:
     """Plain values only, no tag that names a Python object; yaml.YAMLError for all that cannot be read."""
     try:
-        value = yaml.load(text, _LoaderWithoutAliases)
+        value = yaml.load(text, _StrictLoader)
         repr(value)  # an integer in base 16 may have more digits than Python writes, and no message could name it
         return value
     except yaml.YAMLError:
@@ -107,13 +121,17 @@ def load_run_file(path: Path) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise ConfigError(f"{path} must hold keys and values, such as `model: smollm2-135m`")
     valid = tuple(_valid_keys(RunConfig))
-    for key, value in ((shortened(key), value) for key, value in _leaves(settings)):
-        if key in RENAMED:
-            raise ConfigError(f"{path}: `{key}` is now called `{RENAMED[key]}`; rename it there")
+    without_settings = _sections_without_settings(settings) - set(valid)
+    found = [(shortened(key), value) for key, value in _leaves(settings)]
+    if renamed := list(filter(None, (_earlier_name(key) for key, _ in found))):  # all at once: an old file has a dozen
+        lines = "; ".join(f"`{old}` is now called `{RENAMED[old]}`" for old in _to_rename(renamed))
+        raise ConfigError(f"{path}: {lines}; rename {'it' if len(renamed) == 1 else 'them'} there")
+    for key, value in found:
+        sections = list(_with_sections(key))
         if isinstance(value, str) and (key, value) in RENAMED_VALUES:
             new = RENAMED_VALUES[key, value]
             raise ConfigError(f"{path}: the value {value} of `{key}` is now called `{new}`; rename it there")
-        if key not in valid:
+        if key not in valid and without_settings.isdisjoint(sections):
             raise ConfigError(f"{path}: unknown key `{key}`; nearest valid key is `{_nearest(key, valid)}`")
     return settings
 
@@ -143,7 +161,10 @@ def build_config(
             layers[str(path)] = load_run_file(path)
     if recipe is not None:
         path = preset_path(recipe)
-        layers[f"preset {path}"] = {"finetune": load_run_file(path).get("finetune", {})}
+        section = load_run_file(path).get("finetune")
+        if section is None:
+            raise UsageError(f"preset {recipe} has no settings for finetuning; choose {' or '.join(FINETUNE_PRESETS)}")
+        layers[f"preset {path}"] = {"finetune": section}
     layers["flags"] = _given(flags)
     layers = _without_methods_replaced(layers)
     try:
@@ -159,7 +180,7 @@ def _without_methods_replaced(layers: Mapping[str, dict[str, Any]]) -> dict[str,
     for origin, layer in reversed(list(layers.items())):
         section = layer.get("quantize")
         if isinstance(section, Mapping):
-            replaced = METHODS.keys() - {chosen} if chosen is not None else set()
+            replaced = {name for name in METHODS if name != chosen} if chosen is not None else set()
             layer = {**layer, "quantize": {key: value for key, value in section.items() if key not in replaced}}
             chosen = section.get("method") if chosen is None else chosen
         kept[origin] = layer
@@ -204,6 +225,35 @@ def _valid_keys(section: type[Section], prefix: str = "") -> Iterator[str]:
             yield from _valid_keys(sections[name], f"{prefix}{name}.")
 
 
+def _with_sections(key: str) -> Iterator[str]:
+    """The dotted key itself, then the sections around it from the inside out."""
+    while key:
+        yield key
+        key = key.rpartition(".")[0]
+
+
+def _earlier_name(key: str) -> str | None:
+    """The innermost part of the path that had another name; None where none had."""
+    return next((name for name in _with_sections(key) if name in RENAMED), None)
+
+
+def _to_rename(keys: list[str]) -> list[str]:
+    """The fewest renamings after which none of the keys has its earlier name: a section for all that moved with it."""
+
+    def by_section(key: str) -> str:
+        section, _, name = key.rpartition(".")
+        return section if RENAMED[key] == f"{RENAMED.get(section)}.{name}" else key
+
+    return keys if len(keys) == 1 else list(dict.fromkeys(map(by_section, keys)))
+
+
+def _sections_without_settings(settings: Mapping[str, Any]) -> set[str]:
+    """Sections named after methods, known or not: the record says more of them than that they are unknown."""
+    section = settings.get("quantize")
+    chosen = section.get("method") if isinstance(section, Mapping) else None
+    return {f"quantize.{name}" for name in (*METHODS, chosen) if isinstance(name, str)}
+
+
 def _nearest(key: str, valid: tuple[str, ...]) -> str:
     """The most similar key, by its last name first, so that a setting in the wrong section is sent to the right one."""
 
@@ -225,7 +275,9 @@ def _one_line(error: ValidationError, layers: dict[str, dict[str, Any]]) -> Conf
     """The first of pydantic's complaints, with the layer that is to blame: the last one that says anything there."""
     first = error.errors()[0]
     if first["loc"] == ("model",) and first["type"] == "missing":
-        return UsageError("no model is named; give MODEL on the command line or `model:` in the run file")
+        files = [origin for origin in layers if origin != "flags" and not origin.startswith("preset ")]
+        where = f"in {files[-1]}" if files else "in the run file"
+        return UsageError(f"no model is named; give MODEL on the command line or `model:` {where}")
     names = [str(name) for name in first["loc"]]
     blamed = next((origin for origin in reversed(layers) if _says(layers[origin], names)), "settings")
     reason = _IN_YAML.get(first["type"], first["msg"].removeprefix("Value error, "))

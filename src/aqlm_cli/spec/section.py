@@ -6,7 +6,10 @@ from typing import Annotated, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field
 
-Positive: TypeAlias = Annotated[int, Field(ge=1)]
+LARGEST = 10**9
+"""More than any count of this program can be, and small enough for sums and products of counts to fit where they go."""
+
+Positive: TypeAlias = Annotated[int, Field(ge=1, le=LARGEST)]
 Count: TypeAlias = Annotated[int, Field(ge=0)]
 Beam: TypeAlias = Literal[2, 4, 8, 16, 32, 64, 128, 256]
 # Not strict, as YAML 1.1 reads 1e-4 (without a dot) as a string; pydantic makes a number of it.

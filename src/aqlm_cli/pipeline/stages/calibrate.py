@@ -51,7 +51,7 @@ def calibrate(job: Job) -> CalibrationReport:
             stage.publish(report.results())
             return report
     job.emit(Noted(f"{calibration.directory} exists already, made from the same model and text"))
-    return restored(CalibrationReport, calibration.directory, calibration.manifest.results)
+    return restored(CalibrationReport, calibration, calibration.manifest.results)
 
 
 def _measure(job: Job, tokenizer: TextTokenizer, opening: Sequence[int], stage: Stage) -> CalibrationReport:

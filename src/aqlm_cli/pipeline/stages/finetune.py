@@ -253,4 +253,4 @@ def _report(run: RunDirectory, made: Artifact) -> FinetuneReport:
     run.write_report("finetune.json", {**results["report"], "curve": results["curve"]})
     for kind, picture in draw_curve(results["curve"]).items():
         run.write_report(f"finetune.{kind}", picture)
-    return restored(FinetuneReport, made.directory, results["report"])
+    return restored(FinetuneReport, made, results["report"])

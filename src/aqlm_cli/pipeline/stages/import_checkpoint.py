@@ -50,7 +50,7 @@ def import_checkpoint(job: Job) -> ImportReport:
     imported = run.reusable(key)
     if imported is not None:
         job.emit(Noted(f"{imported.directory} exists already, made from the same checkpoint"))
-        return restored(ImportReport, imported.directory, imported.manifest.results["report"])
+        return restored(ImportReport, imported, imported.result("report"))
     reset_peak_memory()
     network, learnt = fitting_network(job)
     if other := _other_settings(checkpoint, source):

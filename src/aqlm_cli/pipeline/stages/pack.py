@@ -35,7 +35,7 @@ def pack(job: Job) -> PackReport:
     packed = run.reusable(key)
     if packed is not None:
         emit(Noted(f"{packed.directory} exists already, made from the same quantized model"))
-        return restored(PackReport, packed.directory, packed.manifest.results)
+        return restored(PackReport, packed, packed.manifest.results)
     emit(Noted(f"packing {quantized.directory}"))
     reset_peak_memory()
     export = plan_export(read_model(job.base_model(run), quantized), EXPORTERS[format])
@@ -47,7 +47,7 @@ def pack(job: Job) -> PackReport:
     # Told, and not kept: the same quantized model gives the same manifest, too.
     taken = Cost(time.monotonic() - started, peak_memory_bytes(), disk_bytes(run.path))
     planned = plain(job.planned.get(PACK.name))
-    return restored(PackReport, packed.directory, {**packed.manifest.results, **plain(taken), "planned": planned})
+    return restored(PackReport, packed, {**packed.manifest.results, **plain(taken), "planned": planned})
 
 
 def _origin(run: RunDirectory, quantized: Artifact) -> Origin:

@@ -67,7 +67,7 @@ def quantize(job: Job) -> QuantizeReport:
     quantized = run.reusable(key)
     if quantized is not None:
         job.emit(Noted(f"{quantized.directory} exists already, made with the same settings"))
-        return restored(QuantizeReport, quantized.directory, quantized.manifest.results["report"])
+        return restored(QuantizeReport, quantized, quantized.result("report"))
     reset_peak_memory()
     with run.resumed_stage(key) as stage:
         blocks = _quantize_blocks(job, calibration, stage)

@@ -16,7 +16,7 @@ from aqlm_cli.errors import ArtifactError
 from aqlm_cli.events import Advanced, Noted, StageStarted
 from aqlm_cli.models.plain_linear import is_plain
 from aqlm_cli.pipeline.job import Job
-from aqlm_cli.quantization.block_files import block_file, matrix_kinds, read_matrix, restore_block
+from aqlm_cli.quantization.block_files import block_file, matrix_kinds, plan_of, read_matrix, restore_block
 from aqlm_cli.quantization.block_inputs import machine_of, mixed_sequences, start_calibration_pass
 from aqlm_cli.quantization.methods import METHODS
 from aqlm_cli.quantization.parallel import Task, compress_all
@@ -28,7 +28,6 @@ from aqlm_cli.runs.directory import RunDirectory
 from aqlm_cli.runs.files import digest_file
 from aqlm_cli.runs.stages import QUANTIZE
 from aqlm_cli.seeds import generator
-from aqlm_cli.spec.plan import Plan
 from aqlm_cli.spec.schemes import Scheme
 from aqlm_kernels import Matrix
 
@@ -69,7 +68,7 @@ def _compare_digest(artifact: Artifact, name: str) -> None:
 
 def _requantize(job: Job, run: RunDirectory, quantized: Artifact) -> str | None:
     """The path of the layer; None where this machine would not compute the same bits."""
-    config, schemes = run.config, Plan.from_json(quantized.manifest.results["plan"]).schemes
+    config, schemes = run.config, plan_of(quantized).schemes
     if config.quantize.import_from is not None:
         job.emit(Noted(f"the codes were imported from {config.quantize.import_from}, so no layer is quantized again"))
         return None
