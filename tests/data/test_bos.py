@@ -181,7 +181,7 @@ def test_calibration_starts_every_sequence_with_bos_and_refuses_other_settings(w
     assert (ids[:, 0] == 256).all() and not (ids[:, 1:] == 256).any() and ids.shape == (8, 32)
     artifact = open_artifact(Path("run/calibration"), "calibration")
     assert artifact.manifest.settings["bos"] is True and artifact.manifest.results["bos"] is True
-    assert "there already" in run("calibrate", "--config", "run.yaml", "--out", "run").output
+    assert "exists already" in run("calibrate", "--config", "run.yaml", "--out", "run").output
     line = refused("calibrate", "--config", "run.yaml", "--out", "run", "--no-bos")
     assert "calibrate.bos: None there, False here" in line
     assert not (calibrated("--no-bos", "--overwrite") == 256).any()
