@@ -1,9 +1,9 @@
 """One check of a GPU: kernels, matmuls, a block, a model. Each part has a time limit, and its result is on the disk
-before the next begins.
+before the next starts.
 
     python tools/gpu_check.py --out runs/gpu-check [--model NAME] [--minutes 2.5]        # `make gpu-check`
 
-It needs no package index and writes `gpu-check.json` and `gpu-check.md` into OUT, anew after every part. It ends within
+It needs no package index and writes `gpu-check.json` and `gpu-check.md` into OUT after every part. It ends within
 eight minutes, whatever a part does: a part that has not ended by its limit is killed, with all that it has started, and
 what it had measured by then is kept. `--device cpu --tiny` tries the parts without a GPU, on shapes that take no time.
 """
@@ -31,10 +31,10 @@ import gpu_wheels
 ROOT = Path(__file__).parents[1]
 PARTS_FILE = Path(__file__).with_name("gpu_parts.py")
 LIBRARIES = ROOT / ".gpu-check"
-"""Where packages go that this machine lacks; git ignores it."""
+"""Folder for packages that this machine lacks; git ignores it."""
 
 SECONDS = 460.0
-"""For everything; 20 seconds of eight minutes are left to Python, to killing and to writing."""
+"""Time limit of all parts together; 20 seconds of eight minutes are left to start Python, to kill and to write."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Part:
 
 
 def parts(minutes: float) -> tuple[Part, ...]:
-    """In order of value."""
+    """All parts, the most valuable one first."""
     return (
         Part("kernels", "kernel tests on the device", 90),
         Part("matmul", "matmuls beside torch's", 100),
@@ -172,7 +172,7 @@ def run_part(part: Part, limit: float, options: argparse.Namespace) -> dict[str,
 
 
 def kill(process: subprocess.Popen[bytes]) -> None:
-    """With all that it has started: they are a session of their own."""
+    """Kill a part with all that it has started: they are a session of their own."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()

@@ -53,7 +53,7 @@ def tell(options: argparse.Namespace, **row: Any) -> None:
 
 
 def rounded(value: Any) -> Any:
-    """To four digits: a table is to be read."""
+    """Round to four digits, for the tables."""
     return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
@@ -156,7 +156,7 @@ def additive_layer(
 
 
 def clone(layer: nn.Module) -> nn.Module:
-    """With codes of its own, or the cache would serve them."""
+    """Copy a layer with codes of its own, or the cache would serve them."""
     from aqlm_kernels import AdditiveLinear, AdditiveMatrix
 
     matrix = layer.matrix()
@@ -174,7 +174,7 @@ def memory_bandwidth(device: torch.device, tiny: bool) -> float:
 
 
 def seconds_of(works: list[Callable[[], object]], device: torch.device, tiny: bool) -> float:
-    """Of one piece of work: the median of several rounds through all, after one to warm up."""
+    """Median seconds of each piece of work, over several rounds through all, after one to warm up."""
     for work in works:
         work()
     rounds = []
@@ -228,7 +228,7 @@ def model(options: argparse.Namespace) -> None:
 
 
 def quantize(options: argparse.Namespace, model: Path | str, run: Path, blocks: int) -> None:
-    """Of the first blocks; the layers are told as the log of the run tells them, also where time is up meanwhile."""
+    """Quantize the first blocks; their rows come from the log of the run, even where time runs out."""
     chosen = "|".join(str(number) for number in range(blocks))
     command = ["quantize", str(model), "--scheme", "2x4g8" if options.tiny else "2x8g8", "--preset", "fast"]
     command += ["--data", f"builtin:{4 if options.tiny else 32}", "--sequence-length", str(length(options))]
@@ -295,7 +295,7 @@ def random_model(shape: str, folder: Path, tiny: bool) -> Path:
 
 
 def hang(options: argparse.Namespace) -> None:
-    """For the test of the limits: a row, and then a process that ends by itself never, nor do those it started."""
+    """Write a row, then never end, and start a process that never ends: for the test of the limits."""
     tell(options, what="a row before")
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(3600)"])
     tell(options, what="child", value=child.pid)

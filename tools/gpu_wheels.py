@@ -58,7 +58,7 @@ def download(folder: Path, constraints: Path) -> None:
 
 
 def install(folder: Path, target: Path) -> None:
-    """What is missing here, from the folder, into `target`. Raises SystemExit where the folder does not hold it."""
+    """Install into `target` what this machine lacks. Raises SystemExit where the folder does not hold it."""
     packages = missing()
     if not packages:
         return

@@ -123,7 +123,7 @@ def settings_rows(path: str, section: type[Section], comments: Mapping[str, str]
 
 
 def value_words(schema: Mapping[str, Any]) -> str:
-    """What JSON schema allows, in words: "integer, at least 1, or null"."""
+    """Values that a JSON schema allows, in words: "integer, at least 1, or null"."""
     if "anyOf" in schema:
         return ", or ".join(value_words(option) for option in schema["anyOf"])
     if "enum" in schema:

@@ -146,7 +146,8 @@ def forbidden_words(pattern: str) -> list[str]:
 
 def lost_modules(pattern: str) -> list[str]:
     """One line for each `name.py` in a source file, comments included, that names no file of the repository."""
-    names = {path.name for folder in ("src", "kernels", "tests") for path in (ROOT / folder).rglob("*.py")}
+    folders = ("src", "kernels", "tests", "tools", "examples", "docs")
+    names = {path.name for folder in folders for path in (ROOT / folder).rglob("*.py")}
     return [
         f"{place(path, number)}: there is no {name}"
         for path in files_of(pattern)

@@ -3,27 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from helpers.docstrings import FORBIDDEN, ROOT, SOURCES, Docstring, forbidden_words, fragments, lost_modules
+from helpers.docstrings import FORBIDDEN, ROOT, Docstring, files_of, forbidden_words, fragments, lost_modules, packages
 
-PACKAGES = (
-    "kernels/aqlm_kernels/cpu",
-    "kernels/aqlm_kernels/gpu",
-    "src/aqlm_cli/*.py",
-    "src/aqlm_cli/data",
-    "kernels/aqlm_kernels/*.py",
-    "kernels/aqlm_kernels/matrices",
-    "src/aqlm_cli/spec",
-    "src/aqlm_cli/quantization/methods",
-    "src/aqlm_cli/quantization/solvers",
-    "src/aqlm_cli/quantization/parallel.py",
-    "src/aqlm_cli/quantization/block_files.py",
-    "src/aqlm_cli/quantization/resume.py",
-    "src/aqlm_cli/models/[!r]*.py",
-    "src/aqlm_cli/models/r[!e]*.py",
-    "src/aqlm_cli/cli",
-    "src/aqlm_cli/runs",
-)
-"""Paths and globs of what has been swept."""
+PACKAGES = (*packages(), "tools", "examples", "docs")
+"""Every package of the source, what lies at its root, and the programs beside it."""
 
 EXCEPTIONS = {
     "quantization/training/optimizers.py": ("second moment", "Adam's running mean of squared gradients has this name"),
@@ -71,6 +54,7 @@ def test_a_noun_phrase_or_an_order_is_no_fragment(opening: str) -> None:
     assert not Docstring("", opening).is_fragment
 
 
-def test_every_package_has_files_to_check() -> None:
-    assert all(any(package.startswith(source) for source in SOURCES) for package in PACKAGES)
-    assert all(list(ROOT.glob(package)) for package in PACKAGES)
+def test_every_file_of_the_source_is_checked() -> None:
+    checked = [path for package in PACKAGES for path in files_of(package)]
+    assert len(checked) == len(set(checked)), "a file is checked twice"
+    assert set(checked) >= {path for source in ("src", "kernels") for path in (ROOT / source).rglob("*.py")}
