@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from aqlm_cli.evaluation import GenerationReport, Perplexity, PerplexityReport
-from aqlm_cli.evaluation.speed_report import BenchReport, BenchRow, ProductRow
+from aqlm_cli.evaluation.speed_report import BenchReport, BenchRow, MatmulRow
 from aqlm_cli.formatting import readable_bytes
 from aqlm_cli.pipeline.stage_reports import CalibrationReport, PackReport, QuantizeReport
 from aqlm_cli.records import (
@@ -88,7 +88,7 @@ RECORDS: list[Record] = [
         5,
         3e10,
         (BenchRow("packed", 9, 8, 10, {"FP16": 4}, 20, 90, 80, 100, 200, 0.001),),
-        (ProductRow(64, 128, 1, "cpu-lut", 2.5, {"FP16": 4}, 0.3, 1e-4),),
+        (MatmulRow(64, 128, 1, "cpu-lut", 2.5, {"FP16": 4}, 0.3, 1e-4),),
     ),
     GenerationReport("tiny", "Hello", " [bold]world[/bold]", 2, 0.5, 4.0, "transformers"),
     MachineReport("x86_64", ("avx2",), 2, 2, (), {"triton": None}, (BackendReport("lut", "2x8g8", "cpu", None),)),
@@ -108,9 +108,27 @@ def test_every_record_is_json_with_the_names_of_its_fields(record: Record) -> No
     assert list(found) == [field.name for field in dataclasses.fields(record)]
 
 
+ROWS = {
+    "PerplexityReport": ("base wikitext2 148 x 2048 float32 21.500 ± 0.200 1", "24.500 ± 0.250 1.1395"),
+    "PlanReport": ("model size 1.0 kB -> 200 B, embeddings and head included (5.00x smaller)", "skipped 2 q, k: left"),
+    "CalibrationReport": ("sequences 8 of 64 tokens (512 tokens)", "from c4 (4), notes.txt (4)"),
+    "QuantizeReport": ("bits per weight 2.000 of codes, 2.150 stored", "peak disk 1.0 MB (planned 1.0 MB)"),
+    "PackReport": ("bits per weight 2.150 nominal, 2.150 in these files", "size 200 B"),
+    "BenchReport": (
+        "packed 9.0 (8.0-10.0) 4.00 45% 90 (80-100) 200 B 1.0e-03",
+        "1 x 128 x 64 2.5 4.00 30% 1.0e-04 cpu-lut",
+    ),
+    "GenerationReport": ("text [bold]world[/bold]", "speed 2 tokens in 0.5 s: 4.0 tokens/s; transformers"),
+    "MachineReport": ("processor x86_64, 2 cores", "backend lut 2x8g8 on cpu: ready"),
+}
+"""Some cells of the table of each record, as they follow each other."""
+
+
 @pytest.mark.parametrize("record", RECORDS, ids=lambda record: type(record).__name__)
-def test_every_record_prints(record: Record) -> None:
-    assert len(printed(record).splitlines()) > 3
+def test_every_record_prints_its_numbers(record: Record) -> None:
+    cells = " ".join(printed(record).replace("│", " ").replace("┃", " ").split())
+    for row in ROWS[type(record).__name__]:
+        assert row in cells
 
 
 def test_a_perplexity_is_exactly_the_object_that_programs_expect() -> None:

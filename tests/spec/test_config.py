@@ -96,14 +96,14 @@ def values(schema: Mapping[str, Any], sections: Mapping[str, Any]) -> st.SearchS
         needed = {name: keys.pop(name) for name in schema.get("required", ())}
         return st.fixed_dictionaries(needed, optional=keys)
     if schema["type"] == "array":
-        return st.lists(values(schema["items"], sections), max_size=3)
+        return st.lists(values(schema["items"], sections), min_size=schema.get("minItems", 0), max_size=3)
     if schema["type"] == "number":
         open_below, least = "exclusiveMinimum" in schema, schema.get("exclusiveMinimum", schema.get("minimum"))
         return st.floats(least, schema.get("maximum"), exclude_min=open_below, allow_infinity=False)
     return {
         "null": st.none(),
         "boolean": st.booleans(),
-        "integer": st.integers(schema.get("minimum")),
+        "integer": st.integers(schema.get("minimum"), schema.get("maximum")),
         "string": st.text(),
     }[schema["type"]]
 

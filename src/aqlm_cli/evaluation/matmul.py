@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from aqlm_cli.evaluation.speed_report import ProductRow
+from aqlm_cli.evaluation.speed_report import MatmulRow
 from aqlm_kernels import AdditiveMatrix, PackedMatrix, choose, matmul, reference
 
 ROTATED = 2**28
@@ -35,7 +35,7 @@ def measure_product(
     repeats: int,
     bandwidth: float,
     dtypes: Mapping[str, torch.dtype],
-) -> ProductRow:
+) -> MatmulRow:
     """Time x W^T on the CPU, with W of `shape` (out, in), `codebooks` (M, K, g), and so many rows of x.
 
     `bandwidth` in bytes per second; `dtypes` are those of torch's matmuls beside it.
@@ -58,7 +58,7 @@ def measure_product(
     for name, dtype in dtypes.items():
         passes[name] = _torch_product(x.to(dtype), shape, draw)
     medians = _interleaved(passes, repeats)
-    return ProductRow(
+    return MatmulRow(
         out_features=out_features,
         in_features=in_features,
         rows=rows,

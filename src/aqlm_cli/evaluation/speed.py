@@ -26,7 +26,7 @@ from aqlm_cli.evaluation.evaluation import Remember, compute_again
 from aqlm_cli.evaluation.matmul import measure_product
 from aqlm_cli.evaluation.model import EvaluatedModel
 from aqlm_cli.evaluation.plots import draw_speed
-from aqlm_cli.evaluation.speed_report import BenchReport, BenchRow, ProductRow
+from aqlm_cli.evaluation.speed_report import BenchReport, BenchRow, MatmulRow
 from aqlm_cli.evaluation.timing import Candidate, Speed, interleave
 from aqlm_cli.events import Emit
 from aqlm_cli.models.random_models import empty_network
@@ -104,11 +104,11 @@ def _compare(
         repeats=settings.repeats,
         read_bandwidth=bandwidth,
         rows=tuple(_row(one, passes[one.name], medians, bandwidth) for one in (*candidates, *others)),
-        products=tuple(_products(candidates[-1].layers, settings, bandwidth)),
+        matmuls=tuple(_matmuls(candidates[-1].layers, settings, bandwidth)),
     )
 
 
-def _products(layers: Sequence[AdditiveLinear], settings: BenchConfig, bandwidth: float) -> list[ProductRow]:
+def _matmuls(layers: Sequence[AdditiveLinear], settings: BenchConfig, bandwidth: float) -> list[MatmulRow]:
     """One row for each shape and scheme among the layers."""
     kinds = {(layer.out_features, layer.in_features, tuple(layer.codebooks.shape)) for layer in layers}
     return [

@@ -45,7 +45,7 @@ class BenchRow:
 
 
 @dataclass(frozen=True)
-class ProductRow:
+class MatmulRow:
     """One shape of y = x W^T with weights from memory. `times`: times as fast as torch's matmul in each type;
     `bandwidth_share`: bytes of codes a second, of those that memory gives; `relative_error` against float64."""
 
@@ -72,11 +72,11 @@ class BenchReport(Record):
     repeats: int
     read_bandwidth: float
     rows: tuple[BenchRow, ...]
-    products: tuple[ProductRow, ...]
+    matmuls: tuple[MatmulRow, ...]
     version: int = 1
 
     def table(self) -> Group:
-        return Group(self._models(), self._products()) if self.products else Group(self._models())
+        return Group(self._models(), self._matmuls()) if self.matmuls else Group(self._models())
 
     def as_markdown(self) -> str:
         return "\n\n".join(
@@ -85,7 +85,7 @@ class BenchReport(Record):
         )
 
     def as_csv(self) -> str:
-        """The models, an empty line, the products."""
+        """The models, an empty line, the matmuls."""
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         for number, rows in enumerate(self._plain_tables()):
@@ -96,17 +96,17 @@ class BenchReport(Record):
     def _plain_tables(self) -> list[list[list[str]]]:
         """The same two tables with plain numbers; the first row holds the names of the columns."""
         tables = []
-        for records in (self.rows, self.products):
+        for records in (self.rows, self.matmuls):
             flat = [_flat(dataclasses.asdict(record)) for record in records]
             if flat:
                 tables.append([list(flat[0]), *(list(row.values()) for row in flat)])
         return tables
 
-    def _products(self) -> Table:
-        others = self.products[0].times
-        columns = ("product", "us", *(f"x {name}" for name in others), "of bandwidth", "error", "backend")
-        table = Table(*columns, title="single products, weights from memory", title_justify="left")
-        for row in self.products:
+    def _matmuls(self) -> Table:
+        others = self.matmuls[0].times
+        columns = ("matmul", "us", *(f"x {name}" for name in others), "of bandwidth", "error", "backend")
+        table = Table(*columns, title="single matmuls, weights from memory", title_justify="left")
+        for row in self.matmuls:
             table.add_row(
                 f"{row.rows} x {row.in_features} x {row.out_features}",
                 f"{row.microseconds:.1f}",
@@ -124,15 +124,7 @@ class BenchReport(Record):
             f"{self.read_bandwidth / 1e9:.1f} GB/s; {self.backend}"
         )
         others = self.rows[0].decode_times
-        columns = (
-            "model",
-            "decode",
-            *(f"x {name}" for name in others),
-            "of roofline",
-            "prefill",
-            "size",
-            "logits' error",
-        )
+        columns = ("model", "decode", *(f"x {name}" for name in others), "roofline", "prefill", "size", "logits' error")
         table = Table(*columns, title=Text(title), title_justify="left")
         for row in self.rows:
             table.add_row(
