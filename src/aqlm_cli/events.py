@@ -10,6 +10,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeAlias
 
+CHECK = "check"
+"""Name by which the check of the block calls, which a stage runs first, tells its progress."""
+
 
 @dataclass(frozen=True)
 class StageStarted:

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from aqlm_cli.events import Advanced, Emit, StageStarted
+from aqlm_cli.events import CHECK, Advanced, Emit, StageStarted
 from aqlm_cli.models import BlockLoader, ModelSource, load_outside
 from aqlm_cli.models.blocks import find_blocks, observe_inputs
 from aqlm_cli.models.hidden_states import Activations, Handed, compute_dtype, run_block
@@ -30,9 +30,6 @@ from aqlm_cli.runs.files import load_tensors, publish_file, storage_errors
 from aqlm_cli.seeds import generator
 from aqlm_cli.spec.calibration_split import split_sequences
 from aqlm_cli.spec.config import RunConfig
-
-CHECK = "check"
-"""Name of the check of the block calls in events."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -52,7 +52,8 @@ def logged(run_directory: Path, stage: str, emit: Emit) -> Iterator[Emit]:
             yield both
         except BaseException as error:
             with contextlib.suppress(StorageError):  # the first error counts
-                write(ENDED, {"error": str(error) or type(error).__name__})
+                reason = "Ctrl-C" if isinstance(error, KeyboardInterrupt) else str(error) or type(error).__name__
+                write(ENDED, {"error": reason})
             raise
         write(ENDED, {"error": None})
 

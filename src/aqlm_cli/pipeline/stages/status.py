@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from aqlm_cli.errors import ArtifactError
+from aqlm_cli.events import CHECK
 from aqlm_cli.records import StageStatus, StatusReport
 from aqlm_cli.runs import stages
 from aqlm_cli.runs.directory import RunDirectory, find_artifact, read_run
@@ -54,10 +55,11 @@ def _stage(run: RunDirectory, stage: StageSpec, at_work: Holder | None) -> Stage
 
 def _progress(stage: str, log: Sequence[Mapping[str, Any]]) -> StageStatus:
     """The progress of a running stage, from its log."""
-    started = next((line for line in log if line["event"] == "StageStarted"), None)
+    own = [line for line in log if line.get("stage") != CHECK]
+    started = next((line for line in own if line["event"] == "StageStarted"), None)
     if started is None:
         return StageStatus(stage, "running")
-    steps = [line for line in log if line["event"] == "Advanced"]
+    steps = [line for line in own if line["event"] == "Advanced"]
     total, done = int(started["total"]), int(steps[-1]["done"]) if steps else int(started["done"])
     left = None
     if steps:
