@@ -228,7 +228,7 @@ def writes(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> int:
 
 @pytest.mark.parametrize(("code", "words"), [(errno.ENOSPC, "no space left on device"), (errno.EROFS, "read-only")])
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.6, 0.9])
-def test_a_disk_that_fails_on_the_way_publishes_nothing_half_and_the_next_try_goes_on(
+def test_a_disk_that_fails_on_the_way_publishes_nothing_half_and_the_next_try_resumes(
     quantized: None,
     writes: int,
     fail_disk: Callable[[int, int], None],

@@ -166,7 +166,7 @@ def test_a_run_without_a_packed_model_says_how_to_make_one(tmp_path: Path, text:
         (256, None, DataError, "no standard error"),
     ],
 )
-def test_windows_that_cannot_be_measured_are_refused(
+def test_sequences_that_cannot_be_measured_are_refused(
     tmp_path: Path, text: str, length: int, windows: int | None, error: type[AqlmError], reason: str
 ) -> None:
     directory = tiny_models.save("llama", tmp_path / "model")

@@ -39,7 +39,7 @@ def test_the_same_numbers_give_the_same_bytes() -> None:
     assert draw_speed(report(1, 2)) != draw_speed(report(1, 3))
 
 
-def test_a_curve_has_a_point_for_every_look_at_the_held_out_windows() -> None:
+def test_a_curve_has_a_point_for_every_look_at_the_held_out_sequences() -> None:
     curve = [{"step": step, "seconds": 60.0 * step, "held_out": 1 / (1 + step)} for step in range(5)]
     picture = draw_curve(curve)
     ElementTree.fromstring(picture["svg"].decode())

@@ -67,7 +67,7 @@ def windows() -> Tensor:
 # ------------------------------------------------------------------------------------------------------- what it holds
 
 
-def test_the_windows_are_those_of_the_text_in_order_of_the_sources(model: Path) -> None:
+def test_the_sequences_are_those_of_the_text_in_order_of_the_sources(model: Path) -> None:
     report = run(settings(model))
     expected = calibration_sequences("a.txt:8,b.txt:4", None, LENGTH, 0, AutoTokenizer.from_pretrained(model))
     assert windows().dtype == torch.int32
@@ -100,7 +100,7 @@ def test_moments_are_the_mean_squares_of_every_layers_inputs(family: str, tmp_pa
         torch.testing.assert_close(moments[path].double(), expected, rtol=1e-4, atol=1e-8)
 
 
-def test_the_loss_is_the_models_own_on_the_windows_measured(model: Path, in_float32: None) -> None:
+def test_the_loss_is_the_models_own_on_the_sequences_measured(model: Path, in_float32: None) -> None:
     report = run(settings(model, statistics_sequences=3))
     network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     chosen = windows()[[0, 5, 11]].long()  # evenly spread, so that both sources take part

@@ -77,7 +77,7 @@ def disk(tmp_path: Path) -> Iterator[SmallDisk]:
         (232, "quantized.partial/block-001.safetensors"),
     ],
 )
-def test_a_run_that_fills_its_disk_goes_on_when_there_is_more(
+def test_a_run_that_fills_its_disk_resumes_when_there_is_more(
     whole: dict[str, Any], disk: SmallDisk, size: int, where: str
 ) -> None:
     disk.resize(size)
@@ -159,7 +159,7 @@ PLACES = [
 
 
 @pytest.mark.parametrize(("text", "count"), PLACES)
-def test_a_run_that_is_moved_away_meanwhile_goes_on_where_it_is_put_back(
+def test_a_run_that_is_moved_away_meanwhile_resumes_where_it_is_put_back(
     whole: dict[str, Any], on_write: Callable[..., None], text: str, count: int
 ) -> None:
     on_write(text, count, lambda: os.rename("out", "moved"))
@@ -223,7 +223,7 @@ HEADER = FLIPS[:-1]
 
 
 @pytest.mark.parametrize(("place", "bit"), HEADER)
-def test_a_damaged_block_names_the_command_that_makes_it_anew(whole: dict[str, Any], place: int, bit: int) -> None:
+def test_a_damaged_block_names_the_command_that_makes_it_again(whole: dict[str, Any], place: int, bit: int) -> None:
     flip(Path("whole/quantized/block-000.safetensors"), place, bit)
     line = refused("pack", "whole", "--overwrite")
     assert "is damaged (" in line and "redo it with `aqlm quantize --config whole/run.yaml --out whole --ov" in line
@@ -231,7 +231,7 @@ def test_a_damaged_block_names_the_command_that_makes_it_anew(whole: dict[str, A
     assert made(Path("whole")) == whole
 
 
-def test_damaged_windows_name_the_command_that_makes_them_anew(whole: dict[str, Any]) -> None:
+def test_damaged_sequences_name_the_command_that_makes_them_again(whole: dict[str, Any]) -> None:
     shutil.rmtree("whole/quantized")
     flip(Path("whole/calibration/windows.safetensors"), 8)
     assert "redo it with `aqlm calibrate --config whole/run.yaml --out whole --ov" in refused(*QUANTIZE, "whole")
@@ -253,7 +253,7 @@ def test_a_damaged_manifest_names_a_command_that_mends_it(whole: dict[str, Any],
 
 
 @pytest.mark.parametrize("place", [0, 7])
-def test_a_damaged_run_file_is_named_and_written_anew_with_overwrite(whole: dict[str, Any], place: int) -> None:
+def test_a_damaged_run_file_is_named_and_written_again_with_overwrite(whole: dict[str, Any], place: int) -> None:
     flip(Path("whole/run.yaml"), place, bit=7)
     for command in ("pack", "whole"), ("eval-ppl", "whole"), ("status", "whole"), (*QUANTIZE, "whole"):
         assert "whole/run.yaml is not YAML" in refused(*command)
@@ -283,7 +283,7 @@ def test_a_damaged_report_is_named(whole: dict[str, Any]) -> None:
     "name", ["begun.json", "block-000.json", "model.layers.1.mlp.down_proj.safetensors", "hidden-001.activations"]
 )
 @pytest.mark.parametrize("place", [0, 8, 40])
-def test_damaged_work_is_named_or_gone_on_from(
+def test_damaged_work_is_named_or_resumed_from(
     whole: dict[str, Any], interrupted_run: tuple[str, ...], name: str, place: int
 ) -> None:
     path = Path("out/quantized.partial/work", name)

@@ -94,7 +94,7 @@ def test_it_is_done_once_and_other_settings_are_refused_by_name(made: Path) -> N
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
-def test_interrupted_it_goes_on_to_the_same_bytes(
+def test_interrupted_it_resumes_to_the_same_bytes(
     made: Path, count: int, interrupted_at: Callable[..., Result]
 ) -> None:
     shutil.copytree(made, "whole")
@@ -107,7 +107,7 @@ def test_interrupted_it_goes_on_to_the_same_bytes(
     assert contents(Path("run/packed")) == contents(Path("whole/packed"))
 
 
-def test_a_quantized_model_that_is_made_anew_puts_an_end_to_the_finetuned_one(made: Path) -> None:
+def test_a_quantized_model_that_is_made_again_puts_an_end_to_the_finetuned_one(made: Path) -> None:
     run("finetune", "run")
     assert run("quantize", "--config", "run.yaml", "--out", "run", "--seed", "1", "--overwrite").exit_code == 0
     assert (made / "finetuned").exists()
@@ -119,7 +119,7 @@ def test_a_quantized_model_that_is_made_anew_puts_an_end_to_the_finetuned_one(ma
     assert run("finetune", "run", "--overwrite").exit_code == 0
 
 
-def test_what_was_begun_goes_on_although_other_settings_were_asked_meanwhile(
+def test_what_was_started_resumes_although_other_settings_were_asked_meanwhile(
     made: Path, interrupted_at: Callable[..., Result]
 ) -> None:
     interrupted_at("training.safetensors", 2, "finetune", "run", "--time-budget", "1s")
@@ -133,7 +133,7 @@ def test_what_was_begun_goes_on_although_other_settings_were_asked_meanwhile(
     assert results(made / "finetuned")["report"]["steps"] == steps
 
 
-def test_a_calibration_that_is_made_anew_is_noticed(made: Path) -> None:
+def test_a_calibration_that_is_made_again_is_noticed(made: Path) -> None:
     run("calibrate", "--config", "run.yaml", "--out", "run", "--seed", "5", "--overwrite")
     refused = run("finetune", "run")
     assert refused.exit_code == 1 and "was made from calibration" in refused.stderr
@@ -177,7 +177,7 @@ def test_a_model_that_bounds_its_logits_learns_too(run_file: Path, tmp_path: Pat
     assert told["after"] < told["before"]
 
 
-def test_codes_learn_where_they_are_asked_to_and_go_on_after_an_interruption(
+def test_codes_learn_where_they_are_asked_to_and_resume_after_an_interruption(
     made: Path, interrupted_at: Callable[..., Result]
 ) -> None:
     run_file = yaml.safe_load((made / "run.yaml").read_text())

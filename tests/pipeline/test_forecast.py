@@ -199,7 +199,7 @@ def test_layers_that_share_an_input_share_its_second_moment(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(("times", "workers", "seconds"), [([1, 1, 1, 3], 2, 3), ([2, 2, 2], 2, 4), ([2, 2, 2], 1, 6)])
-def test_the_longest_matrix_is_begun_first(times: list[float], workers: int, seconds: float) -> None:
+def test_the_longest_matrix_is_started_first(times: list[float], workers: int, seconds: float) -> None:
     shapes = [(8 * number, 8) for number in range(1, len(times) + 1)]
     targets = tuple(Target(f"{out}", "linear", out, width, parse_scheme("2x8g8"), None) for out, width in shapes)
     model = ModelShape((BlockShape(targets, 0),), outside=0, vocabulary=1, hidden=1)
@@ -329,7 +329,7 @@ def test_planned_and_actual_stand_side_by_side(run_file: Path) -> None:
     assert again["quantize"]["planned"] == found["planned"]
 
 
-def test_a_run_that_goes_on_keeps_what_it_was_told(
+def test_a_run_that_resumes_keeps_what_it_was_told(
     run_file: Path, interrupted_at: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     interrupted_at("work/block-000.json", 1, "quantize", "--config", "run.yaml", "--out", "run")

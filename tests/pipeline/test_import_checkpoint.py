@@ -82,7 +82,7 @@ def same(there: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> boo
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3_text", "gpt_neox", "opt", "mixtral"])
-def test_the_adopted_model_computes_and_packs_what_the_checkpoint_holds(family: str, run_file: Path) -> None:
+def test_the_imported_model_computes_and_packs_what_the_checkpoint_holds(family: str, run_file: Path) -> None:
     """In a model that has 16 bits itself, or the embeddings would be rounded."""
     original = tiny_models.save(family, Path("original"))
     AutoModelForCausalLM.from_pretrained(original, dtype=torch.float16).save_pretrained(original)
@@ -105,7 +105,7 @@ def test_the_adopted_model_computes_and_packs_what_the_checkpoint_holds(family: 
 
 
 @pytest.mark.slow
-def test_a_strangers_checkpoint_is_finetuned_and_stock_transformers_loads_it(stranger: Path, tmp_path: Path) -> None:
+def test_a_foreign_checkpoint_is_finetuned_and_stock_transformers_loads_it(stranger: Path, tmp_path: Path) -> None:
     told = finetuned("stranger", "--teacher", "tiny", *SHORT)
     assert told["finetune"]["after"] < told["finetune"]["before"]
     made_there = Path("runs/stranger-finetuned")
@@ -119,7 +119,7 @@ def test_a_strangers_checkpoint_is_finetuned_and_stock_transformers_loads_it(str
 
 
 @pytest.mark.parametrize("skip", [(), ("--skip", r"model\.layers\.0\..*"), ("--skip", ".*1.mlp.*")])
-def test_our_checkpoint_without_our_marks_is_adopted_number_by_number(skip: Sequence[str], quantized: Path) -> None:
+def test_our_checkpoint_without_our_marks_is_imported_number_by_number(skip: Sequence[str], quantized: Path) -> None:
     """Also where a block, or a part of one, has no codes."""
     assert run("quantize", "--config", "run.yaml", *skip, "--out", "run", "--overwrite").exit_code == 0
     shutil.copytree(quantized / "packed", "bare", ignore=shutil.ignore_patterns("manifest.json", "README.md"))
@@ -129,7 +129,7 @@ def test_our_checkpoint_without_our_marks_is_adopted_number_by_number(skip: Sequ
     assert yaml.safe_load(Path("new/run.yaml").read_text())["quantize"]["scheme"] == "2x4g8"
 
 
-def test_what_has_learnt_outside_the_blocks_is_taken_over_and_kept(stranger: Path) -> None:
+def test_what_has_learnt_outside_the_blocks_is_imported_and_kept(stranger: Path) -> None:
     """The last norm and the embeddings: those of a checkpoint, and then those that finetune does not train."""
 
     def learnt(tensors: dict[str, torch.Tensor]) -> None:
@@ -190,7 +190,7 @@ def test_it_is_done_once_and_what_differs_is_refused_by_name(stranger: Path) -> 
     assert artifacts("new") != first
 
 
-def test_interrupted_while_it_is_taken_over_it_begins_with_the_same_codes(
+def test_interrupted_while_it_is_imported_it_begins_with_the_same_codes(
     stranger: Path, interrupted_at: Callable[..., Result]
 ) -> None:
     finetuned("stranger", "--teacher", "tiny", "--out", "whole", *SHORT)

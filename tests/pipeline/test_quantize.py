@@ -294,7 +294,7 @@ def test_targets_are_what_the_original_block_makes_of_the_same_inputs(
         torch.testing.assert_close(spy.targets[index], expected, rtol=0, atol=1e-4)
 
 
-def test_statistics_are_of_the_measured_windows_and_shared_where_inputs_are(
+def test_statistics_are_of_the_measured_sequences_and_shared_where_inputs_are(
     llama: Path, in_float32: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spy = Spy(monkeypatch)
@@ -464,7 +464,7 @@ def test_a_plan_tells_what_will_be_done_without_doing_it(llama: Path) -> None:
         (8, {**FIT, "epochs": 0}, (8, 8, 4)),
     ],
 )
-def test_where_windows_are_few_fewer_are_measured_and_fitted_to(
+def test_where_sequences_are_few_fewer_are_measured_and_fitted_to(
     statistics_sequences: int,
     fit: dict[str, Any],
     counts: tuple[int, int, int],
@@ -481,7 +481,7 @@ def few_windows(model: Path, count: int) -> RunConfig:
     return build_config(None, None, {**given, "calibrate": {**given["calibrate"], "data": f"a.txt:{count}"}})
 
 
-def test_one_window_cannot_be_held_out_and_that_is_said(llama: Path) -> None:
+def test_one_sequence_cannot_be_held_out_and_that_is_said(llama: Path) -> None:
     events: list[Event] = []
     run(few_windows(llama, 1), events=events)
     assert [event.message for event in events if isinstance(event, Warned)] == [
@@ -490,7 +490,7 @@ def test_one_window_cannot_be_held_out_and_that_is_said(llama: Path) -> None:
     assert {event.gain for event in events if isinstance(event, BlockQuantized)} == {0.0}
 
 
-def test_of_two_windows_one_is_held_out(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_two_sequences_one_is_held_out(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spy = Spy(monkeypatch)
     run(few_windows(llama, 2))
     assert spy.counts == [(2, 1, 1)] * len(spy.counts) and spy.counts
@@ -550,7 +550,7 @@ def test_a_calibration_of_another_model_is_refused(llama: Path, tmp_path: Path) 
         quantize(make_job(settings(llama), Path("run")))
 
 
-def test_held_out_windows_are_not_fitted_to(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_held_out_sequences_are_not_fitted_to(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     called: list[tuple[list[int], list[int]]] = []
 
     def noting(block: nn.Module, data: Any, training: Tensor, held_out: Tensor, *rest: Any) -> tuple[float, float]:
@@ -614,7 +614,7 @@ def test_other_settings_are_refused_by_name_and_redone_on_request(finished: Path
     assert report.scheme == "1x4g8" and files() != before
 
 
-def test_a_calibration_made_anew_is_another_one_though_its_settings_are_the_same(finished: Path) -> None:
+def test_a_calibration_made_again_is_another_one_though_its_settings_are_the_same(finished: Path) -> None:
     config = settings(finished)
     parents = quantized().manifest.parents
     assert parents["calibration"] == open_artifact(Path("run/calibration"), "calibration").digest

@@ -100,7 +100,7 @@ def syncs_by_stage(log: Path) -> dict[str, list[int]]:
 
 
 @pytest.mark.slow
-def test_a_killed_command_goes_on_to_the_same_bytes(driver: Driver) -> None:
+def test_a_killed_command_resumes_to_the_same_bytes(driver: Driver) -> None:
     expected = uninterrupted(driver)
     for stage, numbers in syncs_by_stage(Path("log")).items():
         for number in (numbers[0], numbers[len(numbers) // 2], numbers[-1]):
@@ -160,7 +160,7 @@ def test_hidden_states_of_another_size_are_refused(interrupted_run: tuple[str, .
     assert commands.run(*interrupted_run).exit_code == 0
 
 
-def test_what_is_half_removed_is_not_gone_on_from(
+def test_what_is_half_removed_is_not_resumed_from(
     interrupted_run: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed while the work of other settings is given up, and then those first settings are wanted again."""

@@ -60,7 +60,7 @@ def test_the_same_seed_gives_the_same_tokens_and_another_one_others(made: Path) 
     assert len({tuple(window.tolist()) for window in first}) == 6, "no two windows are the same"
 
 
-def test_neither_the_batch_nor_the_number_of_windows_changes_a_window(
+def test_neither_the_batch_nor_the_number_of_sequences_changes_a_sequence(
     made: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(stage, "compute_dtype", lambda device: torch.float32)
@@ -71,7 +71,7 @@ def test_neither_the_batch_nor_the_number_of_windows_changes_a_window(
     assert torch.equal(sampled(made, "self:9")[0][:6], together)
 
 
-def test_progress_is_told_window_by_window(made: Path) -> None:
+def test_progress_is_told_sequence_by_sequence(made: Path) -> None:
     _, told = sampled(made, "self:24")  # at once, so that a step may be worth more than a window of 16 tokens
     assert told[0] == StageStarted("sample", 24, "sequence")
     assert [event.done for event in told if isinstance(event, Advanced)] == list(range(1, 25))
@@ -101,7 +101,7 @@ def test_sampled_and_other_text_are_mixed(made: Path) -> None:
     assert text(made).shape == (6, LENGTH)
 
 
-def test_windows_stand_in_the_order_of_the_sources(run_file: Path) -> None:
+def test_sequences_stand_in_the_order_of_the_sources(run_file: Path) -> None:
     tokenizer: Any = load_tokenizer(resolve("tiny"))
     own = torch.arange(5 * LENGTH).view(5, LENGTH)
     notes = calibration_sequences("notes.txt:2", None, LENGTH, 0, tokenizer).ids
@@ -129,7 +129,7 @@ def test_self_is_counted_like_any_source(spec: str | None, sequences: int | None
 # --------------------------------------------------------------------------------------------------------- as a cache
 
 
-def test_the_same_text_is_taken_again_and_another_number_of_windows_is_sampled(made: Path) -> None:
+def test_the_same_text_is_taken_again_and_another_number_of_sequences_is_sampled(made: Path) -> None:
     run("finetune", "run", "--data", "self:8")
     first, written = text(made), (made / "text/windows.safetensors").stat().st_mtime_ns
     again = run("finetune", "run", "--data", "self:8", "--steps", "3", "--overwrite")
@@ -163,7 +163,7 @@ def test_what_finetune_refuses_costs_no_text(made: Path, interrupted_at: Callabl
     assert not (made / "text").exists(), "nobody would read it"
 
 
-def test_interrupted_before_it_is_published_it_begins_anew(made: Path, interrupted_at: Callable[..., Result]) -> None:
+def test_interrupted_before_it_is_published_it_begins_again(made: Path, interrupted_at: Callable[..., Result]) -> None:
     assert interrupted_at("text.partial", 1, "finetune", "run", "--data", "self:6").exit_code == 130
     assert not (made / "text").exists()
     states = {one["stage"]: one["state"] for one in json.loads(run("status", "run", "--json").stdout)["stages"]}

@@ -83,7 +83,7 @@ def test_every_stage_of_a_command_has_a_log_with_what_the_screen_shows(run_file:
     assert lines("out", "eval-ppl")[-1]["error"] is None and lines("out", "bench")[-1]["error"] is None
 
 
-def test_a_run_goes_from_not_begun_over_interrupted_to_finished(
+def test_a_run_goes_from_not_started_over_interrupted_to_finished(
     run_file: Path, interrupted_at: Callable[..., Any]
 ) -> None:
     commands.run("calibrate", "--config", str(run_file), "--out", "out")

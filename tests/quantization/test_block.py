@@ -95,7 +95,7 @@ def changed(before: dict[str, Tensor], after: dict[str, Tensor]) -> set[str]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_it_lowers_the_error_on_windows_it_never_trains_on(dtype: torch.dtype) -> None:
+def test_it_lowers_the_error_on_sequences_it_never_trains_on(dtype: torch.dtype) -> None:
     block, data = quantized(), block_data(dtype)
     measured = data.relative_error(block, HELD_OUT, 3)
     before, after = fit(block, data=data, epochs=8)
@@ -210,7 +210,7 @@ def windows_trained_on(epochs: int, monkeypatch: pytest.MonkeyPatch) -> list[lis
     return seen
 
 
-def test_every_epoch_goes_once_through_the_training_windows_each_in_another_order(
+def test_every_epoch_goes_once_through_the_training_sequences_each_in_another_order(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     steps = windows_trained_on(3, monkeypatch)
@@ -277,7 +277,7 @@ def test_the_rate_falls_as_half_a_cosine_to_its_final_share(
 # ------------------------------------------------------------------------------------------------------------ measuring
 
 
-def test_the_relative_error_is_summed_over_windows_whatever_the_batch() -> None:
+def test_the_relative_error_is_summed_over_sequences_whatever_the_batch() -> None:
     block, data = quantized(), block_data()
     output = block(data.inputs[HELD_OUT]).double()
     target = data.targets[HELD_OUT].double()

@@ -114,7 +114,7 @@ def test_the_student_comes_nearer_and_is_left_without_gradients() -> None:
     assert not any(parameter.requires_grad for parameter in student.parameters())
 
 
-def test_the_best_state_on_the_held_out_windows_is_what_remains() -> None:
+def test_the_best_state_on_the_held_out_sequences_is_what_remains() -> None:
     student, data = lesson()
     training = taught(student, data, settings(learning_rate=2.0, steps=30, min_lr_ratio=1.0))
     held_out = [point["held_out"] for point in training.curve]
@@ -130,7 +130,7 @@ def test_it_stops_when_patience_is_at_its_end() -> None:
     assert len(held_out) - 1 - held_out.index(min(held_out)) == 2
 
 
-def test_windows_go_through_in_parts_with_the_same_gradient() -> None:
+def test_sequences_go_through_in_parts_with_the_same_gradient() -> None:
     found = []
     for at_once in (4, 1):
         student, data = lesson()
@@ -142,7 +142,7 @@ def test_windows_go_through_in_parts_with_the_same_gradient() -> None:
 
 
 @pytest.mark.parametrize("stop", [1, 5, 11])
-def test_a_stored_training_goes_on_to_the_same_bits(stop: int) -> None:
+def test_a_stored_training_resumes_to_the_same_bits(stop: int) -> None:
     student, data = lesson()
     taught(student, data, settings())
     wanted = [parameter.detach().clone() for parameter in student.parameters()]
@@ -167,7 +167,7 @@ def test_a_stored_training_goes_on_to_the_same_bits(stop: int) -> None:
         assert torch.equal(parameter, there)
 
 
-def test_every_epoch_has_every_window_once_in_an_order_of_its_own() -> None:
+def test_every_epoch_has_every_sequence_once_in_an_order_of_its_own() -> None:
     student, data = lesson(windows=4 + 10)
     seen: list[Tensor] = []
     teacher = data.teacher

@@ -92,7 +92,7 @@ def test_two_processes_come_to_what_one_does_and_what_cannot_be_shared_is_refuse
 
 
 @pytest.mark.slow
-def test_what_two_began_two_go_on_with_and_nobody_else(made: Path) -> None:
+def test_what_two_began_two_resume_with_and_nobody_else(made: Path) -> None:
     shutil.copytree(made, "whole")
     succeeded("finetune", "whole", "--steps", "40")
     state = made / "finetuned.partial/work/training.safetensors"
@@ -121,7 +121,7 @@ def test_a_process_of_a_team_ends_without_python_s_own_end(size: str, seen: bool
     assert found.stdout.startswith("aqlm") if status == 0 else flag in found.stderr
 
 
-def test_every_window_is_one_process_s() -> None:
+def test_every_sequence_is_one_process_s() -> None:
     windows = torch.arange(8)
     shares = [World(rank, 4).share(windows) for rank in range(4)]
     assert sorted(torch.cat(shares).tolist()) == windows.tolist() and {len(share) for share in shares} == {2}

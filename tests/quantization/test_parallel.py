@@ -68,7 +68,7 @@ def test_neither_order_nor_company_of_the_layers_shows_in_the_result() -> None:
     assert_same_bits(alone, expected)
 
 
-def test_the_largest_are_begun_first() -> None:
+def test_the_largest_are_started_first() -> None:
     begun: list[tuple[int, ...]] = []
 
     def noting(weight: Tensor, *rest: object) -> object:
@@ -163,7 +163,7 @@ def test_a_weight_of_nan_is_refused_with_the_name_of_its_layer(method: str) -> N
         compress(tasks, method, threads=2)
 
 
-def test_after_a_refusal_nothing_else_is_begun() -> None:
+def test_after_a_refusal_nothing_else_is_started() -> None:
     begun: list[int] = []
 
     def refusing(weight: Tensor, *rest: object) -> object:

@@ -53,7 +53,7 @@ def nearest(one: AdditiveLinear, target: Tensor) -> Tensor:
     return torch.stack([row.flatten() for row in found])
 
 
-def test_gradients_of_the_weights_codebooks_and_scales_are_those_of_the_written_out_layer() -> None:
+def test_gradients_of_the_weights_codebooks_and_scales_are_those_of_the_dequantized_layer() -> None:
     one, x = layer(), torch.randn(5, IN)
     for parameter in one.parameters():
         parameter.requires_grad_(True)
@@ -217,7 +217,7 @@ def test_codes_that_learn_come_nearer_than_codebooks_alone() -> None:
 
 
 @pytest.mark.parametrize("state", ["float32", "bfloat16"])
-def test_a_stored_training_goes_on_to_the_same_codes(state: str) -> None:
+def test_a_stored_training_resumes_to_the_same_codes(state: str) -> None:
     section = settings(state=state)
     wanted, data, whole = started(section)
     train(data, whole, section, 0, lambda *_: None)

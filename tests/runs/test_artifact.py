@@ -215,7 +215,7 @@ def test_overwrite_and_an_empty_run_leave_nothing_to_reuse(run: RunDirectory) ->
     assert run.reusable(replace(KEY, overwrite=True)) is None
 
 
-def test_what_was_made_from_something_that_is_made_anew_is_not_built_on(run: RunDirectory) -> None:
+def test_what_was_made_from_something_that_is_made_again_is_not_built_on(run: RunDirectory) -> None:
     def publish_from(kind: str, parents: dict[str, str], text: str = "codes") -> str:
         with run.stage(StageKey(stages_of(kind)[-1], {}, parents)) as stage:
             write_file(stage.directory / "file", text.encode())

@@ -22,7 +22,7 @@ def test_a_file_is_digested_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("content", ["", "{", '{"a": 1}', "[]", "{}{}", '{"a": [1, 2, "x"]} tail'])
-def test_a_damaged_memory_of_digests_is_written_anew(content: str, tmp_path: Path) -> None:
+def test_a_damaged_memory_of_digests_is_written_again(content: str, tmp_path: Path) -> None:
     path, cache = tmp_path / "weights", tmp_path / "cache"
     path.write_bytes(b"abc")
     cache.mkdir()

@@ -102,7 +102,7 @@ def test_all_limits_together_are_less_than_eight_minutes(tools: Any) -> None:
     assert sum(part.seconds for part in tools.parts(2.5)) <= tools.SECONDS
 
 
-def test_where_no_time_is_left_a_part_is_not_begun(tools: Any, tmp_path: Path) -> None:
+def test_where_no_time_is_left_a_part_is_not_started(tools: Any, tmp_path: Path) -> None:
     options = Namespace(out=tmp_path, device="cpu", model="any", tiny=True)
     result = tools.run_part(tools.Part("model", "a model", 60), 0.5, options)
     assert result["state"] == "no time was left" and not (tmp_path / "model.log").exists()
