@@ -4,7 +4,7 @@ In `quantized.partial/work/`, beside the files of the finished blocks:
 
     hidden-007.activations    what enters block 7. That this file exists means that blocks 0 to 6 are finished
     handed-007/               what the blocks before it hand on beside hidden states, in families where they do
-    targets.activations       what the original block makes of it; worthless after an interruption
+    targets.activations       the output of the base model's block; worthless after an interruption
     block-006.json            what was measured of a finished block
     <path>.safetensors        a finished matrix of the present block, before the block is fitted
 

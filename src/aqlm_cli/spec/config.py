@@ -44,7 +44,7 @@ class CalibrateConfig(Section):
 
 
 class FitConfig(Section):
-    """Fitting codebooks, scales, norms and biases of a finished block to the original block's output.
+    """Fitting codebooks, scales, norms and biases of a finished block to the output of the base model's block.
 
     `error` per_token: each token's squared error as a share of its own output's square; total: all tokens' together.
     `learning_rate_unit` rms: each tensor's rate is `learning_rate` times its root mean square. After the warm-up the
