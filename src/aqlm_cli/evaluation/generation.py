@@ -35,7 +35,6 @@ class GenerationSettings:
     seed: int = 0
     backend: str | None = None
     head: Head = "exact"
-    device: str = "cpu"
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -76,7 +75,7 @@ class GenerationEvaluation:
     ) -> GenerationReport:
         """Text of the model alone."""
         tokenizer, longest = model.text_tokenizer(), settings.max_new_tokens
-        ids = torch.tensor(tokenizer.encode(settings.prompt), dtype=torch.int64, device=settings.device)  # [length]
+        ids = torch.tensor(tokenizer.encode(settings.prompt), dtype=torch.int64, device=model.device)  # [length]
         if ids.numel() == 0:
             raise DataError("the prompt has no token; give some text with --prompt")
         model.refuse_tokens(ids)
@@ -84,7 +83,7 @@ class GenerationEvaluation:
         model.refuse_length(len(ids) + longest - 1, "--tokens, or shorten --prompt", stated=False)
         decoding = model.decoding(len(ids) + longest, settings.backend, settings.head)
         ends = model.end_tokens()
-        draw = torch.Generator(settings.device).manual_seed(settings.seed)
+        draw = torch.Generator(model.device).manual_seed(settings.seed)
         started = time.perf_counter()
         new = [_choose(decoding.prefill(ids), settings.temperature, draw)]
         while len(new) < longest and new[-1] not in ends:

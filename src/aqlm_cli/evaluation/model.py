@@ -44,6 +44,11 @@ class EvaluatedModel(Protocol):
         ...
 
     @property
+    def device(self) -> str | torch.device:
+        """The device of the evaluation."""
+        ...
+
+    @property
     def is_quantized(self) -> bool:
         """True where any layer computes with codes."""
         ...
@@ -151,6 +156,11 @@ class LoadedModel:
     @property
     def identity(self) -> str:
         return f"{self.name} in memory at {id(self.loaded)}"
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = next(self.loaded.parameters()).device
+        return device
 
     @property
     def is_quantized(self) -> bool:

@@ -227,9 +227,7 @@ def compare_speed_of_shape(shape: str, config: RunConfig, emit: Emit) -> BenchRe
 
 def continue_text(target: str, config: RunConfig, prompt: str, tokens: int, temperature: float, emit: Emit) -> Record:
     subject, section = _subject(target, config, emit, None), config.bench
-    settings = GenerationSettings(
-        prompt, tokens, temperature, config.seed, section.backend, section.head, config.device
-    )
+    settings = GenerationSettings(prompt, tokens, temperature, config.seed, section.backend, section.head)
     return evaluate(subject, "generation", settings, config.device, emit)
 
 
