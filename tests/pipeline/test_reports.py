@@ -11,13 +11,9 @@ from rich.console import Console
 from aqlm_cli.evaluation import GenerationReport, Perplexity, PerplexityReport
 from aqlm_cli.evaluation.speed_report import BenchReport, BenchRow, MatmulRow
 from aqlm_cli.formatting import readable_bytes
-from aqlm_cli.pipeline.stage_reports import CalibrationReport, PackReport, QuantizeReport
-from aqlm_cli.records import (
-    BackendReport,
-    MachineReport,
-    PlanReport,
-    Record,
-)
+from aqlm_cli.pipeline.stage_reports import CalibrationReport, PackReport, PlanReport, QuantizeReport
+from aqlm_cli.pipeline.stages.doctor import BackendReport, MachineReport
+from aqlm_cli.records import Record
 
 PERPLEXITY = PerplexityReport(
     model="runs/tiny-2bit",

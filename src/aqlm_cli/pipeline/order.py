@@ -32,7 +32,7 @@ from aqlm_cli.pipeline.overrides import (
     settings_to_finetune,
 )
 from aqlm_cli.pipeline.preflight import plan_report
-from aqlm_cli.pipeline.stage_reports import CalibrationReport, ImportReport, PackReport, QuantizeReport
+from aqlm_cli.pipeline.stage_reports import CalibrationReport, ImportReport, PackReport, PlanReport, QuantizeReport
 from aqlm_cli.pipeline.stages.calibrate import calibrate
 from aqlm_cli.pipeline.stages.doctor import doctor
 from aqlm_cli.pipeline.stages.evaluate import evaluate
@@ -43,9 +43,9 @@ from aqlm_cli.pipeline.stages.plan import forecast, tell_if_without_weights
 from aqlm_cli.pipeline.stages.quantize import quantize
 from aqlm_cli.pipeline.stages.sample import sample
 from aqlm_cli.pipeline.stages.status import status
-from aqlm_cli.pipeline.stages.verify import verify
+from aqlm_cli.pipeline.stages.verify import VerifyReport, verify
 from aqlm_cli.quantization.training.distributed import World, joined, own_device, processes_here
-from aqlm_cli.records import PlanReport, Record, VerifyReport
+from aqlm_cli.records import Record
 from aqlm_cli.runs.directory import find_artifact, is_run, read_run, refuse_other_directory
 from aqlm_cli.runs.lock import exclusive
 from aqlm_cli.runs.log import logged
@@ -219,6 +219,7 @@ def compare_speed(target: str, config: RunConfig, emit: Emit, base_model: Resolv
 
 
 def compare_speed_of_shape(shape: str, config: RunConfig, emit: Emit) -> BenchReport:
+    """Speed of a model of this shape with random weights and codes."""
     scheme = parse_scheme(config.quantize.scheme)
     if scheme.codebook_shape is None:
         raise UsageError(f"scheme {scheme} is packed as ordinary weights; choose one such as 2x8g8")
@@ -226,6 +227,7 @@ def compare_speed_of_shape(shape: str, config: RunConfig, emit: Emit) -> BenchRe
 
 
 def continue_text(target: str, config: RunConfig, prompt: str, tokens: int, temperature: float, emit: Emit) -> Record:
+    """Text that the target generates after the prompt."""
     subject, section = _subject(target, config, emit, None), config.bench
     settings = GenerationSettings(prompt, tokens, temperature, config.seed, section.backend, section.head)
     return evaluate(subject, "generation", settings, config.device, emit)

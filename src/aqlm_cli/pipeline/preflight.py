@@ -29,7 +29,7 @@ from aqlm_cli.models import (
 from aqlm_cli.models.blocks import count_parameters, describe_layers, find_blocks
 from aqlm_cli.models.hidden_states import compute_dtype
 from aqlm_cli.models.weight_files import has_weights
-from aqlm_cli.records import PlanReport
+from aqlm_cli.pipeline.stage_reports import PlanReport
 from aqlm_cli.spec.config import QuantizeConfig, RunConfig
 from aqlm_cli.spec.cost import (
     BlockShape,

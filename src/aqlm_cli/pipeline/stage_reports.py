@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any, TypeVar
 from rich.table import Table
 
 from aqlm_cli.errors import ArtifactError
-from aqlm_cli.formatting import both_bits, clock, facts, readable_bytes, shrinkage, text_name
+from aqlm_cli.formatting import both_bits, clock, facts, readable_bytes, shrinkage, some, text_name
 from aqlm_cli.records import Record
 from aqlm_cli.runs.artifact import Artifact, rebuild_command
 
@@ -60,6 +61,43 @@ def restored(kind: type[Report], artifact: Artifact, results: Mapping[str, Any])
         raise ArtifactError(
             f"the manifest of {artifact.directory} holds other results than this aqlm writes; {way_out}"
         ) from error
+
+
+@dataclass(frozen=True)
+class PlanReport(Record):
+    """The plan of `quantize`. Bits are per quantized weight, bytes those of the whole model.
+
+    `kernel` is the backend that will multiply by the quantized layers on this machine, None where it is torch;
+    `schemes` are those of the quantized layers by path, `skipped` pairs a path with the reason why it stays in 16 bits.
+    """
+
+    model: str
+    method: str
+    scheme: str
+    layers: int
+    code_bits: float
+    stored_bits: float
+    bytes_before: int
+    bytes_after: int
+    kernel: str | None
+    schemes: Mapping[str, str]
+    skipped: tuple[tuple[str, str], ...]
+
+    def table(self) -> Table:
+        by_reason: dict[str, list[str]] = defaultdict(list)
+        for path, reason in self.skipped:
+            by_reason[reason].append(path)
+        return facts(
+            "plan",
+            [
+                ("model", self.model),
+                ("layers", f"{self.layers}, {self.method} {self.scheme}"),
+                ("bits per weight", both_bits(self.code_bits, self.stored_bits)),
+                ("model size", shrinkage(self.bytes_before, self.bytes_after)),
+                *([("matmul kernel", self.kernel)] if self.kernel else []),
+                *((f"skipped {len(paths)}", f"{some(paths)}: {reason}") for reason, paths in by_reason.items()),
+            ],
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib import metadata
 
 import torch
 from llvmlite import binding
+from rich.table import Table
 
-from aqlm_cli.records import BackendReport, MachineReport
+from aqlm_cli.formatting import counted, facts
+from aqlm_cli.records import Record
 from aqlm_kernels import BACKENDS, smallest
 
 PACKAGES = ("aqlm-cli", "torch", "transformers", "numba", "triton", "aqlm")
@@ -19,6 +23,45 @@ FEATURES = ("avx2", "avx512_f", "avx512_vbmi", "avx512_bf16", "amx_bf16", "neon"
 
 # One scheme with codebooks small enough for tables, one without.
 SCHEMES = {"2x8g8": (2, 256, 8), "1x16g8": (1, 65536, 8)}
+
+
+@dataclass(frozen=True)
+class BackendReport:
+    """A backend and a scheme on this machine; `refusal` is the reason why it cannot multiply by it, or None."""
+
+    name: str
+    scheme: str
+    device: str
+    refusal: str | None
+
+
+@dataclass(frozen=True)
+class MachineReport(Record):
+    """Processor, accelerators and packages of this machine. `versions` of packages that are not installed are None."""
+
+    processor: str
+    features: tuple[str, ...]
+    cores: int
+    threads: int
+    accelerators: tuple[str, ...]
+    versions: Mapping[str, str | None]
+    backends: tuple[BackendReport, ...]
+
+    def table(self) -> Table:
+        return facts(
+            "this machine",
+            [
+                ("processor", f"{self.processor}, {counted(self.cores, 'core')}"),
+                ("threads in use", str(self.threads)),
+                ("features", ", ".join(self.features) or "none that matter here"),
+                ("accelerators", ", ".join(self.accelerators) or "none"),
+                *((name, version or "not installed") for name, version in self.versions.items()),
+                *(
+                    (f"backend {row.name}", f"{row.scheme} on {row.device}: {row.refusal or 'ready'}")
+                    for row in self.backends
+                ),
+            ],
+        )
 
 
 def doctor() -> MachineReport:

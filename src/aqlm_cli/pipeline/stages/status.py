@@ -3,18 +3,53 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from rich.table import Table
+
 from aqlm_cli.errors import ArtifactError
 from aqlm_cli.events import CHECK
-from aqlm_cli.records import StageStatus, StatusReport
+from aqlm_cli.formatting import clock, counted, facts
+from aqlm_cli.records import Record
 from aqlm_cli.runs import stages
 from aqlm_cli.runs.directory import RunDirectory, find_artifact, read_run
 from aqlm_cli.runs.lock import Holder, holder
 from aqlm_cli.runs.log import last_attempt
 from aqlm_cli.runs.stages import StageSpec
+
+
+@dataclass(frozen=True)
+class StageStatus:
+    """`state` in words; for a stage that has started, `done` of `total` steps and the seconds left, if known."""
+
+    stage: str
+    state: str
+    done: int | None = None
+    total: int | None = None
+    unit: str | None = None
+    seconds_left: float | None = None
+
+
+@dataclass(frozen=True)
+class StatusReport(Record):
+    """The state of a run; `process` is the one that runs it, None if there is none."""
+
+    directory: Path
+    model: str
+    scheme: str
+    process: str | None
+    stages: tuple[StageStatus, ...]
+
+    def table(self) -> Table:
+        rows = [("model", f"{self.model}, {self.scheme}"), ("running", self.process or "no")]
+        for stage in self.stages:
+            steps = "" if stage.total is None else f", {stage.done} of {counted(stage.total, stage.unit or 'step')}"
+            left = "" if stage.seconds_left is None else f", {clock(stage.seconds_left)} left"
+            rows.append((stage.stage, f"{stage.state}{steps}{left}"))
+        return facts(str(self.directory), rows)
 
 
 def status(run_directory: Path) -> StatusReport:

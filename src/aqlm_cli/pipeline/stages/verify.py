@@ -7,13 +7,16 @@ The seed chooses the layer, which is quantized from the model and the text. Its 
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
+from rich.table import Table
 
 from aqlm_cli.errors import ArtifactError
 from aqlm_cli.events import Advanced, Noted, StageStarted
+from aqlm_cli.formatting import clock, facts, readable_bytes
 from aqlm_cli.models.plain_linear import is_plain
 from aqlm_cli.pipeline.job import Job
 from aqlm_cli.quantization.block_files import block_file, matrix_kinds, plan_of, read_matrix, restore_block
@@ -21,7 +24,7 @@ from aqlm_cli.quantization.block_inputs import machine_of, mixed_sequences, star
 from aqlm_cli.quantization.methods import METHODS
 from aqlm_cli.quantization.parallel import Task, compress_all
 from aqlm_cli.quantization.resume import ResumeState
-from aqlm_cli.records import VerifyReport
+from aqlm_cli.records import Record
 from aqlm_cli.runs import stages
 from aqlm_cli.runs.artifact import Artifact, rebuild_command
 from aqlm_cli.runs.directory import RunDirectory
@@ -32,6 +35,29 @@ from aqlm_cli.spec.schemes import Scheme
 from aqlm_kernels import Matrix
 
 VERIFY = "verify"
+
+
+@dataclass(frozen=True)
+class VerifyReport(Record):
+    """All `files` of the run's artifacts match their manifests; `layer` was quantized again to the same codes.
+
+    `layer` is None if nothing is quantized yet, or if that was done on another kind of machine.
+    """
+
+    directory: Path
+    files: int
+    bytes: int
+    layer: str | None
+    seconds: float
+
+    def table(self) -> Table:
+        again = "nothing to quantize again" if self.layer is None else f"{self.layer}: the same codes"
+        rows = [
+            ("files", f"{self.files} match their manifests, {readable_bytes(self.bytes)}"),
+            ("quantized again", again),
+            ("time", clock(self.seconds)),
+        ]
+        return facts(f"{self.directory} is sound", rows)
 
 
 def verify(job: Job) -> VerifyReport:
