@@ -167,7 +167,7 @@ def test_interrupted_before_it_is_published_it_begins_again(made: Path, interrup
     assert interrupted_at("text.partial", 1, "finetune", "run", "--data", "self:6").exit_code == 130
     assert not (made / "text").exists()
     states = {one["stage"]: one["state"] for one in json.loads(run("status", "run", "--json").stdout)["stages"]}
-    assert states["sample"] == "interrupted: KeyboardInterrupt" and "finetune" not in states
+    assert states["sample"] == "interrupted: Ctrl-C" and "finetune" not in states
     assert run("finetune", "run", "--data", "self:6").exit_code == 0
     assert text(made).shape == (6, LENGTH) and not (made / "text.partial").exists()
 
