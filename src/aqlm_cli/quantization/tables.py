@@ -10,7 +10,7 @@ with w_v the frequency of token v, which is also the mean of its probability. A 
 table G alone, a head H alone. Without gradients, G is a multiple of the identity.
 
 Rows are coupled through the codebooks only. So these are fitted on a sample of rows, each counted w_v^alpha times, and
-all rows are coded with them in chunks: beside the table and the result, memory does not grow with the vocabulary.
+all rows are encoded with them in chunks: beside the table and the result, memory does not grow with the vocabulary.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ MOST_PROBABILITIES = 2**25
 """Probabilities that exist at once: 128 MiB of float32, of which the softmax has three copies."""
 
 DAMPING, FACTOR_DAMPING = 0.01, 1e-4
-"""Of the metric, for uniform schemes, as `quantize.aqlm` has them for additive ones."""
+"""Damping of the metric for uniform schemes, as `quantize.aqlm` has it for additive ones."""
 
-EMBEDDING_SHARE = 1.0
-"""Of the mean diagonal of H: the price of an error of the embedding where no gradients are known."""
+EMBEDDING_SHARE = 0.1
+"""Share of the mean diagonal of H: the price of an error of the embedding where no gradients are known."""
 
 ROW_EXPONENT = 0.5
 """alpha: rows count w^alpha in the fit of the codebooks."""
@@ -57,7 +57,7 @@ ROW_EXPONENT = 0.5
 
 @dataclass(frozen=True, eq=False)
 class TableStatistics:
-    """The metrics of a table's duties, and the weight of each of its rows. At least one of the duties is there."""
+    """The metrics of a table's duties, and the weight of each of its rows. At least one of the duties is given."""
 
     head: Tensor | None  # [d, d]: H
     embedding: Tensor | None  # [d, d]: G
@@ -193,9 +193,8 @@ def _join_uniform(parts: Sequence[UniformMatrix]) -> UniformMatrix:
 
 def _chunks(weight: Tensor) -> Sequence[Tensor]:
     """Indices of the rows that go through the search at once."""
-    indices: Sequence[Tensor] = torch.arange(len(weight), device=weight.device).split(
-        max(1, CHUNK_WEIGHTS // weight.shape[1])
-    )
+    rows, features = weight.shape
+    indices: Sequence[Tensor] = torch.arange(rows, device=weight.device).split(max(1, CHUNK_WEIGHTS // features))
     return indices
 
 
@@ -209,7 +208,7 @@ FAMILIES: Mapping[str, _Family] = {
     "additive": _Family(_additive_coder, _join_additive),
     "uniform": _Family(_uniform_coder, _join_uniform),
 }
-"""How tables are coded, by the kind of scheme."""
+"""The search for codes, by the kind of scheme."""
 
 
 # ------------------------------------------------------------------------------------------------------- statistics
@@ -248,7 +247,7 @@ class TableMoments:
         self._gradients = True
 
     def statistics(self, head: bool, embedding: bool) -> TableStatistics:
-        """For a table of these duties."""
+        """Statistics for a table of these duties."""
         second_moment = self._head.statistics().second_moment if self._hidden else None
         gradients = self._embedding.statistics().second_moment if self._gradients else None
         if gradients is None:

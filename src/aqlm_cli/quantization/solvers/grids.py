@@ -25,7 +25,7 @@ SHRINKS = tuple(1 - 0.02 * step for step in range(25))
 """Sizes of a grid that are tried, as shares of the group's range."""
 
 ROUNDS = 2
-"""Of scales and levels in turn."""
+"""Rounds of scales and levels in turn."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,7 +81,7 @@ def fit(weight: Tensor, bits: int, group: int, sweeps: ColumnSweeps, exponent: T
 
 
 def _shrunk(groups: Tensor, prices: Tensor, top: int, exponent: Tensor) -> Grids:  # [rows, n, g], [n, g]
-    """Of the grids of all sizes the one of least error, group by group, and its nearest levels."""
+    """Choose the grid of least error among all sizes, group by group, and its nearest levels."""
     low, high = groups.amin(2).clamp_max(0), groups.amax(2).clamp_min(0)  # zero stays exact
     least = torch.full_like(low, torch.inf)
     steps, zeros = torch.ones_like(low), torch.zeros_like(low)
