@@ -12,6 +12,7 @@ from aqlm_kernels.cpu.bandwidth import read_bandwidth
 from aqlm_kernels.cpu.decoder import Decoder, DecoderBlock
 from aqlm_kernels.cpu.lm_head import ByteRows, matmul_dense
 from aqlm_kernels.errors import KernelError
+from aqlm_kernels.experts import SingleExperts, expert_shapes, is_fused, why_not_single
 from aqlm_kernels.hf_layout import from_checkpoint, to_checkpoint
 from aqlm_kernels.linear import AdditiveLinear, coded_layers
 from aqlm_kernels.matrices.additive import AdditiveMatrix
@@ -36,12 +37,15 @@ __all__ = [
     "Matrix",
     "PackedMatrix",
     "QuantizedLayer",
+    "SingleExperts",
     "UniformMatrix",
     "balanced",
     "balancing_shift",
     "choose",
     "coded_layers",
+    "expert_shapes",
     "from_checkpoint",
+    "is_fused",
     "matmul",
     "matmul_dense",
     "patch_transformers",
@@ -49,4 +53,5 @@ __all__ = [
     "read_bandwidth",
     "smallest",
     "to_checkpoint",
+    "why_not_single",
 ]
