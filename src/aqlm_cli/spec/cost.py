@@ -213,7 +213,9 @@ def quantization_disk(model: ModelShape, work: Work) -> int:
     """Hidden states twice, the finished blocks, and the matrices of the last one before they were fitted."""
     states = FLOAT * (work.measured + work.held_out) * work.length * model.hidden
     finished = sum(_stored(block) for block in model.quantized_blocks)
-    return _calibration_bytes(model, work) + 2 * states + finished + max(map(_stored, model.quantized_blocks))
+    return (
+        _calibration_bytes(model, work) + 2 * states + finished + max(map(_stored, model.quantized_blocks), default=0)
+    )
 
 
 def packing_disk(model: ModelShape, work: Work, packed_bytes: int) -> int:
@@ -269,5 +271,7 @@ def peak_memory(model: ModelShape, work: Work) -> int:
 def what_needs_less(model: ModelShape) -> str:
     """Advice against too little memory: the matrices with the most inputs take it."""
     targets = (target for block in model.blocks for target in block.quantized)
-    widest = max(targets, key=lambda target: target.in_features)
+    widest = max(targets, key=lambda target: target.in_features, default=None)
+    if widest is None:
+        return "what remains is the model's own embeddings and head"
     return f"--skip '.*{widest.path.rpartition('.')[2]}' leaves those with {widest.in_features} inputs in 16 bits"
