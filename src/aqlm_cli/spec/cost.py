@@ -80,12 +80,13 @@ class BlockShape:
 @dataclass(frozen=True)
 class ModelShape:
     """Sizes of a model. `outside` counts the parameters outside its blocks, a tied head once; the largest tensor there
-    is `[vocabulary, hidden]`."""
+    is `[vocabulary, hidden]`. `tables` are the matrices there that are quantized."""
 
     blocks: tuple[BlockShape, ...]
     outside: int
     vocabulary: int
     hidden: int
+    tables: tuple[Target, ...] = ()
 
     @property
     def quantized_blocks(self) -> tuple[BlockShape, ...]:
@@ -219,7 +220,8 @@ def quantization_disk(model: ModelShape, work: Work) -> int:
 
 
 def packing_disk(model: ModelShape, work: Work, packed_bytes: int) -> int:
-    return _calibration_bytes(model, work) + sum(_stored(block) for block in model.quantized_blocks) + packed_bytes
+    stored = sum(_stored(block) for block in model.quantized_blocks) + sum(map(quantized_bytes, model.tables))
+    return _calibration_bytes(model, work) + stored + packed_bytes
 
 
 def _calibration_bytes(model: ModelShape, work: Work) -> int:
