@@ -11,6 +11,7 @@ from aqlm_kernels.compressed import CompressedLinear
 from aqlm_kernels.cpu.bandwidth import read_bandwidth
 from aqlm_kernels.cpu.decoder import Decoder, DecoderBlock
 from aqlm_kernels.cpu.lm_head import ByteRows, matmul_dense
+from aqlm_kernels.cpu.stacks import DecoderLayer, why_not_compiled
 from aqlm_kernels.errors import KernelError
 from aqlm_kernels.hf_layout import from_checkpoint, to_checkpoint
 from aqlm_kernels.linear import AdditiveLinear, coded_layers
@@ -32,6 +33,7 @@ __all__ = [
     "CompressedLinear",
     "Decoder",
     "DecoderBlock",
+    "DecoderLayer",
     "KernelError",
     "Matrix",
     "PackedMatrix",
@@ -49,4 +51,5 @@ __all__ = [
     "read_bandwidth",
     "smallest",
     "to_checkpoint",
+    "why_not_compiled",
 ]
