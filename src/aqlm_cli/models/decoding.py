@@ -25,6 +25,7 @@ from aqlm_cli.spec.config import Head
 from aqlm_kernels import (
     AdditiveLinear,
     ByteRows,
+    CompressedEmbedding,
     CompressedLinear,
     Decoder,
     DecoderBlock,
@@ -54,6 +55,9 @@ COUNTS = (
     "vocab_size",
 )
 """Keys of config.json that give the sizes of the compiled decoder."""
+
+FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""Types of dense weights."""
 
 LUT_BYTES = {"cpu-avx512": 2, "cpu-avx512-8bit": 1, "cpu-lut": 0}
 
@@ -151,7 +155,7 @@ class Parts(NamedTuple):
         tensors = {path: parameter.detach() for path, parameter in network.named_parameters(remove_duplicate=False)}
         layers = {}
         for path, module in network.named_modules(remove_duplicate=False):  # a tied head is the table of the embeddings
-            layer = getattr(module, "table", module)
+            layer = module.table if isinstance(module, CompressedEmbedding) else module
             if isinstance(layer, Quantized):
                 layers[path] = layer
         return cls(network.config, layers, tensors)
@@ -258,13 +262,12 @@ def _why_not(parts: Parts, max_length: int, backends: list[str]) -> str | None:
         if reason is not None:
             return f"the compiled decoder {reason}"
     d, vocabulary = config.hidden_size, config.vocab_size
-    for path in EMBEDDINGS, HEAD:
-        weight = parts.weight(path)
-        if weight is None or _shape(weight) != (vocabulary, d):
-            return f"the compiled decoder needs {(vocabulary, d)} weights in {path}"
-    reason = _why_not_linear(parts, HEAD, (vocabulary, d)) if HEAD in parts.layers else None
+    reason = _why_not_linear(parts, HEAD, (vocabulary, d))
     if reason is not None:
         return f"the compiled decoder {reason}"
+    embeddings = parts.weight(EMBEDDINGS)
+    if embeddings is None or _shape(embeddings) != (vocabulary, d):
+        return f"the compiled decoder needs {(vocabulary, d)} weights in {EMBEDDINGS}"
     norms = [f"{block}.{name}_layernorm.weight" for block in _block_paths(config) for name in NORMS]
     for name in (*norms, "model.norm.weight"):
         if name not in parts.tensors or parts.tensors[name].shape != (d,):
@@ -278,6 +281,8 @@ def _why_not_linear(parts: Parts, path: str, shape: tuple[int, int]) -> str | No
         return f"needs a linear layer {path}"
     if _shape(weight) != shape:
         return f"needs {shape} weights in {path}"
+    if isinstance(weight, Tensor) and weight.dtype not in FLOATING:
+        return f"does not support the type of {path}, {weight.dtype}"
     if isinstance(weight, Quantized) and (reason := why_not_compiled(weight)) is not None:
         return f"cannot multiply by {path}, which {reason}"
     biased = weight.bias is not None if isinstance(weight, Quantized) else f"{path}.bias" in parts.tensors
