@@ -161,7 +161,7 @@ def test_an_invalid_config_never_reaches_compiled_code(
     assert open_decoding(resolve(str(tmp_path / "packed")), LENGTH) == "by transformers, of a network"
 
 
-# --------------------------------------------------------------------------- mixes of schemes, quantized tables and heads
+# ------------------------------------------------------------------------- mixes of schemes, quantized tables and heads
 
 MIXES: dict[str, dict[str, str]] = {
     "every layer another": {
@@ -227,7 +227,7 @@ def test_logits_of_every_mix_are_those_of_one_forward(mix: str, tied: bool, tmp_
         pytest.skip("a tied head has the scheme of the embeddings")
     network = mixed_network(MIXES[mix], tmp_path, tie_word_embeddings=tied, attention_bias=False)
     if tied and mix == "embeddings of long codes":
-        assert "lm_head, which has codebooks of 1024 entries" in decoding_of(network, LENGTH).name
+        assert decoding_of(network, LENGTH).name.startswith("transformers, cpu-gather")
         return
     decoding = decoding_of(network, LENGTH)
     assert decoding.name == f"compiled decoder, {BACKENDS[0]}"

@@ -153,8 +153,10 @@ class Parts(NamedTuple):
     @classmethod
     def of(cls, network: nn.Module) -> Parts:
         tensors = {path: parameter.detach() for path, parameter in network.named_parameters(remove_duplicate=False)}
+        modules: dict[str, Any] = dict(quantized_layers(network))
+        modules[HEAD] = dict(network.named_modules(remove_duplicate=False)).get(HEAD)  # which may be a table, if tied
         layers = {}
-        for path, module in network.named_modules(remove_duplicate=False):  # a tied head is the table of the embeddings
+        for path, module in modules.items():
             layer = module.table if isinstance(module, CompressedEmbedding) else module
             if isinstance(layer, Quantized):
                 layers[path] = layer
