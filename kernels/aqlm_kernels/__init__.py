@@ -14,6 +14,7 @@ from aqlm_kernels.cpu.lm_head import ByteRows, matmul_dense
 from aqlm_kernels.cpu.stacks import DecoderLayer, why_not_compiled
 from aqlm_kernels.embedding import CompressedEmbedding
 from aqlm_kernels.errors import KernelError
+from aqlm_kernels.experts import SingleExperts, expert_shapes, is_fused, why_not_single
 from aqlm_kernels.hf_layout import from_checkpoint, to_checkpoint
 from aqlm_kernels.linear import AdditiveLinear, coded_layers
 from aqlm_kernels.matrices.additive import AdditiveMatrix
@@ -41,12 +42,15 @@ __all__ = [
     "Matrix",
     "PackedMatrix",
     "QuantizedLayer",
+    "SingleExperts",
     "UniformMatrix",
     "balanced",
     "balancing_shift",
     "choose",
     "coded_layers",
+    "expert_shapes",
     "from_checkpoint",
+    "is_fused",
     "matmul",
     "matmul_dense",
     "pack_bits",
@@ -58,4 +62,5 @@ __all__ = [
     "to_checkpoint",
     "unpack_bits",
     "why_not_compiled",
+    "why_not_single",
 ]

@@ -27,6 +27,7 @@ from aqlm_cli.models import (
     untie_stored,
 )
 from aqlm_cli.models.blocks import count_parameters, describe_layers, find_blocks
+from aqlm_cli.models.experts import expert_place
 from aqlm_cli.models.hidden_states import compute_dtype
 from aqlm_cli.models.tables import describe_tables
 from aqlm_cli.models.weight_files import has_weights
@@ -42,7 +43,7 @@ from aqlm_cli.spec.cost import (
     within_memory,
     work_of,
 )
-from aqlm_cli.spec.plan import OUTSIDE, Plan, Target, make_plan
+from aqlm_cli.spec.plan import EXPERT, OUTSIDE, Plan, Target, make_plan
 from aqlm_cli.spec.schemes import Scheme
 from aqlm_cli.spec.units import parse_bytes
 from aqlm_kernels import choose, smallest
@@ -116,16 +117,19 @@ def model_shape(network: nn.Module, plan: Plan) -> ModelShape:
     matrices = [tensor for tensor in network.parameters() if tensor.ndim == 2 and id(tensor) not in inside]
     vocabulary, hidden = max((tuple(tensor.shape) for tensor in matrices), key=math.prod, default=(0, 0))
     outside = count_parameters(network) - sum(shape.parameters for shape in shapes)
-    return ModelShape(shapes, outside, vocabulary, hidden)
+    return ModelShape(shapes, outside, vocabulary, hidden, plan.tables)
 
 
 def _fitted(network: nn.Module, plan: Plan) -> set[str]:
-    """Norms and biases of the blocks in which anything is quantized."""
+    """Norms and biases of the blocks in which anything is quantized; those of experts are one parameter."""
     blocks = find_blocks(network)
-    return {
+    inside = tuple(f"{path}." for path in blocks.paths if any(name.startswith(f"{path}.") for name in plan.schemes))
+    experts = [target.path for target in plan.targets if target.kind == EXPERT and target.path.startswith(inside)]
+    places = (expert_place(network, f"{path}.bias") for path in experts)
+    return {place.parameter for place in places if place is not None} | {
         f"{prefix}.{name}"
         for prefix, block in zip(blocks.paths, blocks.modules, strict=True)
-        if any(path.startswith(prefix + ".") for path in plan.schemes)
+        if f"{prefix}." in inside
         for name, parameter in block.named_parameters()
         if parameter.ndim == 1
     }

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numba
@@ -58,13 +59,14 @@ def compress_all(
 
     def compress(task: Task) -> Compressed:
         started = time.monotonic()
+        weight = task.weight.contiguous()  # some families store their experts transposed
         try:
             name, scheme = task.treatment.method, task.treatment.scheme
             rng, settings = generator(seed, task.path), settings_of(name)
-            matrix = methods[name](task.weight, task.statistics, scheme, rng, settings)
+            matrix = methods[name](weight, task.statistics, scheme, rng, settings)
         except QuantizationError as error:
             raise QuantizationError(f"{task.path}: {error}") from error
-        relative_error = task.statistics.relative_error(task.weight, _stored(matrix, task.path).dequantize())
+        relative_error = task.statistics.relative_error(weight, _stored(matrix, task.path).dequantize())
         if not math.isfinite(relative_error):
             raise QuantizationError(f"{task.path}: its error is {relative_error}; another seed or scheme may help")
         return Compressed(task.path, task.weight.numel(), matrix, relative_error, time.monotonic() - started)
@@ -75,8 +77,7 @@ def compress_all(
     # The most expensive first: the last ones to finish are then short.
     order = sorted(tasks, key=lambda task: -task.weight.numel() * task.weight.shape[1])
     results: dict[str, Compressed] = {}
-    threads = torch.get_num_threads()
-    with ThreadPoolExecutor(_safely_parallel(workers), initializer=_single_threaded) as pool:
+    with single_threaded_pool(workers) as pool:
         waiting = [pool.submit(compress, task) for task in order]
         try:
             for finished in as_completed(waiting):
@@ -84,7 +85,6 @@ def compress_all(
                 done(finished.result())
         finally:
             pool.shutdown(cancel_futures=True)
-    torch.set_num_threads(threads)  # where torch is built without OpenMP it keeps one number for all Python threads
     return results
 
 
@@ -96,6 +96,15 @@ def _stored(matrix: Matrix, path: str) -> Matrix:
             f"{path}: its weights are too large for codebooks or scales in float16; leave it out with --skip"
         )
     return stored
+
+
+@contextmanager
+def single_threaded_pool(workers: int) -> Iterator[ThreadPoolExecutor]:
+    """A pool of `workers` threads whose products use one core each: then a result does not depend on their number."""
+    threads = torch.get_num_threads()
+    with ThreadPoolExecutor(_safely_parallel(workers), initializer=_single_threaded) as pool:
+        yield pool
+    torch.set_num_threads(threads)  # where torch is built without OpenMP it keeps one number for all Python threads
 
 
 def _safely_parallel(workers: int) -> int:
