@@ -77,3 +77,10 @@ def load(builder: Any, start: Any, kind: Any, offset: int) -> Any:
 def store(builder: Any, value: Any, start: Any, offset: int) -> None:
     place = builder.bitcast(builder.gep(start, [ir.Constant(ir.IntType(64), offset)]), value.type.as_pointer())
     builder.store(value, place).align = 1
+
+
+def splat(builder: Any, number: Any, lanes: int) -> Any:
+    """A vector with the number in every lane."""
+    kind = ir.VectorType(number.type, lanes)
+    single = builder.insert_element(ir.Constant(kind, ir.Undefined), number, ir.Constant(ir.IntType(32), 0))
+    return builder.shuffle_vector(single, single, ir.Constant(ir.VectorType(ir.IntType(32), lanes), [0] * lanes))
