@@ -19,7 +19,7 @@ from aqlm_kernels import SingleExperts, expert_shapes, is_fused
 
 @dataclass(frozen=True)
 class ExpertPlace:
-    """Where a network that is not taken apart holds a parameter of one expert."""
+    """Place of a parameter of one expert in a network that is not taken apart."""
 
     parameter: str  # [experts, ...]
     number: int
