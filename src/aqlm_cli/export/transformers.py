@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from aqlm_cli.errors import ArtifactError, PlanError
-from aqlm_cli.export.layout import Layout, Slot, plan_slots
+from aqlm_cli.export.layout import Layout, Slot, named_as_stored, plan_slots
 from aqlm_cli.export.model import QuantizedModel
 from aqlm_cli.export.model_card import DENSE_LOADING, LOADING, CardFacts, model_card
 from aqlm_cli.export.tensors import entries
@@ -43,6 +43,7 @@ class TransformersExporter:
         slots = plan_slots(
             network, stored, schemes, changed, coded, lambda path, shape: code_layouts(coded[path], shape)
         )
+        slots = named_as_stored(slots, stored)
         layout = Layout(slots, _quantization_config(network, slots, coded) if coded else None)
         refuse_unloadable(network, layout, coded, self.name)
         return layout

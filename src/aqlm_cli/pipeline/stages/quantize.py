@@ -44,7 +44,8 @@ from aqlm_cli.spec.treatment import Treatment
 from aqlm_kernels import quantized_layers
 
 UNREACHED = "no text reaches it"
-"""The reason of a layer that stays as it is: an expert that no token was sent to, attention to an absent encoder."""
+"""The reason of a layer that stays as it is, such as attention to an absent encoder. An expert that no token was sent to
+is quantized by the H of the others."""
 
 
 def quantize(job: Job) -> QuantizeReport:
