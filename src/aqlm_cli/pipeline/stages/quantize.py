@@ -44,8 +44,8 @@ from aqlm_cli.spec.treatment import Treatment
 from aqlm_kernels import quantized_layers
 
 UNREACHED = "no text reaches it"
-"""The reason of a layer that stays as it is, such as attention to an absent encoder. An expert that no token was sent to
-is quantized by the H of the others."""
+"""The reason of a layer that stays as it is, such as attention to an absent encoder. An expert that no token is routed
+to is quantized with the H of all experts."""
 
 
 def quantize(job: Job) -> QuantizeReport:
