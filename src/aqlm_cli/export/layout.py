@@ -48,12 +48,12 @@ class Layout:
 
     def bytes_of(self, paths: Collection[str]) -> int:
         """Bytes of everything that stands for the weights of the layers at `paths`."""
-        total = 0
+        total, chosen = 0, set(paths)
         for slot in self.slots.values():
             path, _, last = (slot.parameter or "").rpartition(".")
             if slot.experts:
-                total += slot.layout.bytes * len(set(paths).intersection(slot.experts)) // len(slot.experts)
-            elif path in paths and last != "bias":
+                total += slot.layout.bytes * len(chosen.intersection(slot.experts)) // len(slot.experts)
+            elif path in chosen and last != "bias":
                 total += slot.layout.bytes
         return total
 
