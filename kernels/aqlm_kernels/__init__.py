@@ -13,18 +13,21 @@ from aqlm_kernels.cpu.decoder import Decoder, DecoderBlock
 from aqlm_kernels.cpu.lm_head import ByteRows, matmul_dense
 from aqlm_kernels.errors import KernelError
 from aqlm_kernels.hf_layout import from_checkpoint, to_checkpoint
+from aqlm_kernels.import_hooks import import_after
 from aqlm_kernels.linear import AdditiveLinear, coded_layers
 from aqlm_kernels.matrices.additive import AdditiveMatrix
 from aqlm_kernels.matrices.balance import balanced, balancing_shift
 from aqlm_kernels.matrices.kinds import MATRIX_KINDS, quantized_layers
 from aqlm_kernels.matrices.matrix import Matrix, QuantizedLayer
 from aqlm_kernels.matrices.uniform import UniformMatrix
+from aqlm_kernels.native import NATIVE
 from aqlm_kernels.packed import PackedMatrix
 from aqlm_kernels.patch_transformers import patch_transformers
 
 __all__ = [
     "BACKENDS",
     "MATRIX_KINDS",
+    "NATIVE",
     "AdditiveLinear",
     "AdditiveMatrix",
     "Backend",
@@ -50,3 +53,6 @@ __all__ = [
     "smallest",
     "to_checkpoint",
 ]
+
+import_after("transformers.quantizers.auto", "aqlm_kernels.hf_quantizer")
+import_after("peft.tuners.lora.model", "aqlm_kernels.peft_layers")

@@ -35,6 +35,16 @@ def test_lora_learns_on_a_packed_model(finished_run: Path) -> None:
     assert (finished_run / "packed" / "model.safetensors").read_bytes() == before
 
 
+def test_native_model_is_saved_again_and_takes_adapters(finished_run: Path) -> None:
+    aqlm("pack", str(finished_run), "--format", "native", "--overwrite")
+    output = _run("native.py", str(finished_run / "packed"), "5")
+    assert "largest difference after saving: 0.0" in output
+    losses = [float(loss) for loss in re.findall(r"step \d: loss (\S+)", output)]
+    assert len(losses) == 5 and losses[-1] < losses[0]
+    loaded = re.search(r"adapter that was saved: (\S+)", output)
+    assert loaded is not None and float(loaded[1]) < losses[-1]
+
+
 def test_python_api_quantizes_evaluates_and_generates(finished_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Path("small.yaml").write_text(Path("run.yaml").read_text().replace("2x4g8", "2x8g8"))
     runpy.run_path(str(pages.ROOT / "examples" / "python_api.py"))["main"]("tiny", "small.yaml")

@@ -1,7 +1,7 @@
 """The format of the `aqlm` inference package, which stock transformers loads: codes, codebooks and scales.
 
-Additive layers keep their codes. Every other kind of matrix has no form in that package and becomes an ordinary 16-bit
-weight. All that transformers 4 and 5 expect differently stands here, for the other formats that they load, too.
+Additive layers of one scheme keep their codes. Every other kind of matrix has no form in that package and becomes an
+ordinary 16-bit weight. All that transformers 4 and 5 expect differently stands here, for the other formats that they load, too.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from aqlm_cli.export.model import QuantizedModel
 from aqlm_cli.export.model_card import DENSE_LOADING, LOADING, CardFacts, model_card
 from aqlm_cli.export.tensors import entries
 from aqlm_cli.export.writer import Entry
+from aqlm_cli.formatting import some
 from aqlm_cli.models import ModelSource, Network, model_config
 from aqlm_cli.runs.files import TensorLayout
 from aqlm_cli.spec.schemes import AdditiveScheme, Scheme
@@ -37,6 +38,7 @@ class TransformersExporter:
         changed: Collection[str],
     ) -> Layout:
         coded = {path: scheme for path, scheme in schemes.items() if isinstance(scheme, AdditiveScheme)}
+        _refuse_mix(network, schemes)
         slots = plan_slots(
             network, stored, schemes, changed, coded, lambda path, shape: code_layouts(coded[path], shape)
         )
@@ -58,6 +60,27 @@ class TransformersExporter:
 
     def verify(self, base: ModelSource, layout: Layout, directory: Path) -> None:
         refuse_disagreement(base, layout, directory, self.name)
+
+
+def _refuse_mix(network: Network, schemes: Mapping[str, Scheme | None]) -> None:
+    """PlanError, which names the layers, for several schemes and for a quantized table of embeddings."""
+    groups: dict[str, list[str]] = {}
+    for path, scheme in schemes.items():
+        if scheme is not None:
+            groups.setdefault(str(scheme), []).append(path)
+    modules = dict(network.named_modules())
+    tables = [path for path in schemes if isinstance(modules.get(path), nn.Embedding)]
+    fix = "use --format native, or --format dense"
+    if tables:
+        raise PlanError(
+            f"the format {TransformersExporter.name} has embeddings in 16 bits, and {some(tables)} is quantized; {fix}"
+        )
+    if len(groups) > 1:
+        found = "; ".join(f"{scheme}: {some(paths)}" for scheme, paths in sorted(groups.items()))
+        raise PlanError(
+            f"the format {TransformersExporter.name} holds one scheme for all layers, and here are {len(groups)} "
+            f"({found}); {fix}"
+        )
 
 
 def scheme_of(matrix: Matrix) -> AdditiveScheme | None:
@@ -89,14 +112,7 @@ def _tensor(matrix: Matrix, last: str, dtype: torch.dtype) -> Tensor:
 def _quantization_config(
     network: Network, slots: Mapping[str, Slot], coded: Mapping[str, AdditiveScheme]
 ) -> dict[str, Any]:
-    schemes = set(coded.values())
-    if len(schemes) > 1:
-        names = ", ".join(sorted(map(str, schemes)))
-        raise PlanError(
-            f"the layers have the schemes {names}, and the format `{TransformersExporter.name}` can name one additive "
-            "scheme for all; use --format dense"
-        )
-    (scheme,) = schemes
+    (scheme,) = set(coded.values())
     # transformers 4 looks for the names of weights in this list, transformers 5 for those of modules, which in some
     # families are not those in the files. A tied head has no tensor there at all, and would be taken for a quantized
     # layer if its module were not named.
