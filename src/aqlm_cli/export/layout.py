@@ -15,6 +15,7 @@ import torch
 
 from aqlm_cli.models import Network, Placement, names_of_codes, placements
 from aqlm_cli.models.blocks import find_blocks
+from aqlm_cli.models.experts import experts_in, weight_parameter
 from aqlm_cli.runs.files import TensorLayout
 
 
@@ -23,12 +24,14 @@ class Slot:
     """One tensor of a checkpoint.
 
     `parameter` is its name in the network; None where it is copied from the files of the base model as it is.
-    `placement` is where those files hold it; None where they have no such tensor.
+    `placement` is where those files hold it; None where they have no such tensor. `experts` are the paths of the
+    experts' layers whose weights it holds, by number; empty for every other tensor.
     """
 
     layout: TensorLayout
     parameter: str | None
     placement: Placement | None
+    experts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -42,8 +45,14 @@ class Layout:
 
     def bytes_of(self, paths: Collection[str]) -> int:
         """Bytes of everything that stands for the weights of the layers at `paths`."""
-        parts = [(slot.layout.bytes, (slot.parameter or "").rpartition(".")) for slot in self.slots.values()]
-        return sum(size for size, (path, _, last) in parts if path in paths and last != "bias")
+        total = 0
+        for slot in self.slots.values():
+            path, _, last = (slot.parameter or "").rpartition(".")
+            if slot.experts:
+                total += slot.layout.bytes * len(set(paths).intersection(slot.experts)) // len(slot.experts)
+            elif path in paths and last != "bias":
+                total += slot.layout.bytes
+        return total
 
 
 CodeLayouts: TypeAlias = Callable[[str, tuple[int, ...]], Mapping[str, TensorLayout]]
@@ -65,7 +74,8 @@ def plan_slots(
     """
     slots: dict[str, Slot] = {}
     written: dict[str, tuple[str, TensorLayout, Placement | None]] = {}  # by parameter: its name in the checkpoint, ...
-    replaced = {*changed, *(f"{path}.weight" for path in quantized)}
+    experts = experts_in(network, quantized)
+    replaced = {*changed, *(weight_parameter(network, path) for path in quantized)}
     for placement in placements(network, stored):
         parts = placement.parameters
         if not parts or (placement.convert is not None and not replaced & parts.keys()):
@@ -85,7 +95,7 @@ def plan_slots(
         else:
             # `quantize` rounds what it fits to float16, and the format wants the bias beside codes in float16.
             dtype = torch.float16 if parameter in changed or path in with_codes else _narrow(layout.dtype)
-            slots[name] = Slot(TensorLayout(dtype, layout.shape), parameter, origin)
+            slots[name] = Slot(TensorLayout(dtype, layout.shape), parameter, origin, experts.get(parameter, ()))
     return slots
 
 

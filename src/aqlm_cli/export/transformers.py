@@ -1,7 +1,8 @@
 """The format of the `aqlm` inference package, which stock transformers loads: codes, codebooks and scales.
 
 Additive layers of one scheme keep their codes. Every other kind of matrix has no form in that package and becomes an
-ordinary 16-bit weight. All that transformers 4 and 5 expect differently stands here, for the other formats that they load, too.
+ordinary 16-bit weight. All that transformers 4 and 5 expect differently stands here, for the other formats that they
+load, too.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from aqlm_cli.export.tensors import entries
 from aqlm_cli.export.writer import Entry
 from aqlm_cli.formatting import some
 from aqlm_cli.models import ModelSource, Network, model_config
+from aqlm_cli.models.experts import expert_place
 from aqlm_cli.runs.files import TensorLayout
 from aqlm_cli.spec.schemes import AdditiveScheme, Scheme
 from aqlm_kernels import AdditiveMatrix, Matrix, to_checkpoint
@@ -38,6 +40,7 @@ class TransformersExporter:
         changed: Collection[str],
     ) -> Layout:
         coded = {path: scheme for path, scheme in schemes.items() if isinstance(scheme, AdditiveScheme)}
+        refuse_experts(network, coded, self.name)
         _refuse_mix(network, schemes)
         slots = plan_slots(
             network, stored, schemes, changed, coded, lambda path, shape: code_layouts(coded[path], shape)
@@ -145,6 +148,16 @@ def base_config(model: QuantizedModel) -> dict[str, Any]:
     bits = {path: layer.bits / (layer.shape[0] * layer.shape[1]) for path, layer in model.layers.items()}
     config["aqlm_cli"] = {"model": model.base.identity, "quantized": model.digest, "bits": bits}
     return config
+
+
+def refuse_experts(network: Network, coded: Collection[str], format: str) -> None:
+    """PlanError where an expert of a fused parameter has codes, which no module of that network can hold."""
+    fused = [path for path in coded if expert_place(network, path) is not None]
+    if fused:
+        raise PlanError(
+            f"the format {format} cannot hold this model: {some(fused)} are experts, which transformers keeps in one "
+            "parameter; use --format native or dense, or leave them out with --skip '.*experts.*'"
+        )
 
 
 def refuse_unloadable(network: Network, layout: Layout, coded: Collection[str], format: str) -> None:

@@ -27,6 +27,7 @@ from aqlm_cli.models import (
     untie_stored,
 )
 from aqlm_cli.models.blocks import count_parameters, describe_layers, find_blocks
+from aqlm_cli.models.experts import expert_place
 from aqlm_cli.models.hidden_states import compute_dtype
 from aqlm_cli.models.weight_files import has_weights
 from aqlm_cli.pipeline.stage_reports import PlanReport
@@ -41,7 +42,7 @@ from aqlm_cli.spec.cost import (
     within_memory,
     work_of,
 )
-from aqlm_cli.spec.plan import Plan, Target, make_plan
+from aqlm_cli.spec.plan import EXPERT, Plan, Target, make_plan
 from aqlm_cli.spec.schemes import Scheme, parse_scheme
 from aqlm_cli.spec.units import parse_bytes
 from aqlm_kernels import choose, smallest
@@ -118,12 +119,15 @@ def model_shape(network: nn.Module, plan: Plan) -> ModelShape:
 
 
 def _fitted(network: nn.Module, plan: Plan) -> set[str]:
-    """Norms and biases of the blocks in which anything is quantized."""
+    """Norms and biases of the blocks in which anything is quantized; those of experts are one parameter."""
     blocks = find_blocks(network)
-    return {
+    inside = tuple(f"{path}." for path in blocks.paths if any(name.startswith(f"{path}.") for name in plan.schemes))
+    experts = [target.path for target in plan.targets if target.kind == EXPERT and target.path.startswith(inside)]
+    places = (expert_place(network, f"{path}.bias") for path in experts)
+    return {place.parameter for place in places if place is not None} | {
         f"{prefix}.{name}"
         for prefix, block in zip(blocks.paths, blocks.modules, strict=True)
-        if any(path.startswith(prefix + ".") for path in plan.schemes)
+        if f"{prefix}." in inside
         for name, parameter in block.named_parameters()
         if parameter.ndim == 1
     }

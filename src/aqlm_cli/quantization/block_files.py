@@ -14,7 +14,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from aqlm_cli.errors import ArtifactError, UsageError
-from aqlm_cli.models.blocks import replace_module
+from aqlm_cli.models.blocks import replace_module, unfuse
 from aqlm_cli.models.plain_linear import is_plain
 from aqlm_cli.quantization.training.block import tuned_parameters
 from aqlm_cli.runs.artifact import Artifact, rebuild_command
@@ -77,10 +77,14 @@ def save_block(file: Path, prefix: str, block: nn.Module, matrices: Mapping[str,
 
 
 def restore_block(quantized: Artifact, index: int, prefix: str, block: nn.Module) -> None:
-    """Turn the block of the base model at `prefix` into the quantized one, where its file exists."""
+    """Turn the block of the base model at `prefix` into the quantized one, where its file exists.
+
+    Its experts are single ones, as they were while it was quantized.
+    """
     name = block_file(index)
     if name not in quantized.manifest.files:
         return
+    unfuse(block)
     for path, kind in matrix_kinds(quantized, name).items():
         put_matrix(block, path.removeprefix(prefix + "."), read_matrix(quantized, name, path, kind))
     with quantized.reading(name) as file:

@@ -25,6 +25,9 @@ HEAD = "lm_head"
 ROUTER = "router"
 """The kind of a linear layer that decides where tokens go, or how much of something they get."""
 
+EXPERT = "expert"
+"""The kind of one expert's matrix in a parameter that holds those of all experts."""
+
 BYTES_PER_FLOAT = BITS_PER_FLOAT // 8
 """A value that is not quantized is stored in 16 bits."""
 
