@@ -76,7 +76,7 @@ class NativeQuantizer(HfQuantizer):
         tensors: dict[str, dict[str, Tensor]] = defaultdict(dict)
         for file in files:
             with safe_open(file, "pt") as stored:
-                for name in stored.keys():
+                for name in stored.keys():  # noqa: SIM118 - it is no dict
                     path, _, last = name.rpartition(".")
                     part = stored.get_slice(name)
                     dtype = DTYPES.get(part.get_dtype(), torch.float32)
@@ -88,7 +88,8 @@ class NativeQuantizer(HfQuantizer):
         if len(spread) > 1 and spread & {"cpu", "disk"}:
             raise KernelError("a quantized model cannot be offloaded; leave cpu and disk out of its device_map")
         fill(model, self.dtype)
-        model._weight_conversions = []  # saved under the names of its modules, by which quantized layers are known
+        network: Any = model
+        network._weight_conversions = []  # saved under the names of its modules, by which quantized layers are known
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
         adapters_alone = getattr(model, "_hf_peft_config_loaded", False)
@@ -107,6 +108,7 @@ def _untie_quantized(model: PreTrainedModel) -> None:
     """Forget pairs of tied weights of which one has room for a quantized layer: there is no weight to tie."""
     listed = model.state_dict().keys()
     tied = {name: other for name, other in model.all_tied_weights_keys.items() if {name, other} <= listed}
+    module: Any
     for module in model.modules():
         if hasattr(module, "_tied_weights_keys"):
             module._tied_weights_keys = None  # from which `tie_weights` would find them again

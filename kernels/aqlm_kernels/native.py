@@ -8,8 +8,9 @@ config.json describes the quantized layers by the paths of their modules,
     }
 
 and the files hold the tensors of `Matrix.packed_tensors` under `model.layers.0.mlp.up_proj.` where a weight would be.
-The duty `table` is a tied matrix, at the path of the embedding: the head has no tensor of its own, and its module is the
-embedding's table. The duty `expert` is one matrix of a parameter of fused experts, at `EXPERTS.INDEX.NAME`.
+The duty `table` is a tied matrix, at the path of the embedding: the head has no tensor of its own, and its module is
+the embedding's table. The duty `expert` is one matrix of a parameter of fused experts, at `EXPERTS.INDEX.NAME`; then
+every matrix and bias of these experts is stored by itself, under the names that `SingleExperts` gives them.
 
 Nothing here knows transformers. hf_quantizer.py calls these functions while transformers loads and saves a model:
 `make_room` before the tensors are read, `fill` after, `packed_state` for a file.
@@ -28,6 +29,7 @@ from torch.nn import functional as F
 
 from aqlm_kernels.embedding import CompressedEmbedding
 from aqlm_kernels.errors import KernelError
+from aqlm_kernels.experts import SingleExperts, is_fused
 from aqlm_kernels.matrices.balance import to_float16
 from aqlm_kernels.matrices.kinds import MATRIX_KINDS, quantized_layers
 from aqlm_kernels.matrices.matrix import Matrix
@@ -66,7 +68,9 @@ def native_layers(config: Mapping[str, Any]) -> dict[str, NativeLayer]:
     """The layers that a `quantization_config` describes; KernelError where it is malformed or of another version."""
     version, entries = config.get("version"), config.get("layers")
     if version != VERSION:
-        raise KernelError(f"the checkpoint has version {version!r} of the format {NATIVE}, this is {VERSION}; update aqlm-cli")
+        raise KernelError(
+            f"the checkpoint has version {version!r} of the format {NATIVE}, this is {VERSION}; update aqlm-cli"
+        )
     if not isinstance(entries, Mapping) or not entries:
         raise KernelError("its quantization_config lists no layers")
     layers: dict[str, NativeLayer] = {}
@@ -127,9 +131,19 @@ class Room(nn.Module):
 class EmbeddingRoom(Room):
     """Room for an embedding. `heads` are the paths of linear layers that multiply by the same matrix."""
 
-    def __init__(self, *room: Any, padding_idx: int | None, scale: float, heads: Collection[str]) -> None:
-        super().__init__(*room)
-        self.padding_idx, self.scale, self.heads = padding_idx, scale, tuple(heads)
+    def __init__(
+        self,
+        path: str,
+        layer: NativeLayer,
+        embedding: nn.Embedding,
+        tensors: Mapping[str, Tensor],
+        heads: Collection[str],
+    ) -> None:
+        super().__init__(path, layer, (embedding.num_embeddings, embedding.embedding_dim), tensors)
+        scale = embedding_scale(embedding)
+        if scale is None:
+            raise KernelError(f"{path} is a {type(embedding).__name__}, which does more than look rows up")
+        self.padding_idx, self.scale, self.heads = embedding.padding_idx, scale, tuple(heads)
 
 
 class HeadRoom(nn.Module):
@@ -148,55 +162,40 @@ def make_room(
 ) -> None:
     """Replace, in place, every layer of a network by a Room for its tensors; the network then lists their names.
 
-    `tensors` are empty ones, by path and last part of the name; `tied` has pairs of names of weights that are one tensor.
+    `tensors` are empty, by path and last part of the name; `tied` has pairs of names of weights that are one tensor.
     Raises KernelError where the network has no such layer.
     """
     for path, layer in layers.items():
-        empty = tensors.get(path, {})
-        if layer.duty == EXPERT:
-            _make_room_for_expert(network, path, layer, empty)
-        elif layer.duty in EMBEDDINGS:
+        room: nn.Module
+        if layer.duty in EMBEDDINGS:
             embedding = _submodule(network, path, nn.Embedding)
             heads = tied_heads(tied, path) if layer.duty == "table" else []
-            shape = (embedding.num_embeddings, embedding.embedding_dim)
-            scale = embedding_scale(embedding)
-            if scale is None:
-                raise KernelError(f"{path} is a {type(embedding).__name__}, which does more than look up rows")
-            room = EmbeddingRoom(
-                path, layer, shape, empty, padding_idx=embedding.padding_idx, scale=scale, heads=heads
-            )
-            network.set_submodule(path, room)
+            room = EmbeddingRoom(path, layer, embedding, tensors.get(path, {}), heads)
             for head in heads:
                 network.set_submodule(head, HeadRoom(_submodule(network, head, nn.Linear).bias))
         else:
+            if layer.duty == EXPERT:
+                _take_experts_apart(network, path)
             linear = _submodule(network, path, nn.Linear)
-            shape = (linear.out_features, linear.in_features)
-            network.set_submodule(path, Room(path, layer, shape, empty, linear.bias))
+            room = Room(path, layer, (linear.out_features, linear.in_features), tensors.get(path, {}), linear.bias)
+        network.set_submodule(path, room)
 
 
 def fill(network: nn.Module, dtype: torch.dtype) -> None:
     """Replace, in place, every Room by the quantized layer of what has been read; embeddings have the type `dtype`.
 
-    The layers are frozen, and in evaluation mode. Raises KernelError for tensors that give no matrix of the right shape.
+    The layers are frozen, in evaluation mode. Raises KernelError for tensors that give no matrix of the right shape.
     """
-    rooms = {path: module for path, module in network.named_modules() if isinstance(module, Room)}
-    experts: dict[str, dict[str, list[Matrix]]] = {}
-    for path, room in rooms.items():
-        matrix = room.matrix()
-        if room.layer.duty == EXPERT:
-            owner, _, name = _expert_parts(path)
-            experts.setdefault(owner, {}).setdefault(name, []).append(matrix)
-        elif isinstance(room, EmbeddingRoom):
-            biases = [network.get_submodule(head).bias for head in room.heads]
-            table = _frozen(matrix.module(next((_values(bias) for bias in biases if bias is not None), None)))
-            embedding = CompressedEmbedding(table, room.padding_idx, room.scale, dtype).eval()
-            network.set_submodule(path, embedding)
+    for path, room in list(network.named_modules()):
+        if isinstance(room, EmbeddingRoom):
+            biases: list[Any] = [network.get_submodule(head).bias for head in room.heads]
+            table = _frozen(room.matrix(), next((bias for bias in biases if bias is not None), None))
+            embedding = CompressedEmbedding(table, room.padding_idx, room.scale, dtype)
+            network.set_submodule(path, embedding.eval())
             for head in room.heads:
                 network.set_submodule(head, table)
-        else:
-            network.set_submodule(path, _frozen(matrix.module(_values(room.bias))))
-    for owner, matrices in experts.items():
-        network.set_submodule(owner, _frozen(compressed_experts(network.get_submodule(owner), matrices)))
+        elif isinstance(room, Room):
+            network.set_submodule(path, _frozen(room.matrix(), room.bias))
 
 
 def embedding_scale(embedding: nn.Embedding) -> float | None:
@@ -223,42 +222,26 @@ def tied_heads(tied: Mapping[str, str], path: str) -> list[str]:
     return sorted(name.removesuffix(".weight") for name in partners)
 
 
+def _take_experts_apart(network: nn.Module, path: str) -> None:
+    """Give the matrix of one expert at `path` a layer of its own, and so all that are fused with it."""
+    owner = path.rpartition(".")[0].rpartition(".")[0]
+    experts = _submodule(network, owner, nn.Module)
+    if is_fused(experts):
+        network.set_submodule(owner, SingleExperts(experts))
+
+
 def _submodule(network: nn.Module, path: str, kind: type[nn.Module]) -> Any:
-    module = dict(network.named_modules()).get(path)
+    try:
+        module = network.get_submodule(path)
+    except AttributeError:
+        raise KernelError(f"the checkpoint has a matrix for {path}, and the model no such module") from None
     if not isinstance(module, kind):
-        found = "no module" if module is None else f"a {type(module).__name__}"
-        raise KernelError(f"the checkpoint has a matrix for {path}, where the model has {found}")
+        raise KernelError(f"the checkpoint has a matrix for {path}, where the model has a {type(module).__name__}")
     return module
 
 
-def _values(bias: Tensor | None) -> Tensor | None:
-    return None if bias is None else bias.detach()
-
-
-def _frozen(module: nn.Module) -> nn.Module:
-    return module.eval().requires_grad_(False)
-
-
-# -------------------------------------------------------------------------------------------------------- fused experts
-
-
-def compressed_experts(experts: nn.Module, matrices: Mapping[str, list[Matrix]]) -> nn.Module:
-    """The module that computes what `experts` does with these matrices, by name of the parameter and number of the
-    expert, in place of its fused parameters; its own other parameters, such as biases, are read already."""
-    raise KernelError(f"a {type(experts).__name__} with quantized experts is not supported")
-
-
-def _make_room_for_expert(network: nn.Module, path: str, layer: NativeLayer, tensors: Mapping[str, Tensor]) -> None:
-    """Room for one matrix of fused experts, whose parameter goes."""
-    owner, index, name = _expert_parts(path)
-    experts = _submodule(network, owner, nn.Module)
-    raise KernelError(f"the checkpoint has a matrix for {path}, and {type(experts).__name__} is not supported")
-
-
-def _expert_parts(path: str) -> tuple[str, int, str]:
-    """Path of the experts' module, number of the expert, and name of the fused parameter."""
-    owner, index, name = path.rsplit(".", 2)
-    return owner, int(index), name
+def _frozen(matrix: Matrix, bias: Tensor | None) -> nn.Module:
+    return matrix.module(None if bias is None else bias.detach()).eval().requires_grad_(False)
 
 
 # ----------------------------------------------------------------------------------------------------------- writing

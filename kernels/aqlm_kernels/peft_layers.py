@@ -10,14 +10,14 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-from peft.tuners.lora import model
+from peft.tuners.lora import model as _model
 from peft.tuners.lora.aqlm import AqlmLoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from aqlm_kernels.compressed import CompressedLinear
-from aqlm_kernels.linear import AdditiveLinear
+from aqlm_kernels.matrices.matrix import QuantizedLayer
 
+model: Any = _model
 _dispatch_aqlm = model.dispatch_aqlm
 
 
@@ -25,7 +25,7 @@ def dispatch(target: nn.Module, adapter_name: str, config: Any, **options: Any) 
     """The adapter of a quantized layer; None for a layer of another kind."""
     layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
     adapter: nn.Module | None
-    if isinstance(layer, (AdditiveLinear, CompressedLinear)):
+    if isinstance(layer, QuantizedLayer) and hasattr(layer, "in_features"):  # which an embedding has not
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Unsupported layer type")
             adapter = AqlmLoraLinear(target, adapter_name, config=config, **options)

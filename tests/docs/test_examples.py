@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from helpers import pages
+from helpers.commands import run
 
 pytestmark = pytest.mark.slow
 
@@ -36,7 +37,7 @@ def test_lora_learns_on_a_packed_model(finished_run: Path) -> None:
 
 
 def test_native_model_is_saved_again_and_takes_adapters(finished_run: Path) -> None:
-    aqlm("pack", str(finished_run), "--format", "native", "--overwrite")
+    run("pack", str(finished_run), "--format", "native", "--overwrite")
     output = _run("native.py", str(finished_run / "packed"), "5")
     assert "largest difference after saving: 0.0" in output
     losses = [float(loss) for loss in re.findall(r"step \d: loss (\S+)", output)]

@@ -31,10 +31,12 @@ def random_packed(scheme: str, rows: int, columns: int, seed: int) -> tuple[dict
         bits, group = map(int, scheme[3:].split("g"))
         levels = torch.randint(0, 2**bits, (rows, columns), generator=draw)
         zeros = torch.randint(0, 2**bits, (rows, columns // group), generator=draw)
-        scales = (0.02 * (0.5 + torch.rand(rows, columns // group, generator=draw))).half()
+        scales = (0.08 * (0.5 + torch.rand(rows, columns // group, generator=draw))).half()
         steps = levels.float() - zeros.float().repeat_interleave(group, 1)
-        weight = steps * scales.float().repeat_interleave(group, 1)
-        return {"levels": packed_bits(levels, bits), "zeros": packed_bits(zeros, bits), "scales": scales}, weight
+        weight = steps * scales.float().repeat_interleave(group, 1) / 4
+        exponent = torch.tensor(-2, dtype=torch.int16)
+        packed = {"levels": packed_bits(levels, bits), "zeros": packed_bits(zeros, bits), "scales": scales}
+        return {**packed, "exponent": exponent}, weight
     books, rest = scheme.split("x")
     count, (bits, group) = int(books), map(int, rest.split("g"))
     codes = torch.randint(0, 2**bits, (rows, columns // group, count), generator=draw)

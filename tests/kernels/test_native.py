@@ -138,7 +138,10 @@ def test_adapters_are_saved_alone_and_loaded_by_transformers_itself(tmp_path: Pa
         ({"version": 2}, "version 2 of the format aqlm_native"),
         ({"layers": {}}, "lists no layers"),
         ({"layers": {"model.norm": {"scheme": "2x8g8", "kind": "additive", "duty": "linear"}}}, "has a LlamaRMSNorm"),
-        ({"layers": {"model.no": {"scheme": "2x8g8", "kind": "additive", "duty": "linear"}}}, "has no module"),
+        (
+            {"layers": {"model.no": {"scheme": "2x8g8", "kind": "additive", "duty": "linear"}}},
+            "the model no such module",
+        ),
         ({"layers": {Q: {"scheme": "2x8g8", "kind": "additive"}}}, f"no scheme, kind and duty for {Q}"),
         ({"layers": {Q: {"scheme": "2x8g8", "kind": "odd", "duty": "linear"}}}, "update aqlm-cli"),
         ({"layers": {Q: {"scheme": "2x4g8", "kind": "additive", "duty": "linear"}}}, f"{Q}: .*2x4g8"),

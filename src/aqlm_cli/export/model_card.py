@@ -81,8 +81,7 @@ inputs = tokenizer("Once upon a time", return_tensors="pt").to(model.device)
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0]))
 ```
 
-`generate`, `save_pretrained` and LoRA adapters of `peft` work as with any model; codes stay as they are. `aqlm generate`
-and `aqlm bench` decode faster on a CPU.
+`generate`, `save_pretrained` and LoRA adapters of `peft` work as with any model; codes stay as they are.
 """
 
 

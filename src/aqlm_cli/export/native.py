@@ -21,9 +21,10 @@ from aqlm_cli.export.transformers import base_config, refuse_disagreement, refus
 from aqlm_cli.export.writer import Entry
 from aqlm_cli.formatting import some
 from aqlm_cli.models import ModelSource, Network
+from aqlm_cli.models.experts import expert_place
 from aqlm_cli.runs.files import TensorLayout
 from aqlm_cli.spec.schemes import Scheme
-from aqlm_kernels import Matrix
+from aqlm_kernels import Matrix, expert_shapes
 from aqlm_kernels.native import NativeLayer, native_config, tied_heads
 
 
@@ -39,18 +40,10 @@ class NativeExporter:
     ) -> Layout:
         named = {path: scheme for path, scheme in schemes.items() if scheme is not None}
         if len(named) < len(schemes):
-            raise PlanError(f"the format {self.name} cannot hold {some(sorted(schemes.keys() - named.keys()))}: no scheme")
-        slots: dict[str, Slot] = {}
-        tied = {f"{head}.weight" for path in named for head in tied_heads(network.all_tied_weights_keys, path)}
-        for name, slot in plan_slots(network, stored, schemes, changed).items():
-            path, _, last = (slot.parameter or "").rpartition(".")
-            if path in named and last == "weight":
-                for part, layout in packed_layouts(named[path], slot.layout.shape).items():
-                    slots[f"{path}.{part}"] = Slot(layout, f"{path}.{part}", slot.placement)
-            elif path in named and last == "bias":
-                slots[f"{path}.bias"] = Slot(TensorLayout(torch.float16, slot.layout.shape), slot.parameter, slot.placement)
-            elif slot.parameter not in tied:
-                slots[name] = slot
+            raise PlanError(
+                f"the format {self.name} cannot hold {some(sorted(schemes.keys() - named.keys()))}: no scheme"
+            )
+        slots = _packed_slots(network, stored, named, changed)
         layout = Layout(slots, native_config(_described(network, named)))
         refuse_unloadable(network, layout, named, self.name)
         return layout
@@ -67,6 +60,57 @@ class NativeExporter:
 
     def verify(self, base: ModelSource, layout: Layout, directory: Path) -> None:
         refuse_disagreement(base, layout, directory, self.name)
+
+
+def _packed_slots(
+    network: Network, stored: Mapping[str, TensorLayout], schemes: Mapping[str, Scheme], changed: Collection[str]
+) -> dict[str, Slot]:
+    """The tensors of a dense checkpoint, with those of the matrices in place of their weights.
+
+    A tied head has none of its own. Of fused experts with a quantized matrix every matrix and bias is one tensor.
+    """
+    apart, biases = _taken_apart(network, schemes)
+    tied = {f"{head}.weight" for path in schemes for head in tied_heads(network.all_tied_weights_keys, path)}
+    slots: dict[str, Slot] = {}
+
+    def add(path: str, last: str, layout: TensorLayout, origin: Slot) -> None:
+        slots[f"{path}.{last}"] = Slot(layout, f"{path}.{last}", origin.placement)
+
+    for name, slot in plan_slots(network, stored, {*schemes, *apart}, {*changed, *biases}).items():
+        path, _, last = (slot.parameter or "").rpartition(".")
+        for expert in slot.experts:
+            (*_, rows, columns), place = slot.layout.shape, expert_place(network, expert)
+            assert place is not None
+            weight = TensorLayout(slot.layout.dtype, (columns, rows) if place.transposed else (rows, columns))
+            parts = packed_layouts(schemes[expert], weight.shape) if expert in schemes else {"weight": weight}
+            for part, layout in parts.items():
+                add(expert, part, layout, slot)
+        if slot.experts or slot.parameter in tied:
+            continue
+        if slot.parameter in biases:
+            count, *shape = slot.layout.shape
+            for number in range(count):
+                layer = f"{path}.{number}.{last.removesuffix('_bias')}"
+                add(layer, "bias", TensorLayout(slot.layout.dtype, tuple(shape)), slot)
+        elif path in schemes and last == "weight":
+            for part, layout in packed_layouts(schemes[path], slot.layout.shape).items():
+                add(path, part, layout, slot)
+        elif path in schemes and last == "bias":
+            add(path, last, TensorLayout(torch.float16, slot.layout.shape), slot)
+        else:
+            slots[name] = slot
+    return slots
+
+
+def _taken_apart(network: Network, schemes: Mapping[str, Scheme]) -> tuple[set[str], set[str]]:
+    """Paths of all matrices that are fused with a quantized one, and the parameters of their biases."""
+    matrices, biases = set[str](), set[str]()
+    for owner in {path.rsplit(".", 2)[0] for path in schemes if expert_place(network, path) is not None}:
+        fused: Any = network.get_submodule(owner)
+        for name in expert_shapes(fused):
+            matrices |= {f"{owner}.{number}.{name}" for number in range(fused.num_experts)}
+            biases |= {f"{owner}.{name}_bias"} if fused.has_bias else set()
+    return matrices, biases
 
 
 def _described(network: Network, schemes: Mapping[str, Scheme]) -> dict[str, NativeLayer]:

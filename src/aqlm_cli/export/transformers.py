@@ -86,13 +86,6 @@ def _refuse_mix(network: Network, schemes: Mapping[str, Scheme | None]) -> None:
         )
 
 
-def scheme_of(matrix: Matrix) -> AdditiveScheme | None:
-    """The scheme by which this format stores a matrix; None for a kind that becomes a 16-bit weight."""
-    if not isinstance(matrix, AdditiveMatrix):
-        return None
-    return AdditiveScheme(matrix.num_codebooks, matrix.codebook_bits, matrix.group_size)
-
-
 def code_layouts(scheme: AdditiveScheme, shape: tuple[int, ...]) -> dict[str, TensorLayout]:
     """The tensors in place of a weight of this shape `[out, in]`; `to_checkpoint` fills them."""
     rows, columns = shape

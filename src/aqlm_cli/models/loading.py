@@ -3,8 +3,8 @@
 In an AQLM checkpoint, of any origin, each quantized linear layer becomes an `AdditiveLinear`. The tensors alone decide
 which these are: the lists of exceptions in the config differ between versions of the format, and the tensors do not.
 Everything else is left to transformers, which maps the names in the files to those of modules, and fuses tensors.
-Its extension point for quantized models (skip_layers.py) keeps it from filling the quantized layers. A native checkpoint
-is loaded by transformers as a whole, with the quantizer that aqlm_kernels registers there.
+Its extension point for quantized models (skip_layers.py) keeps it from filling the quantized layers. A native
+checkpoint is loaded by transformers as a whole, with the quantizer that aqlm_kernels registers there.
 
 transformers' networks take a second to import, and not every command needs one: they are imported where they are used.
 """
@@ -74,11 +74,15 @@ def load_outside(
 
 
 def load_without(
-    source: ModelSource, paths: Sequence[str], dtype: torch.dtype, device: str | torch.device = "cpu"
+    source: ModelSource,
+    paths: Sequence[str],
+    dtype: torch.dtype,
+    device: str | torch.device = "cpu",
+    kept: Collection[str] = (),
 ) -> transformers.PreTrainedModel:
-    """The model without the weights of the modules at `paths`, which are neither read nor listed."""
+    """The model without the weights of the modules at `paths`, which are neither read nor listed; those `kept` are."""
     with quiet():
-        return _prepared(_load_without(source, load_config(source), paths, dtype), device)
+        return _prepared(_load_without(source, load_config(source), paths, dtype, kept), device)
 
 
 class BlockLoader:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import transformers
 from torch import Tensor, nn
 
 from aqlm_cli.errors import ModelError
 from aqlm_cli.models.blocks import replace_module
+from aqlm_cli.models.experts import expert_place
 from aqlm_cli.models.loading import load_config, load_without, without_weights
 from aqlm_cli.models.source import ModelSource, model_config, tensor_index
-from aqlm_kernels import KernelError, Matrix
-from aqlm_kernels.native import NativeLayer, embedding_scale, native_layers, read_matrix, tied_heads
+from aqlm_kernels import KernelError, Matrix, SingleExperts
+from aqlm_kernels.native import EMBEDDINGS, NativeLayer, embedding_scale, native_layers, read_matrix, tied_heads
 
 
 def described_layers(source: ModelSource) -> dict[str, NativeLayer]:
@@ -41,19 +44,39 @@ def native_matrices(source: ModelSource) -> dict[str, Matrix]:
 
 def load_dense(source: ModelSource, dtype: torch.dtype) -> transformers.PreTrainedModel:
     """The model with ordinary layers of dequantized weights in place of its quantized ones, to compare with."""
-    matrices, stored = native_matrices(source), tensor_index(source.directory)
+    from aqlm_cli.models.skip_layers import show
+
+    layers, matrices = described_layers(source), native_matrices(source)
+    stored = tensor_index(source.directory)
     skeleton = without_weights(load_config(source), source.trust_remote_code)
-    heads = {path: tied_heads(skeleton.all_tied_weights_keys, path) for path in matrices}
-    network = load_without(source, [*matrices, *(head for paths in heads.values() for head in paths)], dtype)
-    for path, matrix in matrices.items():
-        weight, module = matrix.dequantize(dtype), skeleton.get_submodule(path)
-        if isinstance(module, nn.Embedding):
-            rows = weight * (embedding_scale(module) or 1)
-            replace_module(network, path, nn.Embedding.from_pretrained(rows, padding_idx=module.padding_idx))
-        for linear in heads[path] if isinstance(module, nn.Embedding) else [path]:
-            name = f"{linear}.bias"
-            bias = stored[name].read(name).to(dtype) if name in stored else None
-            replace_module(network, linear, _linear(weight, bias))
+    tied = skeleton.all_tied_weights_keys
+    heads = {path: tied_heads(tied, path) if layer.duty == "table" else [] for path, layer in layers.items()}
+    fused = {path.rsplit(".", 2)[0] for path in matrices if expert_place(skeleton, path) is not None}
+    left_out = {path for path in matrices if path.rsplit(".", 2)[0] not in fused}
+    left_out |= fused | {head for path in heads for head in heads[path]}
+    kept = [f"{path}.{name}" for path in fused for name, _ in skeleton.get_submodule(path).named_children()]
+    network = load_without(source, sorted(left_out), dtype, kept=kept)
+    for path in fused:
+        experts = network.get_submodule(path)
+        show(experts)
+        replace_module(network, path, SingleExperts(experts).eval())
+
+    def stored_values(name: str) -> Tensor | None:
+        return stored[name].read(name).to(dtype) if name in stored else None
+
+    for path, layer in layers.items():
+        weight, linears = matrices[path].dequantize(dtype), [path]
+        if layer.duty in EMBEDDINGS:
+            embedding: Any = skeleton.get_submodule(path)
+            rows, linears = weight * (embedding_scale(embedding) or 1), heads[path]
+            replace_module(network, path, nn.Embedding.from_pretrained(rows, padding_idx=embedding.padding_idx))
+        for linear in linears:
+            replace_module(network, linear, _linear(weight, stored_values(f"{linear}.bias")))
+    for path, module in list(network.named_modules()):
+        if isinstance(module, nn.Linear) and module.weight.is_meta:  # of an expert in 16 bits
+            kept_weight = stored_values(f"{path}.weight")
+            assert kept_weight is not None
+            replace_module(network, path, _linear(kept_weight, stored_values(f"{path}.bias")))
     return network
 
 

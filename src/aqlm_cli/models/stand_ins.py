@@ -1,7 +1,7 @@
 """Stand-ins for the layers of a native checkpoint: they have its tensors and no weight, and compute on the meta device.
 
-A trial (trial.py) puts them where transformers would have the quantized layers. A network that accesses a weight while it
-loads or computes is found by it.
+A trial (trial.py) puts them where transformers would have the quantized layers, and so finds a network that accesses a
+weight while it loads or computes.
 """
 
 from __future__ import annotations
