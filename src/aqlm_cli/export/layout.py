@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
+from torch import Tensor
 
 from aqlm_cli.models import Network, Placement, names_of_codes, placements
 from aqlm_cli.models.blocks import find_blocks
@@ -25,13 +26,15 @@ class Slot:
 
     `parameter` is its name in the network; None where it is copied from the files of the base model as it is.
     `placement` is where those files hold it; None where they have no such tensor. `experts` are the paths of the
-    experts' layers whose weights it holds, by number; empty for every other tensor.
+    experts' layers whose weights it holds, by number; empty for every other tensor. `split` makes a tensor of one
+    expert of its part `[1, ...]` of the parameter, by name; None where the tensor is the parameter.
     """
 
     layout: TensorLayout
     parameter: str | None
     placement: Placement | None
     experts: tuple[str, ...] = ()
+    split: Callable[[str, Tensor], Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -74,18 +77,24 @@ def plan_slots(
     """
     slots: dict[str, Slot] = {}
     written: dict[str, tuple[str, TensorLayout, Placement | None]] = {}  # by parameter: its name in the checkpoint, ...
-    experts = experts_in(network, quantized)
+    experts, apart = experts_in(network, quantized), set[str]()
     replaced = {*changed, *(weight_parameter(network, path) for path in quantized)}
     for placement in placements(network, stored):
         parts = placement.parameters
         if not parts or (placement.convert is not None and not replaced & parts.keys()):
             for name in placement.stored:
                 slots[name] = Slot(TensorLayout(_narrow(stored[name].dtype), stored[name].shape), None, placement)
+        elif parts.keys() <= experts.keys() and (files := placement.expert_files()) is not None:
+            (parameter,) = parts
+            apart.add(parameter)
+            for name, number in files.numbers.items():
+                layout = TensorLayout(_narrow(stored[name].dtype), stored[name].shape)
+                slots[name] = Slot(layout, parameter, placement, (experts[parameter][number],), files.split)
         else:
             for parameter, layout in parts.items():
                 name = placement.stored[0] if placement.convert is None else parameter
                 written[parameter] = (name, layout, placement)
-    _split_shared(network, written, replaced)
+    _split_shared(network, written, replaced - apart)
     bases = names_of_codes(network, {path: written[f"{path}.weight"][0] for path in with_codes})
     for parameter, (name, layout, origin) in written.items():
         path, _, last = parameter.rpartition(".")

@@ -15,7 +15,7 @@ from torch import Tensor
 from aqlm_cli.errors import ArtifactError, ModelError
 from aqlm_cli.models import ModelSource, Network, load_skeleton
 from aqlm_cli.models.experts import expert_place
-from aqlm_cli.quantization.block_files import OUTSIDE, block_files, matrix_kinds, plan_of, read_matrix
+from aqlm_cli.quantization.block_files import OUTSIDE, matrix_files, matrix_kinds, plan_of, read_matrix
 from aqlm_cli.runs.artifact import Artifact, rebuild_command
 from aqlm_cli.runs.files import read_tensor, tensor_names
 from aqlm_cli.spec.schemes import Scheme
@@ -71,7 +71,7 @@ def read_model(base: ModelSource, quantized: Artifact) -> QuantizedModel:
     """
     plan = plan_of(quantized)
     files = {
-        path: (name, kind) for name in block_files(quantized) for path, kind in matrix_kinds(quantized, name).items()
+        path: (name, kind) for name in matrix_files(quantized) for path, kind in matrix_kinds(quantized, name).items()
     }
     if files.keys() != {target.path for target in plan.quantized}:
         fix = rebuild_command(quantized.directory, "quantized")
@@ -100,7 +100,7 @@ def _changed_parameters(
     changed: dict[str, Callable[[], Tensor]] = {}
     biases: dict[str, dict[int, Callable[[], Tensor]]] = {}  # of experts: by the parameter of all, and by number
     outside = [OUTSIDE] if OUTSIDE in quantized.manifest.files else []
-    for file in map(quantized.path, [*block_files(quantized), *outside]):
+    for file in map(quantized.path, [*matrix_files(quantized), *outside]):
         for name in tensor_names(file):
             place = expert_place(network, name) if name.endswith(".bias") else None
             if name in parameters:

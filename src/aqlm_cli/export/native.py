@@ -79,8 +79,9 @@ def _packed_slots(
     for name, slot in plan_slots(network, stored, {*schemes, *apart}, {*changed, *biases}).items():
         path, _, last = (slot.parameter or "").rpartition(".")
         for expert in slot.experts:
-            (*_, rows, columns), place = slot.layout.shape, expert_place(network, expert)
+            place = expert_place(network, expert)
             assert place is not None
+            _, rows, columns = network.get_parameter(place.parameter).shape
             weight = TensorLayout(slot.layout.dtype, (columns, rows) if place.transposed else (rows, columns))
             parts = packed_layouts(schemes[expert], weight.shape) if expert in schemes else {"weight": weight}
             for part, layout in parts.items():

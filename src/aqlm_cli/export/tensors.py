@@ -45,7 +45,7 @@ def _reader(
         return partial(_narrowed, partial(stored[name].read, name), dtype, name)
     path, _, last = parameter.rpartition(".")
     if slot.experts:
-        return partial(_experts, slot, parameter, stored, model, matrix_tensor)
+        return partial(_experts, name, slot, parameter, stored, model, matrix_tensor)
     place = None if path in model.layers and last != "bias" else expert_place(model.network, parameter)
     if place is not None:  # of one expert, and not quantized
         whole = _reader(name, replace(slot, parameter=place.parameter), stored, model, matrix_tensor)
@@ -79,20 +79,36 @@ def _of_one_expert(read_all: Callable[[], Tensor], place: ExpertPlace) -> Tensor
 
 
 def _experts(
-    slot: Slot, parameter: str, stored: Mapping[str, StoredTensor], model: QuantizedModel, matrix_tensor: MatrixTensor
+    name: str,
+    slot: Slot,
+    parameter: str,
+    stored: Mapping[str, StoredTensor],
+    model: QuantizedModel,
+    matrix_tensor: MatrixTensor,
 ) -> Tensor:
-    """The parameter of all experts `[experts, ...]`: the base model's with the quantized ones in their places."""
+    """The parameter of all experts `[experts, ...]`, or a stored tensor of one of them.
+
+    It is the base model's with the quantized matrices in their places.
+    """
     dtype, quantized = slot.layout.dtype, [path for path in slot.experts if path in model.layers]
+
+    def part(path: str) -> Tensor:
+        place = expert_place(model.network, path)
+        assert place is not None
+        weight = _exported(model.layers[path], path, "weight", dtype, matrix_tensor)
+        return weight.T if place.transposed else weight
+
+    if slot.split is not None and quantized:
+        return slot.split(name, part(quantized[0])[None])
+    if slot.split is not None:
+        return _narrowed(partial(stored[name].read, name), dtype, name)
     if len(quantized) == len(slot.experts):  # the base model's is not needed
         filled = torch.empty(slot.layout.shape, dtype=dtype)
     else:
         assert slot.placement is not None
         filled = _narrowed(partial(_of_base, parameter, slot.placement, stored), dtype, parameter).clone()
     for path in quantized:
-        place = expert_place(model.network, path)
-        assert place is not None
-        weight = _exported(model.layers[path], path, "weight", dtype, matrix_tensor)
-        filled[place.number] = weight.T if place.transposed else weight
+        filled[slot.experts.index(path)] = part(path)
     return filled
 
 

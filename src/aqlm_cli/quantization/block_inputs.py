@@ -9,7 +9,7 @@ that an interruption costs one block at most.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -166,11 +166,21 @@ def walk_through(source: ModelSource, ids: Tensor, device: torch.device, emit: E
 
 
 def start_calibration_pass(
-    source: ModelSource, ids: Tensor, measured: int, config: RunConfig, work: ResumeState, emit: Emit
+    source: ModelSource,
+    ids: Tensor,
+    measured: int,
+    config: RunConfig,
+    work: ResumeState,
+    emit: Emit,
+    outside: Callable[[nn.Module], object] = lambda network: None,
 ) -> CalibrationPass:
-    """Hidden states of the token ids `[n, L]` at the first block that is not finished."""
+    """Hidden states of the token ids `[n, L]` at the first block that is not finished.
+
+    `outside` quantizes what lies outside the blocks of the network, so that the first block sees its errors.
+    """
     section, device, index = config.quantize, torch.device(config.device), work.blocks
     walk = walk_through(source, ids, device, emit)
+    outside(walk.network)
     shape = (len(ids), *walk.entering(ids[:1]).shape[1:])
     if not work.hidden(index).exists():
         entering_states(walk, ids, section.batch, work.targets)

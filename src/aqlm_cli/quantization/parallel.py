@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numba
@@ -14,11 +15,11 @@ from numba.np.ufunc.parallel import threading_layer
 from torch import Tensor
 
 from aqlm_cli.errors import QuantizationError
-from aqlm_cli.quantization.methods import Method
+from aqlm_cli.quantization.methods import METHODS, Method
 from aqlm_cli.quantization.solvers.hessian import LayerStatistics
 from aqlm_cli.seeds import generator
-from aqlm_cli.spec.schemes import Scheme
 from aqlm_cli.spec.section import Section
+from aqlm_cli.spec.treatment import Treatment
 from aqlm_kernels import Matrix
 
 
@@ -29,7 +30,7 @@ class Task:
     path: str
     weight: Tensor  # [out, in] float32
     statistics: LayerStatistics
-    scheme: Scheme
+    treatment: Treatment
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,13 +44,15 @@ class Compressed:
 
 def compress_all(
     tasks: list[Task],
-    method: Method,
-    settings: Section | None,
+    settings_of: Callable[[str], Section | None],
     seed: int,
     workers: int,
     done: Callable[[Compressed], None],
+    methods: Mapping[str, Method] = METHODS,
 ) -> Mapping[str, Compressed]:
     """Every task's result by path, `workers` of them at a time; `done` is called in this thread as each one finishes.
+
+    `settings_of` gives the settings of a method by its name.
 
     Raises QuantizationError with the path of the layer that cannot be compressed.
     """
@@ -58,7 +61,9 @@ def compress_all(
         started = time.monotonic()
         weight = task.weight.contiguous()  # some families store their experts transposed
         try:
-            matrix = method(weight, task.statistics, task.scheme, generator(seed, task.path), settings)
+            name, scheme = task.treatment.method, task.treatment.scheme
+            rng, settings = generator(seed, task.path), settings_of(name)
+            matrix = methods[name](weight, task.statistics, scheme, rng, settings)
         except QuantizationError as error:
             raise QuantizationError(f"{task.path}: {error}") from error
         relative_error = task.statistics.relative_error(weight, _stored(matrix, task.path).dequantize())
@@ -72,8 +77,7 @@ def compress_all(
     # The most expensive first: the last ones to finish are then short.
     order = sorted(tasks, key=lambda task: -task.weight.numel() * task.weight.shape[1])
     results: dict[str, Compressed] = {}
-    threads = torch.get_num_threads()
-    with ThreadPoolExecutor(_safely_parallel(workers), initializer=_single_threaded) as pool:
+    with single_threaded_pool(workers) as pool:
         waiting = [pool.submit(compress, task) for task in order]
         try:
             for finished in as_completed(waiting):
@@ -81,7 +85,6 @@ def compress_all(
                 done(finished.result())
         finally:
             pool.shutdown(cancel_futures=True)
-    torch.set_num_threads(threads)  # where torch is built without OpenMP it keeps one number for all Python threads
     return results
 
 
@@ -93,6 +96,15 @@ def _stored(matrix: Matrix, path: str) -> Matrix:
             f"{path}: its weights are too large for codebooks or scales in float16; leave it out with --skip"
         )
     return stored
+
+
+@contextmanager
+def single_threaded_pool(workers: int) -> Iterator[ThreadPoolExecutor]:
+    """A pool of `workers` threads whose products use one core each: then a result does not depend on their number."""
+    threads = torch.get_num_threads()
+    with ThreadPoolExecutor(_safely_parallel(workers), initializer=_single_threaded) as pool:
+        yield pool
+    torch.set_num_threads(threads)  # where torch is built without OpenMP it keeps one number for all Python threads
 
 
 def _safely_parallel(workers: int) -> int:

@@ -1,6 +1,7 @@
 """`aqlm quantize`: block by block through the model, each on the real output of the quantized blocks before it.
 
-For one block, with its inputs for all sequences in a file:
+Embeddings and head come first, where they are quantized at all, so that every block sees the errors of the former. Then
+for one block, with its inputs for all sequences in a file:
 
 1. the block of the base model runs: its outputs are the targets, and x x^T of every linear layer's inputs gives H;
 2. its matrices are quantized, side by side;
@@ -20,29 +21,32 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from aqlm_cli.errors import ArtifactError, QuantizationError
 from aqlm_cli.events import Advanced, BlockQuantized, Emit, LayerQuantized, Noted, StageStarted, Warned
 from aqlm_cli.formatting import plain
 from aqlm_cli.memory import give_back_memory, peak_memory_bytes, reset_peak_memory
 from aqlm_cli.models.blocks import linears
+from aqlm_cli.models.tables import put_table
 from aqlm_cli.pipeline.job import Job
 from aqlm_cli.pipeline.preflight import planned_work
 from aqlm_cli.pipeline.stage_reports import QuantizeReport, restored
-from aqlm_cli.quantization.block_files import block_file, put_matrix, save_block
+from aqlm_cli.quantization.block_files import TABLES, block_file, put_matrix, save_block, save_tables
 from aqlm_cli.quantization.block_inputs import CalibrationPass, machine_of, mixed_sequences, start_calibration_pass
-from aqlm_cli.quantization.methods import METHODS
 from aqlm_cli.quantization.parallel import Compressed, Task, compress_all
 from aqlm_cli.quantization.resume import ResumeState
+from aqlm_cli.quantization.table_statistics import read_statistics
+from aqlm_cli.quantization.tables import quantize_table
 from aqlm_cli.quantization.training.block import BlockData, fit_block, round_block
 from aqlm_cli.runs.artifact import Artifact, Stage
 from aqlm_cli.runs.files import disk_bytes
 from aqlm_cli.runs.stages import QUANTIZE, StageKey
 from aqlm_cli.seeds import generator
 from aqlm_cli.spec.config import RunConfig
-from aqlm_cli.spec.schemes import Scheme
-from aqlm_kernels import quantized_layers
+from aqlm_cli.spec.plan import Target
+from aqlm_cli.spec.treatment import Treatment
+from aqlm_kernels import Matrix, quantized_layers
 
 UNREACHED = "no text reaches it"
 """The reason of a layer that stays as it is: an expert that no token was sent to, attention to an absent encoder."""
@@ -70,8 +74,8 @@ def quantize(job: Job) -> QuantizeReport:
         return restored(QuantizeReport, quantized, quantized.result("report"))
     reset_peak_memory()
     with run.resumed_stage(key) as stage:
-        blocks = _quantize_blocks(job, calibration, stage)
-        layers = {path: measured for block in blocks for path, measured in block["layers"].items()}
+        tables, blocks = _quantize_all(job, calibration, stage)
+        layers = tables | {path: measured for block in blocks for path, measured in block["layers"].items()}
         if not layers:
             raise QuantizationError(f"nothing is quantized: {UNREACHED}; add text, or choose other layers")
         plan = job.preflight.plan
@@ -79,17 +83,17 @@ def quantize(job: Job) -> QuantizeReport:
         report = QuantizeReport(
             directory=stage.published,
             model=config.model,
-            scheme=str(plan.scheme),
-            method=config.quantize.method,
+            scheme=plan.scheme,
+            method=plan.method,
             layers=len(plan.quantized),
             code_bits=plan.code_bits,
             stored_bits=plan.stored_bits,
             bytes_before=plan.bytes_before,
             bytes_after=plan.bytes_after,
             mean_relative_error=_geometric_mean([layer["relative_error"] for layer in layers.values()]),
-            seconds=sum(block["seconds"] for block in blocks),
-            memory_bytes=max(block["memory_bytes"] for block in blocks),
-            disk_bytes=max(block["disk_bytes"] for block in blocks),
+            seconds=sum(one["seconds"] for one in (*tables.values(), *blocks)),
+            memory_bytes=max([peak_memory_bytes(), *(block["memory_bytes"] for block in blocks)]),
+            disk_bytes=max([disk_bytes(stage.directory.parent), *(block["disk_bytes"] for block in blocks)]),
             planned=plain(job.planned.get(QUANTIZE.name)),
         )
         about = {"model": {"name": source.name, "identity": source.identity}, "machine": machine_of(config)}
@@ -111,28 +115,41 @@ class _Work:
     """The parts that stay the same from block to block."""
 
     config: RunConfig
-    schemes: Mapping[str, Scheme]  # of every layer to quantize, by path
+    treatments: Mapping[str, Treatment]  # of every layer to quantize, by path
     workers: int  # matrices compressed at once
     stage: Stage
     resume_state: ResumeState
     emit: Emit
 
 
-def _quantize_blocks(job: Job, calibration: Artifact, stage: Stage) -> list[dict[str, Any]]:
-    """Write `block-NNN.safetensors` of every block that has something to quantize; return what was measured of each."""
+def _quantize_all(
+    job: Job, calibration: Artifact, stage: Stage
+) -> tuple[dict[str, dict[str, float]], list[dict[str, Any]]]:
+    """Write the matrices outside the blocks, then the file of every block that has something to quantize.
+
+    Returns what was measured of the former, by path, and of each block.
+    """
     started = time.monotonic()
     config, preflight, emit = job.config, job.preflight, job.emit
     ids, measured = mixed_sequences(config, calibration)
     if config.quantize.fitting.epochs and measured == len(ids):
         emit(Warned("the calibration set has one sequence, so none is held out and blocks are not fitted; add text"))
-    schemes, resume_state = preflight.plan.schemes, ResumeState(stage.work)
-    states = start_calibration_pass(job.source, ids, measured, config, resume_state, emit)
-    last = states.walk.last(list(schemes))
+    treatments, resume_state = preflight.plan.treatments, ResumeState(stage.work)
+    workers = planned_work(config, preflight.shape).workers
+    work = _Work(config, treatments, workers, stage, resume_state, emit)
+    tables: dict[str, dict[str, float]] = {}
+
+    def outside(network: nn.Module) -> None:
+        tables.update(_quantize_tables(work, network, preflight.plan.tables, calibration))
+
+    states = start_calibration_pass(job.source, ids, measured, config, resume_state, emit, outside)
+    inside = treatments.keys() - tables.keys()
+    blocks = states.walk.last(sorted(inside)) + 1 if inside else 0
     if resume_state.blocks:
-        emit(Noted(f"{stage.directory} holds {resume_state.blocks} of {last + 1} blocks; resuming after them"))
-    emit(StageStarted(QUANTIZE.name, last + 1, "block", done=resume_state.blocks))
-    work = _Work(config, schemes, planned_work(config, preflight.shape).workers, stage, resume_state, emit)
-    for index in range(states.index, last + 1):
+        emit(Noted(f"{stage.directory} holds {resume_state.blocks} of {blocks} blocks; resuming after them"))
+    emit(StageStarted(QUANTIZE.name, blocks, "block", done=resume_state.blocks))
+    started += sum(table["seconds"] for table in tables.values()) if not resume_state.blocks else 0
+    for index in range(states.index, blocks):
         block = states.walk.load(index)
         layers = _quantize_block(work, states, block)
         seconds = time.monotonic() - started
@@ -141,7 +158,44 @@ def _quantize_blocks(job: Job, calibration: Artifact, stage: Stage) -> list[dict
         states, started = states.next(), started + seconds
         resume_state.forget_matrices()
         emit(Advanced(QUANTIZE.name, index + 1))
-    return [resume_state.recorded(index) for index in range(last + 1)]
+    return tables, [resume_state.recorded(index) for index in range(blocks)]
+
+
+def _quantize_tables(
+    work: _Work, network: nn.Module, targets: Sequence[Target], calibration: Artifact
+) -> dict[str, dict[str, float]]:
+    """Quantize the embeddings and the head, put them into the network, and return what was measured of each."""
+    measured: dict[str, dict[str, float]] = {}
+    matrices: dict[str, Matrix] = {}
+    for target in targets:
+        treatment = work.treatments[target.path]
+        one = work.resume_state.kept_table(target.path)
+        if one is None:
+            shape = f"{target.out_features} x {target.in_features}"
+            work.emit(Noted(f"quantizing {target.path}, {shape}, to {treatment.scheme}"))
+            started, weight = time.monotonic(), network.get_submodule(target.path).weight
+            assert isinstance(weight, Tensor)
+            made = quantize_table(
+                weight.detach(),
+                read_statistics(calibration, target.kind, target.out_features),
+                treatment.scheme,
+                work.config.quantize.settings_of(treatment.method),
+                generator(work.config.seed, target.path),
+                work.workers,
+            )
+            seconds = time.monotonic() - started
+            one = Compressed(target.path, target.weights, made.matrix.stored(), made.relative_error, seconds)
+            work.resume_state.keep_table(one)
+            bits = one.matrix.bits() / one.weights
+            work.emit(LayerQuantized(one.path, one.relative_error, bits, one.seconds))
+        matrices[target.path] = one.matrix
+        measured[target.path] = {"relative_error": one.relative_error, "seconds": one.seconds}
+        give_back_memory()
+    for path, matrix in matrices.items():
+        put_table(network, path, matrix)
+    if matrices:
+        save_tables(work.stage.directory / TABLES, matrices)
+    return measured
 
 
 def _quantize_block(work: _Work, states: CalibrationPass, block: nn.Module) -> dict[str, dict[str, float]]:
@@ -168,7 +222,7 @@ def _compress(work: _Work, states: CalibrationPass, block: nn.Module) -> dict[st
     """Put the compressed layers into the block; each of them by its path in the model."""
     section, prefix = work.config.quantize, states.path
     # Paths inside the block, as the block knows them.
-    chosen = {path: layer for path, layer in linears(block, "").items() if f"{prefix}.{path}" in work.schemes}
+    chosen = {path: layer for path, layer in linears(block, "").items() if f"{prefix}.{path}" in work.treatments}
     statistics = states.measure(block, chosen)
     give_back_memory()
     for path in chosen.keys() - statistics.keys():
@@ -176,12 +230,11 @@ def _compress(work: _Work, states: CalibrationPass, block: nn.Module) -> dict[st
     chosen = {path: layer for path, layer in chosen.items() if path in statistics}
     kept = {path: work.resume_state.kept(f"{prefix}.{path}") for path in chosen}
     tasks = [
-        Task(f"{prefix}.{path}", layer.weight.detach(), statistics[path], work.schemes[f"{prefix}.{path}"])
+        Task(f"{prefix}.{path}", layer.weight.detach(), statistics[path], work.treatments[f"{prefix}.{path}"])
         for path, layer in chosen.items()
         if kept[path] is None
     ]
-    method = METHODS[section.method]
-    made = compress_all(tasks, method, section.settings, work.config.seed, work.workers, _keeper(work))
+    made = compress_all(tasks, section.settings_of, work.config.seed, work.workers, _keeper(work))
     compressed = {**made, **{one.path: one for one in kept.values() if one is not None}}
     for path in chosen:
         put_matrix(block, path, compressed[f"{prefix}.{path}"].matrix)
