@@ -19,7 +19,7 @@ from aqlm_kernels import SingleExperts, expert_shapes, is_fused
 
 @dataclass(frozen=True)
 class ExpertPlace:
-    """Place of a parameter of one expert in a network that is not taken apart."""
+    """Place of one expert's parameter in a network whose experts are fused."""
 
     parameter: str  # [experts, ...]
     number: int

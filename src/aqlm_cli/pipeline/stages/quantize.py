@@ -49,7 +49,8 @@ from aqlm_cli.spec.treatment import Treatment
 from aqlm_kernels import Matrix, quantized_layers
 
 UNREACHED = "no text reaches it"
-"""The reason of a layer that stays as it is: an expert that no token was sent to, attention to an absent encoder."""
+"""The reason of a layer that stays as it is, such as attention to an absent encoder. An expert that no token is routed
+to is quantized with the H of all experts."""
 
 
 def quantize(job: Job) -> QuantizeReport:
