@@ -345,7 +345,8 @@ def test_a_run_that_is_not_quantized_says_how_to_do_it(tmp_path: Path) -> None:
 
 def test_layers_of_several_schemes_are_refused_before_anything_is_written(tmp_path: Path) -> None:
     run, _ = quantized_run(tmp_path, mixed="1x8g8")
-    with pytest.raises(PlanError, match=r"1x8g8, 2x8g8.*--format dense"):
+    with pytest.raises(PlanError, match=r"1x8g8: model.*; 2x8g8: model.*--format native"):
         packed(run)
     assert not (run.path / "packed.partial").exists()
-    assert packed(run, "dense").scheme == "1x8g8, 2x8g8"
+    assert packed(run, "native").scheme == "1x8g8, 2x8g8"
+    assert packed(run, "dense", overwrite=True).scheme == "1x8g8, 2x8g8"

@@ -311,7 +311,7 @@ class FinetuneConfig(Section):
         return text if text is None else _understood(parse_duration, text)
 
 
-PackFormat: TypeAlias = Literal["transformers", "dense"]
+PackFormat: TypeAlias = Literal["transformers", "native", "dense"]
 """Names of the exporters, which lie where torch may be imported: `export.EXPORTERS`."""
 
 
