@@ -13,7 +13,7 @@ from torch import nn
 
 from aqlm_cli.data.spec import share_sequences
 from aqlm_cli.errors import ConfigError, PlanError
-from aqlm_cli.export import EXPORTERS
+from aqlm_cli.export import exporter_for
 from aqlm_cli.export.writer import checkpoint_bytes
 from aqlm_cli.formatting import readable_bytes
 from aqlm_cli.models import (
@@ -83,7 +83,7 @@ def preflight(config: RunConfig, source: ModelSource) -> Preflight:
     else:
         plan = plan_of_checkpoint(checkpoint, source, network, layers, count)
         _refuse_other_codes(section, plan.scheme)
-    layout = EXPORTERS[config.pack.format].layouts(network, stored, plan.schemes, _fitted(network, plan))
+    layout = exporter_for(config.pack.format, plan).layouts(network, stored, plan.schemes, _fitted(network, plan))
     return Preflight(source, checkpoint, plan, model_shape(network, plan), checkpoint_bytes(layout.tensors))
 
 
