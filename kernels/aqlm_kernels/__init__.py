@@ -11,11 +11,13 @@ from aqlm_kernels.compressed import CompressedLinear
 from aqlm_kernels.cpu.bandwidth import read_bandwidth
 from aqlm_kernels.cpu.decoder import Decoder, DecoderBlock
 from aqlm_kernels.cpu.lm_head import ByteRows, matmul_dense
+from aqlm_kernels.embedding import CompressedEmbedding
 from aqlm_kernels.errors import KernelError
 from aqlm_kernels.hf_layout import from_checkpoint, to_checkpoint
 from aqlm_kernels.linear import AdditiveLinear, coded_layers
 from aqlm_kernels.matrices.additive import AdditiveMatrix
 from aqlm_kernels.matrices.balance import balanced, balancing_shift
+from aqlm_kernels.matrices.bitpack import pack_bits, packed_bytes, unpack_bits
 from aqlm_kernels.matrices.kinds import MATRIX_KINDS, quantized_layers
 from aqlm_kernels.matrices.matrix import Matrix, QuantizedLayer
 from aqlm_kernels.matrices.uniform import UniformMatrix
@@ -29,6 +31,7 @@ __all__ = [
     "AdditiveMatrix",
     "Backend",
     "ByteRows",
+    "CompressedEmbedding",
     "CompressedLinear",
     "Decoder",
     "DecoderBlock",
@@ -44,9 +47,12 @@ __all__ = [
     "from_checkpoint",
     "matmul",
     "matmul_dense",
+    "pack_bits",
+    "packed_bytes",
     "patch_transformers",
     "quantized_layers",
     "read_bandwidth",
     "smallest",
     "to_checkpoint",
+    "unpack_bits",
 ]

@@ -1,15 +1,15 @@
 """CompressedLinear: nn.Linear whose weight is a matrix of any kind, differentiable in its learnable tensors.
 
-The weight is dequantized at every forward, which costs little beside the product of many rows. A kind for which there
-are compiled products has a layer of its own, such as AdditiveLinear.
+The weight is dequantized tile by tile at every forward (tiled.py), which costs little beside the product of many rows.
+A kind for which there are compiled products has a layer of its own, such as AdditiveLinear.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from aqlm_kernels import tiled
 from aqlm_kernels.errors import KernelError
 from aqlm_kernels.matrices.matrix import Matrix
 
@@ -51,21 +51,30 @@ class CompressedLinear(nn.Module):
     @torch.no_grad()
     def balance(self) -> None:
         """Bring the learnable tensors into the range of float16, in place and without a change of W."""
-        balanced = self._kind.from_tensors(dict(self._tensors())).balanced().tensors()
+        balanced = self._live().balanced().tensors()
         for name, tensor in self._tensors():
             tensor.copy_(balanced[name])
 
     @property
     def weight(self) -> Tensor:
         """W `[out, in]`, for models that read the weight of a linear layer themselves."""
-        return self._kind.from_tensors(dict(self._tensors())).dequantize()
+        return self._live().dequantize()
+
+    def rows(self, index: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Rows of W at this index, `[n, in]`, with gradients; all others stay as they are stored."""
+        return self._live().rows(index).dequantize(dtype)
 
     def forward(self, x: Tensor) -> Tensor:  # [..., in] -> [..., out]
-        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        y = tiled.linear(x, self._kind, dict(self._tensors()))
+        return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def extra_repr(self) -> str:
         bias = self.bias is not None
         return f"in_features={self.in_features}, out_features={self.out_features}, kind={self._kind.kind}, bias={bias}"
+
+    def _live(self) -> Matrix:
+        """The matrix of the parameters themselves, to record gradients through it."""
+        return self._kind.from_tensors(dict(self._tensors()))
 
     def _tensors(self) -> list[tuple[str, Tensor]]:
         return [(name, getattr(self, name)) for name in self._dtypes]

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from aqlm_kernels.errors import KernelError
 from aqlm_kernels.matrices.additive import AdditiveMatrix
+from aqlm_kernels.matrices.balance import to_float16
 
 
 def to_checkpoint(matrix: AdditiveMatrix) -> dict[str, Tensor]:
@@ -46,12 +47,3 @@ def from_checkpoint(tensors: Mapping[str, Tensor]) -> AdditiveMatrix:
 def unsigned(stored: Tensor, codebook_size: int) -> Tensor:
     """Stored codes modulo 2^B: int32 in [0, 2^B)."""
     return stored.to(torch.int32) & (codebook_size - 1)
-
-
-def to_float16(values: Tensor, name: str) -> Tensor:
-    """Values rounded to float16, or a KernelError if one is out of its range or not a number."""
-    rounded = values.detach().to(torch.float16)
-    if not (rounded.is_meta or rounded.isfinite().all()):
-        largest = float(values.detach().abs().max())
-        raise KernelError(f"{name} reach {largest:.4g}, a checkpoint holds float16, at most 65504; quantize again")
-    return rounded

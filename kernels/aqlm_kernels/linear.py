@@ -2,7 +2,7 @@
 
 Three ways to the same product. A few rows without gradients read the codes directly (`backends.matmul`).
 More rows, or gradients: on the CPU compiled code writes tiles of W in the type of x and torch multiplies, on a GPU
-Triton restores them in registers. Both are operators of torch (ops.py). Elsewhere, and for float64: plain torch.
+Triton restores them in registers. Both are operators of torch (ops.py). Elsewhere, and for float64: tiled.py.
 The result has the type of x, or autocast's, whatever the type of the parameters.
 """
 
@@ -13,13 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from aqlm_kernels import hf_layout, ops
+from aqlm_kernels import hf_layout, ops, tiled
 from aqlm_kernels.errors import KernelError
 from aqlm_kernels.matrices import additive
 from aqlm_kernels.matrices.additive import AdditiveMatrix
-from aqlm_kernels.matrices.balance import balancing_shift
+from aqlm_kernels.matrices.balance import balancing_shift, to_float16
 from aqlm_kernels.packed import PackedMatrix
 
 FEW_ROWS = {"cpu": 8, "cuda": 64}  # of x that are multiplied straight from the codes
@@ -94,6 +93,11 @@ class AdditiveLinear(nn.Module):
             self.codebooks.mul_(2.0**shift)
             self.scales.mul_(2.0**-shift)
 
+    def rows(self, index: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Rows of W at this index, `[n, in]`, with gradients; all others stay as they are stored."""
+        codes, scales = self.codes.index_select(0, index), self.scales.index_select(0, index)
+        return additive.dequantize(codes, self.codebooks, scales, dtype)
+
     def packed(self) -> PackedMatrix:
         """The present values in the matmul kernels' order: made at the first call, and again after a change."""
         return ops.packed(self._key, self.codes, self.codebooks, self.scales)
@@ -112,7 +116,8 @@ class AdditiveLinear(nn.Module):
         elif x.dtype in COMPILED_TYPES and ops.has_product(x.device, self.codebooks.shape[2]):
             y = ops.product(x, self.codes, self.codebooks, self.scales)
         else:
-            y = F.linear(x, additive.dequantize(self.codes, self.codebooks, self.scales, x.dtype))
+            tensors = {"codes": self.codes, "codebooks": self.codebooks, "scales": self.scales}
+            y = tiled.linear(x, AdditiveMatrix, tensors)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def __setstate__(self, state: dict[str, Any]) -> None:  # also of a copy
@@ -120,8 +125,7 @@ class AdditiveLinear(nn.Module):
         self._key = ops.new_key(self)
 
     def extra_repr(self) -> str:
-        num_codebooks, codebook_size, group_size = self.codebooks.shape
-        scheme = f"{num_codebooks}x{codebook_size.bit_length() - 1}g{group_size}"
+        scheme = additive.scheme(self.codebooks)
         bias = self.bias is not None
         return f"in_features={self.in_features}, out_features={self.out_features}, scheme={scheme}, bias={bias}"
 
@@ -131,7 +135,7 @@ class AdditiveLinear(nn.Module):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         stored = hf_layout.to_checkpoint(self.matrix())
         if self.bias is not None:
-            stored["bias"] = hf_layout.to_float16(self.bias, "bias")
+            stored["bias"] = to_float16(self.bias, "bias")
         destination.update({prefix + name: tensor for name, tensor in stored.items()})
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:

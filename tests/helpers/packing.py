@@ -31,6 +31,8 @@ from aqlm_cli.spec.config import PackConfig
 from aqlm_cli.spec.plan import Plan, Target, make_plan
 from aqlm_cli.spec.run_file import build_config
 from aqlm_cli.spec.schemes import AdditiveScheme, UniformScheme, parse_scheme
+from aqlm_cli.spec.selection import Selection
+from aqlm_cli.spec.treatment import parse_treatment
 from aqlm_kernels import AdditiveMatrix, Matrix
 
 SKIPPED = "model.layers.1.mlp.down_proj"
@@ -93,7 +95,7 @@ def quantized_model(
     """The run of a model that is there."""
     source = resolve(str(directory))
     network = load_network(source, torch.float32)
-    plan = make_plan(describe_layers(network), count_parameters(network), parse_scheme(scheme), skip, [])
+    plan = make_plan(describe_layers(network), count_parameters(network), Selection(parse_treatment(scheme), skip, []))
     if mixed is not None:
         plan = replace(plan, targets=(replace(plan.targets[0], scheme=parse_scheme(mixed)), *plan.targets[1:]))
     method = "aqlm" if isinstance(parse_scheme(scheme), AdditiveScheme) else "rtn"

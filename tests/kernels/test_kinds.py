@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from aqlm_kernels import (
@@ -95,6 +98,89 @@ def test_a_layer_gives_its_matrix_back_to_the_bit(kind: str) -> None:
         assert again.keys() == matrix.tensors().keys()
         for name, tensor in matrix.tensors().items():
             assert again[name].dtype == tensor.dtype and torch.equal(again[name], tensor), name
+
+
+@pytest.mark.parametrize("kind", MATRICES)
+def test_rows_are_those_of_the_weight_in_any_order_and_number(kind: str) -> None:
+    matrix, index = MATRICES[kind], torch.tensor([5, 0, 5, 11])
+    rows = matrix.rows(index)
+    assert (rows.out_features, rows.in_features) == (4, IN)
+    assert torch.equal(rows.dequantize(), matrix.dequantize()[index])
+    for name, tensor in rows.tensors().items():
+        if name in matrix.learnable:
+            assert len(tensor) == 4 or tensor is matrix.tensors()[name]
+
+
+WORDS = {"additive": "2x4g8", "uniform": "int3g16"}
+
+
+@pytest.mark.parametrize("kind", MATRICES)
+def test_packed_tensors_have_the_bits_of_the_matrix_and_give_it_back(kind: str) -> None:
+    matrix = MATRICES[kind]
+    packed = matrix.packed_tensors()
+    bits = 8 * sum(tensor.nbytes for tensor in packed.values())
+    assert matrix.bits() <= bits < matrix.bits() + 8 * len(packed)
+    again = type(matrix).from_packed(packed, WORDS[kind])
+    assert torch.equal(again.dequantize(), matrix.stored().dequantize())
+    stored = matrix.stored().tensors()
+    for name, tensor in again.tensors().items():
+        assert torch.equal(tensor, stored[name].to(tensor.dtype)), name
+        assert name in matrix.learnable or tensor.dtype == stored[name].dtype, name
+
+
+@given(rows=st.integers(1, 9), groups=st.integers(1, 5), bits=st.integers(1, 8), group_size=st.integers(1, 20))
+def test_grids_of_any_shape_survive_packing(rows: int, groups: int, bits: int, group_size: int) -> None:
+    rng, shape = draw(), (rows, groups)
+    levels = torch.randint(1 << bits, (rows, groups * group_size), generator=rng, dtype=torch.uint8)
+    zeros = torch.randint(1 << bits, shape, generator=rng, dtype=torch.uint8)
+    scales, exponent = torch.rand(shape, generator=rng).half(), torch.tensor(bits - 4, dtype=torch.int16)
+    matrix = UniformMatrix(levels, zeros, scales, torch.tensor(bits, dtype=torch.uint8), exponent)
+    packed = matrix.packed_tensors()
+    assert ("exponent" in packed) == (bits != 4)
+    counted = 8 * sum(tensor.nbytes for name, tensor in packed.items() if name != "exponent")
+    assert matrix.bits() <= counted < matrix.bits() + 16
+    again = UniformMatrix.from_packed(packed, f"int{bits}g{group_size}").tensors()
+    assert all(
+        torch.equal(tensor, again[name]) and tensor.dtype == again[name].dtype
+        for name, tensor in matrix.tensors().items()
+    )
+
+
+@given(rows=st.integers(1, 9), groups=st.integers(1, 9), books=st.integers(1, 4), bits=st.integers(1, 10))
+def test_codes_of_any_width_survive_packing(rows: int, groups: int, books: int, bits: int) -> None:
+    rng = draw()
+    codes = torch.randint(1 << bits, (rows, groups, books), generator=rng)
+    matrix = AdditiveMatrix(codes, torch.randn(books, 1 << bits, 4, generator=rng), torch.rand(rows, generator=rng))
+    if rows * books * bits < 8:
+        with pytest.raises(KernelError, match="is too small for"):
+            matrix.packed_tensors()
+        return
+    packed = matrix.packed_tensors()
+    counted = 8 * sum(tensor.nbytes for tensor in packed.values())
+    assert matrix.bits() <= counted < matrix.bits() + 8
+    again = AdditiveMatrix.from_packed(packed, f"{books}x{bits}g4")
+    assert torch.equal(again.codes, matrix.codes) and again.codes.dtype == matrix.codes.dtype
+    assert torch.equal(again.dequantize(), matrix.stored().dequantize())
+
+
+def test_packed_tensors_of_another_scheme_are_refused() -> None:
+    with pytest.raises(KernelError, match=r"codebooks are \[2, 16, 8\], which are not those of the scheme 2x8g8"):
+        AdditiveMatrix.from_packed(additive().packed_tensors(), "2x8g8")
+    with pytest.raises(KernelError, match="192 values of 4 bits take 96 bytes, found 144"):
+        UniformMatrix.from_packed(uniform().packed_tensors(), "int4g8")
+    with pytest.raises(KernelError, match=r"scales \[12, 2\] and scheme 2x8g8 are not those of a uniform matrix"):
+        UniformMatrix.from_packed(uniform().packed_tensors(), "2x8g8")
+    cut = {**additive().packed_tensors(), "codes": torch.zeros(47, dtype=torch.uint8)}
+    with pytest.raises(KernelError, match="72 values of 4 bits take 36 bytes, found 47"):
+        AdditiveMatrix.from_packed(cut, "2x4g8")
+
+
+def test_scales_that_float16_cannot_hold_are_refused_by_name() -> None:
+    matrix = uniform()
+    large = replace(matrix, scales=matrix.scales.float() * 2.0**20)
+    with pytest.raises(KernelError, match="scales reach"):
+        large.packed_tensors()
+    assert "exponent" in large.balanced().packed_tensors()
 
 
 @pytest.mark.parametrize("kind", MATRICES)

@@ -17,7 +17,8 @@ from aqlm_cli.models.blocks import count_parameters, describe_layers, find_block
 from aqlm_cli.models.plain_linear import is_plain, weight_readers, why_not_plain
 from aqlm_cli.quantization.block_files import put_matrix
 from aqlm_cli.spec.plan import Plan, make_plan
-from aqlm_cli.spec.schemes import parse_scheme
+from aqlm_cli.spec.selection import Selection
+from aqlm_cli.spec.treatment import parse_treatment
 from aqlm_kernels import AdditiveMatrix
 
 SHAPE: Mapping[str, Any] = {**tiny_models.SHAPE, "head_dim": 16, "vocab_size": 258, "pad_token_id": None}
@@ -65,7 +66,7 @@ def network(family: str, device: str = "cpu") -> Any:
 
 
 def planned(of: nn.Module) -> Plan:
-    return make_plan(describe_layers(of), count_parameters(of), parse_scheme("2x4g8"), [], [])
+    return make_plan(describe_layers(of), count_parameters(of), Selection(parse_treatment("2x4g8")))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -246,7 +247,7 @@ def test_a_model_of_real_size_is_planned_without_its_weights() -> None:
     """64 experts of 1408 are 14 billion numbers, and the copy that runs has none of them."""
     with torch.device("meta"):
         of = AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen2_moe", num_hidden_layers=2))
-    plan = make_plan(describe_layers(of), count_parameters(of), parse_scheme("2x8g8"), [], [])
+    plan = make_plan(describe_layers(of), count_parameters(of), Selection(parse_treatment("2x8g8")))
     gate = next(target for target in plan.skipped if target.path.endswith("layers.0.mlp.shared_expert_gate"))
     assert (gate.out_features, gate.in_features) == (1, 2048)
     assert gate.reason == "2x8g8 and its codebooks would make it larger than it is; name it with --only to quantize it"

@@ -579,9 +579,9 @@ def test_the_number_of_threads_that_compress_does_not_show(finished: Path, monke
     compress_all = parallel.compress_all
     counts: list[int] = []
 
-    def alone(tasks: Any, method: Any, search: Any, seed: int, threads: int, done: Any) -> Any:
+    def alone(tasks: Any, settings_of: Any, seed: int, threads: int, done: Any) -> Any:
         counts.append(threads)
-        return compress_all(tasks[::-1], method, search, seed, 1 if threads > 1 else 2, done)
+        return compress_all(tasks[::-1], settings_of, seed, 1 if threads > 1 else 2, done)
 
     monkeypatch.setattr(stage, "compress_all", alone)
     run(settings(finished), "again")

@@ -48,6 +48,9 @@ class SignMatrix:
         bits = (self.signs[..., None] >> torch.arange(8)) & 1  # [out, in/8, 8]
         return ((2.0 * bits.flatten(1) - 1) * self.scales.float()[:, None]).to(dtype)
 
+    def rows(self, index: Tensor) -> SignMatrix:
+        return SignMatrix(self.signs[index], self.scales[index])
+
     def stored(self) -> SignMatrix:
         return SignMatrix(self.signs, self.scales.half())
 
@@ -70,6 +73,13 @@ class SignMatrix:
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> SignMatrix:
         return cls(tensors["signs"], tensors["scales"])
+
+    def packed_tensors(self) -> dict[str, Tensor]:
+        return self.stored().tensors()
+
+    @classmethod
+    def from_packed(cls, tensors: Mapping[str, Tensor], word: str) -> SignMatrix:
+        return cls.from_tensors(tensors)
 
 
 # -------------------------------------------------------------------------------------------------------- the scheme

@@ -14,7 +14,7 @@ from aqlm_cli.quantization.parallel import Compressed, Task, compress_all
 from aqlm_cli.quantization.solvers.hessian import LayerStatistics
 from aqlm_cli.seeds import generator
 from aqlm_cli.spec.methods.aqlm import AqlmSettings
-from aqlm_cli.spec.schemes import parse_scheme
+from aqlm_cli.spec.treatment import parse_treatment
 from aqlm_kernels import MATRIX_KINDS
 
 SETTINGS = AqlmSettings(kmeans_iterations=3, rounds=3, ldlq_rounds=1, beam=4, final_beam=4)
@@ -26,14 +26,18 @@ def task(path: str, weight: Tensor | None = None, scheme: str = "2x4g8") -> Task
     rows, features = SHAPES[path]
     x = torch.randn(100, features, generator=draw) @ torch.randn(features, features, generator=draw)
     weight = torch.randn(rows, features, generator=draw) if weight is None else weight
-    return Task(f"block.{path}", weight, LayerStatistics(x.T @ x / 100, 100), parse_scheme(scheme))
+    return Task(f"block.{path}", weight, LayerStatistics(x.T @ x / 100, 100), parse_treatment(scheme))
 
 
 TASKS = [task(path) for path in SHAPES]
 
 
-def compress(tasks: list[Task], method: str = "aqlm", seed: int = 0, threads: int = 1) -> Mapping[str, Compressed]:
-    return compress_all(tasks, METHODS[method], SETTINGS, seed, threads, lambda done: None)
+def settings_of(method: str) -> AqlmSettings | None:
+    return SETTINGS if method == "aqlm" else None
+
+
+def compress(tasks: list[Task], seed: int = 0, threads: int = 1) -> Mapping[str, Compressed]:
+    return compress_all(tasks, settings_of, seed, threads, lambda done: None)
 
 
 def assert_same_bits(found: Mapping[str, Compressed], expected: Mapping[str, Compressed]) -> None:
@@ -75,13 +79,13 @@ def test_the_largest_are_started_first() -> None:
         begun.append(tuple(weight.shape))
         return METHODS["aqlm"](weight, *rest)  # type: ignore[arg-type]
 
-    compress_all(TASKS, noting, SETTINGS, 0, 1, lambda done: None)  # type: ignore[arg-type]
+    compress_all(TASKS, settings_of, 0, 1, lambda done: None, {"aqlm": noting})  # type: ignore[dict-item]
     assert begun == [(8, 256), (48, 64), (64, 48), (32, 64), (16, 64)]
 
 
 def test_randomness_comes_from_the_seed_and_the_name() -> None:
     weight = TASKS[0].weight
-    renamed = Task("block.other", weight, TASKS[0].statistics, TASKS[0].scheme)
+    renamed = Task("block.other", weight, TASKS[0].statistics, TASKS[0].treatment)
     found = compress([TASKS[0], renamed])
     assert not torch.equal(found["block.q"].matrix.tensors()["codes"], found["block.other"].matrix.tensors()["codes"])
     other = compress(TASKS[:1], seed=1)
@@ -106,7 +110,7 @@ def test_every_layer_is_reported_once_from_the_callers_thread() -> None:
     def done(one: Compressed) -> None:
         reported.append((one.path, threading.get_ident()))
 
-    found = compress_all(TASKS, METHODS["aqlm"], SETTINGS, 0, 2, done)
+    found = compress_all(TASKS, settings_of, 0, 2, done)
     assert sorted(path for path, _ in reported) == sorted(found) == sorted(task.path for task in TASKS)
     assert {thread for _, thread in reported} == {threading.get_ident()}
 
@@ -114,8 +118,8 @@ def test_every_layer_is_reported_once_from_the_callers_thread() -> None:
 @pytest.mark.parametrize("size", [1.0, 1e-7, 1e-12, 3e-14, 6e4])
 @pytest.mark.parametrize(("method", "scheme"), [("aqlm", "2x4g8"), ("rtn", "int2g16")])
 def test_the_error_reported_is_that_of_the_matrix_in_16_bits(size: float, method: str, scheme: str) -> None:
-    tasks = [Task(one.path, size * one.weight, one.statistics, parse_scheme(scheme)) for one in TASKS]
-    for layer, one in zip(tasks, (compress(tasks, method)[layer.path] for layer in tasks), strict=True):
+    tasks = [Task(one.path, size * one.weight, one.statistics, parse_treatment(scheme)) for one in TASKS]
+    for layer, one in zip(tasks, (compress(tasks)[layer.path] for layer in tasks), strict=True):
         tensors = one.matrix.tensors()
         tensors |= {name: tensors[name].half() for name in tensors.keys() & {"codebooks", "scales"}}
         restored = type(one.matrix).from_tensors(tensors).dequantize(torch.float64)
@@ -133,7 +137,7 @@ def test_weights_that_no_pair_of_float16_numbers_reaches_are_refused_by_name() -
 
 @pytest.mark.parametrize(("method", "scheme"), [("aqlm", "2x4g8"), ("rtn", "int2g16")])
 def test_every_method_returns_a_matrix_of_a_kind_that_can_be_stored(method: str, scheme: str) -> None:
-    matrix = compress([task("q", scheme=scheme)], method)["block.q"].matrix
+    matrix = compress([task("q", scheme=scheme)])["block.q"].matrix
     again = MATRIX_KINDS[matrix.kind].from_tensors(matrix.tensors())
     assert torch.equal(again.dequantize(), matrix.dequantize()) and again.bits() == matrix.bits()
 
@@ -160,7 +164,7 @@ def test_a_weight_of_nan_is_refused_with_the_name_of_its_layer(method: str) -> N
     tasks = [task(path, scheme=scheme) for path in SHAPES]
     tasks[1] = task("k", torch.full((16, 64), torch.nan), scheme)
     with pytest.raises(QuantizationError, match=r"^block\.k: the weight holds NaN"):
-        compress(tasks, method, threads=2)
+        compress(tasks, threads=2)
 
 
 def test_after_a_refusal_nothing_else_is_started() -> None:
@@ -172,7 +176,7 @@ def test_after_a_refusal_nothing_else_is_started() -> None:
         raise QuantizationError("no")
 
     with pytest.raises(QuantizationError, match=r"^block\.wide: no"):
-        compress_all(TASKS, refusing, SETTINGS, 0, 1, lambda done: None)  # type: ignore[arg-type]
+        compress_all(TASKS, settings_of, 0, 1, lambda done: None, {"aqlm": refusing})  # type: ignore[dict-item]
     assert len(begun) < len(TASKS)
 
 
@@ -181,7 +185,7 @@ def test_a_damaged_weight_is_named_before_the_layers_behind_it() -> None:
         "block.behind",
         torch.randn(64, 512),
         LayerStatistics(torch.full((512, 512), torch.nan), 1),
-        parse_scheme("2x4g8"),
+        parse_treatment("2x4g8"),
     )
     weight = torch.randn(*SHAPES["k"])
     weight[3, 5] = torch.nan
@@ -192,7 +196,7 @@ def test_a_damaged_weight_is_named_before_the_layers_behind_it() -> None:
 def test_an_error_that_is_no_number_is_refused() -> None:
     broken = task("q")
     broken = Task(
-        broken.path, broken.weight, LayerStatistics(torch.full((64, 64), torch.nan), 1), parse_scheme("int2g16")
+        broken.path, broken.weight, LayerStatistics(torch.full((64, 64), torch.nan), 1), parse_treatment("int2g16")
     )
     with pytest.raises(QuantizationError, match=r"^block\.q: its error is nan"):
-        compress([broken], method="rtn")
+        compress([broken])

@@ -119,6 +119,10 @@ def settings(draw: st.DrawFn) -> dict[str, Any]:
     uniform = st.builds(UniformScheme, st.integers(2, 8), st.integers(1, 1024))
     method = draw(st.sampled_from(["aqlm", "rtn"]))
     scheme = str(draw(additive if method == "aqlm" else uniform))
+    words = st.one_of(st.none(), st.one_of(additive, uniform).map(str))
+    tables = {"embeddings": draw(words), "head": draw(words)}
+    rules = [{"match": draw(st.text()), "scheme": draw(st.one_of(additive, uniform).map(str))} for _ in "ab"]
+    drawn = merge(drawn, {"quantize": {**tables, "layers": [*rules, {"match": draw(st.text()), "keep": True}]}})
     section = METHODS[method].settings
     if section is not None:
         own = section.model_json_schema()

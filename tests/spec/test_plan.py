@@ -7,7 +7,9 @@ import pytest
 
 from aqlm_cli.errors import PlanError, UsageError
 from aqlm_cli.spec.plan import ROUTER, Layer, Plan, make_plan
-from aqlm_cli.spec.schemes import Scheme, parse_scheme
+from aqlm_cli.spec.schemes import parse_scheme
+from aqlm_cli.spec.selection import Selection
+from aqlm_cli.spec.treatment import parse_treatment
 
 LAYERS = [
     Layer("model.layers.0.attn.q", 64, 32, bias=True),
@@ -22,7 +24,7 @@ PARAMETERS = WEIGHTS + 5000
 def planned(
     scheme: str = "2x8g8", skip: Sequence[str] = (), only: Sequence[str] = (), layers: Sequence[Layer] = LAYERS
 ) -> Plan:
-    return make_plan(layers, PARAMETERS, parse_scheme(scheme), skip, only)
+    return make_plan(layers, PARAMETERS, Selection(parse_treatment(scheme), skip, only))
 
 
 def paths(plan: Plan) -> list[str]:
@@ -90,7 +92,7 @@ WIDE = [
 
 
 def wide(scheme: str = "2x8g8", skip: Sequence[str] = (), only: Sequence[str] = ()) -> Plan:
-    return make_plan(WIDE, 10**8, parse_scheme(scheme), skip, only)
+    return make_plan(WIDE, 10**8, Selection(parse_treatment(scheme), skip, only))
 
 
 def test_what_the_scheme_would_make_larger_stays_with_that_reason() -> None:
@@ -100,7 +102,9 @@ def test_what_the_scheme_would_make_larger_stays_with_that_reason() -> None:
     assert all("2x8g8 and its codebooks would make it larger" in reasons[name] for name in ("small", "shared_gate"))
     assert reasons["router"].startswith("a router or gate")
     for target in WIDE[2], WIDE[4]:
-        alone = make_plan([target], target.out_features * 2048, parse_scheme("2x8g8"), [], [".*" + target.path[-5:]])
+        alone = make_plan(
+            [target], target.out_features * 2048, Selection(parse_treatment("2x8g8"), [], [".*" + target.path[-5:]])
+        )
         assert alone.bytes_after > alone.bytes_before
     assert not plan.grown and plan.bytes_after < plan.bytes_before
 
@@ -134,7 +138,7 @@ def test_a_scheme_too_large_for_the_model_is_applied_as_asked_and_told_of() -> N
 
 def test_routers_alone_are_nothing_to_quantize() -> None:
     with pytest.raises(PlanError, match=r"nothing is left .* 1 layers: 2x8g8 and its codebooks .* name it with --only"):
-        make_plan(WIDE[4:], 2048, parse_scheme("2x8g8"), [], [])
+        make_plan(WIDE[4:], 2048, Selection(parse_treatment("2x8g8")))
 
 
 def test_nothing_left_is_refused_with_the_reasons_counted() -> None:
@@ -169,7 +173,7 @@ def test_a_uniform_grid_is_written_in_16_bits() -> None:
     assert plan.stored_bits == 2 + (16 + 2) / 16
 
 
-@pytest.mark.parametrize("scheme", [parse_scheme("2x8g8"), parse_scheme("int4g32")])
-def test_a_plan_survives_json(scheme: Scheme) -> None:
-    plan = make_plan(LAYERS, PARAMETERS, scheme, [r".*\.q"], [])
+@pytest.mark.parametrize("scheme", ["2x8g8", "int4g32"])
+def test_a_plan_survives_json(scheme: str) -> None:
+    plan = make_plan(LAYERS, PARAMETERS, Selection(parse_treatment(scheme), [r".*\.q"]))
     assert Plan.from_json(json.loads(json.dumps(plan.to_json()))) == plan

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from aqlm_kernels.errors import KernelError
-from aqlm_kernels.matrices.balance import balanced
+from aqlm_kernels.matrices.balance import balanced, to_float16
+from aqlm_kernels.matrices.bitpack import pack_bits, unpack_bits
 from aqlm_kernels.search import choose_codes
 
 if TYPE_CHECKING:
@@ -73,6 +74,10 @@ class AdditiveMatrix:
         """W [out, in]; see the function `dequantize`."""
         return dequantize(self.codes, self.codebooks, self.scales, dtype)
 
+    def rows(self, index: Tensor) -> AdditiveMatrix:
+        """The matrix of these rows `[n]`; its codebooks are the same tensor."""
+        return replace(self, codes=self.codes.index_select(0, index), scales=self.scales.index_select(0, index))
+
     def stored(self) -> AdditiveMatrix:
         """The matrix with codebooks and scales rounded to float16, infinite where out of range."""
         rounded = (tensor.to(torch.float16).to(tensor.dtype) for tensor in (self.codebooks, self.scales))
@@ -113,6 +118,34 @@ class AdditiveMatrix:
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> AdditiveMatrix:
         return cls(codes=tensors["codes"], codebooks=tensors["codebooks"], scales=tensors["scales"])
 
+    def packed_tensors(self) -> dict[str, Tensor]:
+        """All codes in their order in memory at log2(K) bits each, codebooks `[M, K, g]` and scales `[out]` in float16.
+
+        Raises KernelError where float16 cannot hold them, and where out * M codes have fewer than 8 bits: their bytes
+        would not tell the number of groups.
+        """
+        if self.out_features * self.num_codebooks * self.codebook_bits < 8:
+            raise KernelError(
+                f"a matrix of {self.out_features} x {self.in_features} is too small for {scheme(self.codebooks)}"
+            )
+        return {
+            "codes": pack_bits(self.codes.flatten(), self.codebook_bits),
+            "codebooks": to_float16(self.codebooks, "codebooks"),
+            "scales": to_float16(self.scales, "scales"),
+        }
+
+    @classmethod
+    def from_packed(cls, tensors: Mapping[str, Tensor], word: str) -> AdditiveMatrix:
+        """The matrix of `packed_tensors`; KernelError where they are not of the scheme of this word, such as 2x8g8."""
+        stored, codebooks, scales = tensors["codes"], tensors["codebooks"], tensors["scales"]
+        if codebooks.ndim != 3 or word != scheme(codebooks):
+            raise KernelError(f"codebooks are {list(codebooks.shape)}, which are not those of the scheme {word}")
+        num_codebooks, bits = codebooks.shape[0], codebooks.shape[1].bit_length() - 1
+        column = max(1, scales.numel() * num_codebooks * bits)  # bits of the codes of one group of all rows
+        groups = 8 * stored.numel() // column
+        codes = unpack_bits(stored, bits, scales.numel() * groups * num_codebooks)
+        return cls(codes.view(scales.numel(), groups, num_codebooks), codebooks, scales)
+
 
 def dequantize(codes: Tensor, codebooks: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     """W [out, in], summed over m = 0, 1, ... and then scaled, in float32 (float64 if that is asked), rounded once.
@@ -130,6 +163,12 @@ def dequantize(codes: Tensor, codebooks: Tensor, scales: Tensor, dtype: torch.dt
 def code_dtype(codebook_size: int) -> torch.dtype:
     """The type codes are kept in."""
     return torch.uint8 if codebook_size <= 256 else torch.int32
+
+
+def scheme(codebooks: Tensor) -> str:  # [M, K, g]
+    """The word of the scheme, such as 2x8g8."""
+    num_codebooks, codebook_size, group_size = codebooks.shape
+    return f"{num_codebooks}x{codebook_size.bit_length() - 1}g{group_size}"
 
 
 def _check(codes: Tensor, codebooks: Tensor, scales: Tensor) -> None:
@@ -157,6 +196,6 @@ def _check_entries(codes: Tensor, codebook_size: int) -> None:
         raise KernelError(f"a codebook has {codebook_size} entries; it needs a power of two from 2 to 65536")
     if codes.is_meta or (codes.dtype == torch.uint8 and codebook_size >= 256):
         return  # no values yet; no byte can leave 256 entries
-    low, high = (int(bound) for bound in torch.aminmax(codes.long()))
+    low, high = (int(bound) for bound in torch.aminmax(codes.int() if codes.dtype == torch.uint16 else codes))
     if low < 0 or high >= codebook_size:
         raise KernelError(f"codes lie in [{low}, {high}], codebooks have entries 0 to {codebook_size - 1}")

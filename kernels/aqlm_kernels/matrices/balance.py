@@ -12,7 +12,10 @@ import math
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
+
+from aqlm_kernels.errors import KernelError
 
 if TYPE_CHECKING:
     from aqlm_kernels.matrices.additive import AdditiveMatrix
@@ -49,6 +52,15 @@ def balancing_shift(codebooks: Tensor, scales: Tensor) -> int:
         return 0
     highest = min(_exponent(held.min()) - LOWEST, HIGHEST - entry)  # or scales lose bits, or entries overflow
     return min(max(0, lowest), highest) if lowest <= highest else furthest
+
+
+def to_float16(values: Tensor, name: str) -> Tensor:
+    """Values rounded to float16, or a KernelError if one is out of its range or not a number."""
+    rounded = values.detach().to(torch.float16)
+    if not (rounded.is_meta or rounded.isfinite().all()):
+        largest = float(values.detach().abs().max())
+        raise KernelError(f"{name} reach {largest:.4g}, a checkpoint holds float16, at most 65504; quantize again")
+    return rounded
 
 
 def _exponent(size: Tensor) -> int:

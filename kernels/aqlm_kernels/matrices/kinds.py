@@ -10,6 +10,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
+from aqlm_kernels.embedding import CompressedEmbedding
 from aqlm_kernels.matrices.additive import AdditiveMatrix
 from aqlm_kernels.matrices.matrix import Matrix, QuantizedLayer
 from aqlm_kernels.matrices.uniform import UniformMatrix
@@ -18,5 +19,13 @@ MATRIX_KINDS: Mapping[str, type[Matrix]] = {"additive": AdditiveMatrix, "uniform
 
 
 def quantized_layers(network: nn.Module, prefix: str = "") -> dict[str, QuantizedLayer]:
-    """Every quantized layer of a network, by path."""
-    return {path: module for path, module in network.named_modules(prefix=prefix) if isinstance(module, QuantizedLayer)}
+    """Every quantized layer of a network, by path.
+
+    A CompressedEmbedding stands for the layer of its table, which is not listed again: neither inside it nor, in a tied
+    model, as the lm_head.
+    """
+    layers = {
+        path: module for path, module in network.named_modules(prefix=prefix) if isinstance(module, QuantizedLayer)
+    }
+    tables = {id(module.table) for module in layers.values() if isinstance(module, CompressedEmbedding)}
+    return {path: layer for path, layer in layers.items() if id(layer) not in tables}

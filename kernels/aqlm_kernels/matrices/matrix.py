@@ -35,8 +35,27 @@ class Matrix(Protocol):
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Matrix:
         """The inverse of `tensors`."""
 
+    def packed_tensors(self) -> dict[str, Tensor]:
+        """Tensors of a checkpoint, by name: integers at their true width (bitpack.py), all else in float16.
+
+        Their bytes are those of `bits`, less than one more for each tensor. Raises KernelError where float16 overflows.
+        """
+
+    @classmethod
+    def from_packed(cls, tensors: Mapping[str, Tensor], word: str) -> Matrix:
+        """The inverse of `packed_tensors`, and equal to `stored`; `word` is that of the scheme, such as 2x8g8.
+
+        Raises KernelError for tensors that are not of this scheme.
+        """
+
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """W `[out, in]`."""
+
+    def rows(self, index: Tensor) -> Matrix:
+        """The matrix of these rows of W, `[n]` of int64 in any order, as often as they come; differentiable.
+
+        A learnable tensor that belongs to rows has them as its first axis; any other stays the same object.
+        """
 
     def bits(self) -> int:
         """Stored bits, tables and scales included, as the scheme counts them."""

@@ -6,6 +6,7 @@ and one point that is zero. At 2 bits and g = 64 the levels take 2 bits a weight
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 
@@ -13,7 +14,9 @@ import torch
 from torch import Tensor
 
 from aqlm_kernels.compressed import CompressedLinear
-from aqlm_kernels.matrices.balance import HIGHEST, LOWEST
+from aqlm_kernels.errors import KernelError
+from aqlm_kernels.matrices.balance import HIGHEST, LOWEST, to_float16
+from aqlm_kernels.matrices.bitpack import pack_bits, unpack_bits
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,6 +53,11 @@ class UniformMatrix:
         steps = self.levels.float() - self.zeros.float().repeat_interleave(self.group_size, 1)
         scales = torch.ldexp(self.scales.float(), self.exponent)
         return (steps * scales.repeat_interleave(self.group_size, 1)).to(dtype)
+
+    def rows(self, index: Tensor) -> UniformMatrix:
+        """The matrix of these rows `[n]`."""
+        levels, zeros, scales = (tensor.index_select(0, index) for tensor in (self.levels, self.zeros, self.scales))
+        return replace(self, levels=levels, zeros=zeros, scales=scales)
 
     def stored(self) -> UniformMatrix:
         """The matrix with its scales in float16."""
@@ -88,6 +96,35 @@ class UniformMatrix:
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> UniformMatrix:
         exponent = tensors.get("exponent", torch.tensor(0, dtype=torch.int16))  # which early files lack
         return cls(tensors["levels"], tensors["zeros"], tensors["scales"], tensors["level_bits"], exponent)
+
+    def packed_tensors(self) -> dict[str, Tensor]:
+        """Levels and zeros in their order in memory at the grid's bits each, scales `[out, in/g]` in float16.
+
+        The exponent only where it is not 0. Raises KernelError where float16 cannot hold the scales.
+        """
+        bits = int(self.level_bits)
+        tensors = {
+            "levels": pack_bits(self.levels.flatten(), bits),
+            "zeros": pack_bits(self.zeros.flatten(), bits),
+            "scales": to_float16(self.scales, "scales"),
+        }
+        return {**tensors, "exponent": self.exponent} if int(self.exponent) else tensors
+
+    @classmethod
+    def from_packed(cls, tensors: Mapping[str, Tensor], word: str) -> UniformMatrix:
+        """The matrix of `packed_tensors`; KernelError where they are not of the scheme of the word, such as int4g64."""
+        found, scales = re.fullmatch(r"int([1-8])g(\d+)", word, flags=re.ASCII), tensors["scales"]
+        if found is None or scales.ndim != 2:
+            raise KernelError(f"scales {list(scales.shape)} and scheme {word} are not those of a uniform matrix")
+        bits, group_size = map(int, found.groups())
+        (rows, groups), device = scales.shape, scales.device
+        return cls(
+            levels=unpack_bits(tensors["levels"], bits, rows * groups * group_size).view(rows, groups * group_size),
+            zeros=unpack_bits(tensors["zeros"], bits, rows * groups).view(rows, groups),
+            scales=scales,
+            level_bits=torch.tensor(bits, dtype=torch.uint8, device=device),
+            exponent=tensors.get("exponent", torch.tensor(0, dtype=torch.int16, device=device)),
+        )
 
 
 def grid_exponent(scales: Tensor) -> Tensor:

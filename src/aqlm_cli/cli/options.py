@@ -59,6 +59,19 @@ Scheme = Annotated[
 Method = Annotated[
     str | None, typer.Option(help=f"{'; '.join(f'{name}: {method.summary}' for name, method in METHODS.items())}.")
 ]
+Embeddings = Annotated[
+    str | None, typer.Option(metavar="SCHEME", help="Quantize the embeddings, such as 4x8g8 or int8g64.")
+]
+QuantizedHead = Annotated[
+    str | None,
+    typer.Option("--head", metavar="SCHEME", help="Quantize the lm_head; a tied one goes with --embeddings."),
+]
+Layer = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="REGEX=SCHEME", help="Scheme of some layers by whole path, METHOD:SCHEME or keep; repeatable."
+    ),
+]
 Skip = Annotated[
     list[str] | None,
     typer.Option(metavar="REGEX", help="Layers to leave in 16 bits, by whole path; repeatable."),

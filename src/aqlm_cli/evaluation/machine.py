@@ -21,7 +21,6 @@ from torch.nn import functional as F
 from aqlm_cli.models.blocks import linears, replace_module
 from aqlm_cli.models.hidden_states import compute_dtype, run_block
 from aqlm_cli.models.walk import BlockInput
-from aqlm_cli.quantization.methods import METHODS
 from aqlm_cli.quantization.parallel import Task, compress_all
 from aqlm_cli.quantization.solvers.hessian import LayerStatistics, SecondMoment
 from aqlm_cli.quantization.training.block import BlockData, fit_block
@@ -148,8 +147,9 @@ def _compress(
         out, features = wanted[number % len(wanted)]
         x = torch.randn(2 * features, features, generator=rng)
         statistics = LayerStatistics(x.T @ x / len(x), len(x))
-        tasks.append(Task(f"{number}", torch.randn(out, features, generator=rng), statistics, scheme))
-    done = compress_all(tasks, METHODS[section.method], section.settings, seed, workers, lambda _: None)
+        weight = torch.randn(out, features, generator=rng)
+        tasks.append(Task(f"{number}", weight, statistics, section.default))
+    done = compress_all(tasks, section.settings_of, seed, workers, lambda _: None)
     return {shape: done[f"{number}"].seconds for number, shape in enumerate(wanted)}
 
 

@@ -52,7 +52,17 @@ def plan_of_checkpoint(
     for layer in layers:
         scheme = schemes.get(layer.path)
         reason = None if scheme is not None else layer.reason or "has no codes in the checkpoint"
-        targets.append(Target(layer.path, layer.kind, layer.out_features, layer.in_features, scheme, reason))
+        targets.append(
+            Target(
+                layer.path,
+                layer.kind,
+                layer.out_features,
+                layer.in_features,
+                scheme,
+                reason,
+                "aqlm" if scheme else None,
+            )
+        )
     return Plan(tuple(targets), parameters - sum(target.weights for target in targets))
 
 

@@ -28,6 +28,7 @@ from aqlm_cli.models import (
 )
 from aqlm_cli.models.blocks import count_parameters, describe_layers, find_blocks
 from aqlm_cli.models.hidden_states import compute_dtype
+from aqlm_cli.models.tables import describe_tables
 from aqlm_cli.models.weight_files import has_weights
 from aqlm_cli.pipeline.stage_reports import PlanReport
 from aqlm_cli.spec.config import QuantizeConfig, RunConfig
@@ -41,8 +42,8 @@ from aqlm_cli.spec.cost import (
     within_memory,
     work_of,
 )
-from aqlm_cli.spec.plan import Plan, Target, make_plan
-from aqlm_cli.spec.schemes import Scheme, parse_scheme
+from aqlm_cli.spec.plan import OUTSIDE, Plan, Target, make_plan
+from aqlm_cli.spec.schemes import Scheme
 from aqlm_cli.spec.units import parse_bytes
 from aqlm_kernels import choose, smallest
 
@@ -75,12 +76,12 @@ def preflight(config: RunConfig, source: ModelSource) -> Preflight:
     stored = saved_layouts(network) if there is None else {name: tensor.layout for name, tensor in there.items()}
     if there is not None:
         refuse_gaps(source, network, stored)
-    layers, count = describe_layers(network), count_parameters(network)
+    layers, count = [*describe_tables(network), *describe_layers(network)], count_parameters(network)
     if checkpoint is None:
-        plan = make_plan(layers, count, parse_scheme(section.scheme), section.skip, section.only)
+        plan = make_plan(layers, count, section.selection)
     else:
         plan = plan_of_checkpoint(checkpoint, source, network, layers, count)
-        _refuse_other_codes(section, str(plan.scheme))
+        _refuse_other_codes(section, plan.scheme)
     layout = EXPORTERS[config.pack.format].layouts(network, stored, plan.schemes, _fitted(network, plan))
     return Preflight(source, checkpoint, plan, model_shape(network, plan), checkpoint_bytes(layout.tensors))
 
@@ -88,7 +89,7 @@ def preflight(config: RunConfig, source: ModelSource) -> Preflight:
 def _refuse_other_codes(section: QuantizeConfig, scheme: str) -> None:
     """ConfigError for settings that ask for other codes than the imported ones; the run file may repeat those."""
     decided = QuantizeConfig(scheme=scheme)
-    for name in sorted(section.model_fields_set & {"method", "scheme", "skip", "only"}):
+    for name in sorted(section.model_fields_set & {"method", "scheme", "embeddings", "head", "layers", "skip", "only"}):
         if getattr(section, name) != getattr(decided, name):
             line = f"quantize.{name} has no effect where the codes of {section.import_from} are imported; leave it out"
             raise ConfigError(line)
@@ -105,7 +106,8 @@ def model_shape(network: nn.Module, plan: Plan) -> ModelShape:
     blocks = find_blocks(network)
     targets: dict[str, list[Target]] = {path: [] for path in blocks.paths}
     for target in plan.targets:
-        targets[next(path for path in blocks.paths if target.path.startswith(path + "."))].append(target)
+        if target.kind not in OUTSIDE:
+            targets[next(path for path in blocks.paths if target.path.startswith(path + "."))].append(target)
     shapes = tuple(
         BlockShape(tuple(targets[path]), sum(parameter.numel() for parameter in module.parameters()))
         for path, module in zip(blocks.paths, blocks.modules, strict=True)
@@ -162,17 +164,17 @@ def disk_needed(known: Preflight, work: Work) -> dict[str, int]:
 
 
 def plan_report(config: RunConfig, plan: Plan) -> PlanReport:
-    scheme = plan.scheme
+    device = torch.device(config.device)
     return PlanReport(
         model=config.model,
-        method=config.quantize.method,
-        scheme=str(scheme),
+        method=plan.method,
+        scheme=plan.scheme,
         layers=len(plan.quantized),
         code_bits=plan.code_bits,
         stored_bits=plan.stored_bits,
         bytes_before=plan.bytes_before,
         bytes_after=plan.bytes_after,
-        kernel=_kernel(scheme, torch.device(config.device)),
+        kernel="; ".join(sorted({one for scheme in plan.schemes.values() if (one := _kernel(scheme, device))})) or None,
         schemes={path: str(scheme) for path, scheme in plan.schemes.items()},
         skipped=tuple((target.path, target.reason) for target in plan.targets if target.reason is not None),
     )

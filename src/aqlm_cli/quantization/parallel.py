@@ -14,11 +14,11 @@ from numba.np.ufunc.parallel import threading_layer
 from torch import Tensor
 
 from aqlm_cli.errors import QuantizationError
-from aqlm_cli.quantization.methods import Method
+from aqlm_cli.quantization.methods import METHODS, Method
 from aqlm_cli.quantization.solvers.hessian import LayerStatistics
 from aqlm_cli.seeds import generator
-from aqlm_cli.spec.schemes import Scheme
 from aqlm_cli.spec.section import Section
+from aqlm_cli.spec.treatment import Treatment
 from aqlm_kernels import Matrix
 
 
@@ -29,7 +29,7 @@ class Task:
     path: str
     weight: Tensor  # [out, in] float32
     statistics: LayerStatistics
-    scheme: Scheme
+    treatment: Treatment
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,13 +43,15 @@ class Compressed:
 
 def compress_all(
     tasks: list[Task],
-    method: Method,
-    settings: Section | None,
+    settings_of: Callable[[str], Section | None],
     seed: int,
     workers: int,
     done: Callable[[Compressed], None],
+    methods: Mapping[str, Method] = METHODS,
 ) -> Mapping[str, Compressed]:
     """Every task's result by path, `workers` of them at a time; `done` is called in this thread as each one finishes.
+
+    `settings_of` gives the settings of a method by its name.
 
     Raises QuantizationError with the path of the layer that cannot be compressed.
     """
@@ -57,7 +59,9 @@ def compress_all(
     def compress(task: Task) -> Compressed:
         started = time.monotonic()
         try:
-            matrix = method(task.weight, task.statistics, task.scheme, generator(seed, task.path), settings)
+            name, scheme = task.treatment.method, task.treatment.scheme
+            rng, settings = generator(seed, task.path), settings_of(name)
+            matrix = methods[name](task.weight, task.statistics, scheme, rng, settings)
         except QuantizationError as error:
             raise QuantizationError(f"{task.path}: {error}") from error
         relative_error = task.statistics.relative_error(task.weight, _stored(matrix, task.path).dequantize())

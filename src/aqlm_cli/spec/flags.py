@@ -11,6 +11,7 @@ from types import MappingProxyType
 from typing import Any
 
 from aqlm_cli.errors import UsageError
+from aqlm_cli.spec.config import parse_rule
 from aqlm_cli.spec.schemes import scheme_for_bits
 
 
@@ -26,7 +27,8 @@ QUANTIZE: Mapping[str, str] = MappingProxyType(
         **MODEL,
         **{key: key for key in ("max_memory", "max_disk")},
         **_section("calibrate", "data", "sequences", "sequence_length", "bos"),
-        **_section("quantize", "method", "scheme", "skip", "only"),
+        **_section("quantize", "method", "scheme", "embeddings", "head", "skip", "only"),
+        "layer": "quantize.layers",
         **_section("pack", "format"),
     }
 )
@@ -60,9 +62,12 @@ GENERATE: Mapping[str, str] = MappingProxyType({**MODEL, **_section("bench", "ba
 def as_settings(flags: Mapping[str, Any], table: Mapping[str, str]) -> dict[str, Any]:
     """The flags of the table as the nested settings that `build_config` takes; all others are left out.
 
-    `bits` stands for the scheme of so many code bits. UsageError where both are given.
+    `bits` stands for the scheme of so many code bits, and every `layer` for a rule. UsageError where both bits and a
+    scheme are given, and for a rule of another form.
     """
     flags = {**flags, "scheme": _scheme(flags.get("bits"), flags.get("scheme"))}
+    if flags.get("layer") is not None:
+        flags["layer"] = [parse_rule(rule) for rule in flags["layer"]]
     settings: dict[str, Any] = {}
     for flag, key in table.items():
         if flags.get(flag) is not None:

@@ -1,4 +1,4 @@
-"""Plan: every matrix inside the blocks once, with its treatment or the reason why it keeps its 16 bits.
+"""Plan: every matrix in the blocks, the embeddings and the head once, each with its treatment or the reason against it.
 
 A plan is made before any work starts, printed, stored with the quantized model, and followed to the letter.  It is
 arithmetic on names and shapes: it never sees a weight.
@@ -14,16 +14,18 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, TypeAlias
 
-from aqlm_cli.errors import PlanError, UsageError
+from aqlm_cli.errors import PlanError
 from aqlm_cli.spec.schemes import BITS_PER_FLOAT, Scheme, parse_scheme, total_bytes
-
-HEAD = "lm_head"
-"""The output head lies outside the blocks and is never a target, so that to skip it is right for every model."""
+from aqlm_cli.spec.selection import HEAD, Selection, compiled
+from aqlm_cli.spec.treatment import Treatment, method_for
 
 ROUTER = "router"
 """The kind of a linear layer that decides where tokens go, or how much of something they get."""
+
+OUTSIDE = ("embedding", "head", "table")
+"""The kinds of matrices outside the blocks. A table is embedding and head in one: those of a tied model."""
 
 BYTES_PER_FLOAT = BITS_PER_FLOAT // 8
 """A value that is not quantized is stored in 16 bits."""
@@ -35,7 +37,10 @@ applied as asked."""
 
 @dataclass(frozen=True)
 class Layer:
-    """A matrix of the model.  `reason` says why its module cannot be quantized at all; None for an ordinary linear."""
+    """A matrix of the model: of kind linear, ROUTER, expert, or one of OUTSIDE.
+
+    `reason` says why its module cannot be quantized at all; None where it can.
+    """
 
     path: str
     out_features: int
@@ -47,7 +52,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Target:
-    """The treatment of one matrix: exactly one of `scheme` and `reason` is set."""
+    """The treatment of one matrix: exactly one of `scheme` and `reason` is set, and `method` with the scheme."""
 
     path: str
     kind: str
@@ -55,10 +60,16 @@ class Target:
     in_features: int
     scheme: Scheme | None
     reason: str | None
+    method: str | None = None
 
     @property
     def weights(self) -> int:
         return self.out_features * self.in_features
+
+    @property
+    def treatment(self) -> Treatment | None:
+        """Method and scheme; None where it stays in 16 bits."""
+        return None if self.scheme is None or self.method is None else Treatment(self.method, self.scheme)
 
     @property
     def bytes_after(self) -> int:
@@ -70,9 +81,9 @@ class Target:
 
 @dataclass(frozen=True)
 class Plan:
-    """The treatment of every matrix in the blocks.
+    """The treatment of every matrix.
 
-    `other_parameters` counts what lies outside of `targets`: embeddings, head, norms, and all biases.
+    `other_parameters` counts what lies outside of `targets`: norms, biases, and what is no matrix of its own.
     """
 
     targets: tuple[Target, ...]
@@ -97,10 +108,27 @@ class Plan:
         return {target.path: target.scheme for target in self.targets if target.scheme is not None}
 
     @property
-    def scheme(self) -> Scheme:
-        """The one of all that is quantized."""
-        (scheme,) = set(self.schemes.values())
-        return scheme
+    def treatments(self) -> dict[str, Treatment]:
+        """Treatments of the quantized matrices, by path."""
+        return {target.path: target.treatment for target in self.targets if target.treatment is not None}
+
+    @property
+    def scheme(self) -> str:
+        """The schemes of all that is quantized: `2x8g8`, or with their counts `2x8g8 (179), 4x8g8 (31)`."""
+        counts = Counter(str(scheme) for scheme in self.schemes.values())
+        if len(counts) == 1:
+            return next(iter(counts))
+        return ", ".join(f"{word} ({count})" for word, count in counts.most_common())
+
+    @property
+    def method(self) -> str:
+        """The methods of all that is quantized."""
+        return ", ".join(dict.fromkeys(target.method for target in self.targets if target.method is not None))
+
+    @property
+    def tables(self) -> tuple[Target, ...]:
+        """What is quantized outside the blocks."""
+        return tuple(target for target in self.quantized if target.kind in OUTSIDE)
 
     @property
     def code_bits(self) -> float:
@@ -130,10 +158,8 @@ class Plan:
 
     def leaving(self, paths: Collection[str], reason: str) -> Plan:
         """The same plan but that the layers at `paths` stay in 16 bits."""
-        targets = (
-            replace(target, scheme=None, reason=reason) if target.path in paths else target for target in self.targets
-        )
-        return replace(self, targets=tuple(targets))
+        kept = {target: replace(target, scheme=None, method=None, reason=reason) for target in self.targets}
+        return replace(self, targets=tuple(kept[one] if one.path in paths else one for one in self.targets))
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for a manifest; `from_json` is the inverse."""
@@ -142,56 +168,95 @@ class Plan:
 
     @classmethod
     def from_json(cls, stored: Mapping[str, Any]) -> Plan:
-        targets = (
-            Target(**{**target, "scheme": target["scheme"] and parse_scheme(target["scheme"])})
-            for target in stored["targets"]
-        )
-        return cls(tuple(targets), stored["other_parameters"])
+        return cls(tuple(_read_target(target) for target in stored["targets"]), stored["other_parameters"])
 
 
-def make_plan(
-    layers: Sequence[Layer], parameters: int, scheme: Scheme, skip: Sequence[str], only: Sequence[str]
-) -> Plan:
-    """Give every layer the scheme, or the first reason against it.
+def make_plan(layers: Sequence[Layer], parameters: int, selection: Selection) -> Plan:
+    """Give every layer its treatment, or the first reason against it.
 
-    `parameters` counts all of the model's.  `skip` and `only` are regular expressions that must match a whole path; one
-    that matches no layer is a mistake in spelling and raises PlanError, as does a choice that leaves nothing over.
+    `parameters` counts all of the model's.  The patterns are regular expressions that must match a whole path; one
+    that matches no layer is a mistake in spelling and raises PlanError, as does a choice that leaves nothing over, and
+    embeddings or a head that are asked for and cannot be quantized so.
 
-    Routers, and what the scheme would make larger, stay in 16 bits unless `only` names them.  Where it would make more
-    than LARGER_SHARE of the weights larger, only the routers stay, and `Plan.grown` tells of the rest.
+    Routers, and what the scheme would make larger, stay in 16 bits unless `only` or a rule names them.  Where it would
+    make more than LARGER_SHARE of the weights larger, only the routers stay, and `Plan.grown` tells of the rest.
     """
     paths = [layer.path for layer in layers]
-    skipping = [_compiled(pattern, [*paths, HEAD], "skip") for pattern in skip]
-    choosing = [_compiled(pattern, paths, "only") for pattern in only]
-    reasons = {
-        layer.path: layer.reason
-        or _unwanted(layer.path, skipping, choosing)
-        or scheme.refuses(layer.out_features, layer.in_features)
+    inside = [layer for layer in layers if layer.kind not in OUTSIDE]
+    rules = [(compiled(rule.match, paths, "layer"), rule.treatment) for rule in selection.rules]
+    chosen = _chosen_by_default(inside, selection)
+    for layer in layers:
+        if layer.kind in OUTSIDE:
+            chosen[layer.path] = _outside(layer, selection)
+        for pattern, treatment in rules:
+            if pattern.fullmatch(layer.path):
+                kept = f"kept by '{pattern.pattern}'"
+                chosen[layer.path] = layer.reason or (kept if treatment is None else _fitting(layer, treatment))
+                break
+    targets = tuple(_target(layer, chosen[layer.path]) for layer in layers)
+    if all(target.scheme is None for target in targets):
+        reasons = _counted(target.reason for target in targets)
+        raise PlanError(f"nothing is left to quantize with {selection.default.scheme}: {reasons}")
+    return Plan(targets, parameters - sum(target.weights for target in targets))
+
+
+Choice: TypeAlias = Treatment | str
+"""The treatment of a layer, or the reason why it stays in 16 bits."""
+
+
+def _read_target(stored: Mapping[str, Any]) -> Target:
+    scheme = stored["scheme"] and parse_scheme(stored["scheme"])
+    method = scheme and method_for(scheme)  # which plans of one method for all leave out
+    return Target(**{"method": method or None, **stored, "scheme": scheme or None})
+
+
+def _chosen_by_default(layers: Sequence[Layer], selection: Selection) -> dict[str, Choice]:
+    """The choice for each layer in the blocks that no rule names, by path."""
+    paths, default = [layer.path for layer in layers], selection.default
+    skipping = [compiled(pattern, [*paths, HEAD], "skip") for pattern in selection.skip]
+    choosing = [compiled(pattern, paths, "only") for pattern in selection.only]
+    chosen: dict[str, Choice] = {
+        layer.path: layer.reason or _unwanted(layer.path, skipping, choosing) or _fitting(layer, default)
         for layer in layers
     }
-    open_layers = [layer for layer in layers if reasons[layer.path] is None]
-    better_left = {layer.path: why for layer in open_layers if (why := _better_left(layer, scheme))}
+    open_layers = [layer for layer in layers if chosen[layer.path] == default]
+    better_left = {layer.path: why for layer in open_layers if (why := _better_left(layer, default))}
     ordinary = {layer.path: layer.out_features * layer.in_features for layer in open_layers if layer.kind != ROUTER}
     if sum(ordinary[path] for path in ordinary.keys() & better_left) > LARGER_SHARE * sum(ordinary.values()):
         better_left = {path: why for path, why in better_left.items() if path not in ordinary}
     named = _named(choosing, [layer.path for layer in open_layers], better_left)
-    reasons |= {path: why for path, why in better_left.items() if path not in named}
-    targets = tuple(_target(layer, scheme, reasons[layer.path]) for layer in layers)
-    if all(target.scheme is None for target in targets):
-        raise PlanError(f"nothing is left to quantize with {scheme}: {_counted(target.reason for target in targets)}")
-    return Plan(targets, parameters - sum(target.weights for target in targets))
+    return chosen | {path: why for path, why in better_left.items() if path not in named}
 
 
-def _target(layer: Layer, scheme: Scheme, reason: str | None) -> Target:
-    treatment = None if reason else scheme
-    return Target(layer.path, layer.kind, layer.out_features, layer.in_features, treatment, reason)
+def _outside(layer: Layer, selection: Selection) -> Choice:
+    """The choice for embeddings, a head or both in one. PlanError where they are asked for and cannot be quantized."""
+    asked = {"embedding": selection.embeddings, "head": selection.head}
+    treatment = selection.of_table(layer.path) if layer.kind == "table" else asked[layer.kind]
+    if treatment is None:
+        flag = "head" if layer.kind == "head" else "embeddings"
+        return layer.reason or f"outside the blocks; --{flag} SCHEME quantizes it"
+    refusal = layer.reason or treatment.scheme.refuses(layer.out_features, layer.in_features)
+    if refusal is not None:
+        raise PlanError(f"{layer.path} cannot be quantized with {treatment.scheme}: {refusal}")
+    return treatment
 
 
-def _better_left(layer: Layer, scheme: Scheme) -> str | None:
+def _fitting(layer: Layer, treatment: Treatment) -> Choice:
+    return treatment.scheme.refuses(layer.out_features, layer.in_features) or treatment
+
+
+def _target(layer: Layer, choice: Choice) -> Target:
+    shape = layer.path, layer.kind, layer.out_features, layer.in_features
+    if isinstance(choice, str):
+        return Target(*shape, scheme=None, reason=choice)
+    return Target(*shape, choice.scheme, None, choice.method)
+
+
+def _better_left(layer: Layer, treatment: Treatment) -> str | None:
     """Return the reason why a layer that could be quantized had better stay in 16 bits, or None."""
-    target = _target(layer, scheme, None)
+    target = _target(layer, treatment)
     if target.bytes_after > BYTES_PER_FLOAT * target.weights:
-        return f"{scheme} and its codebooks would make it larger than it is; name it with --only to quantize it"
+        return f"{target.scheme} and its codebooks would make it larger than it is; name it with --only to quantize it"
     if layer.kind == ROUTER:
         return "a router or gate, which is small and decides much; name it with --only to quantize it"
     return None
@@ -205,16 +270,6 @@ def _named(choosing: Sequence[re.Pattern[str]], paths: Sequence[str], better_lef
         alone = matched <= better_left.keys()
         named |= {path for path in matched if alone or path.rpartition(".")[2] in pattern.pattern}
     return named
-
-
-def _compiled(pattern: str, paths: Sequence[str], flag: str) -> re.Pattern[str]:
-    try:
-        compiled = re.compile(pattern)
-    except re.error as error:
-        raise UsageError(f"--{flag} '{pattern}' is not a regular expression: {error}") from error
-    if not any(compiled.fullmatch(path) for path in paths):
-        raise PlanError(f"--{flag} '{pattern}' matches no layer; it must match a whole path, such as {paths[0]}")
-    return compiled
 
 
 def _unwanted(path: str, skipping: Sequence[re.Pattern[str]], choosing: Sequence[re.Pattern[str]]) -> str | None:

@@ -15,7 +15,7 @@ import yaml
 from pydantic import ValidationError
 
 from aqlm_cli.errors import ConfigError, UsageError, shortened
-from aqlm_cli.spec.config import RunConfig
+from aqlm_cli.spec.config import RunConfig, methods_used
 from aqlm_cli.spec.methods import METHODS
 from aqlm_cli.spec.methods.aqlm import AqlmSettings
 from aqlm_cli.spec.section import Section
@@ -174,13 +174,15 @@ def build_config(
 
 
 def _without_methods_replaced(layers: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The layers without settings of a method for which a later layer chooses another."""
+    """The layers without settings of a method for which a later layer chooses another, and that nothing else uses."""
     kept: dict[str, dict[str, Any]] = {}
     chosen: Any = None
+    merged = merge(*layers.values()).get("quantize")
     for origin, layer in reversed(list(layers.items())):
         section = layer.get("quantize")
         if isinstance(section, Mapping):
-            replaced = {name for name in METHODS if name != chosen} if chosen is not None else set()
+            used = methods_used(merged, chosen) if isinstance(merged, Mapping) else {chosen}
+            replaced = METHODS.keys() - used if chosen is not None else set()
             layer = {**layer, "quantize": {key: value for key, value in section.items() if key not in replaced}}
             chosen = section.get("method") if chosen is None else chosen
         kept[origin] = layer

@@ -44,7 +44,7 @@ def import_checkpoint(job: Job) -> ImportReport:
     """
     started = time.monotonic()
     source, checkpoint, plan = job.source, checkpoint_of(job), job.preflight.plan
-    run = job.with_settings(quantize=job.config.quantize.model_copy(update={"scheme": str(plan.scheme)})).open_run()
+    run = job.with_settings(quantize=job.config.quantize.model_copy(update={"scheme": plan.scheme})).open_run()
     parents = {"model": source.identity, "checkpoint": checkpoint.identity}
     key = StageKey(QUANTIZE, {}, parents, overwrite=job.overwrite)
     imported = run.reusable(key)
@@ -64,7 +64,7 @@ def import_checkpoint(job: Job) -> ImportReport:
             directory=stage.published,
             checkpoint=checkpoint.name,
             model=source.name,
-            scheme=str(plan.scheme),
+            scheme=plan.scheme,
             layers=len(plan.quantized),
             code_bits=plan.code_bits,
             stored_bits=plan.stored_bits,

@@ -32,7 +32,6 @@ from aqlm_cli.pipeline.preflight import planned_work
 from aqlm_cli.pipeline.stage_reports import QuantizeReport, restored
 from aqlm_cli.quantization.block_files import block_file, put_matrix, save_block
 from aqlm_cli.quantization.block_inputs import CalibrationPass, machine_of, mixed_sequences, start_calibration_pass
-from aqlm_cli.quantization.methods import METHODS
 from aqlm_cli.quantization.parallel import Compressed, Task, compress_all
 from aqlm_cli.quantization.resume import ResumeState
 from aqlm_cli.quantization.training.block import BlockData, fit_block, round_block
@@ -41,7 +40,7 @@ from aqlm_cli.runs.files import disk_bytes
 from aqlm_cli.runs.stages import QUANTIZE, StageKey
 from aqlm_cli.seeds import generator
 from aqlm_cli.spec.config import RunConfig
-from aqlm_cli.spec.schemes import Scheme
+from aqlm_cli.spec.treatment import Treatment
 from aqlm_kernels import quantized_layers
 
 UNREACHED = "no text reaches it"
@@ -79,8 +78,8 @@ def quantize(job: Job) -> QuantizeReport:
         report = QuantizeReport(
             directory=stage.published,
             model=config.model,
-            scheme=str(plan.scheme),
-            method=config.quantize.method,
+            scheme=plan.scheme,
+            method=plan.method,
             layers=len(plan.quantized),
             code_bits=plan.code_bits,
             stored_bits=plan.stored_bits,
@@ -111,7 +110,7 @@ class _Work:
     """The parts that stay the same from block to block."""
 
     config: RunConfig
-    schemes: Mapping[str, Scheme]  # of every layer to quantize, by path
+    treatments: Mapping[str, Treatment]  # of every layer to quantize, by path
     workers: int  # matrices compressed at once
     stage: Stage
     resume_state: ResumeState
@@ -125,13 +124,13 @@ def _quantize_blocks(job: Job, calibration: Artifact, stage: Stage) -> list[dict
     ids, measured = mixed_sequences(config, calibration)
     if config.quantize.fitting.epochs and measured == len(ids):
         emit(Warned("the calibration set has one sequence, so none is held out and blocks are not fitted; add text"))
-    schemes, resume_state = preflight.plan.schemes, ResumeState(stage.work)
+    treatments, resume_state = preflight.plan.treatments, ResumeState(stage.work)
     states = start_calibration_pass(job.source, ids, measured, config, resume_state, emit)
-    last = states.walk.last(list(schemes))
+    last = states.walk.last(list(treatments))
     if resume_state.blocks:
         emit(Noted(f"{stage.directory} holds {resume_state.blocks} of {last + 1} blocks; resuming after them"))
     emit(StageStarted(QUANTIZE.name, last + 1, "block", done=resume_state.blocks))
-    work = _Work(config, schemes, planned_work(config, preflight.shape).workers, stage, resume_state, emit)
+    work = _Work(config, treatments, planned_work(config, preflight.shape).workers, stage, resume_state, emit)
     for index in range(states.index, last + 1):
         block = states.walk.load(index)
         layers = _quantize_block(work, states, block)
@@ -168,7 +167,7 @@ def _compress(work: _Work, states: CalibrationPass, block: nn.Module) -> dict[st
     """Put the compressed layers into the block; each of them by its path in the model."""
     section, prefix = work.config.quantize, states.path
     # Paths inside the block, as the block knows them.
-    chosen = {path: layer for path, layer in linears(block, "").items() if f"{prefix}.{path}" in work.schemes}
+    chosen = {path: layer for path, layer in linears(block, "").items() if f"{prefix}.{path}" in work.treatments}
     statistics = states.measure(block, chosen)
     give_back_memory()
     for path in chosen.keys() - statistics.keys():
@@ -176,12 +175,11 @@ def _compress(work: _Work, states: CalibrationPass, block: nn.Module) -> dict[st
     chosen = {path: layer for path, layer in chosen.items() if path in statistics}
     kept = {path: work.resume_state.kept(f"{prefix}.{path}") for path in chosen}
     tasks = [
-        Task(f"{prefix}.{path}", layer.weight.detach(), statistics[path], work.schemes[f"{prefix}.{path}"])
+        Task(f"{prefix}.{path}", layer.weight.detach(), statistics[path], work.treatments[f"{prefix}.{path}"])
         for path, layer in chosen.items()
         if kept[path] is None
     ]
-    method = METHODS[section.method]
-    made = compress_all(tasks, method, section.settings, work.config.seed, work.workers, _keeper(work))
+    made = compress_all(tasks, section.settings_of, work.config.seed, work.workers, _keeper(work))
     compressed = {**made, **{one.path: one for one in kept.values() if one is not None}}
     for path in chosen:
         put_matrix(block, path, compressed[f"{prefix}.{path}"].matrix)

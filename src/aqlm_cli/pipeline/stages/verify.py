@@ -21,7 +21,6 @@ from aqlm_cli.models.plain_linear import is_plain
 from aqlm_cli.pipeline.job import Job
 from aqlm_cli.quantization.block_files import block_file, matrix_kinds, plan_of, read_matrix, restore_block
 from aqlm_cli.quantization.block_inputs import machine_of, mixed_sequences, start_calibration_pass
-from aqlm_cli.quantization.methods import METHODS
 from aqlm_cli.quantization.parallel import Task, compress_all
 from aqlm_cli.quantization.resume import ResumeState
 from aqlm_cli.records import Record
@@ -31,7 +30,7 @@ from aqlm_cli.runs.directory import RunDirectory
 from aqlm_cli.runs.files import digest_file
 from aqlm_cli.runs.stages import QUANTIZE
 from aqlm_cli.seeds import generator
-from aqlm_cli.spec.schemes import Scheme
+from aqlm_cli.spec.treatment import Treatment
 from aqlm_kernels import Matrix
 
 VERIFY = "verify"
@@ -94,16 +93,16 @@ def _compare_digest(artifact: Artifact, name: str) -> None:
 
 def _requantize(job: Job, run: RunDirectory, quantized: Artifact) -> str | None:
     """The path of the layer; None where this machine would not compute the same bits."""
-    config, schemes = run.config, plan_of(quantized).schemes
+    config, treatments = run.config, plan_of(quantized).treatments
     if config.quantize.import_from is not None:
         job.emit(Noted(f"the codes were imported from {config.quantize.import_from}, so no layer is quantized again"))
         return None
     if quantized.manifest.results.get("machine") != machine_of(config):
         job.emit(Noted("quantized by another version or on another kind of machine, so no layer is quantized again"))
         return None
-    chosen = sorted(schemes)[int(torch.randint(len(schemes), (), generator=generator(config.seed, VERIFY)))]
+    chosen = sorted(treatments)[int(torch.randint(len(treatments), (), generator=generator(config.seed, VERIFY)))]
     with TemporaryDirectory(prefix="verify.", dir=run.path) as work:
-        again, there = _both(job, run, quantized, chosen, schemes[chosen], Path(work))
+        again, there = _both(job, run, quantized, chosen, treatments[chosen], Path(work))
     for name, numbers in again.tensors().items():
         other = there.tensors()[name]
         if not numbers.is_floating_point() and not torch.equal(numbers.long(), other.long()):
@@ -116,7 +115,7 @@ def _requantize(job: Job, run: RunDirectory, quantized: Artifact) -> str | None:
 
 
 def _both(
-    job: Job, run: RunDirectory, quantized: Artifact, chosen: str, scheme: Scheme, work: Path
+    job: Job, run: RunDirectory, quantized: Artifact, chosen: str, treatment: Treatment, work: Path
 ) -> tuple[Matrix, Matrix]:
     """The matrix of the chosen layer, quantized again on the output of the blocks before it, and the stored one."""
     config, source, emit = run.config, job.base_model(run), job.emit
@@ -134,9 +133,8 @@ def _both(
     inside = chosen.removeprefix(states.path + ".")
     layer = block.get_submodule(inside)
     assert is_plain(layer)
-    task = Task(chosen, layer.weight, states.measure(block, [inside])[inside], scheme)
-    section = config.quantize
-    made = compress_all([task], METHODS[section.method], section.settings, config.seed, 1, lambda _: None)
+    task = Task(chosen, layer.weight, states.measure(block, [inside])[inside], treatment)
+    made = compress_all([task], config.quantize.settings_of, config.seed, 1, lambda _: None)
     emit(Advanced(chosen, index + 1))
     file = block_file(index)
     return made[chosen].matrix, read_matrix(quantized, file, chosen, matrix_kinds(quantized, file)[chosen])

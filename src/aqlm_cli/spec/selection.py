@@ -1,0 +1,61 @@
+"""Selection: which layers are quantized and how, as the settings ask for it, before any model is known.
+
+For one layer, in this order, the first that says something counts:
+
+1. a module that cannot be quantized stays as it is;
+2. the rules (`quantize.layers`, `--layer`), the first that matches the whole path;
+3. `quantize.embeddings` and `quantize.head`, for what lies outside the blocks: without them that stays in 16 bits;
+4. `skip`, `only`, and the scheme of all other layers.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from aqlm_cli.errors import PlanError, UsageError
+from aqlm_cli.spec.treatment import Treatment
+
+HEAD = "lm_head"
+"""The name of the output head in most models: to skip it is right for every model."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """The layers whose whole path `match` matches get the treatment; None: they stay in 16 bits."""
+
+    match: str
+    treatment: Treatment | None
+
+
+@dataclass(frozen=True)
+class Selection:
+    """`default` is the treatment of the layers in the blocks; `skip` and `only` are regular expressions for those."""
+
+    default: Treatment
+    skip: Sequence[str] = ()
+    only: Sequence[str] = ()
+    rules: Sequence[Rule] = ()
+    embeddings: Treatment | None = None
+    head: Treatment | None = None
+
+    def of_table(self, path: str) -> Treatment | None:
+        """The treatment of a matrix that is embedding and head. PlanError where the two settings differ."""
+        if self.embeddings and self.head and self.embeddings != self.head:
+            raise PlanError(
+                f"{path} is both embedding and head of this model, so --embeddings {self.embeddings} and "
+                f"--head {self.head} must be the same; give one of them"
+            )
+        return self.embeddings or self.head
+
+
+def compiled(pattern: str, paths: Sequence[str], flag: str) -> re.Pattern[str]:
+    """The expression. UsageError where it is none, PlanError where it matches none of the paths: a misspelling."""
+    try:
+        expression = re.compile(pattern)
+    except re.error as error:
+        raise UsageError(f"--{flag} '{pattern}' is not a regular expression: {error}") from error
+    if not any(expression.fullmatch(path) for path in paths):
+        raise PlanError(f"--{flag} '{pattern}' matches no layer; it must match a whole path, such as {paths[0]}")
+    return expression

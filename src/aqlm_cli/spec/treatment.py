@@ -1,0 +1,46 @@
+"""Treatment of a layer: the method that quantizes it, and the scheme that it is stored in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from aqlm_cli.errors import UsageError
+from aqlm_cli.spec.methods import METHODS
+from aqlm_cli.spec.schemes import Scheme, parse_scheme
+
+
+@dataclass(frozen=True)
+class Treatment:
+    """A method and a scheme of one of its families; prints as the word that it is parsed from, `aqlm:2x8g8`."""
+
+    method: str
+    scheme: Scheme
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise UsageError(f"there is no method {self.method!r}; choose {' or '.join(METHODS)}")
+        method = METHODS[self.method]
+        if self.scheme.kind not in method.families:
+            wanted = f"{' or '.join(method.families)} schemes such as {method.scheme}"
+            raise UsageError(f"method {self.method} takes {wanted}, not {self.scheme}")
+
+    def __str__(self) -> str:
+        return f"{self.method}:{self.scheme}"
+
+
+def parse_treatment(text: str, preferred: str | None = None) -> Treatment:
+    """The treatment of `METHOD:SCHEME`, or of a scheme alone: by `preferred`, or by the first method that takes it.
+
+    Raises UsageError for an unknown method or scheme, and for a scheme that the method does not take.
+    """
+    method, colon, word = text.rpartition(":")
+    scheme = parse_scheme(word)
+    if colon:
+        return Treatment(method, scheme)
+    return Treatment(method_for(scheme, preferred), scheme)
+
+
+def method_for(scheme: Scheme, preferred: str | None = None) -> str:
+    """`preferred` where it takes the scheme, else the first method of the table that does."""
+    taking = [name for name, method in METHODS.items() if scheme.kind in method.families]
+    return preferred if preferred in taking else taking[0]
