@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Protocol, TypeAlias, TypeVar
 
 from aqlm_cli.errors import PlanError
 from aqlm_cli.spec.knapsack import ROUNDING, select
@@ -79,13 +79,27 @@ def least_size(layers: Layers, limit: float) -> Allocation:
     return _selected(layers, _score, _bytes, limit * (1 + ROUNDING), "score")
 
 
-def within_file(solve: Callable[[int], Allocation], size_of: Callable[[Allocation], int], limit: int) -> Allocation:
+class Sized(Protocol):
+    """Something that was solved for: an Allocation, or what is made of one."""
+
+    @property
+    def bytes(self) -> int: ...
+
+    @property
+    def score(self) -> float: ...
+
+
+Plan = TypeVar("Plan", bound=Sized)
+
+
+def within_file(solve: Callable[[int], Plan], size_of: Callable[[Plan], int], limit: int) -> Plan:
     """The allocation whose file is the largest within `limit`: `size_of` tells its size to the byte.
 
     A safetensors header writes where every tensor lies, so that a file is not quite the sum of its layers: `solve` is
     asked again with what the last plan's file had beside them.
     """
-    asked, best, tried = limit, None, set[int]()
+    asked, tried = limit, set[int]()
+    best: Plan | None = None
     while asked not in tried and len(tried) < TRIES:
         tried.add(asked)
         plan = solve(asked)
