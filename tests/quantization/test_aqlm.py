@@ -284,7 +284,7 @@ def test_an_ordinary_matrix_is_searched_and_stored_as_it_comes(monkeypatch: pyte
     weight[5] = 0
     found = quantize(0.02 * weight, statistics, settings=QUICK).stored()
     monkeypatch.setattr(aqlm, "balanced", lambda matrix: matrix)
-    monkeypatch.setattr(aqlm, "_unit", lambda weight: 1.0)
+    monkeypatch.setattr(aqlm, "ordinary_unit", lambda weight: 1.0)
     expected = quantize(0.02 * weight, statistics, settings=QUICK).stored()
     assert all(torch.equal(tensor, expected.tensors()[name]) for name, tensor in found.tensors().items())
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numba
@@ -75,8 +76,7 @@ def compress_all(
     # The most expensive first: the last ones to finish are then short.
     order = sorted(tasks, key=lambda task: -task.weight.numel() * task.weight.shape[1])
     results: dict[str, Compressed] = {}
-    threads = torch.get_num_threads()
-    with ThreadPoolExecutor(_safely_parallel(workers), initializer=_single_threaded) as pool:
+    with single_threaded_pool(workers) as pool:
         waiting = [pool.submit(compress, task) for task in order]
         try:
             for finished in as_completed(waiting):
@@ -84,7 +84,6 @@ def compress_all(
                 done(finished.result())
         finally:
             pool.shutdown(cancel_futures=True)
-    torch.set_num_threads(threads)  # where torch is built without OpenMP it keeps one number for all Python threads
     return results
 
 
@@ -96,6 +95,15 @@ def _stored(matrix: Matrix, path: str) -> Matrix:
             f"{path}: its weights are too large for codebooks or scales in float16; leave it out with --skip"
         )
     return stored
+
+
+@contextmanager
+def single_threaded_pool(workers: int) -> Iterator[ThreadPoolExecutor]:
+    """A pool of `workers` threads whose products use one core each: then a result does not depend on their number."""
+    threads = torch.get_num_threads()
+    with ThreadPoolExecutor(_safely_parallel(workers), initializer=_single_threaded) as pool:
+        yield pool
+    torch.set_num_threads(threads)  # where torch is built without OpenMP it keeps one number for all Python threads
 
 
 def _safely_parallel(workers: int) -> int:

@@ -12,6 +12,7 @@ aqlm_original.py) this leaves a third less error in a twentieth of the time.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -48,7 +49,7 @@ def quantize(
     if not bool(statistics.second_moment.isfinite().all()):
         raise QuantizationError("its inputs hold NaN or infinite values; the model is damaged or overflows")
     algorithm = {"ldlq": _quantize, "reference": quantize_reference}[settings.algorithm]
-    unit = _unit(weight)
+    unit = ordinary_unit(weight)
     approximation = algorithm(weight / unit, statistics, scheme, rng, settings)
     scales = (unit * approximation.scales).masked_fill((weight == 0).all(dim=1), 0)
     return balanced(AdditiveMatrix(codes=approximation.codes, codebooks=approximation.codebooks, scales=scales))
@@ -58,7 +59,7 @@ ORDINARY = 2.0**-10, 2.0**10
 """The search squares weights, and some of its thresholds and rates are absolute: for largest weights between these."""
 
 
-def _unit(weight: Tensor) -> float:
+def ordinary_unit(weight: Tensor) -> float:
     """1 for ordinary weights, else the power of two next above the largest, by which float32 divides exactly."""
     largest = float(weight.abs().max())
     if largest == 0 or ORDINARY[0] <= largest <= ORDINARY[1]:
@@ -69,27 +70,70 @@ def _unit(weight: Tensor) -> float:
 def _quantize(
     weight: Tensor, statistics: LayerStatistics, scheme: AdditiveScheme, rng: torch.Generator, settings: AqlmSettings
 ) -> Approximation:
-    search = code_search(weight.device)
-    group = scheme.group_size
-    metric = damped(statistics.second_moment, settings.damping)
-    order = most_active_first(metric, group)
-    columns = (order[:, None] * group + torch.arange(group, device=order.device)).flatten()
-    ahead = block_ldl(metric[columns][:, columns], group, settings.factor_damping)
-    around = Feedback(diagonal_blocks(metric, group), metric, forward=False)
+    sweeps = Sweeps.of(statistics, scheme.group_size, settings, weight.device)
+    return fit(weight, sweeps, scheme, rng, settings)
 
-    importance = ahead.metric[order.argsort()].diagonal(dim1=1, dim2=2)  # [n, g]
-    present = _start(weight, importance, scheme, rng, settings, search)
-    present = _search_ahead(weight, present, ahead, order, settings.beam, search)
-    present = _search_around(weight, present, around, settings.beam, search)
+
+@dataclass(frozen=True, eq=False)
+class Sweeps:
+    """The damped Hessian in the forms that the search needs; they serve any number of rows."""
+
+    metric: Tensor  # [in, in]
+    order: Tensor  # [n]: groups as the LDLQ pass takes them
+    ahead: Feedback  # of that pass, in its order
+    around: Feedback  # of coordinate descent
+    search: CodeSearch
+
+    @classmethod
+    def of(cls, statistics: LayerStatistics, group: int, settings: AqlmSettings, device: torch.device) -> Sweeps:
+        metric = damped(statistics.second_moment, settings.damping)
+        order = most_active_first(metric, group)
+        columns = (order[:, None] * group + torch.arange(group, device=order.device)).flatten()
+        ahead = block_ldl(metric[columns][:, columns], group, settings.factor_damping)
+        around = Feedback(diagonal_blocks(metric, group), metric, forward=False)
+        return cls(metric, order, ahead, around, code_search(device))
+
+    @property
+    def importance(self) -> Tensor:
+        """Price of an error of each input `[n, g]`: the diagonals of the LDL's blocks."""
+        return self.ahead.metric[self.order.argsort()].diagonal(dim1=1, dim2=2)
+
+
+def fit(
+    weight: Tensor, sweeps: Sweeps, scheme: AdditiveScheme, rng: torch.Generator, settings: AqlmSettings
+) -> Approximation:
+    """Codes, codebooks and scales for W `[out, in]`, whose largest weight is of ordinary size."""
+    metric, search = sweeps.metric, sweeps.search
+    present = _start(weight, sweeps.importance, scheme, rng, settings, search)
+    present = _search_ahead(weight, present, sweeps.ahead, sweeps.order, settings.beam, search)
+    present = _search_around(weight, present, sweeps.around, settings.beam, search)
     for round_number in range(1, settings.rounds + 1):
         present = improve_codebooks(weight / present.scales[:, None], metric, present, settings.cg_steps, search)
         present = improve_scales(weight, metric, present, search)
         if round_number <= settings.ldlq_rounds:
-            present = _search_ahead(weight, present, ahead, order, settings.beam, search)
+            present = _search_ahead(weight, present, sweeps.ahead, sweeps.order, settings.beam, search)
         final = round_number > settings.rounds - 2
-        present = _search_around(weight, present, around, settings.final_beam if final else settings.beam, search)
+        present = _search_around(
+            weight, present, sweeps.around, settings.final_beam if final else settings.beam, search
+        )
     present = improve_codebooks(weight / present.scales[:, None], metric, present, settings.final_cg_steps, search)
     return improve_scales(weight, metric, present, search)
+
+
+def encode(weight: Tensor, sweeps: Sweeps, codebooks: Tensor, settings: AqlmSettings) -> Approximation:
+    """Codes and scales for W `[rows, in]` with the `codebooks` that `fit` found on other rows; each row for itself."""
+    search, importance, scales = sweeps.search, sweeps.importance, starting_scales(weight)
+    residual = (weight / scales[:, None]).view(len(weight), -1, codebooks.shape[2])  # [rows, n, g]
+    codes = []
+    for codebook in codebooks:
+        codes.append(search.nearest(importance, residual * importance, codebook))
+        residual = residual - codebook[codes[-1]]
+    present = Approximation(torch.stack(codes, 2), codebooks, scales)
+    for beam in settings.beam, settings.final_beam:
+        present = _search_ahead(weight, present, sweeps.ahead, sweeps.order, settings.beam, search)
+        present = _search_around(weight, present, sweeps.around, beam, search)
+        present = improve_scales(weight, sweeps.metric, present, search)
+    return present
 
 
 def _start(
