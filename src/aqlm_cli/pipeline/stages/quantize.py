@@ -62,6 +62,8 @@ def quantize(job: Job) -> QuantizeReport:
         )
     settings = {**config.quantize.model_dump(mode="json"), "seed": config.seed}
     parents = {"model": source.identity, "calibration": calibration.digest}
+    if config.quantize.target.question is not None:
+        parents["allocation"] = run.current("allocation").digest
     key = StageKey(QUANTIZE, settings, parents, machine_of(config), job.overwrite)
     quantized = run.reusable(key)
     if quantized is not None:
