@@ -13,6 +13,7 @@ from aqlm_kernels.cpu.decoder import Decoder, DecoderBlock
 from aqlm_kernels.cpu.lm_head import ByteRows, matmul_dense
 from aqlm_kernels.embedding import CompressedEmbedding
 from aqlm_kernels.errors import KernelError
+from aqlm_kernels.experts import SingleExperts, expert_shapes, is_fused, why_not_single
 from aqlm_kernels.hf_layout import from_checkpoint, to_checkpoint
 from aqlm_kernels.linear import AdditiveLinear, coded_layers
 from aqlm_kernels.matrices.additive import AdditiveMatrix
@@ -39,12 +40,15 @@ __all__ = [
     "Matrix",
     "PackedMatrix",
     "QuantizedLayer",
+    "SingleExperts",
     "UniformMatrix",
     "balanced",
     "balancing_shift",
     "choose",
     "coded_layers",
+    "expert_shapes",
     "from_checkpoint",
+    "is_fused",
     "matmul",
     "matmul_dense",
     "pack_bits",
@@ -55,4 +59,5 @@ __all__ = [
     "smallest",
     "to_checkpoint",
     "unpack_bits",
+    "why_not_single",
 ]

@@ -19,6 +19,7 @@ import pytest
 import torch
 import transformers
 from helpers import families, tiny_models
+from helpers.packing import write_weight
 from helpers.walks import logits_of_walk
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -158,7 +159,7 @@ class Trial:
             codes, codebooks, scales = (stored[f"{target.path}.{name}"] for name in ("codes", "codebooks", "scales"))
             groups = codebooks[0].float()[codes[..., 0].long() % 16]  # [out, in/8, 8]
             self.weights[target.path] = groups.flatten(1) * scales.float().flatten()[:, None]
-            self.network.get_submodule(target.path).weight.copy_(self.weights[target.path])
+            write_weight(self.network, target.path, self.weights[target.path])
         self.wanted_of_codes = logits_of(self.network)
         changed = distance(self.wanted_of_codes, self.wanted)
         assert changed > 1e3 * SAME, "nothing that was quantized takes part"
@@ -177,7 +178,7 @@ class Trial:
         directory = pack(make_job(self.config("dense"), self.run, overwrite=True)).directory
         found = logits_of(load_network(resolve(str(directory)), torch.float32))
         for path, weight in self.weights.items():
-            self.network.get_submodule(path).weight.copy_(weight.half())
+            write_weight(self.network, path, weight.half().float())
         same("what is packed dense", found, logits_of(self.network))
 
 

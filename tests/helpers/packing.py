@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 from aqlm_cli.events import Emit, silent
 from aqlm_cli.models import load_network, resolve
 from aqlm_cli.models.blocks import count_parameters, describe_layers, find_blocks
+from aqlm_cli.models.experts import expert_place
 from aqlm_cli.pipeline.job import make_job
 from aqlm_cli.pipeline.stage_reports import PackReport
 from aqlm_cli.pipeline.stages.pack import pack
@@ -136,10 +137,20 @@ def with_weights_written_out(run: RunDirectory, plan: Plan) -> nn.Module:
     for parameter in network.parameters():  # also those that transformers would keep in 32 bits
         parameter.data = parameter.data.half().float()
     for path, matrix in matrices(plan).items():
-        network.get_submodule(path).weight = nn.Parameter(matrix.dequantize())  # of its own, though it was shared
+        write_weight(network, path, matrix.dequantize())
     if NORM in dict(network.named_parameters()):
         network.get_parameter(NORM).data = TUNED_NORM
     return network
+
+
+@torch.no_grad()
+def write_weight(network: nn.Module, path: str, weight: Tensor) -> None:
+    """Give the layer at `path` another weight `[out, in]`, of its own though it was shared; or one of fused experts."""
+    place = expert_place(network, path)
+    if place is None:
+        network.get_submodule(path).weight = nn.Parameter(weight, requires_grad=False)
+    else:
+        network.get_parameter(place.parameter)[place.number] = weight.T if place.transposed else weight
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ from aqlm_cli.models.blocks import (
     linears,
     observe_inputs,
     replace_module,
+    unfuse,
 )
 
 LLAMA_LINEARS = [
@@ -117,14 +118,30 @@ def test_matrices_that_are_no_linear_come_with_the_reason() -> None:
     assert "Conv1D" in str(layers["transformer.h.0.attn.c_attn"].reason)
 
 
-def test_fused_experts_are_listed_beside_the_linears_of_their_block() -> None:
+def test_every_expert_of_a_fused_parameter_is_listed_as_a_matrix_of_its_own() -> None:
     shape = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 2}
     network = from_settings("mixtral", **shape, num_hidden_layers=1, num_local_experts=3, vocab_size=32)
-    layers = {layer.path: layer for layer in describe_layers(network)}
-    fused = layers["model.layers.0.mlp.experts.gate_up_proj"]
-    assert "[3, 48, 16]" in str(fused.reason)
-    assert fused.out_features * fused.in_features == 3 * 48 * 16
-    assert layers["model.layers.0.self_attn.q_proj"].reason is None
+    layers = {layer.path: layer for layer in describe_layers(network) if layer.kind == "expert"}
+    assert [path.removeprefix("model.layers.0.mlp.experts.") for path in layers] == [
+        f"{number}.{name}" for number in range(3) for name in ("gate_up_proj", "down_proj")
+    ]
+    first, second = list(layers.values())[:2]
+    assert (first.out_features, first.in_features, first.reason) == (48, 16, None)
+    assert (second.out_features, second.in_features, second.reason) == (16, 24, None)
+
+
+def test_fused_experts_that_compute_something_else_are_listed_with_the_reason() -> None:
+    shape = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 2}
+    network = from_settings("mixtral", **shape, num_hidden_layers=1, num_local_experts=3, vocab_size=32)
+    experts = network.model.layers[0].mlp.experts
+    kind = type(experts)
+    forward = kind.forward
+    experts.__class__ = type("Doubled", (kind,), {"forward": lambda *given: 2 * forward(*given)})
+    layers = {layer.path: layer for layer in describe_layers(network) if "experts" in layer.path}
+    assert list(layers) == [f"model.layers.0.mlp.experts.{name}" for name in ("gate_up_proj", "down_proj")]
+    reasons = {layer.reason for layer in layers.values()}
+    assert reasons == {"Doubled computes something else than its experts one by one"}
+    assert unfuse(network.model.layers[0]).mlp.experts is experts
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])  # an untied and a tied head

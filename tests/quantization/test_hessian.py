@@ -8,6 +8,7 @@ from torch import Tensor
 
 from aqlm_cli.errors import QuantizationError
 from aqlm_cli.quantization.solvers.hessian import (
+    TOKENS_PER_FEATURE,
     LayerStatistics,
     SecondMoment,
     block_ldl,
@@ -188,3 +189,43 @@ def test_the_relative_error_does_not_depend_on_the_size_of_the_weights(size: flo
     expected = LayerStatistics(moment, 1).relative_error(weight, approximation)
     found = LayerStatistics(moment, 1).relative_error(size * weight, size * approximation)
     assert found == pytest.approx(expected, rel=1e-4) and found > 0.001
+
+
+# ------------------------------------------------------------------------------------------- experts with few tokens
+
+
+def collected(x: Tensor) -> SecondMoment:
+    moment = SecondMoment(x.shape[1], x.device)
+    moment.add(x)
+    return moment
+
+
+def common_of(*parts: Tensor) -> SecondMoment:
+    moment = SecondMoment(parts[0].shape[1], parts[0].device)
+    for part in parts:
+        moment.merge(collected(part))
+    return moment
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 7, 31])
+def test_few_tokens_are_completed_with_the_mean_of_all_experts(tokens: int) -> None:
+    few, many = random(tokens, 8), 3 * random(200, 8, seed=1)
+    found = collected(few).statistics(common_of(few, many))
+    everyone = torch.cat([few, many])
+    mean, share = everyone.T @ everyone / len(everyone), tokens / (TOKENS_PER_FEATURE * 8)
+    wanted = share * few.T @ few / max(tokens, 1) + (1 - share) * mean
+    torch.testing.assert_close(found.second_moment, wanted, rtol=1e-5, atol=1e-5)
+    assert found.tokens == tokens
+
+
+def test_enough_tokens_are_left_alone() -> None:
+    enough, others = random(TOKENS_PER_FEATURE * 8, 8), 100 * random(50, 8, seed=1)
+    found = collected(enough).statistics(common_of(enough, others))
+    assert torch.equal(found.second_moment, collected(enough).statistics().second_moment)
+
+
+def test_completed_moments_of_few_tokens_are_not_singular() -> None:
+    few, many = random(2, 8), random(200, 8, seed=1)
+    alone = torch.linalg.eigvalsh(collected(few).statistics().second_moment)
+    together = torch.linalg.eigvalsh(collected(few).statistics(common_of(few, many)).second_moment)
+    assert float(alone[0]) < 1e-5 < 0.1 < float(together[0])

@@ -21,6 +21,7 @@ from aqlm_cli.export.tensors import narrowing_losses
 from aqlm_cli.export.transformers import TransformersExporter, scheme_of
 from aqlm_cli.export.writer import write_checkpoint
 from aqlm_cli.models import ModelSource, load_skeleton, save_support_files, tensor_index
+from aqlm_cli.models.experts import expert_place
 from aqlm_cli.runs.files import storage_errors, write_file
 from aqlm_kernels import Matrix
 
@@ -133,8 +134,11 @@ def _filling(directory: Path) -> Iterator[None]:
 
 
 def _layer_shape(network: nn.Module, path: str) -> tuple[int, int] | None:
-    """`(out, in)` of the linear layer at `path`; None where none is."""
-    layer = dict(network.named_modules()).get(path)
+    """`(out, in)` of the linear layer or the expert's matrix at `path`; None where none is."""
+    layer, place = dict(network.named_modules()).get(path), expert_place(network, path)
+    if place is not None:
+        rows, columns = network.get_parameter(place.parameter).shape[1:]
+        return (columns, rows) if place.transposed else (rows, columns)
     return (layer.out_features, layer.in_features) if isinstance(layer, nn.Linear) else None
 
 

@@ -12,9 +12,11 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
+from torch import Tensor
 
 from aqlm_cli.models import Network, Placement, names_of_codes, placements
 from aqlm_cli.models.blocks import find_blocks
+from aqlm_cli.models.experts import experts_in, weight_parameter
 from aqlm_cli.runs.files import TensorLayout
 
 
@@ -23,12 +25,16 @@ class Slot:
     """One tensor of a checkpoint.
 
     `parameter` is its name in the network; None where it is copied from the files of the base model as it is.
-    `placement` is where those files hold it; None where they have no such tensor.
+    `placement` is where those files hold it; None where they have no such tensor. `experts` are the paths of the
+    experts' layers whose weights it holds, by number; empty for every other tensor. `split` makes a tensor of one
+    expert of its part `[1, ...]` of the parameter, by name; None where the tensor is the parameter.
     """
 
     layout: TensorLayout
     parameter: str | None
     placement: Placement | None
+    experts: tuple[str, ...] = ()
+    split: Callable[[str, Tensor], Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -42,8 +48,14 @@ class Layout:
 
     def bytes_of(self, paths: Collection[str]) -> int:
         """Bytes of everything that stands for the weights of the layers at `paths`."""
-        parts = [(slot.layout.bytes, (slot.parameter or "").rpartition(".")) for slot in self.slots.values()]
-        return sum(size for size, (path, _, last) in parts if path in paths and last != "bias")
+        total = 0
+        for slot in self.slots.values():
+            path, _, last = (slot.parameter or "").rpartition(".")
+            if slot.experts:
+                total += slot.layout.bytes * len(set(paths).intersection(slot.experts)) // len(slot.experts)
+            elif path in paths and last != "bias":
+                total += slot.layout.bytes
+        return total
 
 
 CodeLayouts: TypeAlias = Callable[[str, tuple[int, ...]], Mapping[str, TensorLayout]]
@@ -65,17 +77,24 @@ def plan_slots(
     """
     slots: dict[str, Slot] = {}
     written: dict[str, tuple[str, TensorLayout, Placement | None]] = {}  # by parameter: its name in the checkpoint, ...
-    replaced = {*changed, *(f"{path}.weight" for path in quantized)}
+    experts, apart = experts_in(network, quantized), set[str]()
+    replaced = {*changed, *(weight_parameter(network, path) for path in quantized)}
     for placement in placements(network, stored):
         parts = placement.parameters
         if not parts or (placement.convert is not None and not replaced & parts.keys()):
             for name in placement.stored:
                 slots[name] = Slot(TensorLayout(_narrow(stored[name].dtype), stored[name].shape), None, placement)
+        elif parts.keys() <= experts.keys() and (files := placement.expert_files()) is not None:
+            (parameter,) = parts
+            apart.add(parameter)
+            for name, number in files.numbers.items():
+                layout = TensorLayout(_narrow(stored[name].dtype), stored[name].shape)
+                slots[name] = Slot(layout, parameter, placement, (experts[parameter][number],), files.split)
         else:
             for parameter, layout in parts.items():
                 name = placement.stored[0] if placement.convert is None else parameter
                 written[parameter] = (name, layout, placement)
-    _split_shared(network, written, replaced)
+    _split_shared(network, written, replaced - apart)
     bases = names_of_codes(network, {path: written[f"{path}.weight"][0] for path in with_codes})
     for parameter, (name, layout, origin) in written.items():
         path, _, last = parameter.rpartition(".")
@@ -85,7 +104,7 @@ def plan_slots(
         else:
             # `quantize` rounds what it fits to float16, and the format wants the bias beside codes in float16.
             dtype = torch.float16 if parameter in changed or path in with_codes else _narrow(layout.dtype)
-            slots[name] = Slot(TensorLayout(dtype, layout.shape), parameter, origin)
+            slots[name] = Slot(TensorLayout(dtype, layout.shape), parameter, origin, experts.get(parameter, ()))
     return slots
 
 

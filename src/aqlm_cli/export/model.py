@@ -9,11 +9,13 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from aqlm_cli.errors import ArtifactError, ModelError
 from aqlm_cli.models import ModelSource, Network, load_skeleton
-from aqlm_cli.quantization.block_files import OUTSIDE, block_files, matrix_kinds, plan_of, read_matrix
+from aqlm_cli.models.experts import expert_place
+from aqlm_cli.quantization.block_files import OUTSIDE, matrix_files, matrix_kinds, plan_of, read_matrix
 from aqlm_cli.runs.artifact import Artifact, rebuild_command
 from aqlm_cli.runs.files import read_tensor, tensor_names
 from aqlm_cli.spec.schemes import Scheme
@@ -69,7 +71,7 @@ def read_model(base: ModelSource, quantized: Artifact) -> QuantizedModel:
     """
     plan = plan_of(quantized)
     files = {
-        path: (name, kind) for name in block_files(quantized) for path, kind in matrix_kinds(quantized, name).items()
+        path: (name, kind) for name in matrix_files(quantized) for path, kind in matrix_kinds(quantized, name).items()
     }
     if files.keys() != {target.path for target in plan.quantized}:
         fix = rebuild_command(quantized.directory, "quantized")
@@ -86,20 +88,30 @@ def read_model(base: ModelSource, quantized: Artifact) -> QuantizedModel:
         for path, (name, kind) in files.items()
     }
     network = load_skeleton(base)
-    changed = _changed_parameters(set(network.state_dict()), quantized, layers)
+    changed = _changed_parameters(network, quantized, layers)
     return QuantizedModel(base, network, layers, changed, quantized.digest)
 
 
 def _changed_parameters(
-    parameters: Collection[str], quantized: Artifact, paths: Collection[str]
+    network: Network, quantized: Artifact, paths: Collection[str]
 ) -> dict[str, Callable[[], Tensor]]:
     """Norms, biases and whatever else was trained with the quantized matrices, by name."""
+    parameters = network.state_dict().keys()
     changed: dict[str, Callable[[], Tensor]] = {}
+    biases: dict[str, dict[int, Callable[[], Tensor]]] = {}  # of experts: by the parameter of all, and by number
     outside = [OUTSIDE] if OUTSIDE in quantized.manifest.files else []
-    for file in map(quantized.path, [*block_files(quantized), *outside]):
+    for file in map(quantized.path, [*matrix_files(quantized), *outside]):
         for name in tensor_names(file):
+            place = expert_place(network, name) if name.endswith(".bias") else None
             if name in parameters:
                 changed[name] = partial(read_tensor, file, name)
+            elif place is not None:
+                biases.setdefault(place.parameter, {})[place.number] = partial(read_tensor, file, name)
             elif name.rpartition(".")[0] not in paths:
                 raise ModelError(f"{file} holds {name}, which is not in the base model's network; quantize again")
-    return changed
+    return changed | {name: partial(_stacked, parts) for name, parts in biases.items()}
+
+
+def _stacked(parts: Mapping[int, Callable[[], Tensor]]) -> Tensor:
+    """The parameter of all experts, from those of each; a block's file has all of them or none."""
+    return torch.stack([parts[number]() for number in sorted(parts)])

@@ -15,6 +15,7 @@ from aqlm_cli.export.layout import Layout, Slot
 from aqlm_cli.export.model import ExportedLayer, QuantizedModel
 from aqlm_cli.export.writer import Entry
 from aqlm_cli.models import Placement, tensor_index
+from aqlm_cli.models.experts import expert_place, weight_parameter
 from aqlm_cli.models.source import StoredTensor
 from aqlm_kernels import Matrix
 
@@ -42,6 +43,8 @@ def _reader(
     if parameter is None:
         return partial(_narrowed, partial(stored[name].read, name), dtype, name)
     path, _, last = parameter.rpartition(".")
+    if slot.experts:
+        return partial(_experts, name, slot, parameter, stored, model, matrix_tensor)
     if path in model.layers and last != "bias":
         return partial(_exported, model.layers[path], path, last, dtype, matrix_tensor)
     if parameter in model.changed:
@@ -63,6 +66,40 @@ def _exported(layer: ExportedLayer, path: str, last: str, dtype: torch.dtype, ma
     if tensor.is_floating_point() and not tensor.isfinite().all():
         raise _out_of_range(f"{path}.{last}", matrix.dequantize(), dtype)
     return tensor
+
+
+def _experts(
+    name: str,
+    slot: Slot,
+    parameter: str,
+    stored: Mapping[str, StoredTensor],
+    model: QuantizedModel,
+    matrix_tensor: MatrixTensor,
+) -> Tensor:
+    """The parameter of all experts `[experts, ...]`, or a stored tensor of one of them.
+
+    It is the base model's with the quantized matrices in their places.
+    """
+    dtype, quantized = slot.layout.dtype, [path for path in slot.experts if path in model.layers]
+
+    def part(path: str) -> Tensor:
+        place = expert_place(model.network, path)
+        assert place is not None
+        weight = _exported(model.layers[path], path, "weight", dtype, matrix_tensor)
+        return weight.T if place.transposed else weight
+
+    if slot.split is not None and quantized:
+        return slot.split(name, part(quantized[0])[None])
+    if slot.split is not None:
+        return _narrowed(partial(stored[name].read, name), dtype, name)
+    if len(quantized) == len(slot.experts):  # the base model's is not needed
+        filled = torch.empty(slot.layout.shape, dtype=dtype)
+    else:
+        assert slot.placement is not None
+        filled = _narrowed(partial(_of_base, parameter, slot.placement, stored), dtype, parameter).clone()
+    for path in quantized:
+        filled[slot.experts.index(path)] = part(path)
+    return filled
 
 
 def _narrowed(read: Callable[[], Tensor], dtype: torch.dtype, name: str) -> Tensor:
@@ -87,7 +124,7 @@ def narrowing_losses(model: QuantizedModel, layout: Layout) -> dict[str, float]:
     dtypes = {slot.parameter: slot.layout.dtype for slot in layout.slots.values()}
     losses: dict[str, float] = {}
     for path, layer in model.layers.items():
-        if dtypes.get(f"{path}.weight") != torch.float16:
+        if dtypes.get(weight_parameter(model.network, path)) != torch.float16:
             continue
         weight = layer.read().dequantize()
         units = weight.abs().amax(1, keepdim=True)

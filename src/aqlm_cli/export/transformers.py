@@ -20,7 +20,9 @@ from aqlm_cli.export.model import QuantizedModel
 from aqlm_cli.export.model_card import DENSE_LOADING, LOADING, CardFacts, model_card
 from aqlm_cli.export.tensors import entries
 from aqlm_cli.export.writer import Entry
+from aqlm_cli.formatting import some
 from aqlm_cli.models import ModelSource, Network, model_config
+from aqlm_cli.models.experts import expert_place
 from aqlm_cli.runs.files import TensorLayout
 from aqlm_cli.spec.schemes import AdditiveScheme, Scheme
 from aqlm_kernels import AdditiveMatrix, Matrix, to_checkpoint
@@ -37,6 +39,7 @@ class TransformersExporter:
         changed: Collection[str],
     ) -> Layout:
         coded = {path: scheme for path, scheme in schemes.items() if isinstance(scheme, AdditiveScheme)}
+        refuse_experts(network, coded, self.name)
         slots = plan_slots(
             network, stored, schemes, changed, coded, lambda path, shape: code_layouts(coded[path], shape)
         )
@@ -129,6 +132,16 @@ def base_config(model: QuantizedModel) -> dict[str, Any]:
     bits = {path: layer.bits / (layer.shape[0] * layer.shape[1]) for path, layer in model.layers.items()}
     config["aqlm_cli"] = {"model": model.base.identity, "quantized": model.digest, "bits": bits}
     return config
+
+
+def refuse_experts(network: Network, coded: Collection[str], format: str) -> None:
+    """PlanError where an expert of a fused parameter has codes, which no module of that network can hold."""
+    fused = [path for path in coded if expert_place(network, path) is not None]
+    if fused:
+        raise PlanError(
+            f"the format {format} cannot hold this model: {some(fused)} are experts, which transformers keeps in one "
+            "parameter; use --format dense, or leave them out with --skip '.*experts.*'"
+        )
 
 
 def refuse_unloadable(network: Network, layout: Layout, coded: Collection[str], format: str) -> None:

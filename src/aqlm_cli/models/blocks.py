@@ -6,7 +6,7 @@ by block (walk.py).  Nothing here depends on a model type, or on transformers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,9 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from aqlm_cli.errors import ModelError
+from aqlm_cli.models.experts import expert_groups, expert_layers
 from aqlm_cli.models.plain_linear import is_plain, weight_readers, why_not_plain
 from aqlm_cli.models.routers import router_paths
 from aqlm_cli.spec.plan import ROUTER, Layer
+from aqlm_kernels import SingleExperts, is_fused, why_not_single
 
 
 @dataclass(frozen=True)
@@ -63,23 +65,40 @@ def replace_module(root: nn.Module, path: str, module: nn.Module) -> None:
     setattr(root.get_submodule(parent), name, module)
 
 
+def unfuse(block: nn.Module) -> nn.Module:
+    """Take all fused experts of the block apart, in place; their layers are views of the fused parameters.
+
+    The block computes the same. Experts that cannot be taken apart stay as they are (`describe_layers` says why).
+    """
+    for path, module in list(block.named_modules()):
+        if is_fused(module) and why_not_single(module) is None:
+            replace_module(block, path, SingleExperts(module))
+    return block
+
+
 # ------------------------------------------------------------------------------------------------ what a plan must know
 
 
 def describe_layers(network: nn.Module) -> list[Layer]:
     """Every matrix inside the blocks, for the plan; one that cannot be quantized carries the reason.
 
-    Such are experts fused into one 3-D parameter, GPT-2's `Conv1D`, a router's bare matrix or a linear layer with a
-    forward of its own, layers whose weight another module reads, and weights that two layers share: they are listed, so
-    that the plan can say why they stay as they are.
+    Such are GPT-2's `Conv1D`, a router's bare matrix or a linear layer with a forward of its own, layers whose weight
+    another module reads, and weights that two layers share: they are listed, so that the plan can say why they stay as
+    they are. Experts that are fused into one 3-D parameter are one matrix each; see `unfuse`.
     """
     listed = find_blocks(network)
     blocks = dict(zip(listed.paths, listed.modules, strict=True))
     readers, shared = weight_readers(network, blocks), _shared_weights(network)
     layers: list[Layer] = []
+    refusals: dict[Hashable, str | None] = {}  # of fused experts, by their form
     for prefix, block in blocks.items():
         routers = router_paths(block, prefix)
         for path, module in block.named_modules(prefix=prefix):
+            if is_fused(module):
+                form = _form(module)
+                refusals[form] = why = refusals[form] if form in refusals else why_not_single(module)
+                layers.extend(_other_matrices(path, module, why) if why else expert_layers(path, module, shared))
+                continue
             if not is_plain(module):
                 layers.extend(_other_matrices(path, module))
                 continue
@@ -90,6 +109,13 @@ def describe_layers(network: nn.Module) -> list[Layer]:
             rows, columns = module.weight.shape
             layers.append(Layer(path, rows, columns, module.bias is not None, kind, reason))
     return layers
+
+
+def _form(module: nn.Module) -> Hashable:
+    """Key that is equal for modules of one class with the same shapes and settings."""
+    shapes = tuple((name, parameter.shape) for name, parameter in module.named_parameters())
+    settings = (item for item in vars(module).items() if isinstance(item[1], (bool, int, float, str)))
+    return type(module), shapes, tuple(sorted(settings))
 
 
 def _shared_weights(network: nn.Module) -> dict[str, str]:
@@ -105,8 +131,8 @@ def _shared_weights(network: nn.Module) -> dict[str, str]:
     }
 
 
-def _other_matrices(path: str, module: nn.Module) -> Iterator[Layer]:
-    why = why_not_plain(module) if isinstance(module, nn.Linear) else None
+def _other_matrices(path: str, module: nn.Module, why: str | None = None) -> Iterator[Layer]:
+    why = why_not_plain(module) if isinstance(module, nn.Linear) else why
     for name, parameter in module.named_parameters(recurse=False):
         if parameter.ndim < 2:
             continue
@@ -136,11 +162,16 @@ def observe_inputs(block: nn.Module, callback: Callable[[tuple[str, ...], Tensor
 
     Layers that read the same tensor (q, k and v; gate and up) share one call, so what is computed from x, such as
     x^T x, is computed once.  "The same" means the same tensor object in this forward.  Paths are relative to the block.
+    An expert's input, the tokens routed to it, is its own: the call comes at once, so that none of them is kept.
     """
     inputs: dict[int, tuple[Tensor, list[str]]] = {}
+    experts = {path for group in expert_groups(block) for path in group}
 
     def note(path: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
+            if path in experts:
+                callback((path,), args[0].detach())
+                return
             inputs.setdefault(id(args[0]), (args[0], []))[1].append(path)
 
         return hook

@@ -33,11 +33,26 @@ class Placement:
 
     Most map one to one. `convert` computes the parameters if more than the name changes; its argument reads a stored
     tensor. No parameters: the network does not use the tensor, and transformers ignores it.
+
+    Where the files have tensors of single experts and the network one parameter of all, `expert_files` says how the
+    parameter is written as they have it; it gives None for every other conversion.
     """
 
     stored: tuple[str, ...]
     parameters: Mapping[str, TensorLayout]
     convert: Callable[[Callable[[str], Tensor]], dict[str, Tensor]] | None = None
+    expert_files: Callable[[], ExpertFiles | None] = lambda: None
+
+
+@dataclass(frozen=True)
+class ExpertFiles:
+    """The tensors of single experts that a parameter `[experts, ...]` is made of: the number of each one's expert.
+
+    `split` gives the stored tensor of a name from the part `[1, ...]` of its expert.
+    """
+
+    numbers: Mapping[str, int]
+    split: Callable[[str, Tensor], Tensor]
 
 
 def placements(network: transformers.PreTrainedModel, stored: Mapping[str, TensorLayout]) -> list[Placement]:
@@ -102,11 +117,50 @@ class _Group:
     def placement(self, stored: Mapping[str, TensorLayout]) -> Placement:
         made = self.convert(lambda name: torch.empty(stored[name].shape, dtype=stored[name].dtype, device="meta"))
         layouts = {key: TensorLayout(tensor.dtype, tuple(tensor.shape)) for key, tensor in made.items()}
-        return Placement(tuple(self.patterns), layouts, self.convert)
+        return Placement(tuple(self.patterns), layouts, self.convert, lambda: self._expert_files(layouts, stored))
 
-    def convert(self, read: Callable[[str], Tensor]) -> dict[str, Tensor]:
+    def _expert_files(
+        self, layouts: Mapping[str, TensorLayout], stored: Mapping[str, TensorLayout]
+    ) -> ExpertFiles | None:
+        """None unless transformers' own inverse gives the stored tensors of an expert back."""
+        names: dict[str, list[str]] = {}  # by pattern, in the order of the experts
+        for name, pattern in self.patterns.items():
+            names.setdefault(pattern, []).append(name)
+        numbers = {name: number for group in names.values() for number, name in enumerate(group)}
+        count = next(iter(layouts.values())).shape[0]
+        if len(layouts) != 1 or any("*" not in pattern or len(group) != count for pattern, group in names.items()):
+            return None
+
+        def split(name: str, part: Tensor) -> Tensor:
+            return self._reverted(part)[self.patterns[name]]
+
+        draw = torch.Generator().manual_seed(0)
+        first = {group[0]: torch.randn(stored[group[0]].shape, generator=draw) for group in names.values()}
+        try:
+            (part,) = self.convert(first.__getitem__, first).values()
+            same = all(torch.equal(split(name, part), tensor) for name, tensor in first.items())
+        except Exception:  # conversions without an inverse, or of all experts together, raise errors of any kind
+            return None
+        return ExpertFiles(numbers, split) if same else None
+
+    def _reverted(self, part: Tensor) -> dict[str, Tensor]:
+        """The stored tensors of one expert by pattern, from its part `[1, ...]` of the parameter."""
+        converter: Any = deepcopy(self.converter).reverse_transform()
+        key, pattern = converter.rename_source_key(self.key)
+        converter.add_tensor(key, self.key, pattern, part)
+        made = converter.convert(key, model=self.network, config=self.network.config)
+        found: dict[str, Tensor] = {}
+        for pattern in set(self.patterns.values()):
+            (name,) = (name for name in made if pattern.replace("*", "0") in name)
+            found[pattern] = made[name][0] if isinstance(made[name], list) else made[name]
+        return found
+
+    def convert(self, read: Callable[[str], Tensor], names: Collection[str] | None = None) -> dict[str, Tensor]:
+        """The parameters, made of all stored tensors, or of those in `names`."""
         converter: Any = deepcopy(self.converter)
         for name, pattern in self.patterns.items():
+            if names is not None and name not in names:
+                continue
             converter.add_tensor(self.key, name, pattern, lambda name=name: read(name))
         try:
             made = converter.convert(self.key, model=self.network, config=self.network.config)

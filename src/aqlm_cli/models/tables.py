@@ -7,9 +7,10 @@ from typing import Any
 
 from torch import nn
 
-from aqlm_cli.models.blocks import find_blocks
+from aqlm_cli.models.blocks import find_blocks, replace_module
 from aqlm_cli.models.plain_linear import is_plain
 from aqlm_cli.spec.plan import Layer
+from aqlm_kernels import CompressedEmbedding, Matrix
 
 
 def describe_tables(network: nn.Module) -> list[Layer]:
@@ -34,6 +35,31 @@ def describe_tables(network: nn.Module) -> list[Layer]:
         shape, bias = _shape(module), getattr(module, "bias", None) is not None
         layers.append(Layer(path, *shape, bias, "head", reason or _also(network, module, {path})))
     return layers
+
+
+def output_head(network: nn.Module) -> nn.Linear | None:
+    """The output head, where the network has one that multiplies by a matrix."""
+    found = _outside(network, "output")
+    return found[1] if found is not None and isinstance(found[1], nn.Linear) else None
+
+
+def put_table(network: nn.Module, path: str, matrix: Matrix) -> None:
+    """Replace the embeddings, the head, or with the path of tied embeddings both, by layers of this matrix."""
+    module: Any = network.get_submodule(path)
+    head, device = _outside(network, "output"), module.weight.device
+    if not isinstance(module, nn.Embedding):
+        replace_module(network, path, _layer(matrix, module.bias, device))
+        return
+    tied = head is not None and head[1].weight is module.weight
+    layer = _layer(matrix, head[1].bias if head is not None and tied else None, device)
+    replace_module(network, path, CompressedEmbedding(layer, module.padding_idx).requires_grad_(False))
+    if head is not None and tied:
+        replace_module(network, head[0], layer)
+
+
+def _layer(matrix: Matrix, bias: Any, device: Any) -> nn.Module:
+    own = next(iter(matrix.tensors().values())).device
+    return matrix.module(None if bias is None else bias.detach().to(own)).requires_grad_(False).to(device)
 
 
 def _outside(network: Any, side: str) -> tuple[str, Any] | None:

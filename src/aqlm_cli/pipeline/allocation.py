@@ -12,11 +12,12 @@ from aqlm_cli.export.writer import checkpoint_bytes
 from aqlm_cli.formatting import readable_bytes
 from aqlm_cli.models import Network
 from aqlm_cli.models.blocks import find_blocks
+from aqlm_cli.models.experts import expert_place
 from aqlm_cli.runs.files import TensorLayout
 from aqlm_cli.spec.allocate import within_file
 from aqlm_cli.spec.choices import OpenLayer, open_layers, read_beside
 from aqlm_cli.spec.config import RunConfig
-from aqlm_cli.spec.plan import Layer, Plan, make_plan
+from aqlm_cli.spec.plan import EXPERT, Layer, Plan, make_plan
 from aqlm_cli.spec.scores import Effects, Goal, Scores, Solution
 from aqlm_cli.spec.treatment import Treatment
 from aqlm_cli.spec.units import parse_bytes
@@ -43,12 +44,15 @@ class ModelFacts:
         return checkpoint_bytes(layout.tensors)
 
     def fitted(self, plan: Plan) -> set[str]:
-        """Norms and biases of the blocks in which anything is quantized."""
+        """Norms and biases of the blocks in which anything is quantized; those of experts are one parameter."""
         blocks = find_blocks(self.network)
-        return {
+        inside = tuple(f"{path}." for path in blocks.paths if any(one.startswith(f"{path}.") for one in plan.schemes))
+        experts = [target.path for target in plan.targets if target.kind == EXPERT and target.path.startswith(inside)]
+        places = (expert_place(self.network, f"{path}.bias") for path in experts)
+        return {place.parameter for place in places if place is not None} | {
             f"{prefix}.{name}"
             for prefix, block in zip(blocks.paths, blocks.modules, strict=True)
-            if any(path.startswith(prefix + ".") for path in plan.schemes)
+            if f"{prefix}." in inside
             for name, parameter in block.named_parameters()
             if parameter.ndim == 1
         }

@@ -68,9 +68,8 @@ class AllocationForecast(Record):
 
 
 def _by_name(schemes: Mapping[str, Mapping[str, int]]) -> list[tuple[str, str]]:
-    return [
-        (name, ", ".join(f"{word} ({count})" for word, count in counts.items())) for name, counts in schemes.items()
-    ]
+    words = {name: [f"{word} ({count})" for word, count in counts.items()] for name, counts in schemes.items()}
+    return [(name, ", ".join(counted)) for name, counted in words.items()]
 
 
 def schemes_by_name(choices: Mapping[str, str]) -> dict[str, dict[str, int]]:

@@ -2,7 +2,8 @@
 
 block-007.safetensors     of every compressed matrix its tensors under the path of its layer, fitted; and every norm
                           and bias of the block. Its metadata says of which kind each matrix is.
-outside.safetensors       what has learnt outside the blocks, by name, where anything has.
+tables.safetensors        the same of the matrices outside the blocks, embeddings and head, where any is quantized.
+outside.safetensors       what else has learnt outside the blocks, by name, where anything has.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from aqlm_cli.errors import ArtifactError, UsageError
-from aqlm_cli.models.blocks import replace_module
+from aqlm_cli.models.blocks import replace_module, unfuse
 from aqlm_cli.models.plain_linear import is_plain
+from aqlm_cli.models.tables import put_table
 from aqlm_cli.quantization.training.block import tuned_parameters
 from aqlm_cli.runs.artifact import Artifact, rebuild_command
 from aqlm_cli.runs.files import load_tensors, read_metadata, save_tensors
@@ -23,14 +25,16 @@ from aqlm_cli.spec.plan import Plan
 from aqlm_kernels import MATRIX_KINDS, Matrix, QuantizedLayer
 
 OUTSIDE = "outside.safetensors"
+TABLES = "tables.safetensors"
 
 
 def block_file(index: int) -> str:
     return f"block-{index:03d}.safetensors"
 
 
-def block_files(quantized: Artifact) -> list[str]:
-    return [name for name in sorted(quantized.manifest.files) if name.startswith("block-")]
+def matrix_files(quantized: Artifact) -> list[str]:
+    """The names of all files that hold matrices."""
+    return [name for name in sorted(quantized.manifest.files) if name.startswith("block-") or name == TABLES]
 
 
 def plan_of(quantized: Artifact) -> Plan:
@@ -77,10 +81,14 @@ def save_block(file: Path, prefix: str, block: nn.Module, matrices: Mapping[str,
 
 
 def restore_block(quantized: Artifact, index: int, prefix: str, block: nn.Module) -> None:
-    """Turn the block of the base model at `prefix` into the quantized one, where its file exists."""
+    """Turn the block of the base model at `prefix` into the quantized one, where its file exists.
+
+    Its experts are single ones, as they were while it was quantized.
+    """
     name = block_file(index)
     if name not in quantized.manifest.files:
         return
+    unfuse(block)
     for path, kind in matrix_kinds(quantized, name).items():
         put_matrix(block, path.removeprefix(prefix + "."), read_matrix(quantized, name, path, kind))
     with quantized.reading(name) as file:
@@ -88,6 +96,23 @@ def restore_block(quantized: Artifact, index: int, prefix: str, block: nn.Module
     for path, parameter in tuned_parameters(block, prefix).items():
         if path in stored:
             parameter.data.copy_(stored[path])
+
+
+def save_tables(file: Path, matrices: Mapping[str, Matrix]) -> None:
+    """Write the matrices outside the blocks, by path."""
+    tensors = {f"{path}.{key}": one.contiguous() for path, m in matrices.items() for key, one in m.tensors().items()}
+    save_tensors(file, tensors, {"kinds": json.dumps({path: one.kind for path, one in sorted(matrices.items())})})
+
+
+def restore_tables(quantized: Artifact, network: nn.Module) -> dict[str, nn.Module]:
+    """Put the quantized embeddings and head, where there are any, into the network of the base model.
+
+    Returns their modules by path.
+    """
+    kinds = matrix_kinds(quantized, TABLES) if TABLES in quantized.manifest.files else {}
+    for path, kind in kinds.items():
+        put_table(network, path, read_matrix(quantized, TABLES, path, kind))
+    return {path: network.get_submodule(path) for path in kinds}
 
 
 def put_matrix(block: nn.Module, path: str, matrix: Matrix) -> None:

@@ -9,7 +9,7 @@ that an interruption costs one block at most.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from aqlm_cli.events import CHECK, Advanced, Emit, StageStarted
 from aqlm_cli.models import BlockLoader, ModelSource, load_outside
-from aqlm_cli.models.blocks import find_blocks, observe_inputs
+from aqlm_cli.models.blocks import find_blocks, observe_inputs, unfuse
+from aqlm_cli.models.experts import expert_groups
 from aqlm_cli.models.hidden_states import Activations, Handed, compute_dtype, run_block
 from aqlm_cli.models.walk import BlockInput, Walk
 from aqlm_cli.models.walk_check import open_walk
@@ -71,14 +72,19 @@ class CalibrationPass:
     def measure(self, block: nn.Module, paths: Iterable[str]) -> dict[str, LayerStatistics]:
         """Run the block of the base model for `targets`, and for the Hessian of each of its layers in `paths`.
 
-        Layers that share their inputs share one object.
+        Layers that share their inputs share one object. A layer that no token reaches has none, but for an expert,
+        whose H is made up of that of the others: where one expert is in `paths`, all of them are measured.
         """
-        wanted = set(paths)
+        wanted, groups = set(paths), expert_groups(block)
+        groups = [group for group in groups if wanted.intersection(group)]
+        measured = wanted.union(*groups)
         moments: dict[tuple[str, ...], SecondMoment] = {}
 
         def collect(sharing: tuple[str, ...], x: Tensor) -> None:  # x [tokens, in]
-            if wanted.intersection(sharing):
-                moments.setdefault(sharing, SecondMoment(x.shape[1], x.device)).add(x.to(self.dtype))
+            if measured.intersection(sharing):
+                if sharing not in moments:
+                    moments[sharing] = SecondMoment(x.shape[1], x.device)
+                moments[sharing].add(x.to(self.dtype))
 
         with observe_inputs(block, collect):
             for chosen in self._batches(0, self.measured):
@@ -86,6 +92,8 @@ class CalibrationPass:
         for chosen in self._batches(self.measured, len(self.hidden)):
             self.targets[chosen] = self._run(block, chosen)[0]
         found: dict[str, LayerStatistics] = {}
+        for group in groups:
+            found.update(_of_experts([path for path in group if path in wanted], group, moments))
         while moments:  # sums are large, and so are their means: not all of both at once
             sharing, moment = moments.popitem()
             found.update(dict.fromkeys(sharing, moment.statistics()))
@@ -125,24 +133,54 @@ class CalibrationPass:
         return output.cpu(), handed
 
 
+def _of_experts(
+    paths: Iterable[str], group: Sequence[str], moments: dict[tuple[str, ...], SecondMoment]
+) -> Iterator[tuple[str, LayerStatistics]]:
+    """Statistics of the experts in `paths`, of those in `group`, whose moments are taken out; none without a token."""
+    own = {path: moments.pop((path,)) for path in group if (path,) in moments}
+    if not own:
+        return
+    common = next(iter(own.values())).empty()
+    for moment in own.values():
+        common.merge(moment)
+    for path in paths:
+        moment = own.pop(path) if path in own else common.empty()
+        yield path, moment.statistics(common)
+
+
 def walk_through(source: ModelSource, ids: Tensor, device: torch.device, emit: Emit) -> Walk:
     """The block calls of a model whose blocks are not in memory, checked with the token ids `[n, L]`.
 
-    Raises ModelError for a family that cannot be quantized block by block.
+    Fused experts are taken apart, so that each of their matrices is a layer. Raises ModelError for a family that cannot
+    be quantized block by block.
     """
     network = load_outside(source, torch.float32, device)
     blocks = len(find_blocks(network).paths)
     emit(StageStarted(CHECK, blocks, "block"))
     load = BlockLoader(source, torch.float32, device)
-    return open_walk(network, load, ids, compute_dtype(device), lambda done: emit(Advanced(CHECK, done)))
+
+    def apart(index: int) -> nn.Module:
+        return unfuse(load(index))
+
+    return open_walk(network, apart, ids, compute_dtype(device), lambda done: emit(Advanced(CHECK, done)))
 
 
 def start_calibration_pass(
-    source: ModelSource, ids: Tensor, measured: int, config: RunConfig, work: ResumeState, emit: Emit
+    source: ModelSource,
+    ids: Tensor,
+    measured: int,
+    config: RunConfig,
+    work: ResumeState,
+    emit: Emit,
+    outside: Callable[[nn.Module], object] = lambda network: None,
 ) -> CalibrationPass:
-    """Hidden states of the token ids `[n, L]` at the first block that is not finished."""
+    """Hidden states of the token ids `[n, L]` at the first block that is not finished.
+
+    `outside` quantizes what lies outside the blocks of the network, so that the first block sees its errors.
+    """
     section, device, index = config.quantize, torch.device(config.device), work.blocks
     walk = walk_through(source, ids, device, emit)
+    outside(walk.network)
     shape = (len(ids), *walk.entering(ids[:1]).shape[1:])
     if not work.hidden(index).exists():
         entering_states(walk, ids, section.batch, work.targets)

@@ -33,7 +33,7 @@ class MixedModel:
 
     @torch.no_grad()
     def divergence(self, layers: Mapping[str, Matrix], tables: Mapping[str, Matrix]) -> float:
-        """KL(base || mix) in nats a token, of the mix with these matrices of layers in blocks and of tables, by path."""
+        """KL(base || mix) in nats a token, of the mix with these matrices of layers and of tables, by path."""
         total = 0.0
         weights = {path: matrix.dequantize() for path, matrix in tables.items()}
         with self._layers_replaced(layers):
@@ -45,7 +45,8 @@ class MixedModel:
                     with self._tables_replaced(weights):
                         return self._logits(states)
 
-                total += float(ChunkedDivergence.apply(own, base, mixed, self._logits))
+                kl: Tensor = ChunkedDivergence.apply(own, base, mixed, self._logits)  # type: ignore[no-untyped-call]
+                total += float(kl)
         return total / len(self._ids)
 
     def _states_of(self, sequence: Tensor) -> Tensor:

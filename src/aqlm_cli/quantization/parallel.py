@@ -59,13 +59,14 @@ def compress_all(
 
     def compress(task: Task) -> Compressed:
         started = time.monotonic()
+        weight = task.weight.contiguous()  # some families store their experts transposed
         try:
             name, scheme = task.treatment.method, task.treatment.scheme
             rng, settings = generator(seed, task.path), settings_of(name)
-            matrix = methods[name](task.weight, task.statistics, scheme, rng, settings)
+            matrix = methods[name](weight, task.statistics, scheme, rng, settings)
         except QuantizationError as error:
             raise QuantizationError(f"{task.path}: {error}") from error
-        relative_error = task.statistics.relative_error(task.weight, _stored(matrix, task.path).dequantize())
+        relative_error = task.statistics.relative_error(weight, _stored(matrix, task.path).dequantize())
         if not math.isfinite(relative_error):
             raise QuantizationError(f"{task.path}: its error is {relative_error}; another seed or scheme may help")
         return Compressed(task.path, task.weight.numel(), matrix, relative_error, time.monotonic() - started)

@@ -7,6 +7,7 @@ In `quantized.partial/work/`, beside the files of the finished blocks:
     targets.activations       the output of the base model's block; worthless after an interruption
     block-006.json            what was measured of a finished block
     <path>.safetensors        a finished matrix of the present block, before the block is fitted
+    tables/<path>.safetensors a finished matrix outside the blocks
 
 Each is renamed to its name when it is whole and on the disk, so that a file that exists can be trusted.
 """
@@ -66,6 +67,20 @@ class ResumeState:
         except (OSError, ValueError) as error:
             raise ArtifactError(f"{path} cannot be read ({error}); remove {self.directory} to start again") from error
         return measured
+
+    def keep_table(self, compressed: Compressed) -> None:
+        """Keep a matrix outside the blocks until all is finished."""
+        with storage_errors(self._tables.directory):
+            self._tables.directory.mkdir(exist_ok=True)
+        self._tables.keep(compressed)
+
+    def kept_table(self, path: str) -> Compressed | None:
+        """The matrix outside the blocks at `path`, if it was finished."""
+        return self._tables.kept(path)
+
+    @property
+    def _tables(self) -> ResumeState:
+        return ResumeState(self.directory / "tables")
 
     def keep(self, compressed: Compressed) -> None:
         """A matrix of the present block."""

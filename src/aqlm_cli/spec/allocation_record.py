@@ -1,4 +1,4 @@
-"""AllocationRecord: everything that an allocation measured, and the plan that it chose. The same record gives it again."""
+"""AllocationRecord: everything that an allocation measured; the same record gives the same plan again."""
 
 from __future__ import annotations
 

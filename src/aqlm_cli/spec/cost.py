@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from aqlm_cli.errors import PlanError
 from aqlm_cli.spec.calibration_split import split_sequences
 from aqlm_cli.spec.config import FitConfig, RunConfig
-from aqlm_cli.spec.plan import Target
+from aqlm_cli.spec.plan import EXPERT, Target
 from aqlm_cli.spec.schemes import total_bytes
 
 PROCESS = 800_000_000
@@ -24,6 +24,10 @@ FLOAT = 4  # bytes
 INPUTS_OF_ONE_WIDTH = 3
 """Inputs of the same width that a block has at most, in all families known: of the queries, keys and values, of the
 attention's output, and of the feed-forward."""
+
+
+ROUTED_SHARE = 0.25
+"""Share of a block's experts that a token is sent to, at most, in all families known: 2 of 8, 4 of 32, 8 of 128."""
 
 
 @dataclass(frozen=True)
@@ -39,11 +43,33 @@ class BlockShape:
 
     @property
     def input_widths(self) -> tuple[int, ...]:
-        """Widths of all inputs whose Hessian is needed; inputs that layers share count once."""
+        """Widths of all inputs whose Hessian is needed, but for experts; inputs that layers share count once."""
         layers: dict[int, int] = defaultdict(int)
         for target in self.quantized:
-            layers[target.in_features] += 1
+            layers[target.in_features] += target.kind != EXPERT
         return tuple(width for width, count in layers.items() for _ in range(min(count, INPUTS_OF_ONE_WIDTH)))
+
+    @property
+    def expert_widths(self) -> tuple[int, ...]:
+        """Widths of the inputs of experts, each of which has a Hessian of its own."""
+        return tuple(target.in_features for target in self.quantized if target.kind == EXPERT)
+
+    @property
+    def hessian_entries(self) -> int:
+        """Numbers in all Hessians of the block, and in one that is the mean of all experts."""
+        widths = (*self.input_widths, *self.expert_widths, max(self.expert_widths, default=0))
+        return sum(width**2 for width in widths)
+
+    @property
+    def entries_per_token(self) -> float:
+        """Entries of Hessians that one token adds to."""
+        experts = sum(width**2 for width in self.expert_widths)
+        return sum(width**2 for width in self.input_widths) + ROUTED_SHARE * experts
+
+    @property
+    def weights_per_token(self) -> float:
+        """Weights that one token is multiplied by."""
+        return sum(target.weights * (ROUTED_SHARE if target.kind == EXPERT else 1) for target in self.targets)
 
     @property
     def vectors(self) -> int:
@@ -130,15 +156,16 @@ def quantization_memory(model: ModelShape, work: Work) -> int:
 
 def _measuring(block: BlockShape, work: Work) -> int:
     """Sums in float64, and either a forward pass or one product x^T x with what goes into it."""
-    widths, tokens = block.input_widths or (0,), work.batch * work.length
-    inputs = 3 * sum(widths) * tokens  # kept until the pass ends, some in 16 bits and some in 32
-    product = FLOAT * (max(widths) ** 2 + max(widths) * tokens)
-    sums = 2 * FLOAT * sum(width**2 for width in widths)
+    widths, tokens = block.input_widths, work.batch * work.length
+    inputs = 3 * sum(widths) * tokens  # kept until the pass ends, some in 16 bits and some in 32; not those of experts
+    widest = max((*widths, *block.expert_widths), default=0)
+    product = FLOAT * (widest**2 + widest * tokens)
+    sums = 2 * FLOAT * block.hessian_entries
     return FLOAT * block.parameters + sums + inputs + max(_activations(block, work.batch, work), product)
 
 
 def _compressing(block: BlockShape, work: Work) -> int:
-    moments = FLOAT * sum(width**2 for width in block.input_widths)
+    moments = FLOAT * block.hessian_entries
     peaks = (t.scheme.peak_bytes(t.out_features, t.in_features) for t in block.quantized if t.scheme is not None)
     largest = sorted(peaks, reverse=True)[: work.workers]
     return FLOAT * block.parameters + moments + sum(largest)
@@ -148,7 +175,8 @@ def _fitting(block: BlockShape, work: Work) -> int:
     """Dequantized weights and all that the backward pass needs of a training batch; or the pass that ends the block."""
     weights = sum(target.weights * _copies(target, work) for target in block.quantized)
     codes = sum(quantized_bytes(target) for target in block.quantized)
-    features = sum(target.in_features + target.out_features for target in block.targets)
+    parts = ((t.in_features + t.out_features) * (ROUTED_SHARE if t.kind == EXPERT else 1) for t in block.targets)
+    features = int(sum(parts))
     saved = FLOAT * features * work.fit.batch * work.length if work.fitted else 0
     training = weights + saved
     return codes + max(training, _activations(block, work.batch, work))

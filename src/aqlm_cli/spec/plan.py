@@ -24,6 +24,9 @@ from aqlm_cli.spec.treatment import Treatment, method_for
 ROUTER = "router"
 """The kind of a linear layer that decides where tokens go, or how much of something they get."""
 
+EXPERT = "expert"
+"""The kind of one expert's matrix in a parameter that holds those of all experts."""
+
 OUTSIDE = ("embedding", "head", "table")
 """The kinds of matrices outside the blocks. A table is embedding and head in one: those of a tied model."""
 

@@ -40,7 +40,7 @@ CHARACTERS_PER_TOKEN = 4.5
 
 def calibration_seconds(model: ModelShape, work: Work, rates: Rates) -> float:
     tokens = work.statistics_sequences_of * work.length
-    weights = model.vocabulary * model.hidden + sum(t.weights for b in model.blocks for t in b.targets)
+    weights = model.vocabulary * model.hidden + sum(block.weights_per_token for block in model.blocks)
     text = work.sequences * work.length * CHARACTERS_PER_TOKEN * rates.character
     return text + tokens * weights * rates.forward
 
@@ -50,9 +50,9 @@ def quantization_seconds(model: ModelShape, work: Work, rates: Rates) -> float:
 
 
 def _block_seconds(block: BlockShape, work: Work, rates: Rates) -> float:
-    weights, all_sequences = sum(target.weights for target in block.targets), work.measured + work.held_out
+    weights, all_sequences = block.weights_per_token, work.measured + work.held_out
     measuring = all_sequences * work.length * weights * rates.forward
-    measuring += work.measured * work.length * sum(width**2 for width in block.input_widths) * rates.moment
+    measuring += work.measured * work.length * block.entries_per_token * rates.moment
     epochs = work.fit.epochs or 0
     steps = epochs * work.fitted * work.length * weights * rates.step
     validation = (1 + epochs) * work.held_out * work.length * weights * rates.quantized_forward if work.fitted else 0.0

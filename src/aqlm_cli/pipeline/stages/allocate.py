@@ -161,7 +161,7 @@ def _measure(job: Job, calibration: Artifact, stage: Stage) -> AllocationRecord:
     return _search(work, measured, scores, goal)
 
 
-# ------------------------------------------------------------------------------------------------------ errors of layers
+# ----------------------------------------------------------------------------------------------------- errors of layers
 
 
 def _layer_errors(work: _Work, layers: Mapping[str, OpenLayer]) -> dict[str, dict[str, float]]:
@@ -204,7 +204,7 @@ def _layer_errors(work: _Work, layers: Mapping[str, OpenLayer]) -> dict[str, dic
     return found
 
 
-# ---------------------------------------------------------------------------------------------------------- whole models
+# --------------------------------------------------------------------------------------------------------- whole models
 
 
 @dataclass(frozen=True, eq=False)

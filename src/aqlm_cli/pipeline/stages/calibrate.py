@@ -2,7 +2,8 @@
 
 The artifact holds the token ids. A part of the sequences goes through the base model once: the mean square of every
 input feature of every linear layer shows which features are dead and which are outliers, and the loss of the model
-shows at a glance whether the text suits it.
+shows at a glance whether the text suits it. The inputs of the head and the tokens give the statistics by which
+embeddings and head are quantized.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ from aqlm_cli.models.hidden_states import Handed, autocast, run_block
 from aqlm_cli.pipeline.job import Job
 from aqlm_cli.pipeline.stage_reports import CalibrationReport, restored
 from aqlm_cli.quantization.block_inputs import entering_states, walk_through
+from aqlm_cli.quantization.table_statistics import moments_of, save_statistics, watched_head
+from aqlm_cli.quantization.tables import TableMoments
 from aqlm_cli.runs.artifact import Stage
 from aqlm_cli.runs.files import disk_bytes, save_tensors
 from aqlm_cli.runs.stages import CALIBRATE, StageKey
@@ -67,8 +70,11 @@ def _measure(job: Job, tokenizer: TextTokenizer, opening: Sequence[int], stage: 
     save_tensors(stage.directory / "windows.safetensors", {"ids": windows.ids.to(torch.int32)})
     # Evenly spread, so that every source takes part.
     chosen = torch.linspace(0, len(windows.ids) - 1, min(section.statistics_sequences, len(windows.ids))).long()
-    moments, loss = _teacher_statistics(source, windows.ids[chosen], stage.work, torch.device(config.device), emit)
+    moments, tables, loss = _teacher_statistics(
+        source, windows.ids[chosen], stage.work, torch.device(config.device), emit
+    )
     save_tensors(stage.directory / "second_moments.safetensors", moments)
+    save_statistics(stage.directory, tables)
     return CalibrationReport(
         directory=stage.published,
         sequences=len(windows.ids),
@@ -87,8 +93,9 @@ def _measure(job: Job, tokenizer: TextTokenizer, opening: Sequence[int], stage: 
 @torch.no_grad()
 def _teacher_statistics(
     source: ModelSource, ids: Tensor, work: Path, device: torch.device, emit: Emit
-) -> tuple[dict[str, Tensor], float]:
-    """The mean square of every input feature of every linear layer in the blocks `[in]`, and the mean loss in nats.
+) -> tuple[dict[str, Tensor], TableMoments | None, float]:
+    """The mean square of every input feature of every linear layer in the blocks `[in]`, the statistics of embeddings
+    and head, and the mean loss in nats.
 
     With one block's weights in memory at a time, and hidden states in a file in `work`.
     """
@@ -116,14 +123,14 @@ def _teacher_statistics(
                 )
             moments[path] = entries.float().cpu()
         emit(Advanced(CALIBRATE.name, index + 1))
-    total = 0.0
+    total, tables = 0.0, moments_of(walk.network)
     for window in windows:
-        with autocast(device, walk.dtype):
+        with autocast(device, walk.dtype), watched_head(walk.network, tables, ids[window]):
             logits = walk.logits(ids[window], hidden[window], handed[window])[0]
         total += float(F.cross_entropy(logits[:-1].float(), ids[window][0, 1:].to(device)))
     if not math.isfinite(total):
         raise QuantizationError("the loss of the base model is not finite: its activations overflow")
-    return moments, total / len(ids)
+    return moments, tables, total / len(ids)
 
 
 @contextmanager

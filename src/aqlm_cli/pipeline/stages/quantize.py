@@ -1,6 +1,7 @@
 """`aqlm quantize`: block by block through the model, each on the real output of the quantized blocks before it.
 
-For one block, with its inputs for all sequences in a file:
+Embeddings and head come first, where they are quantized at all, so that every block sees the errors of the former. Then
+for one block, with its inputs for all sequences in a file:
 
 1. the block of the base model runs: its outputs are the targets, and x x^T of every linear layer's inputs gives H;
 2. its matrices are quantized, side by side;
@@ -20,28 +21,32 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from aqlm_cli.errors import ArtifactError, QuantizationError
 from aqlm_cli.events import Advanced, BlockQuantized, Emit, LayerQuantized, Noted, StageStarted, Warned
 from aqlm_cli.formatting import plain
 from aqlm_cli.memory import give_back_memory, peak_memory_bytes, reset_peak_memory
 from aqlm_cli.models.blocks import linears
+from aqlm_cli.models.tables import put_table
 from aqlm_cli.pipeline.job import Job
 from aqlm_cli.pipeline.preflight import planned_work
 from aqlm_cli.pipeline.stage_reports import QuantizeReport, restored
-from aqlm_cli.quantization.block_files import block_file, put_matrix, save_block
+from aqlm_cli.quantization.block_files import TABLES, block_file, put_matrix, save_block, save_tables
 from aqlm_cli.quantization.block_inputs import CalibrationPass, machine_of, mixed_sequences, start_calibration_pass
 from aqlm_cli.quantization.parallel import Compressed, Task, compress_all
 from aqlm_cli.quantization.resume import ResumeState
+from aqlm_cli.quantization.table_statistics import read_statistics
+from aqlm_cli.quantization.tables import quantize_table
 from aqlm_cli.quantization.training.block import BlockData, fit_block, round_block
 from aqlm_cli.runs.artifact import Artifact, Stage
 from aqlm_cli.runs.files import disk_bytes
 from aqlm_cli.runs.stages import QUANTIZE, StageKey
 from aqlm_cli.seeds import generator
 from aqlm_cli.spec.config import RunConfig
+from aqlm_cli.spec.plan import Target
 from aqlm_cli.spec.treatment import Treatment
-from aqlm_kernels import quantized_layers
+from aqlm_kernels import Matrix, quantized_layers
 
 UNREACHED = "no text reaches it"
 """The reason of a layer that stays as it is: an expert that no token was sent to, attention to an absent encoder."""
@@ -71,8 +76,8 @@ def quantize(job: Job) -> QuantizeReport:
         return restored(QuantizeReport, quantized, quantized.result("report"))
     reset_peak_memory()
     with run.resumed_stage(key) as stage:
-        blocks = _quantize_blocks(job, calibration, stage)
-        layers = {path: measured for block in blocks for path, measured in block["layers"].items()}
+        tables, blocks = _quantize_all(job, calibration, stage)
+        layers = tables | {path: measured for block in blocks for path, measured in block["layers"].items()}
         if not layers:
             raise QuantizationError(f"nothing is quantized: {UNREACHED}; add text, or choose other layers")
         plan = job.preflight.plan
@@ -88,9 +93,9 @@ def quantize(job: Job) -> QuantizeReport:
             bytes_before=plan.bytes_before,
             bytes_after=plan.bytes_after,
             mean_relative_error=_geometric_mean([layer["relative_error"] for layer in layers.values()]),
-            seconds=sum(block["seconds"] for block in blocks),
-            memory_bytes=max(block["memory_bytes"] for block in blocks),
-            disk_bytes=max(block["disk_bytes"] for block in blocks),
+            seconds=sum(one["seconds"] for one in (*tables.values(), *blocks)),
+            memory_bytes=max([peak_memory_bytes(), *(block["memory_bytes"] for block in blocks)]),
+            disk_bytes=max([disk_bytes(stage.directory.parent), *(block["disk_bytes"] for block in blocks)]),
             planned=plain(job.planned.get(QUANTIZE.name)),
         )
         about = {"model": {"name": source.name, "identity": source.identity}, "machine": machine_of(config)}
@@ -119,21 +124,34 @@ class _Work:
     emit: Emit
 
 
-def _quantize_blocks(job: Job, calibration: Artifact, stage: Stage) -> list[dict[str, Any]]:
-    """Write `block-NNN.safetensors` of every block that has something to quantize; return what was measured of each."""
+def _quantize_all(
+    job: Job, calibration: Artifact, stage: Stage
+) -> tuple[dict[str, dict[str, float]], list[dict[str, Any]]]:
+    """Write the matrices outside the blocks, then the file of every block that has something to quantize.
+
+    Returns what was measured of the former, by path, and of each block.
+    """
     started = time.monotonic()
     config, preflight, emit = job.config, job.preflight, job.emit
     ids, measured = mixed_sequences(config, calibration)
     if config.quantize.fitting.epochs and measured == len(ids):
         emit(Warned("the calibration set has one sequence, so none is held out and blocks are not fitted; add text"))
     treatments, resume_state = preflight.plan.treatments, ResumeState(stage.work)
-    states = start_calibration_pass(job.source, ids, measured, config, resume_state, emit)
-    last = states.walk.last(list(treatments))
+    workers = planned_work(config, preflight.shape).workers
+    work = _Work(config, treatments, workers, stage, resume_state, emit)
+    tables: dict[str, dict[str, float]] = {}
+
+    def outside(network: nn.Module) -> None:
+        tables.update(_quantize_tables(work, network, preflight.plan.tables, calibration))
+
+    states = start_calibration_pass(job.source, ids, measured, config, resume_state, emit, outside)
+    inside = treatments.keys() - tables.keys()
+    blocks = states.walk.last(sorted(inside)) + 1 if inside else 0
     if resume_state.blocks:
-        emit(Noted(f"{stage.directory} holds {resume_state.blocks} of {last + 1} blocks; resuming after them"))
-    emit(StageStarted(QUANTIZE.name, last + 1, "block", done=resume_state.blocks))
-    work = _Work(config, treatments, planned_work(config, preflight.shape).workers, stage, resume_state, emit)
-    for index in range(states.index, last + 1):
+        emit(Noted(f"{stage.directory} holds {resume_state.blocks} of {blocks} blocks; resuming after them"))
+    emit(StageStarted(QUANTIZE.name, blocks, "block", done=resume_state.blocks))
+    started += sum(table["seconds"] for table in tables.values()) if not resume_state.blocks else 0
+    for index in range(states.index, blocks):
         block = states.walk.load(index)
         layers = _quantize_block(work, states, block)
         seconds = time.monotonic() - started
@@ -142,7 +160,44 @@ def _quantize_blocks(job: Job, calibration: Artifact, stage: Stage) -> list[dict
         states, started = states.next(), started + seconds
         resume_state.forget_matrices()
         emit(Advanced(QUANTIZE.name, index + 1))
-    return [resume_state.recorded(index) for index in range(last + 1)]
+    return tables, [resume_state.recorded(index) for index in range(blocks)]
+
+
+def _quantize_tables(
+    work: _Work, network: nn.Module, targets: Sequence[Target], calibration: Artifact
+) -> dict[str, dict[str, float]]:
+    """Quantize the embeddings and the head, put them into the network, and return what was measured of each."""
+    measured: dict[str, dict[str, float]] = {}
+    matrices: dict[str, Matrix] = {}
+    for target in targets:
+        treatment = work.treatments[target.path]
+        one = work.resume_state.kept_table(target.path)
+        if one is None:
+            shape = f"{target.out_features} x {target.in_features}"
+            work.emit(Noted(f"quantizing {target.path}, {shape}, to {treatment.scheme}"))
+            started, weight = time.monotonic(), network.get_submodule(target.path).weight
+            assert isinstance(weight, Tensor)
+            made = quantize_table(
+                weight.detach(),
+                read_statistics(calibration, target.kind, target.out_features),
+                treatment.scheme,
+                work.config.quantize.settings_of(treatment.method),
+                generator(work.config.seed, target.path),
+                work.workers,
+            )
+            seconds = time.monotonic() - started
+            one = Compressed(target.path, target.weights, made.matrix.stored(), made.relative_error, seconds)
+            work.resume_state.keep_table(one)
+            bits = one.matrix.bits() / one.weights
+            work.emit(LayerQuantized(one.path, one.relative_error, bits, one.seconds))
+        matrices[target.path] = one.matrix
+        measured[target.path] = {"relative_error": one.relative_error, "seconds": one.seconds}
+        give_back_memory()
+    for path, matrix in matrices.items():
+        put_table(network, path, matrix)
+    if matrices:
+        save_tables(work.stage.directory / TABLES, matrices)
+    return measured
 
 
 def _quantize_block(work: _Work, states: CalibrationPass, block: nn.Module) -> dict[str, dict[str, float]]:

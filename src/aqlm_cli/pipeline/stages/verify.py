@@ -13,16 +13,28 @@ from tempfile import TemporaryDirectory
 
 import torch
 from rich.table import Table
+from torch import Tensor, nn
 
 from aqlm_cli.errors import ArtifactError
 from aqlm_cli.events import Advanced, Noted, StageStarted
 from aqlm_cli.formatting import clock, facts, readable_bytes
+from aqlm_cli.models import load_outside
 from aqlm_cli.models.plain_linear import is_plain
 from aqlm_cli.pipeline.job import Job
-from aqlm_cli.quantization.block_files import block_file, matrix_kinds, plan_of, read_matrix, restore_block
+from aqlm_cli.quantization.block_files import (
+    TABLES,
+    block_file,
+    matrix_kinds,
+    plan_of,
+    read_matrix,
+    restore_block,
+    restore_tables,
+)
 from aqlm_cli.quantization.block_inputs import machine_of, mixed_sequences, start_calibration_pass
 from aqlm_cli.quantization.parallel import Task, compress_all
 from aqlm_cli.quantization.resume import ResumeState
+from aqlm_cli.quantization.table_statistics import read_statistics
+from aqlm_cli.quantization.tables import quantize_table
 from aqlm_cli.records import Record
 from aqlm_cli.runs import stages
 from aqlm_cli.runs.artifact import Artifact, rebuild_command
@@ -30,6 +42,7 @@ from aqlm_cli.runs.directory import RunDirectory
 from aqlm_cli.runs.files import digest_file
 from aqlm_cli.runs.stages import QUANTIZE
 from aqlm_cli.seeds import generator
+from aqlm_cli.spec.plan import Target
 from aqlm_cli.spec.treatment import Treatment
 from aqlm_kernels import Matrix
 
@@ -93,7 +106,8 @@ def _compare_digest(artifact: Artifact, name: str) -> None:
 
 def _requantize(job: Job, run: RunDirectory, quantized: Artifact) -> str | None:
     """The path of the layer; None where this machine would not compute the same bits."""
-    config, treatments = run.config, plan_of(quantized).treatments
+    config, plan = run.config, plan_of(quantized)
+    treatments, tables = plan.treatments, {table.path: table for table in plan.tables}
     if config.quantize.import_from is not None:
         job.emit(Noted(f"the codes were imported from {config.quantize.import_from}, so no layer is quantized again"))
         return None
@@ -102,7 +116,10 @@ def _requantize(job: Job, run: RunDirectory, quantized: Artifact) -> str | None:
         return None
     chosen = sorted(treatments)[int(torch.randint(len(treatments), (), generator=generator(config.seed, VERIFY)))]
     with TemporaryDirectory(prefix="verify.", dir=run.path) as work:
-        again, there = _both(job, run, quantized, chosen, treatments[chosen], Path(work))
+        if chosen in tables:
+            again, there = _both_tables(job, run, quantized, tables[chosen])
+        else:
+            again, there = _both(job, run, quantized, chosen, treatments[chosen], Path(work))
     for name, numbers in again.tensors().items():
         other = there.tensors()[name]
         if not numbers.is_floating_point() and not torch.equal(numbers.long(), other.long()):
@@ -114,13 +131,35 @@ def _requantize(job: Job, run: RunDirectory, quantized: Artifact) -> str | None:
     return chosen
 
 
+def _both_tables(job: Job, run: RunDirectory, quantized: Artifact, target: Target) -> tuple[Matrix, Matrix]:
+    """The embeddings or the head, quantized again, and as they are stored."""
+    config, treatment = run.config, target.treatment
+    assert treatment is not None
+    job.emit(Noted(f"quantizing {target.path} again"))
+    weight = load_outside(job.base_model(run), torch.float32, config.device).get_submodule(target.path).weight
+    assert isinstance(weight, Tensor)
+    made = quantize_table(
+        weight.detach(),
+        read_statistics(run.current("calibration"), target.kind, target.out_features),
+        treatment.scheme,
+        config.quantize.settings_of(treatment.method),
+        generator(config.seed, target.path),
+    )
+    kind = matrix_kinds(quantized, TABLES)[target.path]
+    return made.matrix.stored(), read_matrix(quantized, TABLES, target.path, kind)
+
+
 def _both(
     job: Job, run: RunDirectory, quantized: Artifact, chosen: str, treatment: Treatment, work: Path
 ) -> tuple[Matrix, Matrix]:
     """The matrix of the chosen layer, quantized again on the output of the blocks before it, and the stored one."""
     config, source, emit = run.config, job.base_model(run), job.emit
     ids, measured = mixed_sequences(config, run.current("calibration"))
-    states = start_calibration_pass(source, ids, measured, config, ResumeState(work), emit)
+
+    def outside(network: nn.Module) -> object:
+        return restore_tables(quantized, network)
+
+    states = start_calibration_pass(source, ids, measured, config, ResumeState(work), emit, outside)
     index = states.walk.last([chosen])
     emit(StageStarted(chosen, index + 1, "block"))
     for number in range(index):

@@ -42,6 +42,10 @@ class LayerStatistics:
         return float((difference @ self.second_moment * difference).sum(dtype=torch.float64)) / whole if whole else 0.0
 
 
+TOKENS_PER_FEATURE = 4
+"""Inputs for each feature below which the H of an expert is completed with that of all experts."""
+
+
 class SecondMoment:
     """Collects H over batches of inputs.
 
@@ -60,8 +64,28 @@ class SecondMoment:
             self._sum += x.T @ x
         self._tokens += x.shape[0]
 
-    def statistics(self) -> LayerStatistics:
-        return LayerStatistics((self._sum / self._tokens).float(), self._tokens)
+    def empty(self) -> SecondMoment:
+        """One of the same features that has seen no input."""
+        return SecondMoment(len(self._sum), self._sum.device)
+
+    def merge(self, other: SecondMoment) -> None:
+        """Add the inputs that another one has collected."""
+        self._sum += other._sum
+        self._tokens += other._tokens
+
+    def statistics(self, common: SecondMoment | None = None) -> LayerStatistics:
+        """H of the inputs. With `common`, those of all experts, missing inputs are made up for by their mean.
+
+        n inputs with the sum S give, where n is below n0 = TOKENS_PER_FEATURE * in,
+
+            H = (S + (n0 - n) H_common) / n0 = n/n0 H_own + (1 - n/n0) H_common,
+
+        as if n0 - n average inputs of all experts had been sent to it beside its own: H_common without any input of its
+        own, H_own from n0 inputs on, and never singular because few tokens arrived. One of the two must not be empty.
+        """
+        missing = 0 if common is None else max(0, TOKENS_PER_FEATURE * len(self._sum) - self._tokens)
+        total = self._sum if common is None or not missing else self._sum + common._sum * (missing / common._tokens)
+        return LayerStatistics((total / (self._tokens + missing)).float(), self._tokens)
 
 
 @contextmanager

@@ -46,7 +46,7 @@ Head: TypeAlias = Callable[[Tensor], Tensor]
 class ChunkedDivergence(torch.autograd.Function):
     """The mean over tokens of KL(teacher || student) for the inputs of their heads, `[tokens, d]` each.
 
-    `trained` are the parameters of the student's head that a gradient is wanted for. The softmax is in float32.
+    `trained` are the tensors of the student's head that a gradient is wanted for. The softmax is in float32.
     """
 
     @staticmethod
@@ -88,7 +88,7 @@ class Distillation:
     teacher: States
     student_head: Head
     teacher_head: Head
-    trained_head: tuple[nn.Parameter, ...]  # parameters of the student's head that are trained
+    trained_head: Callable[[], tuple[Tensor, ...]]  # tensors of the student's head that are trained, at this step
     training: Tensor
     held_out: Tensor
     dtype: torch.dtype  # of the matmuls
@@ -102,7 +102,7 @@ class Distillation:
             teacher = self.teacher(ids).flatten(0, 1)
         with autocast(self.device, self.dtype):
             student = self.student(ids).flatten(0, 1)
-            heads = self.student_head, self.teacher_head, *self.trained_head
+            heads = self.student_head, self.teacher_head, *self.trained_head()
             kl: Tensor = ChunkedDivergence.apply(student.float(), teacher, *heads)  # type: ignore[no-untyped-call]
         return kl
 

@@ -1,0 +1,306 @@
+"""Models whose experts lie in one parameter, from text to a checkpoint."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import mixtures
+from helpers.commands import refused, run
+from helpers.packing import logits, write_weight
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from aqlm_cli.models import load_network, resolve
+from aqlm_cli.models.blocks import find_blocks, linears, unfuse
+from aqlm_cli.models.experts import expert_groups, expert_place
+from aqlm_cli.pipeline.stages import quantize as stage
+from aqlm_cli.quantization import block_inputs
+from aqlm_cli.quantization.parallel import Task
+from aqlm_cli.quantization.solvers.hessian import TOKENS_PER_FEATURE, LayerStatistics
+from aqlm_cli.runs.artifact import open_artifact
+from aqlm_cli.runs.files import load_tensors, read_metadata
+from aqlm_cli.seeds import generator
+from aqlm_cli.spec.plan import Plan
+from aqlm_kernels import MATRIX_KINDS, SingleExperts, is_fused
+
+RUN_FILE = """
+model: tiny
+threads: 1
+calibrate: {data: "notes.txt:10", sequence_length: 32, statistics_sequences: 2}
+quantize:
+  statistics_sequences: 8
+  scheme: 2x4g8
+  aqlm: {rounds: 1, ldlq_rounds: 1, kmeans_iterations: 1}
+  fit: {epochs: 1, sequences: 4, held_out: 2}
+pack: {format: dense}
+eval_ppl: {data: [notes.txt], sequence_length: 32}
+finetune: {steps: 2, batch: 2, micro_batch: 2, sequence_length: 16, held_out: 2, evaluate_every: 2, save_every: 2}
+"""
+
+FAMILIES = sorted(mixtures.FAMILIES)
+
+
+@pytest.fixture(autouse=True)
+def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    Path("run.yaml").write_text(RUN_FILE)
+    Path("notes.txt").write_text("".join(f"{number} times {number} is {number**2}. " for number in range(60)))
+    monkeypatch.setattr(block_inputs, "compute_dtype", lambda device: torch.float32)
+    return tmp_path
+
+
+def model_of(family: str, **settings: Any) -> nn.Module:
+    """The network of the base model, which lies in `tiny`."""
+    return mixtures.network_of(family, Path("tiny"), **settings)
+
+
+def quantize(*arguments: str) -> dict[str, Any]:
+    result = run("quantize", "--config", "run.yaml", "--out", "run", "--json", *arguments)
+    assert result.exit_code == 0, result.output
+    told: dict[str, Any] = json.loads(result.stdout)
+    return told
+
+
+def planned() -> Plan:
+    return Plan.from_json(open_artifact(Path("run/quantized"), "quantized").manifest.results["plan"])
+
+
+def with_run_written_in(network: nn.Module, made: str = "quantized") -> nn.Module:
+    """The network in float16 with the matrices, norms and biases of the run in their places, by this test's hand."""
+    for parameter in network.parameters():
+        parameter.data = parameter.data.half().float()
+    for file in sorted(Path("run", made).glob("block-*.safetensors")):
+        kinds = json.loads(read_metadata(file)["kinds"])
+        for path, kind in kinds.items():
+            matrix = MATRIX_KINDS[kind].from_tensors(load_tensors(file, f"{path}."))
+            write_weight(network, path, matrix.dequantize().half().float())
+        for name, values in load_tensors(file).items():
+            place = expert_place(network, name) if name.endswith(".bias") else None
+            if place is not None:
+                network.get_parameter(place.parameter)[place.number] = values
+            elif name.endswith(".bias") or name.rpartition(".")[0] not in kinds:
+                network.get_parameter(name).data = values
+    return network
+
+
+# ------------------------------------------------------------------------------------------------------- the network
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_network_with_single_experts_gives_the_same_logits(family: str) -> None:
+    network = model_of(family)
+    wanted = logits(network)
+    for block in find_blocks(network).modules:
+        assert unfuse(block) is block
+    assert sum(isinstance(module, SingleExperts) for module in network.modules()) == 2
+    assert not any(is_fused(module) for module in network.modules())
+    torch.testing.assert_close(logits(network), wanted, rtol=0, atol=1e-5 * float(wanted.abs().max()))
+
+
+def test_taking_experts_apart_copies_no_weight() -> None:
+    block = find_blocks(model_of("gpt_oss")).modules[0]
+    before = {parameter.untyped_storage().data_ptr() for parameter in block.parameters() if parameter.ndim > 2}
+    layers = linears(unfuse(block), "")
+    experts = [path for group in expert_groups(block) for path in group]
+    assert len(experts) == 8
+    assert {layers[path].weight.untyped_storage().data_ptr() for path in experts} == before
+
+
+# ------------------------------------------------------------------------------------------------------ from end to end
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_expert_is_quantized_and_packed_and_the_router_stays(family: str) -> None:
+    network = model_of(family)
+    told = quantize()
+    plan = planned()
+    experts = [target for target in plan.targets if target.kind == "expert"]
+    count = next(len(p) for p in network.parameters() if p.ndim == 3)
+    assert len(experts) == 2 * count * 2 and all(target.scheme is not None for target in experts)
+    # Routers are linear layers in no family of these: they hold a bare matrix, and are listed with the reason.
+    assert all("expert" not in target.path or target.kind == "expert" for target in plan.targets)
+    assert all(target.scheme is None for target in plan.targets if target.path.endswith(("gate", "router")))
+    before = logits(network)
+    wanted = logits(with_run_written_in(network))
+    assert (wanted - before).norm() > 0.01 * before.norm()  # so the comparisons mean something
+    packed = resolve("run/packed")
+    for loaded in (load_network(packed, torch.float32), AutoModelForCausalLM.from_pretrained("run/packed").float()):
+        torch.testing.assert_close(logits(loaded), wanted, rtol=0, atol=1e-4 * float(wanted.abs().max()))
+    assert told["pack"]["layers"] == len(plan.quantized)
+    result = run("eval-ppl", "run", "--json")
+    assert result.exit_code == 0, result.output
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
+def test_dense_files_have_the_names_that_the_base_model_has(family: str) -> None:
+    model_of(family)
+    quantize()
+    base, packed = load_file("tiny/model.safetensors"), load_file("run/packed/model.safetensors")
+    assert any(".experts.0." in name for name in base)
+    assert {name: tensor.shape for name, tensor in packed.items()} == {n: t.shape for n, t in base.items()}
+
+
+def test_experts_that_are_left_out_stay_and_the_others_do_not() -> None:
+    network = model_of("gpt_oss")
+    quantize("--skip", r".*experts\.[01]\..*")
+    wanted = logits(with_run_written_in(network))
+    found = logits(load_network(resolve("run/packed"), torch.float32))
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4 * float(wanted.abs().max()))
+    reasons = {target.reason for target in planned().targets if ".experts.1." in target.path}
+    assert reasons == {r"skipped by '.*experts\.[01]\..*'"}
+
+
+def test_experts_that_the_files_have_one_by_one_can_be_left_out_one_by_one() -> None:
+    network = model_of("qwen3_moe")
+    quantize("--skip", r".*experts\.[01]\..*")
+    wanted = logits(with_run_written_in(network))
+    found = logits(load_network(resolve("run/packed"), torch.float32))
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4 * float(wanted.abs().max()))
+
+
+def test_codes_of_experts_are_refused_by_a_format_without_them() -> None:
+    model_of("mixtral")
+    line = refused("quantize", "--config", "run.yaml", "--out", "run", "--format", "transformers")
+    assert "model.layers.0.mlp.experts.0.gate_up_proj" in line and "--format dense" in line
+    assert not Path("run/quantized").exists()
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "olmoe"])
+def test_finetuning_trains_the_experts_too_and_verify_finds_them_again(family: str) -> None:
+    network = model_of(family)
+    quantize()
+    result = run("finetune", "run", "--json")
+    assert result.exit_code == 0, result.output
+    before, after = (load_file(f"run/{name}/block-000.safetensors") for name in ("quantized", "finetuned"))
+    assert before.keys() == after.keys()
+    scales = [name for name in before if "experts" in name and name.endswith("scales")]
+    assert any(not torch.equal(before[name], after[name]) for name in scales)
+    wanted = logits(with_run_written_in(network, "finetuned"))
+    found = logits(load_network(resolve("run/packed"), torch.float32))
+    # The finetuned norm outside the blocks is in what is packed alone.
+    assert (found - wanted).norm() < 0.1 * wanted.norm()
+    result = run("verify", "run")
+    assert result.exit_code == 0, result.output
+
+
+def test_a_run_of_experts_resumes_to_the_same_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    model_of("qwen3_moe")
+    quantize()
+    whole = {path.name: path.read_bytes() for path in Path("run/quantized").glob("block-*")}
+    saved = stage.ResumeState.keep
+    count = 0
+
+    def keep(state: Any, compressed: Any) -> None:
+        nonlocal count
+        saved(state, compressed)
+        count += 1
+        if count == 5:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(stage.ResumeState, "keep", keep)
+    stopped = run("quantize", "--config", "run.yaml", "--out", "again")
+    assert stopped.exit_code == 130, stopped.output
+    assert run("quantize", "--config", "run.yaml", "--out", "again").exit_code == 0
+    assert {path.name: path.read_bytes() for path in Path("again/quantized").glob("block-*")} == whole
+
+
+# ------------------------------------------------------------------------------------------------------------ Hessians
+
+
+@pytest.fixture
+def tasks(monkeypatch: pytest.MonkeyPatch) -> dict[str, Task]:
+    """Everything that is compressed, by path."""
+    seen: dict[str, Task] = {}
+    compress_all = stage.compress_all
+
+    def noted(todo: list[Task], *rest: Any) -> Any:
+        seen.update({task.path: task for task in todo})
+        return compress_all(todo, *rest)
+
+    monkeypatch.setattr(stage, "compress_all", noted)
+    return seen
+
+
+def measured_ids() -> Tensor:
+    """Of the calibration, in the order in which quantization takes them."""
+    ids = load_file("run/calibration/windows.safetensors")["ids"].long()
+    return ids[torch.randperm(len(ids), generator=generator(0, "windows"))][:8]
+
+
+def routed_inputs(network: nn.Module) -> dict[str, Tensor]:
+    """Inputs of every expert's layers in the first block, from the fused module's own arguments."""
+    given: list[Tensor] = []
+    fused: Any = next(module for module in network.modules() if is_fused(module))
+    fused.register_forward_pre_hook(lambda _, args: given.extend(args[:2]))
+    with torch.no_grad():
+        network(measured_ids(), use_cache=False)
+    x, index = given[0], given[1]
+    inputs = {}
+    for number in range(fused.num_experts):
+        own = x[(index == number).any(-1)]
+        inputs[f"model.layers.0.mlp.experts.{number}.gate_up_proj"] = own
+        weight = fused.gate_up_proj[number]
+        projected = own @ (weight if fused.is_transposed else weight.T)
+        projected += fused.gate_up_proj_bias[number] if fused.has_bias else 0
+        inputs[f"model.layers.0.mlp.experts.{number}.down_proj"] = fused._apply_gate(projected)
+    return inputs
+
+
+def completed(inputs: dict[str, Tensor], path: str) -> Tensor:
+    """H by the formula, in float64."""
+    x, projection = inputs[path].double(), path.rpartition(".")[2]
+    everyone = torch.cat([one for other, one in inputs.items() if other.endswith(projection)]).double()
+    share = min(1.0, len(x) / (TOKENS_PER_FEATURE * x.shape[1]))
+    own = x.T @ x / max(len(x), 1)
+    return share * own + (1 - share) * everyone.T @ everyone / len(everyone)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_hessian_of_an_expert_is_of_the_tokens_routed_to_it(family: str, tasks: dict[str, Task]) -> None:
+    network = model_of(family)
+    quantize()
+    inputs = routed_inputs(network)
+    shares = set()
+    for path, x in inputs.items():
+        statistics = tasks[path].statistics
+        assert statistics.tokens == len(x)
+        shares.add(len(x) >= TOKENS_PER_FEATURE * x.shape[1])
+        wanted = completed(inputs, path)
+        torch.testing.assert_close(
+            statistics.second_moment.double(), wanted, rtol=1e-4, atol=1e-5 * float(wanted.abs().max())
+        )
+    assert False in shares  # so that the completion takes part
+
+
+def test_an_expert_without_a_token_is_quantized_by_the_hessian_of_the_others(tasks: dict[str, Task]) -> None:
+    mixtures.save("gpt_oss", Path("tiny"))
+    tensors = load_file("tiny/model.safetensors")
+    tensors["model.layers.0.mlp.router.bias"][2] = -1e3
+    save_file(tensors, "tiny/model.safetensors", {"format": "pt"})
+    network = load_network(resolve("tiny"), torch.float32)
+    quantize()
+    inputs = routed_inputs(network)
+    silent = [path for path, x in inputs.items() if not len(x)]
+    for path in silent:
+        assert tasks[path].statistics.tokens == 0
+        torch.testing.assert_close(
+            tasks[path].statistics.second_moment.double(), completed(inputs, path), rtol=1e-4, atol=1e-5
+        )
+    assert len(silent) == 2
+    assert all(target.scheme is not None for target in planned().targets if target.path in silent)
+
+
+def test_one_expert_has_the_same_hessian_whether_or_not_the_others_are_quantized(tasks: dict[str, Task]) -> None:
+    """What `verify` relies on."""
+    model_of("qwen3_moe")
+    path = "model.layers.0.mlp.experts.2.down_proj"
+    quantize()
+    whole = tasks[path].statistics
+    quantize("--only", r".*experts\.2\.down_proj", "--overwrite")
+    alone: LayerStatistics = tasks[path].statistics
+    assert torch.equal(whole.second_moment, alone.second_moment) and whole.tokens == alone.tokens
