@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,8 +14,10 @@ from aqlm_cli.formatting import readable_bytes
 from aqlm_cli.models import Network
 from aqlm_cli.models.blocks import find_blocks
 from aqlm_cli.models.experts import expert_place
+from aqlm_cli.quantization.sensitivity import fit_effects
 from aqlm_cli.runs.files import TensorLayout
 from aqlm_cli.spec.allocate import within_file
+from aqlm_cli.spec.allocation_record import AllocationRecord, single_schemes
 from aqlm_cli.spec.choices import OpenLayer, open_layers, read_beside
 from aqlm_cli.spec.config import RunConfig
 from aqlm_cli.spec.plan import EXPERT, Layer, Plan, make_plan
@@ -88,15 +91,36 @@ class ModelFacts:
     def solve(self, config: RunConfig, scores: Scores, effects: Effects, goal: Goal) -> Solution:
         """The best choice of every layer; the file of one for a size is compared with that to the byte.
 
-        PlanError where nothing keeps the limit.
+        PlanError where nothing keeps the limit, and where the model in 16 bits does.
         """
+        solution = scores.solve(effects, goal)
+        if all(treatment is None for treatment in solution.treatments.values()):
+            raise PlanError(f"the model keeps the target {config.quantize.target} in 16 bits; ask for less")
         if goal.question != "size":
-            return scores.solve(effects, goal)
+            return solution
 
         def size_of(solution: Solution) -> int:
             return self.packed_bytes(config, self.plan(config, solution.treatments))
 
         return within_file(lambda asked: scores.solve(effects, Goal("size", asked)), size_of, int(goal.limit))
+
+    def best_single(self, config: RunConfig, scores: Scores, goal: Goal) -> Solution | None:
+        """The largest single scheme for the blocks that keeps the target, with its best tables; None: none does."""
+        section = config.quantize
+        words = [str(one) for one in section.target.treatments(section.default.method)]
+        for one in single_schemes(scores, words):
+            with suppress(PlanError):
+                return self.solve(config, one, Effects(), goal)
+        return None
+
+    def replayed(self, config: RunConfig, record: AllocationRecord) -> Mapping[str, str]:
+        """The choices of the chosen candidate, solved for again from the scores and mixes of the record."""
+        chosen = record.chosen
+        if chosen.mixes is None:
+            single = self.best_single(config, record.scores, record.goal)
+            return {} if single is None else single.choices
+        effects = fit_effects(*record.loads(chosen.mixes))
+        return self.solve(config, record.scores, effects, replace(record.goal, limit=chosen.asked)).choices
 
 
 def _expert_share(config: Any) -> float:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from aqlm_cli.models import Network, attend_blockwise, halves_of
-from aqlm_cli.models.blocks import replace_module
+from aqlm_cli.models.blocks import find_blocks, replace_module, unfuse
 from aqlm_cli.models.hidden_states import autocast
 from aqlm_cli.models.plain_linear import is_plain
 from aqlm_cli.quantization.training.distill import ChunkedDivergence
@@ -27,6 +27,8 @@ class MixedModel:
     def __init__(self, network: Network, ids: Tensor, dtype: torch.dtype) -> None:
         """`ids` `[n, L]` are the sequences, `dtype` is the type of the matmuls."""
         attend_blockwise(network)
+        for block in find_blocks(network).modules:
+            unfuse(block)
         self._network, self._ids, self._dtype = network, ids, dtype
         self._halves = halves_of(network)
         self._states = [self._states_of(sequence) for sequence in ids]  # [L, d] each

@@ -5,7 +5,7 @@ depth, is the sum of their prior sensitivities times their relative errors. The 
 
     KL = (sum over groups g of factor_g load_g) ^ (1 / power)        factor_g >= 0
 
-At 4 bits effects add up, and the power is 1; at 2 bits the whole is more than its parts, and it is less. The factors
+Small effects add up, and the power is 1; where the whole is more than its parts, as at 2 bits, it is less. The factors
 solve a least-squares problem in the relative error of KL^power that draws them towards one common factor: with fewer
 mixes than groups the prior decides what the mixes leave open. Power and draw are those that foretell a mix best that
 was left out of the fit. Whole models are measured near the target, and not layers one by one, since that is where the
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from aqlm_cli.spec.scores import Effects
 
-POWERS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
+POWERS = (1.5, 1.25, 1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
 DRAWS = (1e-3, 1e-2, 1e-1, 1.0)
 """Weights of the squared relative distance to the common factor, beside the squared relative error of each mix."""
 

@@ -23,12 +23,14 @@ class Candidate:
     """A plan for the whole model that keeps the target, its bytes and its measured divergence.
 
     It was solved from the first `mixes` mixes; None: it is the best with one scheme for all layers in the blocks.
+    `asked` is the limit that it was solved for: that of the goal, or of a divergence one that the measured should meet.
     """
 
     choices: Mapping[str, str]
     bytes: int
     divergence: float
     mixes: int | None
+    asked: float
 
 
 @dataclass(frozen=True)

@@ -15,13 +15,15 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from aqlm_cli.errors import PlanError
 from aqlm_cli.spec.allocate import Allocation, Option, best_within, fastest_within, least_size
 from aqlm_cli.spec.choices import OpenLayer
 from aqlm_cli.spec.priors import expected_divergence, expected_error, group_of, sensitivity
 from aqlm_cli.spec.treatment import Treatment, parse_treatment
+
+Question: TypeAlias = Literal["size", "kl", "speed"]
 
 SIXTEEN_BITS = "16 bits"
 """The choice to leave a layer as it is."""
@@ -76,7 +78,7 @@ class ScoredLayer:
 class Goal:
     """The question and its limit: bytes of the file without what is not decided, nats, or bytes read for a token."""
 
-    question: Literal["size", "kl", "speed"]
+    question: Question
     limit: float
 
 

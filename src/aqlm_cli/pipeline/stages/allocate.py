@@ -39,20 +39,25 @@ from aqlm_cli.quantization.parallel import Compressed, Task, compress_all
 from aqlm_cli.quantization.resume import ResumeState
 from aqlm_cli.quantization.sensitivity import contrasts, fit_effects
 from aqlm_cli.quantization.table_scores import quantize_tables
+from aqlm_cli.quantization.table_statistics import read_statistics
+from aqlm_cli.quantization.tables import TableStatistics
 from aqlm_cli.runs.artifact import Artifact, Stage
 from aqlm_cli.runs.files import disk_bytes, write_file
 from aqlm_cli.runs.stages import ALLOCATE, StageKey
 from aqlm_cli.seeds import generator
-from aqlm_cli.spec.allocation_record import AllocationRecord, Candidate, Mix, of_blocks, single_schemes
+from aqlm_cli.spec.allocation_record import AllocationRecord, Candidate, Mix, of_blocks
 from aqlm_cli.spec.choices import OpenLayer
 from aqlm_cli.spec.config import RunConfig
 from aqlm_cli.spec.methods.aqlm import FAST
-from aqlm_cli.spec.scores import SIXTEEN_BITS, Effects, Goal, Scores, Solution, scored
+from aqlm_cli.spec.scores import SIXTEEN_BITS, Effects, Goal, Question, Scores, Solution, scored
 from aqlm_cli.spec.treatment import Treatment
 from aqlm_kernels import Matrix
 
-REFINEMENTS = 2
+REFINEMENTS: Mapping[Question, int] = {"size": 2, "speed": 2, "kl": 6}
 """Plans that are solved for and measured, each from all that was measured before."""
+
+NEAR, LARGEST_STEP = 0.95, 4.0
+"""A share of the divergence asked for that is near enough, and the most by which what is asked changes at once."""
 
 
 def allocate(job: Job) -> AllocationReport:
@@ -148,9 +153,11 @@ def _measure(job: Job, calibration: Artifact, stage: Stage) -> AllocationRecord:
     dtype = compute_dtype(torch.device(config.device))
     network = load_network(job.source, torch.float32, config.device)
     tables = [layer for layer in layers.values() if layer.outside]
-    quantize_tables(
-        network, tables, ids[: work.sequences], dtype, config.seed, workers, missing=work.missing, keep=work.keep
-    )
+
+    def statistics(layer: OpenLayer) -> TableStatistics:
+        return read_statistics(calibration, layer.kind, layer.out_features)
+
+    quantize_tables(network, tables, statistics, config.seed, workers, missing=work.missing, keep=work.keep)
     give_back_memory()
     model = MixedModel(network, ids[-work.sequences :], dtype)
     measured = _Divergences(work, model, layers)
@@ -233,11 +240,10 @@ def _search(work: _Work, measured: _Divergences, scores: Scores, goal: Goal) -> 
     """Mixes near the target, and the plans that follow from them."""
     job, target = work.job, work.job.config.quantize.target
     facts, config = job.preflight.facts, job.config
-    words = [str(one) for one in target.treatments(config.quantize.default.method)]
     near = _beside_tables(job, scores, goal)
-    total, done = target.mixes + 1 + REFINEMENTS, 0
+    total, done = target.mixes + 1 + REFINEMENTS[goal.question], 0
     stage = f"{ALLOCATE.name}: whole models"
-    job.emit(StageStarted(stage, total, "mix"))
+    job.emit(StageStarted(stage, total, "model"))
     mixes: list[Mix] = []
     candidates: list[Candidate] = []
 
@@ -246,15 +252,15 @@ def _search(work: _Work, measured: _Divergences, scores: Scores, goal: Goal) -> 
         done += 1
         job.emit(Advanced(stage, done, f"KL {divergence:.4f}"))
 
-    def add(solution: Solution, solved_from: int | None) -> None:
+    def add(solution: Solution, solved_from: int | None, asked: float) -> None:
         divergence = measured.of(solution.choices)
-        candidates.append(Candidate(solution.choices, solution.bytes, divergence, solved_from))
+        candidates.append(Candidate(solution.choices, solution.bytes, divergence, solved_from, asked))
         mixes.append(of_blocks(scores, candidates[-1]))
         advanced(divergence)
 
-    single = _best_single(job, scores, words, goal)
+    single = facts.best_single(config, scores, goal)
     if single is not None:
-        add(single, None)
+        add(single, None, goal.limit)
     groups = sorted({layer.group for layer in scores.layers.values() if not layer.table})
     for contrast in contrasts(groups, target.mixes, generator(config.seed, ALLOCATE.name)) if groups else []:
         fitted = fit_effects(*_data(scores, mixes))
@@ -265,11 +271,23 @@ def _search(work: _Work, measured: _Divergences, scores: Scores, goal: Goal) -> 
             continue
         mixes.append(Mix(inside, measured.of(inside)))
         advanced(mixes[-1].divergence)
-    for _ in range(REFINEMENTS):
-        solution = facts.solve(config, scores, fit_effects(*_data(scores, mixes)), goal)
+    asked = goal.limit
+    for _ in range(REFINEMENTS[goal.question]):
+        effects = fit_effects(*_data(scores, mixes))
+        try:
+            solution = facts.solve(config, scores, effects, replace(goal, limit=asked))
+        except PlanError:
+            if not candidates:
+                raise
+            break
         if any(candidate.choices == solution.choices for candidate in candidates):
             break
-        add(solution, len(mixes))
+        add(solution, len(mixes), asked)
+        if goal.question == "kl":
+            share = candidates[-1].divergence / goal.limit
+            if NEAR <= share <= 1:
+                break
+            asked /= min(max(share, 1 / LARGEST_STEP), LARGEST_STEP)
     job.emit(Advanced(stage, total))
     record = AllocationRecord(goal, scores, tuple(mixes), tuple(candidates))
     if goal.question == "kl" and record.chosen.divergence > goal.limit:
@@ -288,24 +306,3 @@ def _beside_tables(job: Job, scores: Scores, goal: Goal) -> Goal:
     expected = job.preflight.expected
     beside = 0 if expected is None else job.preflight.packed_bytes - expected.bytes
     return Goal("size", goal.limit - beside)
-
-
-def _best_single(job: Job, scores: Scores, words: list[str], goal: Goal) -> Solution | None:
-    """The largest single scheme for the blocks that keeps the target, with its best tables; None where none does."""
-    for one in single_schemes(scores, words):
-        try:
-            return job.preflight.facts.solve(job.config, one, Effects(), goal)
-        except PlanError:
-            continue
-    return None
-
-
-def replayed(job: Job, record: AllocationRecord) -> Mapping[str, str]:
-    """The choices of the candidate that the record chose, solved for again from its scores and mixes."""
-    chosen, facts = record.chosen, job.preflight.facts
-    if chosen.mixes is None:
-        words = [str(one) for one in job.config.quantize.target.treatments(job.config.quantize.default.method)]
-        single = _best_single(job, record.scores, words, record.goal)
-        return {} if single is None else single.choices
-    effects = fit_effects(*record.loads(chosen.mixes))
-    return facts.solve(job.config, record.scores, effects, record.goal).choices
