@@ -1,16 +1,20 @@
 """CompressedLinear: nn.Linear whose weight is a matrix of any kind, differentiable in its learnable tensors.
 
 The weight is dequantized tile by tile at every forward (tiled.py), which costs little beside the product of many rows.
-A kind for which there are compiled products has a layer of its own, such as AdditiveLinear.
+For some kinds (ops.PACKED) a few rows without gradients are multiplied straight from the levels, on the CPU. A kind
+with more compiled products has a layer of its own, such as AdditiveLinear.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from aqlm_kernels import tiled
+from aqlm_kernels import ops, tiled
 from aqlm_kernels.errors import KernelError
+from aqlm_kernels.linear import COMPILED_TYPES, FEW_ROWS
 from aqlm_kernels.matrices.matrix import Matrix
 
 
@@ -28,6 +32,7 @@ class CompressedLinear(nn.Module):
         if bias is not None and bias.shape != (matrix.out_features,):
             raise KernelError(f"bias is {list(bias.shape)}, the matrix has {matrix.out_features} outputs")
         self.in_features, self.out_features = matrix.in_features, matrix.out_features
+        self.kind = matrix.kind
         tensors = matrix.tensors()
         self._kind, self._learnable = type(matrix), matrix.learnable
         self._dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
@@ -37,6 +42,7 @@ class CompressedLinear(nn.Module):
             else:
                 self.register_buffer(name, tensor)
         self.bias = None if bias is None else _parameter(bias)
+        self._key = ops.new_key(self)
 
     def matrix(self) -> Matrix:
         """The present values in their stored types."""
@@ -65,12 +71,26 @@ class CompressedLinear(nn.Module):
         return self._live().rows(index).dequantize(dtype)
 
     def forward(self, x: Tensor) -> Tensor:  # [..., in] -> [..., out]
-        y = tiled.linear(x, self._kind, dict(self._tensors()))
+        if x.shape[-1] != self.in_features:
+            raise KernelError(f"x is {list(x.shape)}; its last axis must be the layer's {self.in_features} inputs")
+        tensors = dict(self._tensors())
+        x = tiled.as_autocast(x)
+        records = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *tensors.values()))
+        few = x.device.type == "cpu" and x.numel() <= FEW_ROWS["cpu"] * self.in_features and not records
+        y: Tensor
+        if few and x.dtype in COMPILED_TYPES and self.kind in ops.PACKED:
+            y = ops.packed_product(x, self.kind, list(tensors.values()), self.out_features, self._key)
+        else:
+            y = tiled.linear(x, self._kind, tensors)
         return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:  # also of a copy
+        self.__dict__.update(state)
+        self._key = ops.new_key(self)
 
     def extra_repr(self) -> str:
         bias = self.bias is not None
-        return f"in_features={self.in_features}, out_features={self.out_features}, kind={self._kind.kind}, bias={bias}"
+        return f"in_features={self.in_features}, out_features={self.out_features}, kind={self.kind}, bias={bias}"
 
     def _live(self) -> Matrix:
         """The matrix of the parameters themselves, to record gradients through it."""

@@ -105,11 +105,8 @@ class AdditiveLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # [..., in] -> [..., out]
         if x.shape[-1] != self.in_features:
             raise KernelError(f"x is {list(x.shape)}; its last axis must be the layer's {self.in_features} inputs")
-        device = x.device.type
-        autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-        if autocast and x.dtype != torch.float64:
-            x = x.to(torch.get_autocast_dtype(device))
-        few = x.numel() <= FEW_ROWS.get(device, 0) * self.in_features and not self._records_gradients(x)
+        x = tiled.as_autocast(x)
+        few = x.numel() <= FEW_ROWS.get(x.device.type, 0) * self.in_features and not self._records_gradients(x)
         y: Tensor
         if few and x.dtype in COMPILED_TYPES:
             y = ops.decoding_product(x, self.codes, self.codebooks, self.scales, self._key, self.backend or "")

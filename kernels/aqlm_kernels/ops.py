@@ -1,29 +1,44 @@
-"""The products of AdditiveLinear as operators of torch: torch.compile, export and autograd see them whole.
+"""The products of quantized layers as operators of torch: torch.compile, export and autograd see them whole.
 
-`decoding_product` reads the codes in the order of the matmul kernels. That order is made once for each layer and kept
-here under the layer's key, so that the operator has nothing but tensors and numbers for arguments.
+`decoding_product` and `packed_product` read the codes in the order of the matmul kernels. That order is made once for
+each layer and kept here under its key, so that the operators have nothing but tensors, numbers and names for arguments.
 """
 
 from __future__ import annotations
 
 import itertools
 import weakref
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from aqlm_kernels.backends import matmul, why_not_triton
 from aqlm_kernels.cpu import gemm
+from aqlm_kernels.cpu.uniform import PackedUniform
 from aqlm_kernels.matrices.additive import AdditiveMatrix
 from aqlm_kernels.packed import PackedMatrix
+
+Made = TypeVar("Made")
+
+PACKED: Mapping[str, Callable[..., PackedUniform]] = {"uniform": PackedUniform.of}
+"""Kinds of matrix for which few rows of x are multiplied straight from the levels, and how to pack their tensors."""
 
 
 @torch.library.custom_op("aqlm::decoding_product", mutates_args=(), device_types=("cpu", "cuda"))
 def decoding_product(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor, key: int, backend: str) -> Tensor:
     """x W^T [..., out] by the named backend, or the first that can if the name is empty; no gradients."""
     return matmul(x, packed(key, codes, codebooks, scales), backend or None)
+
+
+@torch.library.custom_op("aqlm::packed_product", mutates_args=(), device_types="cpu")
+def packed_product(x: Tensor, kind: str, tensors: Sequence[Tensor], out_features: int, key: int) -> Tensor:
+    """x W^T [..., out] for a few rows of x and the tensors of a matrix of a kind in PACKED; no gradients."""
+    rows = x.reshape(-1, x.shape[-1])
+    y = _made(key, PACKED[kind], *tensors).matmul(rows)
+    return y.reshape(*x.shape[:-1], out_features)
 
 
 @torch.library.custom_op("aqlm::product", mutates_args=(), device_types="cpu")
@@ -70,6 +85,11 @@ def _(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor, key: int, bac
     return x.new_empty(*x.shape[:-1], len(scales))
 
 
+@packed_product.register_fake
+def _(x: Tensor, kind: str, tensors: Sequence[Tensor], out_features: int, key: int) -> Tensor:
+    return x.new_empty(*x.shape[:-1], out_features)
+
+
 @product.register_fake
 def _(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor) -> Tensor:
     return x.new_empty(*x.shape[:-1], len(scales))
@@ -113,14 +133,14 @@ def has_product(device: torch.device, group_size: int) -> bool:
 product.register_autograd(_backward, setup_context=_keep)
 
 
-# ---------------------------------------------------------------------------------------------- matrices of the kernels
+# ------------------------------------------------------------------------------------------------ orders of the kernels
 
 
 @dataclass(frozen=True)
-class _Packed:
-    """A packed matrix with what it was made from: kept, so that no other tensor can come to lie at the same address."""
+class _Kept:
+    """A value with the tensors it was made from: they are kept, so that no other can come to lie at their address."""
 
-    matrix: PackedMatrix
+    made: Any
     sources: tuple[Tensor, ...]
     versions: tuple[int, ...]
 
@@ -131,24 +151,28 @@ class _Packed:
 
 
 _keys = itertools.count()
-_packed: dict[int, _Packed] = {}
+_kept: dict[int, _Kept] = {}
 
 
 def new_key(layer: object) -> int:
     """A number for what is kept as long as the layer lives."""
     key = next(_keys)
-    weakref.finalize(layer, _packed.pop, key, None)
+    weakref.finalize(layer, _kept.pop, key, None)
     return key
 
 
 def packed(key: int, codes: Tensor, codebooks: Tensor, scales: Tensor) -> PackedMatrix:
     """The matrix in the matmul kernels' order: made at the first call, and again after a change."""
-    sources = codes, codebooks, scales
-    kept = _packed.get(key)
+    return _made(key, lambda *tensors: PackedMatrix(AdditiveMatrix(*tensors)), codes, codebooks, scales)
+
+
+def _made(key: int, make: Callable[..., Made], *sources: Tensor) -> Made:
+    kept = _kept.get(key)
     if kept is None or not kept.is_of(sources):
         detached = tuple(tensor.detach() for tensor in sources)
-        kept = _packed[key] = _Packed(PackedMatrix(AdditiveMatrix(*detached)), detached, _versions(sources))
-    return kept.matrix
+        kept = _kept[key] = _Kept(make(*detached), detached, _versions(sources))
+    made: Made = kept.made
+    return made
 
 
 def _versions(tensors: tuple[Tensor, ...]) -> tuple[int, ...]:

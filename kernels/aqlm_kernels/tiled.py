@@ -24,11 +24,17 @@ TILE_BYTES = {"cpu": 2**22, "cuda": 2**26}
 
 def linear(x: Tensor, kind: type[Matrix], tensors: Mapping[str, Tensor]) -> Tensor:
     """x W^T [..., out] of x [..., in] for the matrix of these tensors, in the type of x, or autocast's."""
-    device = x.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-        x = x.to(torch.get_autocast_dtype(device))
+    x = as_autocast(x)
     product: Tensor = _Linear.apply(x, kind, tuple(tensors), *tensors.values())  # type: ignore[no-untyped-call]
     return product
+
+
+def as_autocast(x: Tensor) -> Tensor:
+    """x in the type that autocast computes in, where it is on and x is not float64."""
+    device = x.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        return x.to(torch.get_autocast_dtype(device))
+    return x
 
 
 class _Linear(torch.autograd.Function):

@@ -18,6 +18,7 @@ from aqlm_kernels import AdditiveMatrix, ByteRows, matmul_dense, PackedMatrix
 from aqlm_kernels.cpu import gather
 from aqlm_kernels.cpu import lut
 from aqlm_kernels.cpu.dequantize import dequantize, gradients
+from aqlm_kernels.cpu.uniform import PackedUniform
 
 def product(multiply, codebook_size):
     matrix = random_matrix(codebook_size)
@@ -36,6 +37,12 @@ def head():
     forms = weight, weight.bfloat16(), weight.half(), ByteRows.of(weight)
     return lambda: [matmul_dense(x, form) for form in forms]
 
+def grids(bits):
+    levels, zeros = torch.randint(1 << bits, (333, 576)), torch.randint(1 << bits, (333, 9))
+    scales, x = torch.rand(333, 9), torch.randn(3, 576)
+    packed = PackedUniform.of(levels.byte(), zeros.byte(), scales, torch.tensor(bits), torch.tensor(0))
+    return lambda: [packed.matmul(x)]
+
 def random_matrix(codebook_size):
     codes = torch.randint(0, codebook_size, (333, 72, 2))
     return AdditiveMatrix(codes, torch.randn(2, codebook_size, 8), torch.rand(333))
@@ -43,7 +50,7 @@ def random_matrix(codebook_size):
 torch.manual_seed(0)
 TABLES = lut.by_lookup, lut.by_byte_lookup, lut.by_float_lookup
 RUNS = [product(multiply, 256) for multiply in TABLES]
-RUNS += [product(gather.by_gather, 4096), weights(256), weights(4096), head()]
+RUNS += [product(gather.by_gather, 4096), weights(256), weights(4096), head(), grids(3), grids(8)]
 for threads in 1, 2, 3, 4:
     numba.set_num_threads(threads)
     for attempt in range(5):

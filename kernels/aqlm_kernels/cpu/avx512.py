@@ -16,7 +16,7 @@ from llvmlite import binding, ir
 from numba import types
 from numba.core import cgutils
 
-from aqlm_kernels.cpu.compile import arrays, at, instruction, load, store
+from aqlm_kernels.cpu.compile import arrays, at, instruction, load, splat, store
 
 AHEAD = 2**13
 """Prefetch distance in bytes: the stream of all codes is longer than what a core prefetches by itself."""
@@ -103,7 +103,7 @@ def _generate_products(builder: Any, x: Any, group_size: Any, columns: Any, exac
                         builder.gep(start, [builder.mul(loop.index, ir.Constant(_long, 4))]), _float.as_pointer()
                     )
                 )
-                factor = _spread(builder, number, 16)
+                factor = splat(builder, number, 16)
                 for place, entry in zip(places, entries, strict=True):
                     builder.store(builder.call(fma, [factor, entry, builder.load(place)]), place)
         for places, low, high, row in zip(sums, lows, highs, exact, strict=True):
@@ -132,7 +132,7 @@ def _round(lut_bytes: int) -> Callable[..., Any]:
             exact, row, inverse, shift, tables, t = arguments
             exact, tables = arrays(context, builder, signature, arguments, 0, 4)
             source, target = at(builder, exact, row), at(builder, tables, t)
-            factor, summand = _spread(builder, inverse, 16), _spread(builder, shift, 16)
+            factor, summand = splat(builder, inverse, 16), splat(builder, shift, 16)
             fma = cgutils.get_or_insert_function(
                 builder.module, ir.FunctionType(_floats, [_floats] * 3), "llvm.fma.v16f32"
             )
@@ -233,7 +233,7 @@ def _generate(a: _Arguments, tiles: int, lut_bytes: int) -> None:
         even, odd = (builder.uitofp(total, ir.VectorType(_float, LANES // 2)) for total in totals)
         order = ir.Constant(ir.VectorType(_int, LANES), [lane % 2 * (LANES // 2) + lane // 2 for lane in range(LANES)])
         values = builder.shuffle_vector(even, odd, order)
-        values = builder.fadd(builder.fmul(values, _spread(builder, a.unit, LANES)), _spread(builder, a.offset, LANES))
+        values = builder.fadd(builder.fmul(values, splat(builder, a.unit, LANES)), splat(builder, a.offset, LANES))
         before = load(builder, a.sums, values.type, 4 * LANES * t)
         store(builder, builder.fadd(before, values), a.sums, 4 * LANES * t)
 
@@ -265,12 +265,6 @@ def _write_permute(function: Any) -> None:
         byte = builder.load(builder.gep(start, [builder.zext(place, _long)]))
         permuted = builder.insert_element(permuted, byte, ir.Constant(_int, lane))
     builder.ret(permuted)
-
-
-def _spread(builder: Any, number: Any, lanes: int) -> Any:
-    kind = ir.VectorType(_float, lanes)
-    single = builder.insert_element(ir.Constant(kind, ir.Undefined), number, ir.Constant(_int, 0))
-    return builder.shuffle_vector(single, single, ir.Constant(ir.VectorType(_int, lanes), [0] * lanes))
 
 
 products_4, products_1 = _products(4), _products(1)

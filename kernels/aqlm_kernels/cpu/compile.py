@@ -20,6 +20,9 @@ Kernel = TypeVar("Kernel", bound=Callable[..., object])
 
 prange: Callable[[int], Iterable[int]] = numba.prange
 
+array_at: Callable[..., Any] = numba.carray  # type: ignore[attr-defined]
+"""The array of this shape at a pointer, in a kernel."""
+
 _STAMP = sorted(
     (path.name, path.stat().st_mtime_ns, path.stat().st_size) for path in Path(__file__).parent.glob("*.py")
 )
@@ -74,3 +77,10 @@ def load(builder: Any, start: Any, kind: Any, offset: int) -> Any:
 def store(builder: Any, value: Any, start: Any, offset: int) -> None:
     place = builder.bitcast(builder.gep(start, [ir.Constant(ir.IntType(64), offset)]), value.type.as_pointer())
     builder.store(value, place).align = 1
+
+
+def splat(builder: Any, number: Any, lanes: int) -> Any:
+    """A vector with the number in every lane."""
+    kind = ir.VectorType(number.type, lanes)
+    single = builder.insert_element(ir.Constant(kind, ir.Undefined), number, ir.Constant(ir.IntType(32), 0))
+    return builder.shuffle_vector(single, single, ir.Constant(ir.VectorType(ir.IntType(32), lanes), [0] * lanes))
