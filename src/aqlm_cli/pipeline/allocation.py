@@ -80,7 +80,8 @@ class ModelFacts:
             return Goal("kl", target.kl)
         assert target.speed is not None
         bandwidth = read_bandwidth()
-        left = bandwidth / target.speed - read_beside(self.plan(config, dict.fromkeys(layers)), layers)
+        plan = self.plan(config, {path: layer.choices[0].treatment for path, layer in layers.items()})
+        left = bandwidth / target.speed - read_beside(plan, layers)
         if left <= 0:
             raise PlanError(
                 f"{target.speed:g} tokens/s are out of reach: memory gives {readable_bytes(int(bandwidth))} a second; "
