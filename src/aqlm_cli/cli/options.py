@@ -97,7 +97,8 @@ Only = Annotated[
 ]
 
 Format = Annotated[
-    str | None, typer.Option(help="Checkpoint format: transformers, or dense (ordinary weights in 16 bits).")
+    str | None,
+    typer.Option(help="Checkpoint format: transformers, native (any mix of schemes), or dense (weights in 16 bits)."),
 ]
 CalibrationData = Annotated[
     str | None, typer.Option(help="Calibration text: c4, wikitext2, redpajama, builtin or files; c4:96,notes.txt:32.")

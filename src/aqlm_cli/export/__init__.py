@@ -14,6 +14,7 @@ from aqlm_cli.export.directory import Export, export, plan_export
 from aqlm_cli.export.exporter import Exporter
 from aqlm_cli.export.model import ExportedLayer, QuantizedModel, read_model
 from aqlm_cli.export.model_card import ExportFacts, Origin
+from aqlm_cli.export.native import NativeExporter
 from aqlm_cli.export.transformers import TransformersExporter
 
 __all__ = [
@@ -29,5 +30,7 @@ __all__ = [
     "read_model",
 ]
 
-EXPORTERS: Mapping[str, Exporter] = {exporter.name: exporter for exporter in (TransformersExporter(), DenseExporter())}
+EXPORTERS: Mapping[str, Exporter] = {
+    exporter.name: exporter for exporter in (TransformersExporter(), NativeExporter(), DenseExporter())
+}
 """Exporters by name of the format; `pack.format` of a run file takes these names."""

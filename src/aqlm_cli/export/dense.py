@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aqlm_cli.export.layout import Layout, plan_slots
+from aqlm_cli.export.layout import Layout, named_as_stored, plan_slots
 from aqlm_cli.export.model import QuantizedModel
 from aqlm_cli.export.model_card import DENSE_LOADING, CardFacts, model_card
 from aqlm_cli.export.tensors import entries
@@ -31,7 +31,7 @@ class DenseExporter:
         schemes: Mapping[str, Scheme | None],
         changed: Collection[str],
     ) -> Layout:
-        layout = Layout(plan_slots(network, stored, schemes, changed), quantization=None)
+        layout = Layout(named_as_stored(plan_slots(network, stored, schemes, changed), stored), quantization=None)
         refuse_unloadable(network, layout, (), self.name)
         return layout
 

@@ -125,10 +125,9 @@ def _choice(layer: Layer, treatment: Treatment | None, share: float, native: boo
     if treatment is None:
         size, tensors = BYTES_PER_FLOAT * rows * columns, 1
     else:
-        layouts = treatment.scheme.packed_layouts(rows, columns)
+        scheme = treatment.scheme
+        layouts = scheme.native_layouts(rows, columns) if native else scheme.packed_layouts(rows, columns)
         size, tensors = total_bytes(layouts), len(layouts)
-        if native:
-            size, tensors = -(-treatment.scheme.stored_bits(rows, columns) // 8), 3
     header = tensors * (len(layer.path) + HEADER_LINE)
     return Choice(treatment, size + header, round(share * size))
 

@@ -29,6 +29,7 @@ from aqlm_cli.memory import give_back_memory, peak_memory_bytes, reset_peak_memo
 from aqlm_cli.models import load_network
 from aqlm_cli.models.blocks import linears
 from aqlm_cli.models.hidden_states import compute_dtype
+from aqlm_cli.models.walk import Walk
 from aqlm_cli.pipeline.allocation_report import RECORD, AllocationReport, schemes_by_name, single_divergence
 from aqlm_cli.pipeline.job import Job
 from aqlm_cli.pipeline.preflight import planned_work
@@ -39,16 +40,17 @@ from aqlm_cli.quantization.parallel import Compressed, Task, compress_all
 from aqlm_cli.quantization.resume import ResumeState
 from aqlm_cli.quantization.sensitivity import contrasts, fit_effects
 from aqlm_cli.quantization.table_scores import quantize_tables
-from aqlm_cli.quantization.table_statistics import read_statistics
+from aqlm_cli.quantization.table_statistics import STAGE, embedding_metric, read_statistics
 from aqlm_cli.quantization.tables import TableStatistics
 from aqlm_cli.runs.artifact import Artifact, Stage
-from aqlm_cli.runs.files import disk_bytes, write_file
+from aqlm_cli.runs.files import disk_bytes, load_tensors, save_tensors, write_file
 from aqlm_cli.runs.stages import ALLOCATE, StageKey
 from aqlm_cli.seeds import generator
 from aqlm_cli.spec.allocation_record import AllocationRecord, Candidate, Mix, of_blocks
 from aqlm_cli.spec.choices import OpenLayer
 from aqlm_cli.spec.config import RunConfig
 from aqlm_cli.spec.methods.aqlm import FAST
+from aqlm_cli.spec.plan import Target
 from aqlm_cli.spec.scores import SIXTEEN_BITS, Effects, Goal, Question, Scores, Solution, scored
 from aqlm_cli.spec.treatment import Treatment
 from aqlm_kernels import Matrix
@@ -145,7 +147,7 @@ def _measure(job: Job, calibration: Artifact, stage: Stage) -> AllocationRecord:
     work = _Work(job, stage, ResumeState(stage.work), ids, workers)
     layers = facts.open_layers(config)
     goal = facts.goal(config, layers)
-    effects: dict[str, dict[str, float]] = _layer_errors(work, layers)
+    effects, gradients = _layer_errors(work, layers)
     for path in [path for path, layer in layers.items() if not layer.outside and path not in effects]:
         job.emit(Warned(f"{path} stays in 16 bits: no text reaches it; add text to quantize it"))
         del layers[path]
@@ -155,7 +157,8 @@ def _measure(job: Job, calibration: Artifact, stage: Stage) -> AllocationRecord:
     tables = [layer for layer in layers.values() if layer.outside]
 
     def statistics(layer: OpenLayer) -> TableStatistics:
-        return read_statistics(calibration, layer.kind, layer.out_features)
+        target = Target(layer.path, layer.kind, layer.out_features, layer.in_features, None, SIXTEEN_BITS)
+        return read_statistics(calibration, target, gradients)
 
     quantize_tables(network, tables, statistics, config.seed, workers, missing=work.missing, keep=work.keep)
     give_back_memory()
@@ -171,11 +174,15 @@ def _measure(job: Job, calibration: Artifact, stage: Stage) -> AllocationRecord:
 # ----------------------------------------------------------------------------------------------------- errors of layers
 
 
-def _layer_errors(work: _Work, layers: Mapping[str, OpenLayer]) -> dict[str, dict[str, float]]:
-    """The relative error of every layer in the blocks by path and treatment; none of a layer that no text reaches."""
+def _layer_errors(work: _Work, layers: Mapping[str, OpenLayer]) -> tuple[dict[str, dict[str, float]], Tensor | None]:
+    """The relative error of every layer in the blocks by path and treatment; none of a layer that no text reaches.
+
+    Also the metric of the embeddings `[d, d]`, where they are to be decided about.
+    """
     config, state = work.job.config, work.state
     ids = work.ids[: work.sequences]
     states = start_calibration_pass(work.job.source, ids, len(ids), config, state, work.emit)
+    gradients = _embedding_metric(work, states.walk, layers)
     inside = [path for path, layer in layers.items() if not layer.outside]
     last = states.walk.last(inside) if inside else -1
     work.emit(StageStarted(ALLOCATE.name, last + 1, "block", done=state.blocks))
@@ -208,7 +215,19 @@ def _layer_errors(work: _Work, layers: Mapping[str, OpenLayer]) -> dict[str, dic
     found: dict[str, dict[str, float]] = {}
     for index in range(last + 1):
         found |= state.recorded(index)
-    return found
+    return found, gradients
+
+
+def _embedding_metric(work: _Work, walk: Walk, layers: Mapping[str, OpenLayer]) -> Tensor | None:
+    """The price of errors of the embeddings, from a file if it was measured before; None where they are decided."""
+    if all(layer.kind not in ("embedding", "table") for layer in layers.values()):
+        return None
+    file = work.state.directory / "embedding_metric.safetensors"
+    if not file.exists():
+        rng = generator(work.job.config.seed, STAGE)
+        metric = embedding_metric(walk, work.ids, work.state.directory / "gradients", rng, work.emit)
+        save_tensors(file, {"metric": metric})
+    return load_tensors(file)["metric"]
 
 
 # --------------------------------------------------------------------------------------------------------- whole models
