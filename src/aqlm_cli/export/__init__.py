@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from aqlm_cli.export.dense import DenseExporter
 from aqlm_cli.export.directory import Export, export, plan_export
 from aqlm_cli.export.exporter import Exporter
+from aqlm_cli.export.layout import Layout
 from aqlm_cli.export.model import ExportedLayer, QuantizedModel, read_model
 from aqlm_cli.export.model_card import ExportFacts, Origin
 from aqlm_cli.export.native import NativeExporter
@@ -24,6 +25,7 @@ __all__ = [
     "ExportFacts",
     "ExportedLayer",
     "Exporter",
+    "Layout",
     "Origin",
     "QuantizedModel",
     "export",
