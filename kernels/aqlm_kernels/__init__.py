@@ -11,6 +11,7 @@ from aqlm_kernels.compressed import CompressedLinear
 from aqlm_kernels.cpu.bandwidth import read_bandwidth
 from aqlm_kernels.cpu.decoder import Decoder, DecoderBlock
 from aqlm_kernels.cpu.lm_head import ByteRows, matmul_dense
+from aqlm_kernels.cpu.stacks import DecoderLayer, why_not_compiled
 from aqlm_kernels.embedding import CompressedEmbedding
 from aqlm_kernels.errors import KernelError
 from aqlm_kernels.experts import SingleExperts, expert_shapes, is_fused, why_not_single
@@ -36,6 +37,7 @@ __all__ = [
     "CompressedLinear",
     "Decoder",
     "DecoderBlock",
+    "DecoderLayer",
     "KernelError",
     "Matrix",
     "PackedMatrix",
@@ -59,5 +61,6 @@ __all__ = [
     "smallest",
     "to_checkpoint",
     "unpack_bits",
+    "why_not_compiled",
     "why_not_single",
 ]

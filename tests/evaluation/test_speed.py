@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import json
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from helpers import commands, tiny_models
+from rich.console import Console
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -227,11 +229,32 @@ def test_the_bound_counts_what_one_token_reads(shape: str) -> None:
     report = measured_shape(shape, "1x8g8")
     tied = random_models.SHAPES[shape][-1]
     for row, itemsize in zip(report.rows, (2, 2, 4, 2), strict=True):
-        read = row.bytes - (0 if tied else itemsize * 258 * 64)
+        read = row.bytes - (0 if tied else itemsize * 257 * 64)  # of the embeddings, one row
+        assert sum(row.read_bytes.values()) == read
         assert row.decode_bound == pytest.approx(report.read_bandwidth / read)
         assert row.decode_times == {
             other.name: row.decode_median / other.decode_median for other in report.rows if other.name != "packed"
         }
+
+
+def test_the_bytes_of_a_token_are_shown_by_part(shape: str) -> None:
+    report = measured_shape(shape, "1x8g8")
+    tied = random_models.SHAPES[shape][-1]
+    for row, itemsize in zip(report.rows, (2, 2, 4, 2), strict=True):
+        assert row.read_bytes["norms"] == itemsize * 5 * 64
+        assert row.read_bytes["head"] == itemsize * 258 * 64
+        assert row.read_bytes["embedding_row"] == (0 if tied else itemsize * 64)
+        assert row.read_bytes["other"] == 0
+    dense, packed = report.rows[0].read_bytes, report.rows[-1].read_bytes
+    assert dense["attention"] == 2 * 2 * (2 * 64 * 64 + 2 * 64 * 32)
+    assert dense["mlp"] == 2 * 2 * 3 * 64 * 128
+    codebooks, outputs = 256 * 8, 64 + 32 + 32 + 64
+    assert packed["attention"] == dense["attention"] // 16 + 2 * 2 * (4 * codebooks + outputs)
+    assert report.as_json()["rows"][-1]["read_bytes"] == packed
+    with StringIO() as text:
+        Console(file=text, width=200).print(report.table())
+        (header,) = [line for line in text.getvalue().splitlines() if "attention" in line]
+    assert ["embedding row" in header, "head" in header, "other" in header] == [not tied, True, False]
 
 
 def test_an_int8_head_is_half_to_read(shape: str) -> None:

@@ -446,7 +446,8 @@ def test_a_plan_tells_what_will_be_done_without_doing_it(llama: Path) -> None:
     plan = prepare(make_job(config, Path("run")))[1]
     report = run(config)
     assert (plan.layers, plan.stored_bits, plan.bytes_after) == (report.layers, report.stored_bits, report.bytes_after)
-    assert len(plan.skipped) == 8 and plan.layers == 6
+    inside = [path for path, _ in plan.skipped if path.startswith("model.layers.")]
+    assert len(inside) == 8 and plan.layers == 6
     stored = Plan.from_json(quantized().manifest.results["plan"])
     assert {target.path for target in stored.quantized} == set(matrices())
 
@@ -520,7 +521,7 @@ def test_a_layer_that_no_text_reaches_stays_as_it_is(llama: Path, unreached: Cal
         for block in range(2)
     ]
     plan = Plan.from_json(quantized().manifest.results["plan"])
-    assert {target.path: target.reason for target in plan.skipped} == {
+    assert {target.path: target.reason for target in plan.skipped if target.kind == "linear"} == {
         f"model.layers.{block}.self_attn.q_proj": "no text reaches it" for block in range(2)
     }
     assert report.layers == len(matrices()) == 12

@@ -20,6 +20,9 @@ Kernel = TypeVar("Kernel", bound=Callable[..., object])
 
 prange: Callable[[int], Iterable[int]] = numba.prange
 
+array_at: Callable[..., Any] = numba.carray  # type: ignore[attr-defined]
+"""The array of this shape at a pointer, in a kernel."""
+
 _STAMP = sorted(
     (path.name, path.stat().st_mtime_ns, path.stat().st_size) for path in Path(__file__).parent.glob("*.py")
 )

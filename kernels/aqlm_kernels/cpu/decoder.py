@@ -1,9 +1,11 @@
 """A Llama-like model on the CPU, without transformers: prefill in torch, each decode step in compiled code.
 
 A small model spends most of a token's time in Python. A block is RMSNorm; queries, keys and values with rotary
-positions; attention over all positions so far; RMSNorm; a gated SiLU network. In a decode step queries, keys and values
-are one stack of matrices, gate and up another, so that a block has four matmuls. Everything is float32 but the codes
-and the head, which has its own type.
+positions; attention over all positions so far; RMSNorm; a gated SiLU network. A decode step goes through all blocks in
+one compiled call. Each layer has a scheme of its own, or dense weights; those of one additive scheme that share x are
+one stack, so that a block has four matmuls where all layers have the same (stacks.py). Embeddings and head may be
+quantized too, as one matrix or as two. Everything is float32 but the codes and the dense weights, which have their own
+type.
 
 Shapes: d hidden size, f size of the gated network, e head size.
 """
@@ -18,17 +20,16 @@ from typing import NamedTuple
 import numba
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from aqlm_kernels.cpu.avx512 import LANES
 from aqlm_kernels.cpu.compile import compiled, prange
 from aqlm_kernels.cpu.dequantize import Floats, array
 from aqlm_kernels.cpu.lm_head import ByteRows, matmul_dense
-from aqlm_kernels.cpu.lut import Bytes, Stack, Tiles, multiply
+from aqlm_kernels.cpu.rows import rows_of
+from aqlm_kernels.cpu.stacks import FIELDS, INPUTS, DecoderLayer, Integers, Matmuls, matmuls
 from aqlm_kernels.errors import KernelError
-from aqlm_kernels.linear import AdditiveLinear
-from aqlm_kernels.packed import PackedMatrix
+from aqlm_kernels.matrices.matrix import Matrix
 
 SHORT = 16
 """Most tokens of a prompt that run as decode steps, which is then faster than dequantizing every weight."""
@@ -39,11 +40,11 @@ class DecoderBlock:
     """The weights of one block."""
 
     attention_norm: Tensor  # [d]
-    attention_in: Sequence[AdditiveLinear]  # of queries [heads * e, d], keys and values [key_heads * e, d]
-    attention_out: AdditiveLinear  # [d, heads * e]
+    attention_in: Sequence[DecoderLayer]  # of queries [heads * e, d], keys and values [key_heads * e, d]
+    attention_out: DecoderLayer  # [d, heads * e]
     network_norm: Tensor  # [d]
-    network_in: Sequence[AdditiveLinear]  # of gate and up [f, d]
-    network_out: AdditiveLinear  # [d, f]
+    network_in: Sequence[DecoderLayer]  # of gate and up [f, d]
+    network_out: DecoderLayer  # [d, f]
 
 
 class Decoder:
@@ -51,24 +52,24 @@ class Decoder:
 
     `embeddings` is `[vocabulary, d]`, `head` likewise; `angles` are the cosines and the sines `[positions, e]` of the
     rotary positions. `lut_bytes`: bytes of a LUT entry, 2 or 1, or 0 for float32. Only queries, keys and values may
-    have a bias. Raises KernelError for a codebook of more than 256 entries, and where the positions are used up.
+    have a bias. Raises KernelError for a layer that `why_not_compiled` refuses, and where the positions are used up.
     """
 
     def __init__(
         self,
         blocks: Sequence[DecoderBlock],
-        embeddings: Tensor,
+        embeddings: Tensor | Matrix,
         norm: Tensor,
-        head: Tensor | ByteRows,
+        head: Tensor | ByteRows | DecoderLayer,
         angles: tuple[Tensor, Tensor],
         key_heads: int,
         epsilon: float,
         lut_bytes: int,
     ) -> None:
         cosines, sines = angles
-        self._layers = blocks
-        self._blocks = [_Block.of(block) for block in blocks]
-        self._embeddings, self._norm, self._head = embeddings, norm.detach().float(), head
+        self._layers, self._blocks = blocks, _Blocks.of(blocks)
+        self._embeddings, self._norm = rows_of(embeddings), norm.detach().float()
+        self._head = head if isinstance(head, (Tensor, ByteRows)) else _QuantizedHead.of(head)
         self._cosines, self._sines = array(cosines), array(sines)
         self._heads = blocks[0].attention_in[0].out_features // cosines.shape[1]
         self._epsilon, self._lut_bytes = epsilon, lut_bytes
@@ -85,7 +86,7 @@ class Decoder:
             for token in ids[:-1].tolist():
                 self._step(token)
             return self._logits(self._step(int(ids[-1])))
-        hidden = self._embeddings[ids].float()  # [length, d]
+        hidden = self._embeddings.rows(ids)  # [length, d]
         for number, block in enumerate(self._layers):
             hidden = self._prefill_block(hidden, block, number)
         self.position = len(ids)
@@ -105,17 +106,16 @@ class Decoder:
     def _prefill_block(self, hidden: Tensor, block: DecoderBlock, number: int) -> Tensor:
         length, e = len(hidden), self._cosines.shape[1]
         x = self._normed(hidden, block.attention_norm)
-        queries, keys, values = (layer(x).view(length, -1, e).transpose(0, 1) for layer in block.attention_in)
+        queries, keys, values = (_apply(layer, x).view(length, -1, e).transpose(0, 1) for layer in block.attention_in)
         queries, keys = self._rotated(queries), self._rotated(keys)  # [heads, length, e]
         self._keys[number, :, :length], self._values[number, :, :length] = array(keys), array(values)
         context = F.scaled_dot_product_attention(
             queries[None], keys[None], values[None], is_causal=True, enable_gqa=True
         )  # [1, heads, length, e]
-        hidden = hidden + block.attention_out(context[0].transpose(0, 1).reshape(length, -1))
+        hidden = hidden + _apply(block.attention_out, context[0].transpose(0, 1).reshape(length, -1))
         x = self._normed(hidden, block.network_norm)
-        gate, up = (layer(x) for layer in block.network_in)
-        change: Tensor = block.network_out(F.silu(gate) * up)
-        return hidden + change
+        gate, up = (_apply(layer, x) for layer in block.network_in)
+        return hidden + _apply(block.network_out, F.silu(gate) * up)
 
     def _rotated(self, heads: Tensor) -> Tensor:  # [heads, length, e]
         length = heads.shape[1]
@@ -128,76 +128,126 @@ class Decoder:
 
     def _step(self, token: int) -> Tensor:
         """The hidden state [1, d] of a token at the next position, which is then in use."""
-        hidden = array(self._embeddings[token])[None].copy()
+        hidden = self._embeddings.row(token)
         angles = self._cosines[self.position], self._sines[self.position]
-        threads = numba.get_num_threads()
-        for number, block in enumerate(self._blocks):
-            cache = self._keys[number], self._values[number]
-            _step(hidden, *block, *angles, *cache, self.position, self._heads, self._epsilon, self._lut_bytes, threads)
+        caches, threads = (self._keys, self._values), numba.get_num_threads()
+        sizes = self.position, self._heads
+        _step(hidden, *self._blocks.arrays, *angles, *caches, *sizes, self._epsilon, self._lut_bytes, threads)
         self.position += 1
         return torch.from_numpy(hidden)
 
     def _logits(self, hidden: Tensor) -> Tensor:  # [1, d] -> [vocabulary]
-        return matmul_dense(self._normed(hidden, self._norm), self._head)[0]
+        normed = self._normed(hidden, self._norm)
+        if isinstance(self._head, _QuantizedHead):
+            return self._head.logits(normed, self._lut_bytes)
+        return matmul_dense(normed, self._head)[0]
 
 
-class _Matrices(NamedTuple):
-    """A `lut.Stack` in the form that Numba takes, and the length of x."""
-
-    codes: Bytes
-    columns: Floats
-    scales: Floats
-    ends: Tiles
-    inputs: int
+def _apply(layer: DecoderLayer, x: Tensor) -> Tensor:
+    """x W^T + bias [length, out] in float32, whatever type the weights have."""
+    if isinstance(layer, nn.Linear):
+        return F.linear(x, layer.weight.float(), None if layer.bias is None else layer.bias.float())
+    y: Tensor = layer(x)
+    return y
 
 
-class _Block(NamedTuple):
-    attention_norm: Floats
-    attention_in: _Matrices
-    bias: Floats  # [tiles * LANES], in the order of attention_in's outputs
-    attention_out: _Matrices
-    network_norm: Floats
-    network_in: _Matrices
-    network_out: _Matrices
+class _QuantizedHead(NamedTuple):
+    matmuls: Matmuls
+    vocabulary: int
 
     @classmethod
-    def of(cls, block: DecoderBlock) -> _Block:
-        biases = [
-            F.pad(
-                torch.zeros(layer.out_features) if layer.bias is None else layer.bias.detach().float(),
-                (0, -layer.out_features % LANES),
-            )
-            for layer in block.attention_in
-        ]
-        return cls(
-            array(block.attention_norm),
-            _matrices(block.attention_in),
-            array(torch.cat(biases)),
-            _matrices([block.attention_out]),
-            array(block.network_norm),
-            _matrices(block.network_in),
-            _matrices([block.network_out]),
-        )
+    def of(cls, layer: DecoderLayer) -> _QuantizedHead:
+        return cls(Matmuls.of([layer]), layer.out_features)
+
+    def logits(self, hidden: Tensor, lut_bytes: int) -> Tensor:  # [1, d] -> [vocabulary]
+        y = matmuls(array(hidden), self.matmuls.fields, lut_bytes, numba.get_num_threads())
+        return torch.from_numpy(y[0, : self.vocabulary])
 
 
-def _matrices(layers: Sequence[AdditiveLinear]) -> _Matrices:
-    stack = Stack.of([PackedMatrix(layer.matrix()) for layer in layers])
-    return _Matrices(stack.codes, stack.columns, stack.scales, stack.ends, layers[0].in_features)
+ATTENTION_IN, ATTENTION_OUT, NETWORK_IN, NETWORK_OUT, SLOTS = 0, 3, 4, 6, 7
+"""First of a block's matmuls with each x, of which there are at most as many as layers, and the count of all."""
+
+
+class _Arrays(NamedTuple):
+    """The weights of all blocks, as the compiled step takes them."""
+
+    norms: Floats  # [blocks, 2, d], of attention and network
+    biases: Floats  # [blocks, longest y], in the order of the outputs that x of the attention gives
+    fields: Integers  # [blocks, SLOTS, FIELDS], zeros where layers share a matmul
+    starts: Integers  # [blocks, 5], of queries, keys and values in their y, of gate and up in theirs
+
+
+class _Blocks(NamedTuple):
+    arrays: _Arrays
+    kept: Sequence[Matmuls]
+
+    @classmethod
+    def of(cls, blocks: Sequence[DecoderBlock]) -> _Blocks:
+        fields, starts = np.zeros((len(blocks), SLOTS, FIELDS), np.int64), np.zeros((len(blocks), 5), np.int64)
+        kept: list[Matmuls] = []
+        for number, block in enumerate(blocks):
+            inputs = [block.attention_in, [block.attention_out], block.network_in, [block.network_out]]
+            shared = [Matmuls.of(layers) for layers in inputs]
+            for slot, one in zip((ATTENTION_IN, ATTENTION_OUT, NETWORK_IN, NETWORK_OUT), shared, strict=True):
+                fields[number, slot : slot + len(one.fields)] = one.fields
+            starts[number] = [*shared[0].starts, *shared[2].starts]
+            kept += shared
+        norms = [torch.stack([block.attention_norm.float(), block.network_norm.float()]) for block in blocks]
+        biases = np.zeros((len(blocks), max(one.outputs for one in kept)), np.float32)
+        for row, block, begins in zip(biases, blocks, starts, strict=True):
+            for layer, start in zip(block.attention_in, begins, strict=False):
+                if layer.bias is not None:
+                    row[start : start + layer.out_features] = array(layer.bias)
+        return cls(_Arrays(array(torch.stack(norms)), biases, fields, starts), kept)
 
 
 @compiled(fastmath=("contract",))
 def _step(
-    hidden: Floats,  # [1, d], becomes the block's output
-    attention_norm: Floats,
-    attention_in: _Matrices,
-    bias: Floats,
-    attention_out: _Matrices,
-    network_norm: Floats,
-    network_in: _Matrices,
-    network_out: _Matrices,
+    hidden: Floats,  # [1, d], becomes the last block's output
+    norms: Floats,  # as in _Arrays, these four
+    biases: Floats,
+    fields: Integers,
+    starts: Integers,
     cosines: Floats,  # [e]
     sines: Floats,
-    keys: Floats,  # [key_heads, positions, e]
+    keys: Floats,  # [blocks, key_heads, positions, e]
+    values: Floats,
+    position: int,
+    heads: int,
+    epsilon: float,
+    lut_bytes: int,
+    threads: int,
+) -> None:
+    for number in range(norms.shape[0]):
+        _attention(
+            hidden,
+            norms[number, 0],
+            biases[number],
+            fields[number],
+            starts[number],
+            cosines,
+            sines,
+            keys[number],
+            values[number],
+            position,
+            heads,
+            epsilon,
+            lut_bytes,
+            threads,
+        )
+        _network(hidden, norms[number, 1], fields[number], starts[number], epsilon, lut_bytes, threads)
+
+
+@compiled(fastmath=("contract",))
+def _attention(
+    hidden: Floats,
+    norm: Floats,
+    bias: Floats,
+    fields: Integers,
+    starts: Integers,
+    cosines: Floats,
+    sines: Floats,
+    keys: Floats,
     values: Floats,
     position: int,
     heads: int,
@@ -206,36 +256,37 @@ def _step(
     threads: int,
 ) -> None:
     d, e = hidden.shape[1], cosines.shape[0]
-    inputs = _matmul(_normed(hidden, attention_norm, epsilon), attention_in, lut_bytes, threads)[0]
-    for o in range(bias.shape[0]):
+    inputs = matmuls(_normed(hidden, norm, epsilon), fields[ATTENTION_IN:ATTENTION_OUT], lut_bytes, threads)[0]
+    for o in range(inputs.shape[0]):
         inputs[o] += bias[o]
-    first_key, first_value = attention_in.ends[0] * LANES, attention_in.ends[1] * LANES
-    _rotate(inputs[: heads * e], cosines, sines)
+    first_query, first_key, first_value = starts[0], starts[1], starts[2]
+    queries = inputs[first_query : first_query + heads * e]
+    _rotate(queries, cosines, sines)
     _rotate(inputs[first_key : first_key + keys.shape[0] * e], cosines, sines)
     for head in range(keys.shape[0]):
         for i in range(e):
             keys[head, position, i] = inputs[first_key + head * e + i]
             values[head, position, i] = inputs[first_value + head * e + i]
     context = np.empty((1, heads * e), np.float32)
-    _attend(inputs, keys, values, position + 1, heads, context[0])
-    change = _matmul(context, attention_out, lut_bytes, threads)[0]
+    _attend(queries, keys, values, position + 1, heads, context[0])
+    change = matmuls(context, fields[ATTENTION_OUT:NETWORK_IN], lut_bytes, threads)[0]
     for i in range(d):
         hidden[0, i] += change[i]
-    inputs = _matmul(_normed(hidden, network_norm, epsilon), network_in, lut_bytes, threads)[0]
-    first_up = network_in.ends[0] * LANES
-    gated = np.empty((1, network_out.inputs), np.float32)
+
+
+@compiled(fastmath=("contract",))
+def _network(
+    hidden: Floats, norm: Floats, fields: Integers, starts: Integers, epsilon: float, lut_bytes: int, threads: int
+) -> None:
+    inputs = matmuls(_normed(hidden, norm, epsilon), fields[NETWORK_IN:NETWORK_OUT], lut_bytes, threads)[0]
+    first_gate, first_up = starts[3], starts[4]
+    gated = np.empty((1, fields[NETWORK_OUT, INPUTS]), np.float32)
     for i in range(gated.shape[1]):
-        gated[0, i] = inputs[i] / (np.float32(1) + np.exp(-inputs[i])) * inputs[first_up + i]
-    change = _matmul(gated, network_out, lut_bytes, threads)[0]
-    for i in range(d):
+        gate = inputs[first_gate + i]
+        gated[0, i] = gate / (np.float32(1) + np.exp(-gate)) * inputs[first_up + i]
+    change = matmuls(gated, fields[NETWORK_OUT:], lut_bytes, threads)[0]
+    for i in range(hidden.shape[1]):
         hidden[0, i] += change[i]
-
-
-@compiled()
-def _matmul(x: Floats, matrices: _Matrices, lut_bytes: int, threads: int) -> Floats:
-    y = np.empty((1, matrices.scales.shape[0]), np.float32)
-    multiply(x, matrices.codes, matrices.columns, matrices.scales, matrices.ends, lut_bytes, threads, y)
-    return y
 
 
 @compiled(fastmath=("contract", "reassoc"))

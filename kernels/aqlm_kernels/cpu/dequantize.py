@@ -68,7 +68,7 @@ def array(tensor: Tensor) -> Floats:
 
 
 @compiled()
-def _row(codes: Codes, codebooks: Floats, scale: np.float32, row: Floats, group_size: int) -> None:
+def write_row(codes: Codes, codebooks: Floats, scale: np.float32, row: Floats, group_size: int) -> None:
     """One row of W [in] from its codes [n, M]."""
     for j in range(codes.shape[0]):
         group = row[j * group_size : (j + 1) * group_size]  # [g]
@@ -87,9 +87,9 @@ def _dequantize_float32(codes: Codes, codebooks: Floats, scales: Floats, weight:
     for tile in prange(-(-out_features // ROWS)):
         for o in range(tile * ROWS, min(tile * ROWS + ROWS, out_features)):
             if group_size == 8:  # as a constant it lets LLVM unroll, which is twice as fast
-                _row(codes[o], codebooks, scales[o], weight[o], 8)
+                write_row(codes[o], codebooks, scales[o], weight[o], 8)
             else:
-                _row(codes[o], codebooks, scales[o], weight[o], group_size)
+                write_row(codes[o], codebooks, scales[o], weight[o], group_size)
 
 
 @compiled(parallel=True)
@@ -101,9 +101,9 @@ def _dequantize_bfloat16(codes: Codes, codebooks: Floats, scales: Floats, weight
         bits = row.view(np.uint32)
         for o in range(tile * ROWS, min(tile * ROWS + ROWS, out_features)):
             if group_size == 8:
-                _row(codes[o], codebooks, scales[o], row, 8)
+                write_row(codes[o], codebooks, scales[o], row, 8)
             else:
-                _row(codes[o], codebooks, scales[o], row, group_size)
+                write_row(codes[o], codebooks, scales[o], row, group_size)
             for i in range(row.shape[0]):
                 odd = (bits[i] >> np.uint32(16)) & np.uint32(1)
                 weight[o, i] = np.uint16((bits[i] + np.uint32(0x7FFF) + odd) >> np.uint32(16))

@@ -63,7 +63,7 @@ def matmul_dense(x: Tensor, weight: Tensor | ByteRows) -> Tensor:
 
 def _matmul(x: Tensor, stored: Tensor) -> Tensor:
     y = torch.empty(x.shape[0], len(stored))
-    _multiply(array(x), stored.numpy(), y.numpy())
+    multiply_dense(array(x), stored.numpy(), y.numpy())
     return y
 
 
@@ -84,7 +84,7 @@ def _number(typing_context: Any, stored: Any) -> Any:
 
 
 @compiled(parallel=True, fastmath=("contract", "reassoc"))
-def _multiply(x: Floats, weight: Weights, y: Floats) -> None:
+def multiply_dense(x: Floats, weight: Weights, y: Floats) -> None:
     for tile in prange(-(-weight.shape[0] // TILE)):
         for o in range(tile * TILE, min(tile * TILE + TILE, weight.shape[0])):
             for row in range(x.shape[0]):

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -14,14 +13,15 @@ from aqlm_cli.evaluation import timing
 from aqlm_cli.evaluation.llama_cpp import find_llama_models
 from aqlm_cli.evaluation.matmul import relative_error
 from aqlm_cli.evaluation.model import EvaluatedModel, packed_size
+from aqlm_cli.evaluation.read_bytes import bytes_by_part
 from aqlm_cli.evaluation.timing import Candidate
 from aqlm_cli.events import Emit, Noted
-from aqlm_cli.models import decoding_of
+from aqlm_cli.models import Decoding, decoding_of
 from aqlm_cli.models.blocks import count_parameters, replace_module
 from aqlm_cli.models.random_models import empty_network, random_network, random_packed_network
-from aqlm_cli.spec.config import BenchConfig, Head
+from aqlm_cli.spec.config import BenchConfig
 from aqlm_cli.spec.schemes import Scheme
-from aqlm_kernels import KernelError, QuantizedLayer, coded_layers
+from aqlm_kernels import CompressedEmbedding, KernelError, QuantizedLayer, coded_layers
 
 DTYPES = {"FP16": torch.float16, "BF16": torch.bfloat16, "FP32": torch.float32}
 
@@ -54,27 +54,21 @@ def candidates_of_shape(shape: str, scheme: Scheme, ids: Tensor, settings: Bench
     decoding = decoding_of(packed, length, settings.backend, settings.head)
     logits = timing.run_pass(decoding, ids, settings.prompt).logits
     error = None if exact is None else relative_error(logits, exact)
-    size, layers = packed_size(packed).bytes, tuple(coded_layers(packed).values())
+    size, layers = packed_size(packed), tuple(coded_layers(packed).values())
     return [
         *(
-            Candidate(
-                name,
-                decoding_of(random_network(shape, dtype), length),
-                bytes=sizes[name],
-                read_bytes=sizes[name] - dtype.itemsize * _embedded_only(packed),
-                relative_error=None,
-            )
+            _dense(name, network := random_network(shape, dtype), decoding_of(network, length), None)
             for name, dtype in DTYPES.items()
             if name not in left_out
         ),
-        Candidate("packed", decoding, size, size - _unread(packed, settings.head), error, layers),
+        Candidate("packed", decoding, size.bytes, bytes_by_part(packed, size.read, settings.head), error, layers),
     ]
 
 
 def llama_candidates(program: str | None, files: Sequence[str]) -> list[Candidate]:
     """Files that llama.cpp's benchmark runs."""
     return [
-        Candidate(model.name, model, bytes=model.bytes, read_bytes=model.bytes, relative_error=None)
+        Candidate(model.name, model, bytes=model.bytes, read={}, relative_error=None)
         for model in find_llama_models(program, files)
     ]
 
@@ -83,16 +77,14 @@ def _in_every_type(model: EvaluatedModel, ids: Tensor, prompt: int) -> list[Cand
     networks = {name: model.network(dtype) for name, dtype in DTYPES.items()}
     decodings = {name: decoding_of(network, len(ids)) for name, network in networks.items()}
     logits = {name: timing.run_pass(decoding, ids, prompt).logits for name, decoding in decodings.items()}
-    return [
-        Candidate(
-            name,
-            decodings[name],
-            bytes=DTYPES[name].itemsize * count_parameters(network),
-            read_bytes=DTYPES[name].itemsize * (count_parameters(network) - _embedded_only(network)),
-            relative_error=None if name == "FP32" else relative_error(logits[name], logits["FP32"]),
-        )
-        for name, network in networks.items()
-    ]
+    errors = {name: None if name == "FP32" else relative_error(logits[name], logits["FP32"]) for name in networks}
+    return [_dense(name, network, decodings[name], errors[name]) for name, network in networks.items()]
+
+
+def _dense(name: str, network: nn.Module, decoding: Decoding, error: float | None) -> Candidate:
+    named = {id(tensor): (path, tensor) for path, tensor in network.state_dict(keep_vars=True).items()}
+    tensors = {path: DTYPES[name].itemsize * tensor.numel() for path, tensor in named.values()}
+    return Candidate(name, decoding, sum(tensors.values()), bytes_by_part(network, tensors), error)
 
 
 def _quantized(model: EvaluatedModel, ids: Tensor, settings: BenchConfig) -> Candidate:
@@ -103,29 +95,30 @@ def _quantized(model: EvaluatedModel, ids: Tensor, settings: BenchConfig) -> Can
     size = model.size(network)
     decoding = decoding_of(network, len(ids), settings.backend, settings.head)
     error = relative_error(timing.run_pass(decoding, ids, settings.prompt).logits, exact)
-    read = size.bytes - _unread(network, settings.head) - size.copies
+    read = bytes_by_part(network, size.read, settings.head)
     return Candidate("packed", decoding, size.bytes, read, error, tuple(coded_layers(network).values()))
 
 
-def _unread(network: Any, head: Head) -> int:
-    """Bytes of a quantized model that one token does not read."""
-    return 2 * _embedded_only(network) + (int(network.get_output_embeddings().weight.numel()) if head == "int8" else 0)
-
-
-def _embedded_only(network: Any) -> int:
-    """Weights of an embedding that is not the head, too: a token reads one row of them."""
-    embedding, head = network.get_input_embeddings().weight, network.get_output_embeddings().weight
-    return 0 if embedding is head else int(embedding.numel())
-
-
 def dequantized(network: nn.Module) -> nn.Module:
-    """The same weights as ordinary linear layers; the given network is changed."""
-    for path, module in list(network.named_modules()):
-        if isinstance(module, QuantizedLayer):
-            weight, bias = module.matrix().dequantize(), module.trainable().get("bias")
-            linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
-            linear.weight = nn.Parameter(weight, requires_grad=False)
-            if bias is not None:
-                linear.bias = bias
-            replace_module(network, path, linear)
+    """The same weights as ordinary linear layers and embeddings; the given network is changed."""
+    modules = dict(network.named_modules(remove_duplicate=False))
+    for path, module in modules.items():
+        if isinstance(module, CompressedEmbedding):
+            rows = module(torch.arange(module.num_embeddings))
+            replace_module(network, path, nn.Embedding.from_pretrained(rows, padding_idx=module.padding_idx))
+        elif isinstance(module, QuantizedLayer) and not _is_table(modules, path):
+            replace_module(network, path, _linear(module))
     return network
+
+
+def _is_table(modules: Mapping[str, nn.Module], path: str) -> bool:
+    return isinstance(modules.get(path.rpartition(".")[0]), CompressedEmbedding)
+
+
+def _linear(layer: QuantizedLayer) -> nn.Linear:
+    weight, bias = layer.matrix().dequantize(), layer.trainable().get("bias")
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        linear.bias = bias
+    return linear

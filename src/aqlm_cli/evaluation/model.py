@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -21,10 +22,22 @@ from aqlm_kernels import quantized_layers
 
 @dataclass(frozen=True)
 class Size:
-    """Bytes of all tensors of a model; `copies` of them are second copies, which no token reads."""
+    """Bytes of every tensor of a model by name, a quantized layer in memory by its path.
 
-    bytes: int
-    copies: int = 0
+    `copies` are names of second copies, which no token reads.
+    """
+
+    tensors: Mapping[str, int]
+    copies: frozenset[str] = frozenset()
+
+    @property
+    def bytes(self) -> int:
+        return sum(self.tensors.values())
+
+    @property
+    def read(self) -> dict[str, int]:
+        """All tensors but the copies."""
+        return {name: size for name, size in self.tensors.items() if name not in self.copies}
 
 
 class EvaluatedModel(Protocol):
@@ -130,8 +143,8 @@ class StoredModel:
     def size(self, network: nn.Module) -> Size:
         stored = models.tensor_index(self.source.directory)
         names = names_in_files(network, stored).values()
-        copies = sum(stored[name].bytes for same in names for name in same[1:])
-        return Size(sum(tensor.bytes for tensor in stored.values()), copies)
+        copies = frozenset(name for same in names for name in same[1:])
+        return Size({name: tensor.bytes for name, tensor in stored.items()}, copies)
 
     def refuse_length(self, tokens: int, lower: str, stated: bool) -> None:
         refuse = models.refuse_longer_than_stated if stated else models.refuse_too_long
@@ -195,14 +208,14 @@ class LoadedModel:
             raise ModelError(f"{self.name} reads {length[1]} tokens, not {tokens}; lower {lower}")
 
     def refuse_tokens(self, ids: Tensor) -> None:
-        rows = self.loaded.get_input_embeddings().weight.shape[0]
+        rows = self.loaded.get_input_embeddings().num_embeddings
         if int(ids.max()) >= rows:
             raise ModelError(f"token id {int(ids.max())} is outside vocab_size {rows}: the tokenizer does not match")
 
 
 def packed_size(network: nn.Module) -> Size:
     """Codes as their schemes count them, and everything else in 16 bits."""
-    layers = quantized_layers(network).values()
-    tables = {id(table) for layer in layers for name, table in layer.trainable().items() if name != "bias"}
-    rest = sum(parameter.numel() for parameter in network.parameters() if id(parameter) not in tables)
-    return Size(2 * rest + sum(layer.matrix().bits() // 8 for layer in layers))
+    layers = quantized_layers(network)
+    learnt = {id(part) for layer in layers.values() for name, part in layer.trainable().items() if name != "bias"}
+    rest = {name: 2 * part.numel() for name, part in network.named_parameters() if id(part) not in learnt}
+    return Size({path: layer.matrix().bits() // 8 for path, layer in layers.items()} | rest)

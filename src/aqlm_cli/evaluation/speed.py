@@ -131,5 +131,6 @@ def _row(candidate: Candidate, passes: Sequence[Speed], medians: Mapping[str, fl
         prefill_low=min(prefill),
         prefill_high=max(prefill),
         bytes=candidate.bytes,
+        read_bytes=candidate.read,
         relative_error=candidate.relative_error,
     )

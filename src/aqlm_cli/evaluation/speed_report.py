@@ -22,8 +22,9 @@ class BenchRow:
     """Tokens per second: median, lowest and highest of the repeats.
 
     `decode_times`: times as fast as the base model in each type. `decode_bound`: the speed at which memory delivers the
-    weights. `relative_error` is that of the logits, as relative RMS against the same weights in float32; None where the
-    row is that reference, or there is none.
+    weights. `read_bytes`: bytes that one token reads, by part, of embeddings that are not also the head one row; empty
+    for a model of another program. `relative_error` is that of the logits, as relative RMS against the same weights in
+    float32; None where the row is that reference, or there is none.
     """
 
     name: str
@@ -36,6 +37,7 @@ class BenchRow:
     prefill_low: float
     prefill_high: float
     bytes: int
+    read_bytes: Mapping[str, int]
     relative_error: float | None
 
     @property
@@ -76,7 +78,7 @@ class BenchReport(Record):
     version: int = 1
 
     def table(self) -> Group:
-        return Group(self._models(), self._matmuls()) if self.matmuls else Group(self._models())
+        return Group(self._models(), self._parts(), *([self._matmuls()] if self.matmuls else []))
 
     def as_markdown(self) -> str:
         return "\n\n".join(
@@ -98,9 +100,20 @@ class BenchReport(Record):
         tables = []
         for records in (self.rows, self.matmuls):
             flat = [_flat(dataclasses.asdict(record)) for record in records]
+            columns = list(dict.fromkeys(name for row in flat for name in row))
             if flat:
-                tables.append([list(flat[0]), *(list(row.values()) for row in flat)])
+                tables.append([columns, *([row.get(name, "") for name in columns] for row in flat)])
         return tables
+
+    def _parts(self) -> Table:
+        rows = [row for row in self.rows if row.read_bytes]
+        parts = [part for part in rows[0].read_bytes if any(row.read_bytes[part] for row in rows)]
+        columns = ("model", *(part.replace("_", " ") for part in parts), "all")
+        table = Table(*columns, title="bytes a token while decoding", title_justify="left")
+        for row in rows:
+            sizes = [row.read_bytes[part] for part in parts]
+            table.add_row(Text(row.name), *(readable_bytes(size) for size in (*sizes, sum(sizes))))
+        return table
 
     def _matmuls(self) -> Table:
         others = self.matmuls[0].times
@@ -147,8 +160,7 @@ def _flat(record: Mapping[str, Any]) -> dict[str, str]:
     """Field by field as text; a mapping gives a field for each of its keys."""
     flat: dict[str, str] = {}
     for name, value in record.items():
-        if isinstance(value, Mapping):
-            flat.update({f"{name}_{key}": f"{part:.6g}" for key, part in value.items()})
-        else:
-            flat[name] = "" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
+        parts = {f"{name}_{key}": part for key, part in value.items()} if isinstance(value, Mapping) else {name: value}
+        for key, part in parts.items():
+            flat[key] = "" if part is None else f"{part:.6g}" if isinstance(part, float) else str(part)
     return flat

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -37,9 +37,13 @@ class Candidate:
     name: str
     decoding: Decoding | LlamaModel
     bytes: int
-    read_bytes: int  # the part that one token reads
+    read: Mapping[str, int]  # bytes that one token reads, by part; empty where the parts are not known
     relative_error: float | None
-    layers: tuple[AdditiveLinear, ...] = ()  # the quantized ones
+    layers: tuple[AdditiveLinear, ...] = ()  # those with codebooks
+
+    @property
+    def read_bytes(self) -> int:
+        return sum(self.read.values()) if self.read else self.bytes
 
     def time(self, ids: Tensor, prompt: int) -> Speed:
         if isinstance(self.decoding, LlamaModel):

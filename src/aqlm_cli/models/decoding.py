@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import SimpleNamespace
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -25,13 +25,17 @@ from aqlm_cli.spec.config import Head
 from aqlm_kernels import (
     AdditiveLinear,
     ByteRows,
+    CompressedEmbedding,
+    CompressedLinear,
     Decoder,
     DecoderBlock,
+    DecoderLayer,
     KernelError,
     choose,
-    coded_layers,
     from_checkpoint,
+    quantized_layers,
     smallest,
+    why_not_compiled,
 )
 
 FAMILIES = ("llama", "mistral", "qwen2")
@@ -40,9 +44,8 @@ ATTENTION_IN = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 ATTENTION_OUT = "self_attn.o_proj"
 NETWORK_IN = ("mlp.gate_proj", "mlp.up_proj")
 NETWORK_OUT = "mlp.down_proj"
-LINEARS = len((*ATTENTION_IN, ATTENTION_OUT, *NETWORK_IN, NETWORK_OUT))  # linear layers in a block
 NORMS = ("input", "post_attention")
-EMBEDDINGS, LAST = "model.embed_tokens.weight", "lm_head.weight"
+EMBEDDINGS, HEAD = "model.embed_tokens", "lm_head"
 COUNTS = (
     "hidden_size",
     "intermediate_size",
@@ -53,7 +56,13 @@ COUNTS = (
 )
 """Keys of config.json that give the sizes of the compiled decoder."""
 
+FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""Types of dense weights."""
+
 LUT_BYTES = {"cpu-avx512": 2, "cpu-avx512-8bit": 1, "cpu-lut": 0}
+
+
+Quantized: TypeAlias = AdditiveLinear | CompressedLinear
 
 
 class Decoding(Protocol):
@@ -73,21 +82,23 @@ class Decoding(Protocol):
 def decoding_of(network: nn.Module, max_length: int, backend: str | None = None, head: Head = "exact") -> Decoding:
     """Decoding of up to `max_length` tokens; packed layers multiply by the named backend, or the first that can.
 
-    Raises KernelError if the named backend cannot serve, or for an int8 head in a model that transformers runs.
+    Raises KernelError if the named backend cannot serve, or for an int8 head in a model that transformers runs or whose
+    lm_head is quantized.
     """
     parts = Parts.of(network)
-    layers = parts.layers.values()
-    if backend is not None and not layers:
-        raise KernelError(f"backend {backend} needs packed layers, and the model has none; leave --backend out")
     names = _backends(parts, backend)
+    if backend is not None and not names:
+        raise KernelError(f"backend {backend} needs packed layers, and the model has none; leave --backend out")
     reason = _why_not(parts, max_length, names)
     if reason is None:
-        return _Compiled(parts, max_length, names[0], head)
+        return _Compiled(parts, max_length, names, head)
     if head != "exact":
         raise KernelError(f"an int8 head needs the compiled decoder: {reason}; leave --head out")
-    for layer in layers:
-        layer.backend = backend
-    return _Transformers(network, ", ".join(["transformers", *names]) + (f" ({reason})" if layers else ""))
+    for layer in parts.layers.values():
+        if isinstance(layer, AdditiveLinear):
+            layer.backend = backend
+    why = f" ({reason})" if quantized_layers(network) else ""
+    return _Transformers(network, ", ".join(["transformers", *names]) + why)
 
 
 def open_decoding(
@@ -103,7 +114,7 @@ def open_decoding(
         parts = Parts.read(source, config)
         names = _backends(parts, backend)
         if _why_not(parts, max_length, names) is None:
-            return _Compiled(parts, max_length, names[0], head)
+            return _Compiled(parts, max_length, names, head)
         del parts  # frees memory before the network is loaded
     return decoding_of(load_network(source, torch.float32, device), max_length, backend, head)
 
@@ -126,22 +137,30 @@ def _plain_config(source: ModelSource) -> Any:
         and isinstance(rotary.get("rope_theta"), (int, float))
     )
     codebooks = [stored.shape for name, stored in index.items() if name.endswith(".codebooks")]
-    if not plain or len(codebooks) != LINEARS * said["num_hidden_layers"]:
+    norms = [name for name in index if name.endswith(f".{NORMS[0]}_layernorm.weight")]
+    if not plain or not codebooks or len(norms) != said["num_hidden_layers"]:
         return None
     return SimpleNamespace(**said) if all(len(shape) == 4 and shape[1] <= 256 for shape in codebooks) else None
 
 
 class Parts(NamedTuple):
-    """Tensors and linear layers of a model, by name."""
+    """Tensors and quantized layers of a model, by name. A tied head may be missing."""
 
     config: Any
-    layers: Mapping[str, AdditiveLinear]
+    layers: Mapping[str, Quantized]  # those of blocks, and of embeddings and head, which are the same if tied
     tensors: Mapping[str, Tensor]  # all others
 
     @classmethod
     def of(cls, network: nn.Module) -> Parts:
         tensors = {path: parameter.detach() for path, parameter in network.named_parameters(remove_duplicate=False)}
-        return cls(network.config, coded_layers(network), tensors)
+        modules: dict[str, Any] = dict(quantized_layers(network))
+        modules[HEAD] = dict(network.named_modules(remove_duplicate=False)).get(HEAD)  # which may be a table, if tied
+        layers = {}
+        for path, module in modules.items():
+            layer = module.table if isinstance(module, CompressedEmbedding) else module
+            if isinstance(layer, Quantized):
+                layers[path] = layer
+        return cls(network.config, layers, tensors)
 
     @classmethod
     def read(cls, source: ModelSource, config: Any) -> Parts:
@@ -158,10 +177,31 @@ class Parts(NamedTuple):
             }
             if {"codebooks", "scales"} <= own.keys():
                 layers[path] = AdditiveLinear(from_checkpoint(own), own.get("bias")).requires_grad_(False)
-        for name, other in ((EMBEDDINGS, LAST), (LAST, EMBEDDINGS)) if config.tie_word_embeddings else ():
-            if other in tensors:
-                tensors.setdefault(name, tensors[other])
         return cls(config, layers, tensors)
+
+    def weight(self, path: str) -> Quantized | Tensor | None:
+        """The quantized layer there, or a dense weight; of embeddings and head of a tied model one may be missing."""
+        paths = [path]
+        if path in (EMBEDDINGS, HEAD) and self.config.tie_word_embeddings:
+            paths += [HEAD if path == EMBEDDINGS else EMBEDDINGS]
+        for path in paths:
+            if path in self.layers:
+                return self.layers[path]
+            if f"{path}.weight" in self.tensors:
+                return self.tensors[f"{path}.weight"]
+        return None
+
+    def linear(self, path: str) -> DecoderLayer:
+        """The layer x W^T + bias there; dense weights in 16 bits where that is exact."""
+        weight, bias = self.weight(path), self.tensors.get(f"{path}.bias")
+        assert weight is not None
+        if not isinstance(weight, Tensor):
+            return weight
+        dense = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+        dense.weight = nn.Parameter(narrowest(weight), requires_grad=False)
+        if bias is not None:
+            dense.bias = nn.Parameter(bias, requires_grad=False)
+        return dense
 
 
 class _Transformers:
@@ -183,15 +223,17 @@ class _Transformers:
 
 
 class _Compiled:
-    def __init__(self, parts: Parts, max_length: int, backend: str, head: Head) -> None:
-        self.name = f"compiled decoder, {backend}"
-        decoder = _decoder(parts, max_length, LUT_BYTES[backend], head)
+    def __init__(self, parts: Parts, max_length: int, backends: list[str], head: Head) -> None:
+        self.name = ", ".join(["compiled decoder", *backends])
+        decoder = _decoder(parts, max_length, LUT_BYTES[backends[0]] if backends else 0, head)
         decoder.step(0)  # compiles, which takes some seconds, unless an earlier process did
         self.prefill, self.step = decoder.prefill, decoder.step
 
 
 def _backends(parts: Parts, backend: str | None) -> list[str]:
-    kinds = {(layer.codebooks.shape, layer.codes.device) for layer in parts.layers.values()}
+    """Backends of the additive layers, all but a table where rows are looked up alone."""
+    multiplied = [layer for path, layer in parts.layers.items() if path != EMBEDDINGS or layer is parts.weight(HEAD)]
+    kinds = {(layer.codebooks.shape, layer.codes.device) for layer in multiplied if isinstance(layer, AdditiveLinear)}
     return sorted({choose(smallest(*shape), device, backend).name for shape, device in kinds})
 
 
@@ -203,8 +245,10 @@ def _why_not(parts: Parts, max_length: int, backends: list[str]) -> str | None:
     config = parts.config
     if config.model_type not in FAMILIES:
         return f"the compiled decoder supports {', '.join(FAMILIES)}, not {config.model_type}"
-    if len(backends) != 1 or backends[0] not in LUT_BYTES:
+    if len(backends) > 1 or not LUT_BYTES.keys() >= set(backends) or not parts.layers:
         return f"the compiled decoder needs one of {', '.join(LUT_BYTES)}"
+    if any(tensor.device.type != "cpu" for tensor in parts.tensors.values()):
+        return "the compiled decoder runs on the CPU"
     if config.hidden_act != "silu":
         return f"the compiled decoder does not support {config.hidden_act}"
     if config.rope_parameters["rope_type"] not in FIXED_ANGLES:
@@ -216,21 +260,39 @@ def _why_not(parts: Parts, max_length: int, backends: list[str]) -> str | None:
     if _head_size(config) % 2 or config.num_attention_heads % config.num_key_value_heads:
         return "the compiled decoder needs an even head size, and as many query heads for each key head"
     for path, shape in _linear_shapes(config).items():
-        layer = parts.layers.get(path)
-        if layer is None:
-            return f"the compiled decoder needs {path} to be quantized"
-        if (layer.out_features, layer.in_features) != shape:
-            return f"the compiled decoder needs {shape} weights in {path}"
-        if layer.bias is not None and not path.endswith(ATTENTION_IN):
-            return f"the compiled decoder does not support the bias of {path}"
-    for block in _block_paths(config):
-        for stack in ATTENTION_IN, NETWORK_IN:
-            if len({parts.layers[f"{block}.{name}"].codebooks.shape for name in stack}) > 1:
-                return f"the compiled decoder needs one scheme for {', '.join(stack)} of {block}"
-    for name, size in _other_shapes(config).items():
-        if name not in parts.tensors or parts.tensors[name].shape != size:
-            return f"the compiled decoder needs a tensor {name} of {size}"
+        reason = _why_not_linear(parts, path, shape)
+        if reason is not None:
+            return f"the compiled decoder {reason}"
+    d, vocabulary = config.hidden_size, config.vocab_size
+    reason = _why_not_linear(parts, HEAD, (vocabulary, d))
+    if reason is not None:
+        return f"the compiled decoder {reason}"
+    embeddings = parts.weight(EMBEDDINGS)
+    if embeddings is None or _shape(embeddings) != (vocabulary, d):
+        return f"the compiled decoder needs {(vocabulary, d)} weights in {EMBEDDINGS}"
+    norms = [f"{block}.{name}_layernorm.weight" for block in _block_paths(config) for name in NORMS]
+    for name in (*norms, "model.norm.weight"):
+        if name not in parts.tensors or parts.tensors[name].shape != (d,):
+            return f"the compiled decoder needs a tensor {name} of {(d,)}"
     return None
+
+
+def _why_not_linear(parts: Parts, path: str, shape: tuple[int, int]) -> str | None:
+    weight = parts.weight(path)
+    if weight is None:
+        return f"needs a linear layer {path}"
+    if _shape(weight) != shape:
+        return f"needs {shape} weights in {path}"
+    if isinstance(weight, Tensor) and weight.dtype not in FLOATING:
+        return f"does not support the type of {path}, {weight.dtype}"
+    if isinstance(weight, Quantized) and (reason := why_not_compiled(weight)) is not None:
+        return f"cannot multiply by {path}, which {reason}"
+    biased = weight.bias is not None if isinstance(weight, Quantized) else f"{path}.bias" in parts.tensors
+    return f"does not support the bias of {path}" if biased and not path.endswith(ATTENTION_IN) else None
+
+
+def _shape(weight: Any) -> tuple[int, ...]:
+    return tuple(weight.shape) if isinstance(weight, Tensor) else (weight.out_features, weight.in_features)
 
 
 def _block_paths(config: Any) -> list[str]:
@@ -246,24 +308,18 @@ def _linear_shapes(config: Any) -> dict[str, tuple[int, int]]:
     return {f"{block}.{name}": shape for block in _block_paths(config) for name, shape in shapes.items()}
 
 
-def _other_shapes(config: Any) -> dict[str, tuple[int, ...]]:
-    d, vocabulary = config.hidden_size, config.vocab_size
-    norms = [f"{block}.{name}_layernorm.weight" for block in _block_paths(config) for name in NORMS]
-    shapes: dict[str, tuple[int, ...]] = dict.fromkeys([*norms, "model.norm.weight"], (d,))
-    return {**shapes, EMBEDDINGS: (vocabulary, d), LAST: (vocabulary, d)}
-
-
 def _head_size(config: Any) -> int:
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
 def _decoder(parts: Parts, max_length: int, lut_bytes: int, head: Head) -> Decoder:
-    config, tensors = parts.config, parts.tensors
+    config, embeddings = parts.config, parts.weight(EMBEDDINGS)
+    assert embeddings is not None
     return Decoder(
         [_block(parts, block) for block in _block_paths(config)],
-        embeddings=tensors[EMBEDDINGS],
-        norm=tensors["model.norm.weight"],
-        head=ByteRows.of(tensors[LAST]) if head == "int8" else narrowest(tensors[LAST]),
+        embeddings=embeddings.matrix() if isinstance(embeddings, Quantized) else embeddings,
+        norm=parts.tensors["model.norm.weight"],
+        head=_head(parts, head),
         angles=_angles(config, max_length),
         key_heads=config.num_key_value_heads,
         epsilon=config.rms_norm_eps,
@@ -271,16 +327,25 @@ def _decoder(parts: Parts, max_length: int, lut_bytes: int, head: Head) -> Decod
     )
 
 
+def _head(parts: Parts, head: Head) -> Tensor | ByteRows | DecoderLayer:
+    weight = parts.weight(HEAD)
+    assert weight is not None
+    if isinstance(weight, Tensor):
+        return ByteRows.of(weight) if head == "int8" else narrowest(weight)
+    if head != "exact":
+        raise KernelError("an int8 head is made of a 16-bit lm_head, and this one is quantized; leave --head out")
+    return weight
+
+
 def _block(parts: Parts, block: str) -> DecoderBlock:
-    layers, tensors = parts.layers, parts.tensors
-    attention_norm, network_norm = (tensors[f"{block}.{name}_layernorm.weight"] for name in NORMS)
+    attention_norm, network_norm = (parts.tensors[f"{block}.{name}_layernorm.weight"] for name in NORMS)
     return DecoderBlock(
         attention_norm=attention_norm,
-        attention_in=[layers[f"{block}.{name}"] for name in ATTENTION_IN],
-        attention_out=layers[f"{block}.{ATTENTION_OUT}"],
+        attention_in=[parts.linear(f"{block}.{name}") for name in ATTENTION_IN],
+        attention_out=parts.linear(f"{block}.{ATTENTION_OUT}"),
         network_norm=network_norm,
-        network_in=[layers[f"{block}.{name}"] for name in NETWORK_IN],
-        network_out=layers[f"{block}.{NETWORK_OUT}"],
+        network_in=[parts.linear(f"{block}.{name}") for name in NETWORK_IN],
+        network_out=parts.linear(f"{block}.{NETWORK_OUT}"),
     )
 
 

@@ -117,7 +117,7 @@ def model_shape(network: nn.Module, plan: Plan) -> ModelShape:
     matrices = [tensor for tensor in network.parameters() if tensor.ndim == 2 and id(tensor) not in inside]
     vocabulary, hidden = max((tuple(tensor.shape) for tensor in matrices), key=math.prod, default=(0, 0))
     outside = count_parameters(network) - sum(shape.parameters for shape in shapes)
-    return ModelShape(shapes, outside, vocabulary, hidden)
+    return ModelShape(shapes, outside, vocabulary, hidden, plan.tables)
 
 
 def _fitted(network: nn.Module, plan: Plan) -> set[str]:

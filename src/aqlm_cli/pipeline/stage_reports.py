@@ -16,6 +16,11 @@ from aqlm_cli.records import Record
 from aqlm_cli.runs.artifact import Artifact, rebuild_command
 
 
+def _layers(count: int, method: str, scheme: str) -> str:
+    """The layers by scheme: "210, aqlm 2x8g8", or "211: 2x8g8 (210), int4g64 (1)"."""
+    return f"{count}: {scheme}" if " " in scheme else f"{count}, {method} {scheme}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class StageReport(Record):
     """The cost of the stage that made the artifact in `directory`, beside what was `planned`, if anything was.
@@ -91,7 +96,7 @@ class PlanReport(Record):
             "plan",
             [
                 ("model", self.model),
-                ("layers", f"{self.layers}, {self.method} {self.scheme}"),
+                ("layers", _layers(self.layers, self.method, self.scheme)),
                 ("bits per weight", both_bits(self.code_bits, self.stored_bits)),
                 ("model size", shrinkage(self.bytes_before, self.bytes_after)),
                 *([("matmul kernel", self.kernel)] if self.kernel else []),
@@ -149,7 +154,7 @@ class QuantizeReport(StageReport):
             "quantized",
             [
                 ("model", self.model),
-                ("layers", f"{self.layers}, {self.method} {self.scheme}"),
+                ("layers", _layers(self.layers, self.method, self.scheme)),
                 ("bits per weight", both_bits(self.code_bits, self.stored_bits)),
                 ("model size", shrinkage(self.bytes_before, self.bytes_after)),
                 ("relative error", f"{self.mean_relative_error:.3g} (geometric mean over the layers)"),

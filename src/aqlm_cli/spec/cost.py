@@ -80,12 +80,13 @@ class BlockShape:
 @dataclass(frozen=True)
 class ModelShape:
     """Sizes of a model. `outside` counts the parameters outside its blocks, a tied head once; the largest tensor there
-    is `[vocabulary, hidden]`."""
+    is `[vocabulary, hidden]`. `tables` are the matrices there that are quantized."""
 
     blocks: tuple[BlockShape, ...]
     outside: int
     vocabulary: int
     hidden: int
+    tables: tuple[Target, ...] = ()
 
     @property
     def quantized_blocks(self) -> tuple[BlockShape, ...]:
@@ -213,11 +214,14 @@ def quantization_disk(model: ModelShape, work: Work) -> int:
     """Hidden states twice, the finished blocks, and the matrices of the last one before they were fitted."""
     states = FLOAT * (work.measured + work.held_out) * work.length * model.hidden
     finished = sum(_stored(block) for block in model.quantized_blocks)
-    return _calibration_bytes(model, work) + 2 * states + finished + max(map(_stored, model.quantized_blocks))
+    return (
+        _calibration_bytes(model, work) + 2 * states + finished + max(map(_stored, model.quantized_blocks), default=0)
+    )
 
 
 def packing_disk(model: ModelShape, work: Work, packed_bytes: int) -> int:
-    return _calibration_bytes(model, work) + sum(_stored(block) for block in model.quantized_blocks) + packed_bytes
+    stored = sum(_stored(block) for block in model.quantized_blocks) + sum(map(quantized_bytes, model.tables))
+    return _calibration_bytes(model, work) + stored + packed_bytes
 
 
 def _calibration_bytes(model: ModelShape, work: Work) -> int:
@@ -269,5 +273,7 @@ def peak_memory(model: ModelShape, work: Work) -> int:
 def what_needs_less(model: ModelShape) -> str:
     """Advice against too little memory: the matrices with the most inputs take it."""
     targets = (target for block in model.blocks for target in block.quantized)
-    widest = max(targets, key=lambda target: target.in_features)
+    widest = max(targets, key=lambda target: target.in_features, default=None)
+    if widest is None:
+        return "what remains is the model's own embeddings and head"
     return f"--skip '.*{widest.path.rpartition('.')[2]}' leaves those with {widest.in_features} inputs in 16 bits"

@@ -46,7 +46,8 @@ def calibration_seconds(model: ModelShape, work: Work, rates: Rates) -> float:
 
 
 def quantization_seconds(model: ModelShape, work: Work, rates: Rates) -> float:
-    return sum(_block_seconds(block, work, rates) for block in model.quantized_blocks)
+    tables = sum(map(rates.compression, model.tables)) / work.workers  # whose rows go side by side
+    return tables + sum(_block_seconds(block, work, rates) for block in model.quantized_blocks)
 
 
 def _block_seconds(block: BlockShape, work: Work, rates: Rates) -> float:
