@@ -18,7 +18,8 @@ from aqlm_cli.models import Decoding, decoding_of, load_network, open_decoding, 
 from aqlm_cli.models import decoding as decoding_module
 from aqlm_cli.models.blocks import replace_module
 from aqlm_cli.models.decoding import narrowest
-from aqlm_cli.spec.schemes import parse_scheme
+from aqlm_cli.quantization.methods import rtn
+from aqlm_cli.spec.schemes import UniformScheme, parse_scheme
 from aqlm_kernels import AdditiveMatrix, CompressedEmbedding, KernelError
 from aqlm_kernels.cpu import avx512
 from aqlm_kernels.cpu.decoder import SHORT
@@ -175,6 +176,15 @@ MIXES: dict[str, dict[str, str]] = {
     },
     "one of a stack another": {"layers.1.self_attn.k_proj": "1x8g8", "layers.0.mlp.gate_proj": "3x8g8", "": "2x8g8"},
     "dense layers": {"layers.0": "2x8g8", "layers.1.self_attn.v_proj": "2x8g8", "layers.1.mlp.down_proj": "1x8g8"},
+    "uniform layers": {
+        "q_proj": "int4g64",
+        "k_proj": "int4g64",
+        "v_proj": "2x8g8",
+        "o_proj": "int8g32",
+        "mlp": "int3g16",
+    },
+    "uniform alone": {"embed_tokens": "int6g32", "lm_head": "int4g32", "": "int8g64"},
+    "a uniform table": {"embed_tokens": "int4g32", "": "2x8g8"},
     "a quantized head": {"lm_head": "4x8g8", "": "2x8g8"},
     "quantized embeddings": {"embed_tokens": "4x8g8", "": "2x8g8"},
     "embeddings of long codes": {"embed_tokens": "1x10g8", "": "2x8g8"},
@@ -207,13 +217,16 @@ def scheme_of(path: str, mix: dict[str, str]) -> str | None:
 def quantized(weight: Tensor, word: str, bias: Tensor | None) -> torch.nn.Module:
     """Random codes, in the size of the weights."""
     scheme, draw = parse_scheme(word), torch.Generator().manual_seed(len(weight))
+    bias = None if bias is None else bias.detach()
+    if isinstance(scheme, UniformScheme):
+        return rtn.quantize(weight.detach(), None, scheme, draw, None).module(bias)
     assert scheme.codebook_shape is not None
     num_codebooks, entries, group_size = scheme.codebook_shape
     shape = (len(weight), weight.shape[1] // group_size, num_codebooks)
     codes = torch.randint(0, entries, shape, generator=draw)
     codebooks = 0.1 * torch.randn(scheme.codebook_shape, generator=draw).half().float()
     scales = (0.5 + torch.rand(len(weight), generator=draw)).half().float()
-    return AdditiveMatrix(codes, codebooks, scales).module(None if bias is None else bias.detach())
+    return AdditiveMatrix(codes, codebooks, scales).module(bias)
 
 
 def logits_of(decoding: Decoding, ids: Tensor, prompt: int) -> Tensor:
@@ -230,7 +243,7 @@ def test_logits_of_every_mix_are_those_of_one_forward(mix: str, tied: bool, tmp_
         assert decoding_of(network, LENGTH).name.startswith("transformers, cpu-gather")
         return
     decoding = decoding_of(network, LENGTH)
-    assert decoding.name == f"compiled decoder, {BACKENDS[0]}"
+    assert decoding.name == "compiled decoder" + (f", {BACKENDS[0]}" if mix != "uniform alone" else "")
     ids = tiny_models.token_ids(1, LENGTH)
     expected = network(ids).logits[0]
     for prompt in PROMPT, LONG_PROMPT:
