@@ -155,11 +155,11 @@ def multiply(
 ) -> None:
     for tile in prange(words.shape[0]):
         for row in range(0, x.shape[0], len(together)):
-            _multiply_tile(x, sums, words, zeros, scales, y, row, tile, bits, together)
+            multiply_tile(x, sums, words, zeros, scales, y, row, tile, bits, together)
 
 
 @instruction
-def _multiply_tile(
+def multiply_tile(
     typing_context: Any,
     x: Any,
     sums: Any,
