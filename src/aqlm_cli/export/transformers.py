@@ -149,8 +149,8 @@ def refuse_experts(network: Network, coded: Collection[str], format: str) -> Non
     fused = [path for path in coded if expert_place(network, path) is not None]
     if fused:
         raise PlanError(
-            f"the format {format} cannot hold this model: {len(fused)} matrices are of experts, such as {fused[0]}, which "
-            "transformers keeps in one parameter; use --format native or dense, or leave them out with "
+            f"the format {format} cannot hold this model: {len(fused)} matrices are of experts, such as {fused[0]}, "
+            "which transformers keeps in one parameter; use --format native or dense, or leave them out with "
             "--skip '.*experts.*'"
         )
 
