@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
@@ -27,19 +28,34 @@ def described_layers(source: ModelSource) -> dict[str, NativeLayer]:
 
 def native_matrices(source: ModelSource) -> dict[str, Matrix]:
     """The matrix of every quantized layer, by path; ModelError where the tensors of one do not give it."""
-    layers, stored = described_layers(source), tensor_index(source.directory)
-    names: dict[str, dict[str, str]] = {path: {} for path in layers}
-    for name in stored:
+    stored = tensor_index(source.directory)
+    return {path: matrix for path, matrix, _ in _read(source, stored, lambda name: stored[name].read(name))}
+
+
+def take_native_layers(source: ModelSource, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """The quantized linear layers by path, of their tensors among those of the files, which are then removed."""
+    return {
+        path: matrix.module(tensors.pop(bias, None)).requires_grad_(False)
+        for path, matrix, bias in _read(source, tensors, tensors.pop)
+    }
+
+
+def _read(
+    source: ModelSource, names: Collection[str], read: Callable[[str], Tensor]
+) -> Iterator[tuple[str, Matrix, str]]:
+    """Path, matrix and name of the bias of every quantized layer; `names` are those of the tensors in the files."""
+    layers = described_layers(source)
+    own: dict[str, dict[str, str]] = {path: {} for path in layers}
+    for name in names:
         path, _, last = name.rpartition(".")
-        if path in names and last != "bias":
-            names[path][last] = name
-    try:
-        return {
-            path: read_matrix(path, layer, {last: stored[name].read(name) for last, name in names[path].items()})
-            for path, layer in layers.items()
-        }
-    except KernelError as error:
-        raise ModelError(f"{source.name} cannot be loaded: {error}") from error
+        if path in own and last != "bias":
+            own[path][last] = name
+    for path, layer in layers.items():
+        try:
+            matrix = read_matrix(path, layer, {last: read(name) for last, name in own[path].items()})
+        except KernelError as error:
+            raise ModelError(f"{source.name} cannot be loaded: {error}") from error
+        yield path, matrix, f"{path}.bias"
 
 
 def load_dense(source: ModelSource, dtype: torch.dtype) -> transformers.PreTrainedModel:

@@ -130,7 +130,7 @@ class Plan:
 
     @property
     def tables(self) -> tuple[Target, ...]:
-        """What is quantized outside the blocks."""
+        """Quantized matrices outside the blocks."""
         return tuple(target for target in self.quantized if target.kind in OUTSIDE)
 
     @property
