@@ -19,6 +19,7 @@ from aqlm_cli.events import Advanced, Noted, StageStarted
 from aqlm_cli.formatting import clock, facts, readable_bytes
 from aqlm_cli.models.plain_linear import is_plain
 from aqlm_cli.models.walk import Walk
+from aqlm_cli.pipeline.allocation_report import read_record
 from aqlm_cli.pipeline.job import Job
 from aqlm_cli.quantization.block_files import (
     TABLES,
@@ -38,7 +39,7 @@ from aqlm_cli.runs import stages
 from aqlm_cli.runs.artifact import Artifact, rebuild_command
 from aqlm_cli.runs.directory import RunDirectory
 from aqlm_cli.runs.files import digest_file
-from aqlm_cli.runs.stages import QUANTIZE
+from aqlm_cli.runs.stages import ALLOCATE, QUANTIZE
 from aqlm_cli.seeds import generator
 from aqlm_cli.spec.plan import Target
 from aqlm_cli.spec.treatment import Treatment
@@ -51,7 +52,8 @@ VERIFY = "verify"
 class VerifyReport(Record):
     """All `files` of the run's artifacts match their manifests; `layer` was quantized again to the same codes.
 
-    `layer` is None if nothing is quantized yet, or if that was done on another kind of machine.
+    `layer` is None if nothing is quantized yet, or if that was done on another kind of machine. `replayed` counts the
+    layers whose schemes were solved for again from the scores of an allocation; None where the run has none.
     """
 
     directory: Path
@@ -59,12 +61,14 @@ class VerifyReport(Record):
     bytes: int
     layer: str | None
     seconds: float
+    replayed: int | None = None
 
     def table(self) -> Table:
         again = "nothing to quantize again" if self.layer is None else f"{self.layer}: the same codes"
         rows = [
             ("files", f"{self.files} match their manifests, {readable_bytes(self.bytes)}"),
             ("quantized again", again),
+            *([] if self.replayed is None else [("solved again", f"{self.replayed} layers: the same schemes")]),
             ("time", clock(self.seconds)),
         ]
         return facts(f"{self.directory} is sound", rows)
@@ -84,6 +88,8 @@ def verify(job: Job) -> VerifyReport:
         emit(Advanced(VERIFY, number))
     for kind in {artifact.manifest.kind for artifact in artifacts}:
         run.current(kind)  # made from what is there now
+    allocation = run.own(ALLOCATE)
+    replayed = None if allocation is None else _solve_again(job, run, allocation)
     quantized = run.own(QUANTIZE)
     layer = None if quantized is None else _requantize(job, run, quantized)
     return VerifyReport(
@@ -92,7 +98,21 @@ def verify(job: Job) -> VerifyReport:
         bytes=sum(artifact.manifest.files[name].bytes for artifact, name in files),
         layer=layer,
         seconds=time.monotonic() - started,
+        replayed=replayed,
     )
+
+
+def _solve_again(job: Job, run: RunDirectory, allocation: Artifact) -> int:
+    """The number of layers whose treatment is solved for again; ArtifactError where one differs from that stored."""
+    record = read_record(allocation)
+    again, stored = job.preflight.facts.replayed(run.config, record), record.chosen.choices
+    if differing := [path for path in stored if again.get(path) != stored[path]]:
+        way_out = rebuild_command(allocation.directory, allocation.manifest.kind)
+        raise ArtifactError(
+            f"{allocation.directory}: its scores give {differing[0]} {again.get(differing[0], 'no scheme')}, the plan "
+            f"says {stored[differing[0]]}; {way_out}"
+        )
+    return len(stored)
 
 
 def _compare_digest(artifact: Artifact, name: str) -> None:
