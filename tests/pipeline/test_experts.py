@@ -26,7 +26,7 @@ from aqlm_cli.runs.artifact import open_artifact
 from aqlm_cli.runs.files import load_tensors, read_metadata
 from aqlm_cli.seeds import generator
 from aqlm_cli.spec.plan import Plan
-from aqlm_kernels import MATRIX_KINDS, SingleExperts, is_fused
+from aqlm_kernels import MATRIX_KINDS, SingleExperts, is_fused, quantized_layers
 
 RUN_FILE = """
 model: tiny
@@ -132,6 +132,13 @@ def test_every_expert_is_quantized_and_packed_and_the_router_stays(family: str) 
     for loaded in (load_network(packed, torch.float32), AutoModelForCausalLM.from_pretrained("run/packed").float()):
         torch.testing.assert_close(logits(loaded), wanted, rtol=0, atol=1e-4 * float(wanted.abs().max()))
     assert told["pack"]["layers"] == len(plan.quantized)
+    # In the native format codes stay codes, of every expert, for aqlm and for transformers with the plugin.
+    result = run("pack", "run", "--format", "native", "--overwrite")
+    assert result.exit_code == 0, result.output
+    stock = AutoModelForCausalLM.from_pretrained("run/packed", dtype=torch.float32)
+    for loaded in (load_network(resolve("run/packed"), torch.float32), stock):
+        assert set(quantized_layers(loaded)) == {target.path for target in plan.quantized}
+        torch.testing.assert_close(logits(loaded), wanted, rtol=0, atol=1e-3 * float(wanted.abs().max()))
     result = run("eval-ppl", "run", "--json")
     assert result.exit_code == 0, result.output
 
@@ -166,7 +173,7 @@ def test_experts_that_the_files_have_one_by_one_can_be_left_out_one_by_one() -> 
 def test_codes_of_experts_are_refused_by_a_format_without_them() -> None:
     model_of("mixtral")
     line = refused("quantize", "--config", "run.yaml", "--out", "run", "--format", "transformers")
-    assert "model.layers.0.mlp.experts.0.gate_up_proj" in line and "--format dense" in line
+    assert "model.layers.0.mlp.experts.0.gate_up_proj" in line and "--format native or dense" in line
     assert not Path("run/quantized").exists()
 
 
