@@ -273,6 +273,23 @@ def test_a_quantized_table_counts_as_its_scheme_does(tied: bool, tmp_path: Path)
     assert sum(row.read_bytes.values()) == row.bytes - (0 if tied else table - -(-table // 258))
 
 
+def test_single_matmuls_are_those_that_x_takes_part_in(tmp_path: Path) -> None:
+    mix = {"embed_tokens": "1x10g8", "lm_head": "int8g32", "q_proj": "int4g64", "o_proj": "int4g64", "": "2x8g8"}
+    model = LoadedModel("a mix", mixed_models.network(mix, tmp_path), tiny_models.byte_tokenizer())
+    chosen = BenchConfig.model_validate({"prompt": PROMPT, "tokens": TOKENS, "repeats": 1})
+    report = EVALUATIONS["speed"].run(model, None, SpeedSettings(chosen), lambda event: None)
+    found = [(row.out_features, row.in_features, row.backend) for row in report.matmuls]
+    coded = DECODING.removeprefix("compiled decoder, ")
+    assert found == [
+        (32, 64, coded),
+        (64, 64, "uniform"),
+        (64, 128, coded),
+        (128, 64, coded),
+        (258, 64, "uniform"),
+    ]
+    assert all(row.relative_error < 1e-3 and row.bandwidth_share > 0 for row in report.matmuls)
+
+
 def test_of_experts_a_token_reads_those_that_it_uses(tmp_path: Path) -> None:
     network = AutoModelForCausalLM.from_pretrained(tiny_models.save("mixtral", tmp_path / "model"))
     sizes = {name: 2 * tensor.numel() for name, tensor in network.named_parameters()}

@@ -21,7 +21,7 @@ from aqlm_cli.models.blocks import count_parameters, replace_module
 from aqlm_cli.models.random_models import empty_network, random_network, random_packed_network
 from aqlm_cli.spec.config import BenchConfig
 from aqlm_cli.spec.schemes import Scheme
-from aqlm_kernels import CompressedEmbedding, KernelError, QuantizedLayer, coded_layers
+from aqlm_kernels import AdditiveLinear, CompressedEmbedding, CompressedLinear, KernelError, QuantizedLayer
 
 DTYPES = {"FP16": torch.float16, "BF16": torch.bfloat16, "FP32": torch.float32}
 
@@ -54,7 +54,7 @@ def candidates_of_shape(shape: str, scheme: Scheme, ids: Tensor, settings: Bench
     decoding = decoding_of(packed, length, settings.backend, settings.head)
     logits = timing.run_pass(decoding, ids, settings.prompt).logits
     error = None if exact is None else relative_error(logits, exact)
-    size, layers = packed_size(packed), tuple(coded_layers(packed).values())
+    size, layers = packed_size(packed), _multiplied(packed)
     return [
         *(
             _dense(name, network := random_network(shape, dtype), decoding_of(network, length), None)
@@ -96,7 +96,18 @@ def _quantized(model: EvaluatedModel, ids: Tensor, settings: BenchConfig) -> Can
     decoding = decoding_of(network, len(ids), settings.backend, settings.head)
     error = relative_error(timing.run_pass(decoding, ids, settings.prompt).logits, exact)
     read = bytes_by_part(network, size.read, settings.head)
-    return Candidate("packed", decoding, size.bytes, read, error, tuple(coded_layers(network).values()))
+    return Candidate("packed", decoding, size.bytes, read, error, _multiplied(network))
+
+
+def _multiplied(network: nn.Module) -> tuple[AdditiveLinear | CompressedLinear, ...]:
+    """Quantized layers that x is multiplied by: all but a table in which rows are looked up alone."""
+    modules = dict(network.named_modules(remove_duplicate=False))
+    layers = {
+        id(module): module
+        for path, module in modules.items()
+        if isinstance(module, AdditiveLinear | CompressedLinear) and not _is_table(modules, path)
+    }
+    return tuple(layers.values())
 
 
 def dequantized(network: nn.Module) -> nn.Module:

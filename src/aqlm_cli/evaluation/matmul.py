@@ -9,14 +9,23 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from aqlm_cli.evaluation.speed_report import MatmulRow
-from aqlm_kernels import AdditiveMatrix, PackedMatrix, choose, matmul, reference
+from aqlm_kernels import (
+    AdditiveLinear,
+    AdditiveMatrix,
+    CompressedLinear,
+    PackedMatrix,
+    UniformMatrix,
+    choose,
+    matmul,
+    reference,
+)
 
 ROTATED = 2**28
 """Bytes of weights that a pass reads, more than any last-level cache holds."""
@@ -27,45 +36,63 @@ Rotation: TypeAlias = tuple[int, Callable[[int], Tensor]]
 """Number of copies of a matrix, and the matmul with one of them."""
 
 
+class MatmulScheme(NamedTuple):
+    """Sizes that a matmul depends on: `codebooks` (M, K, g) of an additive matrix, `levels` (bits, g) of a uniform."""
+
+    out_features: int
+    in_features: int
+    codebooks: tuple[int, ...] = ()
+    levels: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, layer: AdditiveLinear | CompressedLinear) -> MatmulScheme:
+        shape, matrix = (layer.out_features, layer.in_features), layer.matrix()
+        if isinstance(matrix, UniformMatrix):
+            return cls(*shape, levels=(int(matrix.level_bits), matrix.group_size))
+        assert isinstance(matrix, AdditiveMatrix)
+        return cls(*shape, codebooks=tuple(matrix.codebooks.shape))
+
+    @property
+    def bytes(self) -> float:
+        """Bytes of the codes or levels."""
+        weights = self.out_features * self.in_features
+        if self.levels:
+            return weights * self.levels[0] / 8
+        num_codebooks, codebook_size, group_size = self.codebooks
+        return weights // group_size * num_codebooks * (codebook_size.bit_length() - 1) / 8
+
+
 def measure_product(
-    shape: Sequence[int],
-    codebooks: Sequence[int],
+    scheme: MatmulScheme,
     backend: str | None,
     rows: int,
     repeats: int,
     bandwidth: float,
     dtypes: Mapping[str, torch.dtype],
 ) -> MatmulRow:
-    """Time x W^T on the CPU, with W of `shape` (out, in), `codebooks` (M, K, g), and so many rows of x.
+    """Time x W^T on the CPU, with a random W of the scheme and so many rows of x.
 
     `bandwidth` in bytes per second; `dtypes` are those of torch's matmuls beside it.
     """
-    out_features, in_features = shape
-    num_codebooks, codebook_size, group_size = codebooks
     draw = torch.Generator().manual_seed(0)
-    x = torch.randn(rows, in_features, generator=draw)
-    code_bits = codebook_size.bit_length() - 1
-    size = out_features * in_features // group_size * num_codebooks * code_bits / 8
-    packed = [PackedMatrix(_matrix(shape, codebooks, draw)) for _ in range(_copies(size))]
-    error = relative_error(matmul(x, packed[0], backend).double(), reference.matmul(x.double(), packed[0]))
-
-    def ours(number: int) -> Tensor:
-        return matmul(x, packed[number], backend)
-
-    for number in range(len(packed)):  # brings each into the kernel's order
-        ours(number)
-    passes: dict[str, Rotation] = {"packed": (len(packed), ours)}
-    for name, dtype in dtypes.items():
-        passes[name] = _torch_product(x.to(dtype), shape, draw)
+    x = torch.randn(rows, scheme.in_features, generator=draw)
+    ours, exact, name = (_uniform if scheme.levels else _additive)(x, scheme, backend, draw)
+    copies, product = ours
+    error = relative_error(product(0).double(), exact)
+    for number in range(copies):  # brings each into the kernel's order
+        product(number)
+    passes: dict[str, Rotation] = {"packed": ours}
+    for other, dtype in dtypes.items():
+        passes[other] = _torch_product(x.to(dtype), (scheme.out_features, scheme.in_features), draw)
     medians = _interleaved(passes, repeats)
     return MatmulRow(
-        out_features=out_features,
-        in_features=in_features,
+        out_features=scheme.out_features,
+        in_features=scheme.in_features,
         rows=rows,
-        backend=choose(packed[0], x.device, backend).name,
+        backend=name,
         microseconds=1e6 * medians["packed"],
-        times={name: medians[name] / medians["packed"] for name in dtypes},
-        bandwidth_share=size / medians["packed"] / bandwidth,
+        times={other: medians[other] / medians["packed"] for other in dtypes},
+        bandwidth_share=scheme.bytes / medians["packed"] / bandwidth,
         relative_error=error,
     )
 
@@ -87,10 +114,33 @@ def _interleaved(passes: Mapping[str, Rotation], repeats: int) -> dict[str, floa
     return {name: statistics.median(found) for name, found in seconds.items()}
 
 
-def _matrix(shape: Sequence[int], codebooks: Sequence[int], draw: torch.Generator) -> AdditiveMatrix:
-    (out_features, in_features), (num_codebooks, size, group_size) = shape, codebooks
-    codes = torch.randint(size, (out_features, in_features // group_size, num_codebooks), generator=draw)
-    return AdditiveMatrix(codes, torch.randn(*codebooks, generator=draw), torch.ones(out_features))
+def _additive(
+    x: Tensor, scheme: MatmulScheme, backend: str | None, draw: torch.Generator
+) -> tuple[Rotation, Tensor, str]:
+    """Matmuls by a backend, x W^T of the first in float64, and the backend's name."""
+    packed = [PackedMatrix(_matrix(scheme, draw)) for _ in range(_copies(scheme.bytes))]
+    ours: Rotation = len(packed), lambda number: matmul(x, packed[number], backend)
+    return ours, reference.matmul(x.double(), packed[0]), choose(packed[0], x.device, backend).name
+
+
+def _matrix(scheme: MatmulScheme, draw: torch.Generator) -> AdditiveMatrix:
+    num_codebooks, size, group_size = scheme.codebooks
+    shape = (scheme.out_features, scheme.in_features // group_size, num_codebooks)
+    codes = torch.randint(size, shape, generator=draw)
+    return AdditiveMatrix(codes, torch.randn(*scheme.codebooks, generator=draw), torch.ones(scheme.out_features))
+
+
+def _uniform(
+    x: Tensor, scheme: MatmulScheme, backend: str | None, draw: torch.Generator
+) -> tuple[Rotation, Tensor, str]:
+    """The same for a uniform matrix, for which there are no other backends; layers share all but the kernel's order."""
+    bits, group_size = scheme.levels
+    levels = torch.randint(1 << bits, (scheme.out_features, scheme.in_features), generator=draw, dtype=torch.uint8)
+    zeros = torch.full((scheme.out_features, scheme.in_features // group_size), 1 << bits - 1, dtype=torch.uint8)
+    numbers = torch.tensor(bits, dtype=torch.uint8), torch.tensor(0, dtype=torch.int16)
+    matrix = UniformMatrix(levels, zeros, torch.ones(zeros.shape, dtype=torch.float16), *numbers)
+    layers = [matrix.module().requires_grad_(False) for _ in range(_copies(scheme.bytes))]
+    return (len(layers), lambda number: layers[number](x)), layers[0](x.double()), "uniform"
 
 
 def _torch_product(x: Tensor, shape: Sequence[int], draw: torch.Generator) -> Rotation:

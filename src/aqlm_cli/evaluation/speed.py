@@ -23,7 +23,7 @@ import torch
 from aqlm_cli.arguments import check_fields
 from aqlm_cli.evaluation.candidates import DTYPES, candidates_of_shape, llama_candidates, load_candidates
 from aqlm_cli.evaluation.evaluation import Remember, compute_again
-from aqlm_cli.evaluation.matmul import measure_product
+from aqlm_cli.evaluation.matmul import MatmulScheme, measure_product
 from aqlm_cli.evaluation.model import EvaluatedModel
 from aqlm_cli.evaluation.plots import draw_speed
 from aqlm_cli.evaluation.speed_report import BenchReport, BenchRow, MatmulRow
@@ -32,7 +32,7 @@ from aqlm_cli.events import Emit
 from aqlm_cli.models.random_models import empty_network
 from aqlm_cli.spec.config import BenchConfig
 from aqlm_cli.spec.schemes import Scheme
-from aqlm_kernels import AdditiveLinear, read_bandwidth
+from aqlm_kernels import AdditiveLinear, CompressedLinear, read_bandwidth
 
 
 @dataclass(frozen=True)
@@ -108,12 +108,13 @@ def _compare(
     )
 
 
-def _matmuls(layers: Sequence[AdditiveLinear], settings: BenchConfig, bandwidth: float) -> list[MatmulRow]:
+def _matmuls(
+    layers: Sequence[AdditiveLinear | CompressedLinear], settings: BenchConfig, bandwidth: float
+) -> list[MatmulRow]:
     """One row for each shape and scheme among the layers."""
-    kinds = {(layer.out_features, layer.in_features, tuple(layer.codebooks.shape)) for layer in layers}
     return [
-        measure_product(shape, codebooks, settings.backend, settings.batch, settings.repeats, bandwidth, DTYPES)
-        for *shape, codebooks in sorted(kinds)
+        measure_product(scheme, settings.backend, settings.batch, settings.repeats, bandwidth, DTYPES)
+        for scheme in sorted({MatmulScheme.of(layer) for layer in layers})
     ]
 
 

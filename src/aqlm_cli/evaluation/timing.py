@@ -13,7 +13,7 @@ from torch import Tensor
 from aqlm_cli.evaluation.llama_cpp import LlamaModel
 from aqlm_cli.events import Advanced, Emit, StageStarted
 from aqlm_cli.models import Decoding
-from aqlm_kernels import AdditiveLinear
+from aqlm_kernels import AdditiveLinear, CompressedLinear
 
 
 class Speed(NamedTuple):
@@ -39,7 +39,7 @@ class Candidate:
     bytes: int
     read: Mapping[str, int]  # bytes that one token reads, by part; empty where the parts are not known
     relative_error: float | None
-    layers: tuple[AdditiveLinear, ...] = ()  # those with codebooks
+    layers: tuple[AdditiveLinear | CompressedLinear, ...] = ()  # the quantized ones that x is multiplied by
 
     @property
     def read_bytes(self) -> int:
