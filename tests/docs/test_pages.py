@@ -74,7 +74,7 @@ def test_numbers_of_the_picture_are_those_of_the_page() -> None:
 
 def test_table_of_formats_has_a_column_for_each_in_their_order() -> None:
     page = (pages.ROOT / "docs" / "guides" / "formats-and-loaders.md").read_text(encoding="utf-8")
-    (heading,) = [line for line in page.splitlines() if line.startswith("| |")]
+    heading = next(line for line in page.splitlines() if line.startswith("| | "))
     assert re.findall(r"`(\w+)`", heading) == list(EXPORTERS)
 
 
