@@ -104,8 +104,13 @@ class ModelFacts:
             return self.packed_bytes(config, self.plan(config, solution.treatments))
 
         if goal.question == "size":
-            smallest = self.plan(config, scores.smallest().treatments)
-            beside = self.packed_bytes(config, smallest) - scores.smallest().bytes
+            least = self.packed_bytes(config, self.plan(config, scores.smallest().treatments))
+            if least > goal.limit:
+                raise PlanError(
+                    f"the smallest choice of schemes makes a file of {readable_bytes(least)}, and "
+                    f"{config.quantize.target} is asked for; raise the target, or name smaller schemes with --among"
+                )
+            beside = least - scores.smallest().bytes
             solution = within_file(solved, size_of, int(goal.limit))
         else:
             solution = solved(goal.limit)
