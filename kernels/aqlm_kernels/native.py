@@ -43,7 +43,7 @@ LINEARS = ("linear", "head")
 EMBEDDINGS = ("embedding", "table")
 EXPERT = "expert"
 DUTIES = (*LINEARS, *EMBEDDINGS, EXPERT)
-"""What a matrix does in the network; a table multiplies as the head, too."""
+"""Uses of a matrix in the network; a table is looked up in and multiplied by."""
 
 
 @dataclass(frozen=True)
@@ -248,7 +248,7 @@ def _frozen(matrix: Matrix, bias: Tensor | None) -> nn.Module:
 
 
 def packed_state(network: nn.Module) -> dict[str, Tensor]:
-    """What a native checkpoint of a network holds, by name: quantized layers packed, each once, all else as it is.
+    """Tensors of a native checkpoint of a network, by name: quantized layers packed, each once, all else as it is.
 
     Raises KernelError for values that float16 cannot hold.
     """

@@ -63,7 +63,7 @@ def stock_logits(directory: Path) -> Tensor:
 
 
 def test_the_run_file_names_every_format_and_no_other() -> None:
-    assert set(EXPORTERS) == set(get_args(PackFormat))
+    assert {"auto", *EXPORTERS} == set(get_args(PackFormat))
     assert all(exporter.name == name for name, exporter in EXPORTERS.items())
 
 

@@ -104,7 +104,7 @@ class UniformMatrix:
     def packed_tensors(self) -> dict[str, Tensor]:
         """Levels and zeros in their order in memory at the grid's bits each, scales `[out, in/g]` in float16.
 
-        The exponent is there even where it is 0, so that names and shapes follow from the scheme. Raises KernelError
+        The exponent is stored even where it is 0, so that names and shapes follow from the scheme. Raises KernelError
         where float16 cannot hold the scales.
         """
         bits = int(self.level_bits)

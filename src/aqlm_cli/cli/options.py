@@ -98,7 +98,7 @@ Only = Annotated[
 
 Format = Annotated[
     str | None,
-    typer.Option(help="Checkpoint format: transformers, native (any mix of schemes), or dense (weights in 16 bits)."),
+    typer.Option(help="Checkpoint format: transformers, native (any mix of schemes), dense (16 bits), or auto."),
 ]
 CalibrationData = Annotated[
     str | None, typer.Option(help="Calibration text: c4, wikitext2, redpajama, builtin or files; c4:96,notes.txt:32.")

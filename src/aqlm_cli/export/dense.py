@@ -17,12 +17,16 @@ from aqlm_cli.export.transformers import base_config, refuse_disagreement, refus
 from aqlm_cli.export.writer import Entry
 from aqlm_cli.models import ModelSource, Network
 from aqlm_cli.runs.files import TensorLayout
+from aqlm_cli.spec.plan import Plan
 from aqlm_cli.spec.schemes import Scheme
 from aqlm_kernels import Matrix
 
 
 class DenseExporter:
     name = "dense"
+
+    def holds(self, plan: Plan) -> bool:
+        return False
 
     def layouts(
         self,

@@ -46,6 +46,11 @@ class Layout:
     def tensors(self) -> dict[str, TensorLayout]:
         return {name: slot.layout for name, slot in self.slots.items()}
 
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(layout.bytes for layout in self.tensors.values())
+
     def bytes_of(self, paths: Collection[str]) -> int:
         """Bytes of everything that stands for the weights of the layers at `paths`."""
         total, chosen = 0, set(paths)

@@ -23,6 +23,7 @@ from aqlm_cli.formatting import some
 from aqlm_cli.models import ModelSource, Network
 from aqlm_cli.models.experts import expert_place
 from aqlm_cli.runs.files import TensorLayout
+from aqlm_cli.spec.plan import Plan
 from aqlm_cli.spec.schemes import Scheme
 from aqlm_kernels import Matrix, expert_shapes
 from aqlm_kernels.native import NativeLayer, native_config, tied_heads
@@ -30,6 +31,9 @@ from aqlm_kernels.native import NativeLayer, native_config, tied_heads
 
 class NativeExporter:
     name = "native"
+
+    def holds(self, plan: Plan) -> bool:
+        return True
 
     def layouts(
         self,

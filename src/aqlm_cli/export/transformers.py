@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from aqlm_cli.errors import ArtifactError, PlanError
-from aqlm_cli.export.layout import Layout, Slot, plan_slots
+from aqlm_cli.export.layout import Layout, Slot, named_as_stored, plan_slots
 from aqlm_cli.export.model import QuantizedModel
 from aqlm_cli.export.model_card import DENSE_LOADING, LOADING, CardFacts, model_card
 from aqlm_cli.export.tensors import entries
@@ -25,12 +25,18 @@ from aqlm_cli.formatting import some
 from aqlm_cli.models import ModelSource, Network, model_config
 from aqlm_cli.models.experts import expert_place
 from aqlm_cli.runs.files import TensorLayout
+from aqlm_cli.spec.plan import ROUTER, Plan
 from aqlm_cli.spec.schemes import AdditiveScheme, Scheme
 from aqlm_kernels import AdditiveMatrix, Matrix, to_checkpoint
 
 
 class TransformersExporter:
     name = "transformers"
+
+    def holds(self, plan: Plan) -> bool:
+        schemes = set(plan.schemes.values())
+        plain = all(target.kind in ("linear", ROUTER) for target in plan.quantized)
+        return plain and len(schemes) == 1 and all(isinstance(scheme, AdditiveScheme) for scheme in schemes)
 
     def layouts(
         self,
@@ -45,6 +51,7 @@ class TransformersExporter:
         slots = plan_slots(
             network, stored, schemes, changed, coded, lambda path, shape: code_layouts(coded[path], shape)
         )
+        slots = named_as_stored(slots, stored)
         layout = Layout(slots, _quantization_config(network, slots, coded) if coded else None)
         refuse_unloadable(network, layout, coded, self.name)
         return layout
@@ -148,8 +155,9 @@ def refuse_experts(network: Network, coded: Collection[str], format: str) -> Non
     fused = [path for path in coded if expert_place(network, path) is not None]
     if fused:
         raise PlanError(
-            f"the format {format} cannot hold this model: {some(fused)} are experts, which transformers keeps in one "
-            "parameter; use --format native or dense, or leave them out with --skip '.*experts.*'"
+            f"the format {format} cannot hold this model: {len(fused)} matrices are of experts, such as {fused[0]}, "
+            "which transformers keeps in one parameter; use --format native or dense, or leave them out with "
+            "--skip '.*experts.*'"
         )
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from aqlm_cli.errors import PlanError
-from aqlm_cli.export import EXPORTERS
+from aqlm_cli.export import Layout, exporter_for
 from aqlm_cli.export.writer import checkpoint_bytes
 from aqlm_cli.formatting import readable_bytes
 from aqlm_cli.models import Network
@@ -40,11 +40,14 @@ class ModelFacts:
         """The plan of the settings, with what an allocation decided. Raises as `make_plan` does."""
         return make_plan(self.layers, self.parameters, replace(config.quantize.selection, allocated=allocated))
 
+    def layout(self, config: RunConfig, plan: Plan) -> Layout:
+        """Every tensor of the packed model. PlanError where the format cannot hold it."""
+        exporter = exporter_for(config.pack.format, plan)
+        return exporter.layouts(self.network, self.stored, plan.schemes, self.fitted(plan))
+
     def packed_bytes(self, config: RunConfig, plan: Plan) -> int:
         """Bytes of all safetensors files of the packed model. PlanError where the format cannot hold it."""
-        exporter = EXPORTERS[config.pack.format]
-        layout = exporter.layouts(self.network, self.stored, plan.schemes, self.fitted(plan))
-        return checkpoint_bytes(layout.tensors)
+        return checkpoint_bytes(self.layout(config, plan).tensors)
 
     def fitted(self, plan: Plan) -> set[str]:
         """Norms and biases of the blocks in which anything is quantized; those of experts are one parameter."""
@@ -62,7 +65,7 @@ class ModelFacts:
 
     def open_layers(self, config: RunConfig) -> dict[str, OpenLayer]:
         """The layers that the target decides about, by path. Raises as `spec.choices.open_layers` does."""
-        section, native = config.quantize, config.pack.format == "native"
+        section, native = config.quantize, config.pack.format in ("auto", "native")
         paths, share = find_blocks(self.network).paths, _expert_share(self.network.config)
         return open_layers(self.layers, self.parameters, section.selection, section.target, paths, native, share)
 

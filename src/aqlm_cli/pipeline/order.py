@@ -110,7 +110,7 @@ def find_device(name: str) -> torch.device:
 def prepare(job: Job) -> tuple[Job, PlanReport]:
     """The job within the limits that its settings name, and what `quantize` would do in it."""
     job = job.within_limits()
-    return job, plan_report(job.config, job.preflight.plan)
+    return job, plan_report(job.config, job.preflight)
 
 
 def dry_run(job: Job) -> dict[str, Record]:

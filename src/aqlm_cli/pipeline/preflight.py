@@ -171,7 +171,8 @@ def disk_needed(known: Preflight, work: Work) -> dict[str, int]:
     }
 
 
-def plan_report(config: RunConfig, plan: Plan) -> PlanReport:
+def plan_report(config: RunConfig, known: Preflight) -> PlanReport:
+    plan = known.plan
     device = torch.device(config.device)
     return PlanReport(
         model=config.model,
@@ -181,7 +182,7 @@ def plan_report(config: RunConfig, plan: Plan) -> PlanReport:
         code_bits=plan.code_bits,
         stored_bits=plan.stored_bits,
         bytes_before=plan.bytes_before,
-        bytes_after=plan.bytes_after,
+        bytes_after=known.facts.layout(config, plan).total_bytes,
         kernel="; ".join(sorted({one for scheme in plan.schemes.values() if (one := _kernel(scheme, device))})) or None,
         schemes={path: str(scheme) for path, scheme in plan.schemes.items()},
         skipped=tuple((target.path, target.reason) for target in plan.targets if target.reason is not None),

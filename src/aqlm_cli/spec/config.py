@@ -319,12 +319,14 @@ class FinetuneConfig(Section):
         return text if text is None else _understood(parse_duration, text)
 
 
-PackFormat: TypeAlias = Literal["transformers", "native", "dense"]
+PackFormat: TypeAlias = Literal["auto", "transformers", "native", "dense"]
 """Names of the exporters, which lie where torch may be imported: `export.EXPORTERS`."""
 
 
 class PackConfig(Section):
-    format: PackFormat = "transformers"
+    """`format` auto: transformers where that holds every matrix at the bits of its scheme, else native."""
+
+    format: PackFormat = "auto"
 
 
 class EvalConfig(Section):

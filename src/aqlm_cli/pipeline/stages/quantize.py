@@ -92,7 +92,7 @@ def quantize(job: Job) -> QuantizeReport:
             code_bits=plan.code_bits,
             stored_bits=plan.stored_bits,
             bytes_before=plan.bytes_before,
-            bytes_after=plan.bytes_after,
+            bytes_after=job.preflight.facts.layout(config, plan).total_bytes,
             mean_relative_error=_geometric_mean([layer["relative_error"] for layer in layers.values()]),
             seconds=sum(one["seconds"] for one in (*tables.values(), *blocks)),
             memory_bytes=max([peak_memory_bytes(), *(block["memory_bytes"] for block in blocks)]),

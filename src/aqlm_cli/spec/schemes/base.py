@@ -79,7 +79,7 @@ def check_range(scheme: object, what: str, value: int, lowest: int, highest: int
 
 
 def packed_integers(count: int, bits: int) -> StoredTensor:
-    """So many integers of so many bits, side by side in bytes."""
+    """Layout of so many integers of so many bits, side by side in bytes."""
     return StoredTensor("uint8", (-(-count * bits // 8),))
 
 
