@@ -16,6 +16,7 @@ from aqlm_kernels.embedding import CompressedEmbedding
 from aqlm_kernels.errors import KernelError
 from aqlm_kernels.experts import SingleExperts, expert_shapes, is_fused, why_not_single
 from aqlm_kernels.hf_layout import from_checkpoint, to_checkpoint
+from aqlm_kernels.import_hooks import import_after
 from aqlm_kernels.linear import AdditiveLinear, coded_layers
 from aqlm_kernels.matrices.additive import AdditiveMatrix
 from aqlm_kernels.matrices.balance import balanced, balancing_shift
@@ -24,6 +25,7 @@ from aqlm_kernels.matrices.kinds import MATRIX_KINDS, quantized_layers
 from aqlm_kernels.matrices.matrix import Matrix, QuantizedLayer
 from aqlm_kernels.matrices.refined import RefinedMatrix
 from aqlm_kernels.matrices.uniform import UniformMatrix
+from aqlm_kernels.native import NATIVE
 from aqlm_kernels.packed import PackedMatrix
 from aqlm_kernels.patch_transformers import patch_transformers
 from aqlm_kernels.refined import RefinedLinear
@@ -31,6 +33,7 @@ from aqlm_kernels.refined import RefinedLinear
 __all__ = [
     "BACKENDS",
     "MATRIX_KINDS",
+    "NATIVE",
     "AdditiveLinear",
     "AdditiveMatrix",
     "Backend",
@@ -68,3 +71,6 @@ __all__ = [
     "why_not_compiled",
     "why_not_single",
 ]
+
+import_after("transformers.quantizers.auto", "aqlm_kernels.hf_quantizer")
+import_after("peft.tuners.lora.model", "aqlm_kernels.peft_layers")

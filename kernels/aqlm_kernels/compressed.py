@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from aqlm_kernels import ops, tiled
 from aqlm_kernels.errors import KernelError
-from aqlm_kernels.linear import COMPILED_TYPES, FEW_ROWS
+from aqlm_kernels.linear import FEW_ROWS
 from aqlm_kernels.matrices.matrix import Matrix
 
 
@@ -68,7 +68,7 @@ class CompressedLinear(nn.Module):
 
     def rows(self, index: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Rows of W at this index, `[n, in]`, with gradients; all others stay as they are stored."""
-        return self._live().rows(index).dequantize(dtype)
+        return tiled.dequantize(self._live().rows(index), dtype)
 
     def forward(self, x: Tensor) -> Tensor:  # [..., in] -> [..., out]
         if x.shape[-1] != self.in_features:
@@ -78,7 +78,7 @@ class CompressedLinear(nn.Module):
         records = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *tensors.values()))
         few = x.device.type == "cpu" and x.numel() <= FEW_ROWS["cpu"] * self.in_features and not records
         y: Tensor
-        if few and x.dtype in COMPILED_TYPES and self.kind in ops.PACKED:
+        if few and x.dtype in tiled.COMPILED_TYPES and self.kind in ops.PACKED:
             y = ops.packed_product(x, self.kind, list(tensors.values()), self.out_features, self._key)
         else:
             y = tiled.linear(x, self._kind, tensors)

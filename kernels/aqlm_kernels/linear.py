@@ -22,7 +22,6 @@ from aqlm_kernels.matrices.balance import balancing_shift, to_float16
 from aqlm_kernels.packed import PackedMatrix
 
 FEW_ROWS = {"cpu": 8, "cuda": 64}  # of x that are multiplied straight from the codes
-COMPILED_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class AdditiveLinear(nn.Module):
@@ -96,7 +95,7 @@ class AdditiveLinear(nn.Module):
     def rows(self, index: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Rows of W at this index, `[n, in]`, with gradients; all others stay as they are stored."""
         codes, scales = self.codes.index_select(0, index), self.scales.index_select(0, index)
-        return additive.dequantize(codes, self.codebooks, scales, dtype)
+        return tiled.dequantize(AdditiveMatrix(codes, self.codebooks, scales), dtype)
 
     def packed(self) -> PackedMatrix:
         """The present values in the matmul kernels' order: made at the first call, and again after a change."""
@@ -108,9 +107,9 @@ class AdditiveLinear(nn.Module):
         x = tiled.as_autocast(x)
         few = x.numel() <= FEW_ROWS.get(x.device.type, 0) * self.in_features and not self._records_gradients(x)
         y: Tensor
-        if few and x.dtype in COMPILED_TYPES:
+        if few and x.dtype in tiled.COMPILED_TYPES:
             y = ops.decoding_product(x, self.codes, self.codebooks, self.scales, self._key, self.backend or "")
-        elif x.dtype in COMPILED_TYPES and ops.has_product(x.device, self.codebooks.shape[2]):
+        elif x.dtype in tiled.COMPILED_TYPES and ops.has_product(x.device, self.codebooks.shape[2]):
             y = ops.product(x, self.codes, self.codebooks, self.scales)
         else:
             tensors = {"codes": self.codes, "codebooks": self.codebooks, "scales": self.scales}

@@ -1,4 +1,4 @@
-"""x W^T for a matrix of any kind in plain torch: W is dequantized a tile of its rows at a time.
+"""x W^T for a matrix of any kind: W is dequantized a tile of its rows at a time, and torch multiplies by the tile.
 
 So the memory beside codes, x and y is that of a tile, even where W has a row for each token of a large vocabulary.
 With gradients theta, the learnable tensors of W, is kept for the backward, and W is dequantized again there:
@@ -8,7 +8,7 @@ With gradients theta, the learnable tensors of W, is kept for the backward, and 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from aqlm_kernels.cpu import dequantize as additive
+from aqlm_kernels.cpu import uniform
 from aqlm_kernels.matrices.matrix import Matrix
+
+COMPILED: Mapping[str, Callable[..., Tensor]] = {"additive": additive.dequantize, "uniform": uniform.dequantize}
+"""Kinds of matrix that compiled code dequantizes on a CPU: a function of their tensors in order, and the type of W."""
+
+COMPILED_TYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""Types of W that compiled code gives."""
 
 TILE_BYTES = {"cpu": 2**22, "cuda": 2**26}
 """Bytes of a tile of W in the type of x: on a CPU so many as stay in a cache, on a GPU so many as keep it busy."""
@@ -37,6 +45,27 @@ def as_autocast(x: Tensor) -> Tensor:
     return x
 
 
+def dequantize(matrix: Matrix, dtype: torch.dtype) -> Tensor:
+    """W `[out, in]`, equal to `matrix.dequantize` and with its gradients; in compiled code where none are recorded."""
+    tensors = list(matrix.tensors().values())
+    records = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    if records or tensors[0].device.type != "cpu" or dtype not in COMPILED_TYPES or matrix.kind not in COMPILED:
+        return matrix.dequantize(dtype)
+    weight: Tensor = _dequantize(matrix.kind, tensors, [matrix.out_features, matrix.in_features], dtype)
+    return weight
+
+
+@torch.library.custom_op("aqlm::dequantize", mutates_args=(), device_types="cpu")
+def _dequantize(kind: str, tensors: Sequence[Tensor], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """W of this shape from the tensors of a matrix of a kind in COMPILED."""
+    return COMPILED[kind](*tensors, dtype)
+
+
+@_dequantize.register_fake
+def _(kind: str, tensors: Sequence[Tensor], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    return tensors[0].new_empty(*shape, dtype=dtype)
+
+
 class _Linear(torch.autograd.Function):
     """Saves x and the tensors of the matrix; never W."""
 
@@ -47,11 +76,11 @@ class _Linear(torch.autograd.Function):
         matrix = kind.from_tensors(dict(zip(names, tensors, strict=True)))
         tiles = list(_tiles(matrix, x))
         if len(tiles) == 1:
-            return F.linear(x, matrix.dequantize(x.dtype))
+            return F.linear(x, dequantize(matrix, x.dtype))
         rows = x.reshape(-1, x.shape[-1])
         y = x.new_empty(len(rows), matrix.out_features)
         for tile in tiles:
-            torch.mm(rows, _rows(matrix, tile, x.device).dequantize(x.dtype).T, out=y[:, tile])
+            torch.mm(rows, dequantize(_rows(matrix, tile, x.device), x.dtype).T, out=y[:, tile])
         return y.view(*x.shape[:-1], matrix.out_features)
 
     @staticmethod
@@ -70,7 +99,7 @@ class _Linear(torch.autograd.Function):
             part = _rows(matrix, tile, x.device).tensors()
             with torch.enable_grad():
                 learnable = {name: part[name].detach().requires_grad_() for name in wanted}
-                weight = ctx.kind.from_tensors({**part, **learnable}).dequantize(x.dtype)  # [tile, in]
+                weight = dequantize(ctx.kind.from_tensors({**part, **learnable}), x.dtype)  # [tile, in]
             if dx is not None:
                 dx += slopes[:, tile] @ weight.detach()
             if wanted:

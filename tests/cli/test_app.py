@@ -132,7 +132,8 @@ def test_the_plan_tells_what_is_skipped_and_why(run_file: Path) -> None:
     flags = ("--skip", r".*\.1\.mlp\..*", "--only", r".*(mlp|q_proj).*")
     plan = json.loads(run("quantize", "--config", str(run_file), *flags, "--dry-run", "--json").stdout)
     reasons = dict(plan["skipped"])
-    assert plan["layers"] == 5 and len(reasons) == 9
+    assert plan["layers"] == 5 and len(reasons) == 9 + 2
+    assert reasons["lm_head"] == "outside the blocks; --head SCHEME quantizes it"
     assert reasons["model.layers.1.mlp.up_proj"] == r"skipped by '.*\.1\.mlp\..*'"
     assert reasons["model.layers.0.self_attn.k_proj"] == "not among those chosen with --only"
 

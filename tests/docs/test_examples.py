@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from helpers import pages
+from helpers.commands import run
 
 pytestmark = pytest.mark.slow
 
@@ -33,6 +34,16 @@ def test_lora_learns_on_a_packed_model(finished_run: Path) -> None:
     assert len(losses) == 5 and losses[-1] < losses[0]
     assert Path("lora-adapter/adapter_model.safetensors").exists()
     assert (finished_run / "packed" / "model.safetensors").read_bytes() == before
+
+
+def test_native_model_is_saved_again_and_takes_adapters(finished_run: Path) -> None:
+    run("pack", str(finished_run), "--format", "native", "--overwrite")
+    output = _run("native.py", str(finished_run / "packed"), "5")
+    assert "largest difference after saving: 0.0" in output
+    losses = [float(loss) for loss in re.findall(r"step \d: loss (\S+)", output)]
+    assert len(losses) == 5 and losses[-1] < losses[0]
+    loaded = re.search(r"adapter that was saved: (\S+)", output)
+    assert loaded is not None and float(loaded[1]) < losses[-1]
 
 
 def test_python_api_quantizes_evaluates_and_generates(finished_run: Path, capsys: pytest.CaptureFixture[str]) -> None:

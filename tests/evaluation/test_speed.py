@@ -7,14 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import commands, tiny_models
+from helpers import commands, mixed_models, tiny_models
 from rich.console import Console
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from aqlm_cli.errors import ModelError, UsageError
-from aqlm_cli.evaluation import BenchReport, SpeedSettings, candidates, timing
+from aqlm_cli.evaluation import EVALUATIONS, BenchReport, LoadedModel, SpeedSettings, candidates, timing
 from aqlm_cli.evaluation.matmul import relative_error
+from aqlm_cli.evaluation.read_bytes import bytes_by_part
 from aqlm_cli.evaluation.speed import measure_shape
 from aqlm_cli.evaluation.timing import run_pass
 from aqlm_cli.events import Advanced, Event, Noted
@@ -255,6 +256,30 @@ def test_the_bytes_of_a_token_are_shown_by_part(shape: str) -> None:
         Console(file=text, width=200).print(report.table())
         (header,) = [line for line in text.getvalue().splitlines() if "attention" in line]
     assert ["embedding row" in header, "head" in header, "other" in header] == [not tied, True, False]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_quantized_table_counts_as_its_scheme_does(tied: bool, tmp_path: Path) -> None:
+    mix = {"embed_tokens": "4x8g8", "": "2x8g8"}
+    network = mixed_models.network(mix, tmp_path, tie_word_embeddings=tied)
+    chosen = BenchConfig.model_validate({"prompt": PROMPT, "tokens": TOKENS, "repeats": 1})
+    model = LoadedModel("a mix", network, tiny_models.byte_tokenizer())
+    report = EVALUATIONS["speed"].run(model, None, SpeedSettings(chosen), lambda event: None)
+    (row,) = report.rows
+    assert report.backend == DECODING and 0 < (row.relative_error or 0) < 1e-3
+    table = network.model.embed_tokens.matrix().bits() // 8
+    assert row.read_bytes["head"] == (table if tied else 2 * 258 * 64)
+    assert row.read_bytes["embedding_row"] == (0 if tied else -(-table // 258))
+    assert sum(row.read_bytes.values()) == row.bytes - (0 if tied else table - -(-table // 258))
+
+
+def test_of_experts_a_token_reads_those_that_it_uses(tmp_path: Path) -> None:
+    network = AutoModelForCausalLM.from_pretrained(tiny_models.save("mixtral", tmp_path / "model"))
+    sizes = {name: 2 * tensor.numel() for name, tensor in network.named_parameters()}
+    experts = sum(size for name, size in sizes.items() if ".experts." in name)
+    assert experts and network.config.num_experts_per_tok == 2 and network.config.num_local_experts == 4
+    routers = sum(size for name, size in sizes.items() if ".mlp." in name and ".experts." not in name)
+    assert bytes_by_part(network, sizes)["mlp"] == experts // 2 + routers
 
 
 def test_an_int8_head_is_half_to_read(shape: str) -> None:

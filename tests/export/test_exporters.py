@@ -63,7 +63,7 @@ def stock_logits(directory: Path) -> Tensor:
 
 
 def test_the_run_file_names_every_format_and_no_other() -> None:
-    assert set(EXPORTERS) == set(get_args(PackFormat))
+    assert {"auto", *EXPORTERS} == set(get_args(PackFormat))
     assert all(exporter.name == name for name, exporter in EXPORTERS.items())
 
 
@@ -123,7 +123,7 @@ def test_matrices_of_several_schemes_fit_the_dense_format_alone(tmp_path: Path) 
     found = find_blocks(load_network(source, torch.float32))
     layers = linears(found.modules[0], found.paths[0])
     matrices = {path: handmade(layer, 0, size) for size, (path, layer) in zip((16, 256), layers.items(), strict=False)}
-    with pytest.raises(PlanError, match=r"2x4g8, 2x8g8.*--format dense"):
+    with pytest.raises(PlanError, match=r"2x4g8: model.*; 2x8g8: model.*--format native"):
         export(source, matrices, {}, tmp_path / "codes", EXPORTERS["transformers"])
     assert export(source, matrices, {}, tmp_path / "dense", EXPORTERS["dense"]).scheme == "2x4g8, 2x8g8"
 

@@ -39,7 +39,7 @@ from aqlm_cli.quantization.solvers.hessian import LayerStatistics
 from aqlm_cli.runs.artifact import open_artifact
 from aqlm_cli.spec.config import RunConfig
 from aqlm_cli.spec.methods.aqlm import AqlmSettings
-from aqlm_cli.spec.plan import Plan
+from aqlm_cli.spec.plan import OUTSIDE, Plan
 from aqlm_cli.spec.run_file import build_config
 from aqlm_cli.spec.schemes import AdditiveScheme
 from aqlm_kernels import AdditiveMatrix
@@ -64,7 +64,8 @@ class Outcome:
     blocks: int = 0
     quantized: int = 0  # matrices of the blocks
     matrices: int = 0
-    codes: bool = False  # whether the packed model can hold them, and not only the weights that they stand for
+    codes: bool = False  # whether the format of the package `aqlm` can hold them
+    native: bool = False  # whether the native format can
     reason: str | None = None  # why it cannot, or why the family is refused altogether
     fault: str | None = None
 
@@ -92,7 +93,7 @@ def examine(family: str) -> Outcome:
 def _examined(family: str, directory: Path) -> Outcome:
     trial = Trial(family, directory)
     try:
-        reason = trial.why_no_codes()
+        reason = trial.why_no_codes("transformers")
         trial.calibrate()
     except AqlmError as error:
         return Outcome(family, reason=str(error).replace(f"{trial.model} ", "").replace(str(directory), "..."))
@@ -101,8 +102,13 @@ def _examined(family: str, directory: Path) -> Outcome:
     plan = trial.quantize()
     trial.pack_dense()
     if reason is None:
-        trial.pack_codes()
-    return Outcome(family, blocks, len(plan.quantized), len(plan.targets), reason is None, reason)
+        trial.pack_codes("transformers")
+    unheld = trial.why_no_codes("native")
+    if unheld is None:
+        trial.pack_codes("native")
+    inside = [target for target in plan.targets if target.kind not in OUTSIDE]
+    reasons = "; ".join(dict.fromkeys(one for one in (reason, unheld) if one is not None)) or None
+    return Outcome(family, blocks, len(plan.quantized), len(inside), reason is None, unheld is None, reasons)
 
 
 class Trial:
@@ -118,10 +124,10 @@ class Trial:
         text.write_text("".join(f"{n} is {n * n % 97}, and {chr(65 + n % 57)} follows {n % 7}. " for n in range(200)))
         self.settings = settings_of(self.model, text)
 
-    def why_no_codes(self) -> str | None:
-        """The reason why packed files cannot hold codes, if that is so; PlanError where they can hold nothing."""
+    def why_no_codes(self, format: str) -> str | None:
+        """The reason why files of the format cannot hold codes, if any; PlanError where they can hold nothing."""
         try:
-            make_job(self.config("transformers"), self.run).preflight  # noqa: B018
+            make_job(self.config(format), self.run).preflight  # noqa: B018
         except PlanError as error:
             make_job(self.config("dense"), self.run).preflight  # noqa: B018
             return str(error)
@@ -165,13 +171,13 @@ class Trial:
         assert changed > 1e3 * SAME, "nothing that was quantized takes part"
         return plan
 
-    def pack_codes(self) -> None:
-        directory = pack(make_job(self.config("transformers"), self.run, overwrite=True)).directory
+    def pack_codes(self, format: str) -> None:
+        directory = pack(make_job(self.config(format), self.run, overwrite=True)).directory
         ours = load_network(resolve(str(directory)), torch.float32)
-        same("what is packed, loaded by ours", logits_of(ours), self.wanted_of_codes)
+        same(f"what is packed as {format}, loaded by ours", logits_of(ours), self.wanted_of_codes)
         stock, report = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, output_loading_info=True)
         assert not report["missing_keys"], f"stock transformers finds no {sorted(report['missing_keys'])}"
-        same("what is packed, loaded by stock transformers", logits_of(stock.eval()), self.wanted_of_codes)
+        same(f"what is packed as {format}, loaded by stock transformers", logits_of(stock.eval()), self.wanted_of_codes)
 
     @torch.no_grad()
     def pack_dense(self) -> None:

@@ -24,7 +24,8 @@ The families that transformers {version} takes for causal language models, each 
 
 - the walk through its blocks gives the logits of transformers' own forward in float32, to {same:g} of the largest;
 - what is packed gives the logits that the codes stand for: with codes, loaded by stock transformers with the package
-  `aqlm` and by `aqlm` itself, and as an ordinary checkpoint (dense).
+  `aqlm` and by `aqlm` itself; in the native format, loaded by transformers after `import aqlm_kernels` and by `aqlm`
+  itself; and as an ordinary checkpoint (dense).
 
 `matrices`: how many of those inside the blocks of the tiny model are quantized; `aqlm plan` says why the others stay.
 
@@ -42,7 +43,7 @@ def line_of(outcome: Outcome) -> str:
         return f"| {outcome.family} | | | wrong | {outcome.fault.strip().splitlines()[-1]} |"
     if outcome.refused:
         return f"| {outcome.family} | | | refused | {remark} |"
-    packed = "codes, dense" if outcome.codes else "dense"
+    packed = ", ".join([*(["codes"] if outcome.codes else []), *(["native"] if outcome.native else []), "dense"])
     share = f"{outcome.quantized} of {outcome.matrices}"
     return f"| {outcome.family} | {outcome.blocks} | {share} | {packed} | {remark} |"
 

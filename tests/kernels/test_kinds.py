@@ -147,7 +147,6 @@ def test_grids_of_any_shape_survive_packing(rows: int, groups: int, bits: int, g
     scales, exponent = torch.rand(shape, generator=rng).half(), torch.tensor(bits - 4, dtype=torch.int16)
     matrix = UniformMatrix(levels, zeros, scales, torch.tensor(bits, dtype=torch.uint8), exponent)
     packed = matrix.packed_tensors()
-    assert ("exponent" in packed) == (bits != 4)
     counted = 8 * sum(tensor.nbytes for name, tensor in packed.items() if name != "exponent")
     assert matrix.bits() <= counted < matrix.bits() + 16
     again = UniformMatrix.from_packed(packed, f"int{bits}g{group_size}").tensors()
@@ -191,7 +190,7 @@ def test_scales_that_float16_cannot_hold_are_refused_by_name() -> None:
     large = replace(matrix, scales=matrix.scales.float() * 2.0**20)
     with pytest.raises(KernelError, match="scales reach"):
         large.packed_tensors()
-    assert "exponent" in large.balanced().packed_tensors()
+    assert int(large.balanced().packed_tensors()["exponent"]) > 0
 
 
 @pytest.mark.parametrize("kind", MATRICES)

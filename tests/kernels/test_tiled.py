@@ -70,6 +70,43 @@ def test_gradcheck_in_float64() -> None:
     assert torch.autograd.gradcheck(product, (x, *parameters.values()))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("rows", [1, 16, 35])
+@pytest.mark.parametrize("kind", MATRICES)
+def test_compiled_code_dequantizes_to_the_same_bits(kind: str, rows: int, dtype: torch.dtype) -> None:
+    matrix: Matrix = {"additive": additive, "uniform": uniform}[kind](rows)
+    real = {name: torch.randn(matrix.tensors()[name].shape, generator=draw()) for name in matrix.learnable}
+    parts = {**matrix.tensors(), **real}
+    if "exponent" in parts:
+        parts["exponent"] = torch.tensor(-3, dtype=torch.int16)
+    matrix = matrix.from_tensors(parts)
+    found = tiled.dequantize(matrix, dtype)
+    assert torch.equal(found, matrix.dequantize(dtype)) and found.dtype == dtype
+
+
+@pytest.mark.parametrize("kind", MATRICES)
+def test_compiled_code_serves_wherever_no_gradient_of_the_weight_is_recorded(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[int] = []
+    compiled = tiled.COMPILED[kind]
+
+    def watched(*tensors: Tensor) -> Tensor:
+        written.append(len(tensors[0]))
+        return compiled(*tensors)
+
+    monkeypatch.setattr(tiled, "COMPILED", {kind: watched})
+    layer, x = CompressedLinear(MATRICES[kind]), torch.ones(20, IN, requires_grad=True)
+    layer.rows(torch.tensor([3]))
+    assert not written
+    with torch.no_grad():
+        layer.rows(torch.tensor([3]))
+    layer(x).sum().backward()
+    assert written == [1, OUT], "the backward needs the gradients of the learnable tensors"
+    layer.requires_grad_(False)(x).sum().backward()
+    assert written == [1, OUT, OUT, OUT]
+
+
 def test_only_the_gradients_that_are_asked_for_are_computed() -> None:
     layer, x = CompressedLinear(additive()), torch.ones(2, IN)
     layer.codebooks.requires_grad_(False)

@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import tiny_models
-from safetensors.torch import save_file
+from helpers import mixed_models, tiny_models
 from torch import Tensor
 
 from aqlm_cli.errors import ModelError
 from aqlm_cli.models import Decoding, decoding_of, load_network, open_decoding, resolve
 from aqlm_cli.models import decoding as decoding_module
-from aqlm_cli.models.blocks import replace_module
 from aqlm_cli.models.decoding import narrowest
-from aqlm_cli.spec.schemes import parse_scheme
-from aqlm_kernels import AdditiveMatrix, CompressedEmbedding, KernelError
+from aqlm_kernels import KernelError
 from aqlm_kernels.cpu import avx512
 from aqlm_kernels.cpu.decoder import SHORT
 
@@ -163,74 +159,22 @@ def test_an_invalid_config_never_reaches_compiled_code(
 
 # ------------------------------------------------------------------------- mixes of schemes, quantized tables and heads
 
-MIXES: dict[str, dict[str, str]] = {
-    "every layer another": {
-        "q_proj": "1x8g8",
-        "k_proj": "2x8g8",
-        "v_proj": "3x8g8",
-        "o_proj": "4x8g8",
-        "gate_proj": "3x8g16",
-        "up_proj": "2x6g4",
-        "down_proj": "5x8g8",
-    },
-    "one of a stack another": {"layers.1.self_attn.k_proj": "1x8g8", "layers.0.mlp.gate_proj": "3x8g8", "": "2x8g8"},
-    "dense layers": {"layers.0": "2x8g8", "layers.1.self_attn.v_proj": "2x8g8", "layers.1.mlp.down_proj": "1x8g8"},
-    "a quantized head": {"lm_head": "4x8g8", "": "2x8g8"},
-    "quantized embeddings": {"embed_tokens": "4x8g8", "": "2x8g8"},
-    "embeddings of long codes": {"embed_tokens": "1x10g8", "": "2x8g8"},
-    "both, of two schemes": {"embed_tokens": "3x8g16", "lm_head": "2x8g8", "": "2x8g8"},
-    "the head alone": {"lm_head": "4x8g8"},
-}
-"""Scheme of the layers whose path ends so, or is inside; the first that matches. Others stay dense."""
-
-
-def mixed_network(mix: dict[str, str], directory: Path, **changes: Any) -> Any:
-    """A Llama of random weights and codes; embeddings and head are tied if nothing else is said."""
-    directory = tiny_models.save("llama", directory / "model", **changes)
-    network = load_network(resolve(str(directory)), torch.float32)
-    for path, module in list(network.named_modules()):
-        if not isinstance(module, (torch.nn.Linear, torch.nn.Embedding)) or scheme_of(path, mix) is None:
-            continue
-        layer = quantized(module.weight, scheme_of(path, mix), getattr(module, "bias", None))
-        table = isinstance(module, torch.nn.Embedding)
-        replace_module(network, path, CompressedEmbedding(layer) if table else layer)
-        if table and network.config.tie_word_embeddings:
-            network.lm_head = layer
-    return network.half().float().requires_grad_(False)
-
-
-def scheme_of(path: str, mix: dict[str, str]) -> str | None:
-    table = path.endswith(("embed_tokens", "lm_head"))
-    return next((word for key, word in mix.items() if key in path and (key or not table)), None)
-
-
-def quantized(weight: Tensor, word: str, bias: Tensor | None) -> torch.nn.Module:
-    """Random codes, in the size of the weights."""
-    scheme, draw = parse_scheme(word), torch.Generator().manual_seed(len(weight))
-    assert scheme.codebook_shape is not None
-    num_codebooks, entries, group_size = scheme.codebook_shape
-    shape = (len(weight), weight.shape[1] // group_size, num_codebooks)
-    codes = torch.randint(0, entries, shape, generator=draw)
-    codebooks = 0.1 * torch.randn(scheme.codebook_shape, generator=draw).half().float()
-    scales = (0.5 + torch.rand(len(weight), generator=draw)).half().float()
-    return AdditiveMatrix(codes, codebooks, scales).module(None if bias is None else bias.detach())
-
 
 def logits_of(decoding: Decoding, ids: Tensor, prompt: int) -> Tensor:
     return torch.stack([decoding.prefill(ids[:prompt]), *(decoding.step(token) for token in ids[prompt:].tolist())])
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("mix", MIXES)
+@pytest.mark.parametrize("mix", mixed_models.MIXES)
 def test_logits_of_every_mix_are_those_of_one_forward(mix: str, tied: bool, tmp_path: Path) -> None:
-    if tied and "lm_head" in MIXES[mix]:
+    if tied and "lm_head" in mixed_models.MIXES[mix]:
         pytest.skip("a tied head has the scheme of the embeddings")
-    network = mixed_network(MIXES[mix], tmp_path, tie_word_embeddings=tied, attention_bias=False)
+    network = mixed_models.network(mixed_models.MIXES[mix], tmp_path, tie_word_embeddings=tied, attention_bias=False)
     if tied and mix == "embeddings of long codes":
         assert decoding_of(network, LENGTH).name.startswith("transformers, cpu-gather")
         return
     decoding = decoding_of(network, LENGTH)
-    assert decoding.name == f"compiled decoder, {BACKENDS[0]}"
+    assert decoding.name == "compiled decoder" + (f", {BACKENDS[0]}" if mix != "uniform alone" else "")
     ids = tiny_models.token_ids(1, LENGTH)
     expected = network(ids).logits[0]
     for prompt in PROMPT, LONG_PROMPT:
@@ -239,8 +183,8 @@ def test_logits_of_every_mix_are_those_of_one_forward(mix: str, tied: bool, tmp_
 
 def test_widths_and_vocabularies_need_be_no_multiple_of_a_tile(tmp_path: Path) -> None:
     shape = {"hidden_size": 72, "intermediate_size": 104, "num_attention_heads": 3, "num_key_value_heads": 1}
-    mix = {"embed_tokens": "4x8g8", **MIXES["one of a stack another"], "layers.1.mlp": "2x8g8"}
-    network = mixed_network(mix, tmp_path, **shape, head_dim=24, tie_word_embeddings=True)
+    mix = {"embed_tokens": "4x8g8", **mixed_models.MIXES["one of a stack another"], "layers.1.mlp": "2x8g8"}
+    network = mixed_models.network(mix, tmp_path, **shape, head_dim=24, tie_word_embeddings=True)
     ids = tiny_models.token_ids(1, LENGTH)
     expected = network(ids).logits[0, PROMPT - 1 :]
     found = logits_of(decoding_of(network, LENGTH), ids[0], PROMPT)
@@ -248,7 +192,7 @@ def test_widths_and_vocabularies_need_be_no_multiple_of_a_tile(tmp_path: Path) -
 
 
 def test_a_quantized_head_takes_no_int8(tmp_path: Path) -> None:
-    network = mixed_network(MIXES["a quantized head"], tmp_path)
+    network = mixed_models.network(mixed_models.MIXES["a quantized head"], tmp_path)
     with pytest.raises(KernelError, match="made of a 16-bit lm_head, and this one is quantized; leave --head out"):
         decoding_of(network, LENGTH, head="int8")
 
@@ -259,29 +203,15 @@ def test_a_mix_in_a_checkpoint_decodes_without_a_network(
     mix: str, tied: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The tensors of a layer say how it is stored, that of embeddings and head as those of any other."""
-    if tied and "lm_head" in MIXES[mix]:
+    if tied and "lm_head" in mixed_models.MIXES[mix]:
         pytest.skip("a tied head has the scheme of the embeddings")
-    network = mixed_network(MIXES[mix], tmp_path, tie_word_embeddings=tied)
-    directory = saved_mix(network, tmp_path)
+    network = mixed_models.network(mixed_models.MIXES[mix], tmp_path, tie_word_embeddings=tied)
+    directory = mixed_models.save(network, tmp_path)
     monkeypatch.setattr(decoding_module, "load_network", lambda *_: pytest.fail("the network was loaded"))
     opened, expected = open_decoding(resolve(str(directory)), LENGTH), decoding_of(network, LENGTH)
     ids = tiny_models.token_ids(1, LONG_PROMPT + 2)[0]
     assert opened.name == expected.name
     assert torch.equal(logits_of(opened, ids, LONG_PROMPT), logits_of(expected, ids, LONG_PROMPT))
-
-
-def saved_mix(network: Any, tmp_path: Path) -> Path:
-    """An AQLM checkpoint of the network, with each layer's own codebooks."""
-    directory, tied = tmp_path / "packed", network.config.tie_word_embeddings
-    shutil.copytree(tmp_path / "model", directory, ignore=shutil.ignore_patterns("*.safetensors"))
-    state = {name.replace(".table.", "."): tensor for name, tensor in network.state_dict().items()}
-    kept = {name: tensor for name, tensor in state.items() if not (tied and name.startswith("lm_head."))}
-    stored = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in kept.items()}
-    save_file(stored, directory / "model.safetensors", {"format": "pt"})
-    config = json.loads((directory / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "aqlm"}
-    (directory / "config.json").write_text(json.dumps(config))
-    return directory
 
 
 def test_a_head_of_64_bits_is_read_in_32() -> None:

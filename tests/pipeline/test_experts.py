@@ -10,64 +10,28 @@ import pytest
 import torch
 from helpers import mixtures
 from helpers.commands import refused, run
+from helpers.mixtures import model_of, planned, quantize, work_in
 from helpers.packing import logits, write_weight
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from safetensors.torch import load_file
+from torch import nn
 from transformers import AutoModelForCausalLM
 
 from aqlm_cli.models import load_network, resolve
 from aqlm_cli.models.blocks import find_blocks, linears, unfuse
 from aqlm_cli.models.experts import expert_groups, expert_place
+from aqlm_cli.pipeline.job import make_job
 from aqlm_cli.pipeline.stages import quantize as stage
-from aqlm_cli.quantization import block_inputs
-from aqlm_cli.quantization.parallel import Task
-from aqlm_cli.quantization.solvers.hessian import TOKENS_PER_FEATURE, LayerStatistics
-from aqlm_cli.runs.artifact import open_artifact
+from aqlm_cli.runs.directory import read_run
 from aqlm_cli.runs.files import load_tensors, read_metadata
-from aqlm_cli.seeds import generator
-from aqlm_cli.spec.plan import Plan
-from aqlm_kernels import MATRIX_KINDS, SingleExperts, is_fused
-
-RUN_FILE = """
-model: tiny
-threads: 1
-calibrate: {data: "notes.txt:10", sequence_length: 32, statistics_sequences: 2}
-quantize:
-  statistics_sequences: 8
-  scheme: 2x4g8
-  aqlm: {rounds: 1, ldlq_rounds: 1, kmeans_iterations: 1}
-  fit: {epochs: 1, sequences: 4, held_out: 2}
-pack: {format: dense}
-eval_ppl: {data: [notes.txt], sequence_length: 32}
-finetune: {steps: 2, batch: 2, micro_batch: 2, sequence_length: 16, held_out: 2, evaluate_every: 2, save_every: 2}
-"""
+from aqlm_cli.spec.run_file import build_config
+from aqlm_kernels import MATRIX_KINDS, SingleExperts, is_fused, quantized_layers
 
 FAMILIES = sorted(mixtures.FAMILIES)
 
 
 @pytest.fixture(autouse=True)
-def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    Path("run.yaml").write_text(RUN_FILE)
-    Path("notes.txt").write_text("".join(f"{number} times {number} is {number**2}. " for number in range(60)))
-    monkeypatch.setattr(block_inputs, "compute_dtype", lambda device: torch.float32)
-    return tmp_path
-
-
-def model_of(family: str, **settings: Any) -> nn.Module:
-    """The network of the base model, which lies in `tiny`."""
-    return mixtures.network_of(family, Path("tiny"), **settings)
-
-
-def quantize(*arguments: str) -> dict[str, Any]:
-    result = run("quantize", "--config", "run.yaml", "--out", "run", "--json", *arguments)
-    assert result.exit_code == 0, result.output
-    told: dict[str, Any] = json.loads(result.stdout)
-    return told
-
-
-def planned() -> Plan:
-    return Plan.from_json(open_artifact(Path("run/quantized"), "quantized").manifest.results["plan"])
+def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    work_in(tmp_path, monkeypatch)
 
 
 def with_run_written_in(network: nn.Module, made: str = "quantized") -> nn.Module:
@@ -132,6 +96,13 @@ def test_every_expert_is_quantized_and_packed_and_the_router_stays(family: str) 
     for loaded in (load_network(packed, torch.float32), AutoModelForCausalLM.from_pretrained("run/packed").float()):
         torch.testing.assert_close(logits(loaded), wanted, rtol=0, atol=1e-4 * float(wanted.abs().max()))
     assert told["pack"]["layers"] == len(plan.quantized)
+    # In the native format codes stay codes, of every expert, for aqlm and for transformers with the plugin.
+    result = run("pack", "run", "--format", "native", "--overwrite")
+    assert result.exit_code == 0, result.output
+    stock = AutoModelForCausalLM.from_pretrained("run/packed", dtype=torch.float32)
+    for loaded in (load_network(resolve("run/packed"), torch.float32), stock):
+        assert set(quantized_layers(loaded)) == {target.path for target in plan.quantized}
+        torch.testing.assert_close(logits(loaded), wanted, rtol=0, atol=1e-3 * float(wanted.abs().max()))
     result = run("eval-ppl", "run", "--json")
     assert result.exit_code == 0, result.output
 
@@ -166,7 +137,7 @@ def test_experts_that_the_files_have_one_by_one_can_be_left_out_one_by_one() -> 
 def test_codes_of_experts_are_refused_by_a_format_without_them() -> None:
     model_of("mixtral")
     line = refused("quantize", "--config", "run.yaml", "--out", "run", "--format", "transformers")
-    assert "model.layers.0.mlp.experts.0.gate_up_proj" in line and "--format dense" in line
+    assert "model.layers.0.mlp.experts.0.gate_up_proj" in line and "--format native or dense" in line
     assert not Path("run/quantized").exists()
 
 
@@ -209,98 +180,21 @@ def test_a_run_of_experts_resumes_to_the_same_bytes(monkeypatch: pytest.MonkeyPa
     assert {path.name: path.read_bytes() for path in Path("again/quantized").glob("block-*")} == whole
 
 
-# ------------------------------------------------------------------------------------------------------------ Hessians
+@pytest.mark.parametrize("format", ["dense", "native"])
+@pytest.mark.parametrize("family", ["gpt_oss", "qwen3_moe"])
+def test_the_planned_size_is_that_of_the_file(family: str, format: str) -> None:
+    mixtures.save(family, Path("tiny"))
+    AutoModelForCausalLM.from_pretrained("tiny", dtype=torch.bfloat16).save_pretrained("tiny")
+    quantize("--format", format)
+    known = make_job(read_run(Path("run")).config, Path("run")).preflight
+    assert known.packed_bytes == sum(path.stat().st_size for path in Path("run/packed").glob("*.safetensors"))
 
 
-@pytest.fixture
-def tasks(monkeypatch: pytest.MonkeyPatch) -> dict[str, Task]:
-    """Everything that is compressed, by path."""
-    seen: dict[str, Task] = {}
-    compress_all = stage.compress_all
-
-    def noted(todo: list[Task], *rest: Any) -> Any:
-        seen.update({task.path: task for task in todo})
-        return compress_all(todo, *rest)
-
-    monkeypatch.setattr(stage, "compress_all", noted)
-    return seen
-
-
-def measured_ids() -> Tensor:
-    """Of the calibration, in the order in which quantization takes them."""
-    ids = load_file("run/calibration/windows.safetensors")["ids"].long()
-    return ids[torch.randperm(len(ids), generator=generator(0, "windows"))][:8]
-
-
-def routed_inputs(network: nn.Module) -> dict[str, Tensor]:
-    """Inputs of every expert's layers in the first block, from the fused module's own arguments."""
-    given: list[Tensor] = []
-    fused: Any = next(module for module in network.modules() if is_fused(module))
-    fused.register_forward_pre_hook(lambda _, args: given.extend(args[:2]))
-    with torch.no_grad():
-        network(measured_ids(), use_cache=False)
-    x, index = given[0], given[1]
-    inputs = {}
-    for number in range(fused.num_experts):
-        own = x[(index == number).any(-1)]
-        inputs[f"model.layers.0.mlp.experts.{number}.gate_up_proj"] = own
-        weight = fused.gate_up_proj[number]
-        projected = own @ (weight if fused.is_transposed else weight.T)
-        projected += fused.gate_up_proj_bias[number] if fused.has_bias else 0
-        inputs[f"model.layers.0.mlp.experts.{number}.down_proj"] = fused._apply_gate(projected)
-    return inputs
-
-
-def completed(inputs: dict[str, Tensor], path: str) -> Tensor:
-    """H by the formula, in float64."""
-    x, projection = inputs[path].double(), path.rpartition(".")[2]
-    everyone = torch.cat([one for other, one in inputs.items() if other.endswith(projection)]).double()
-    share = min(1.0, len(x) / (TOKENS_PER_FEATURE * x.shape[1]))
-    own = x.T @ x / max(len(x), 1)
-    return share * own + (1 - share) * everyone.T @ everyone / len(everyone)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_the_hessian_of_an_expert_is_of_the_tokens_routed_to_it(family: str, tasks: dict[str, Task]) -> None:
-    network = model_of(family)
-    quantize()
-    inputs = routed_inputs(network)
-    shares = set()
-    for path, x in inputs.items():
-        statistics = tasks[path].statistics
-        assert statistics.tokens == len(x)
-        shares.add(len(x) >= TOKENS_PER_FEATURE * x.shape[1])
-        wanted = completed(inputs, path)
-        torch.testing.assert_close(
-            statistics.second_moment.double(), wanted, rtol=1e-4, atol=1e-5 * float(wanted.abs().max())
-        )
-    assert False in shares  # so that the completion takes part
-
-
-def test_an_expert_without_a_token_is_quantized_by_the_hessian_of_the_others(tasks: dict[str, Task]) -> None:
-    mixtures.save("gpt_oss", Path("tiny"))
-    tensors = load_file("tiny/model.safetensors")
-    tensors["model.layers.0.mlp.router.bias"][2] = -1e3
-    save_file(tensors, "tiny/model.safetensors", {"format": "pt"})
-    network = load_network(resolve("tiny"), torch.float32)
-    quantize()
-    inputs = routed_inputs(network)
-    silent = [path for path, x in inputs.items() if not len(x)]
-    for path in silent:
-        assert tasks[path].statistics.tokens == 0
-        torch.testing.assert_close(
-            tasks[path].statistics.second_moment.double(), completed(inputs, path), rtol=1e-4, atol=1e-5
-        )
-    assert len(silent) == 2
-    assert all(target.scheme is not None for target in planned().targets if target.path in silent)
-
-
-def test_one_expert_has_the_same_hessian_whether_or_not_the_others_are_quantized(tasks: dict[str, Task]) -> None:
-    """What `verify` relies on."""
+def test_every_expert_has_a_hessian_in_the_cost_estimate_and_a_quarter_takes_part() -> None:
     model_of("qwen3_moe")
-    path = "model.layers.0.mlp.experts.2.down_proj"
-    quantize()
-    whole = tasks[path].statistics
-    quantize("--only", r".*experts\.2\.down_proj", "--overwrite")
-    alone: LayerStatistics = tasks[path].statistics
-    assert torch.equal(whole.second_moment, alone.second_moment) and whole.tokens == alone.tokens
+    shape = make_job(build_config(None, Path("run.yaml"), {}), Path("run")).preflight.shape.blocks[0]
+    experts, attention = 6 * (64**2 + 32**2), 3 * 64**2
+    assert shape.hessian_entries == attention + experts + 64**2  # and the mean of all
+    assert shape.entries_per_token == attention + experts / 4
+    weights = [target.weights for target in shape.targets if target.kind == "expert"]
+    assert shape.weights_per_token == sum(target.weights for target in shape.targets) - 0.75 * sum(weights)

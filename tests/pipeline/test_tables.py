@@ -139,7 +139,7 @@ def test_a_finished_table_survives_an_interruption(
 ) -> None:
     assert interrupted_at(block_file(0), 1, *QUANTIZE, *tables(tied)).exit_code == 130
     with monkeypatch.context() as patch:
-        patch.setattr(stage, "quantize_table", None)  # nothing calls it again
+        patch.setattr(stage, "table_of", None)  # nothing calls it again
         result = run(*QUANTIZE, *tables(tied))
     assert result.exit_code == 0, result.output
     resumed = {path.name: path.read_bytes() for path in Path("run/quantized").glob("*.safetensors")}

@@ -36,6 +36,8 @@ class SignMatrix:
     kind = "sign"
     learnable = ("scales",)
 
+    scheme = "sign"
+
     @property
     def out_features(self) -> int:
         return self.signs.shape[0]
@@ -115,6 +117,9 @@ class SignScheme:
 
     def packed_layouts(self, out_features: int, in_features: int) -> dict[str, StoredTensor]:
         return {"weight": StoredTensor("float16", (out_features, in_features))}
+
+    def native_layouts(self, out_features: int, in_features: int) -> dict[str, StoredTensor]:
+        return self.stored_layouts(out_features, in_features)
 
     def peak_bytes(self, out_features: int, in_features: int) -> int:
         return 8 * out_features * in_features

@@ -1,4 +1,4 @@
-"""y = x W^T for a few rows of x and a matrix on uniform grids, straight from its levels at their true width.
+"""A matrix W on uniform grids: y = x W^T for a few rows of x straight from its levels, and tiles of W for many.
 
 A row of W has in group j the scale s_j, the zero z_j and for input i the level q_i, each of b bits. A level becomes a
 float without a conversion: its bits are the upper ones of the mantissa of 1 + q_i / 2^b. So
@@ -8,6 +8,8 @@ float without a conversion: its bits are the upper ones of the mantissa of 1 + q
 in float32, and x is not rounded. The lanes of a register are outputs: they need no sum across them, and fit groups of
 any size. A word of 32 bits has as many levels of one output as it can hold; where the last of a group has places left,
 x is 0 there.
+
+`dequantize` equals that of UniformMatrix bit for bit.
 
 One thread owns a tile of LANES outputs, and its sums run over the inputs in order: the result does not depend on the
 number of threads.
@@ -43,6 +45,7 @@ WIDE = VECTORS > 1
 LANES = 64 if WIDE else 32  # outputs in a tile: their sums stay in registers
 ROWS = 4 if WIDE else 2  # of x at most whose sums stay in registers, too
 LINE = 64  # bytes that one prefetch brings
+TILE = 16  # rows of W that are dequantized by one thread at a time
 
 _VECTOR = 16  # lanes of a vector in the code below, which LLVM cuts to what the machine has
 _MANTISSA = 23  # bits of a float32
@@ -104,6 +107,27 @@ class PackedUniform:
         return torch.ldexp(y[:rows, : self.out_features], torch.tensor(self.exponent)).to(x.dtype)
 
 
+def dequantize(
+    levels: Tensor, zeros: Tensor, scales: Tensor, bits: Tensor, exponent: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """W [out, in] from the tensors of a UniformMatrix, in float32 or rounded once to bfloat16 or float16."""
+    weight = torch.empty(levels.shape)
+    steps = torch.ldexp(scales.detach().float(), exponent)
+    _dequantize(levels.contiguous().numpy(), zeros.contiguous().numpy(), array(steps), weight.numpy())
+    return weight.to(dtype)
+
+
+@compiled(parallel=True)
+def _dequantize(levels: Bytes, zeros: Bytes, steps: Floats, weight: Floats) -> None:
+    group_size = levels.shape[1] // zeros.shape[1]
+    for tile in prange(-(-levels.shape[0] // TILE)):
+        for o in range(tile * TILE, min(tile * TILE + TILE, levels.shape[0])):
+            for j in range(zeros.shape[1]):
+                zero, step = np.float32(zeros[o, j]), steps[o, j]
+                for i in range(j * group_size, (j + 1) * group_size):
+                    weight[o, i] = (np.float32(levels[o, i]) - zero) * step
+
+
 @compiled()
 def spread(x: Floats, group_size: int, padded: Floats, sums: Floats) -> None:
     """Bring x [rows, in] into the groups of words, [rows or more, n, places], with their sums; 0 where nothing is."""
@@ -131,11 +155,11 @@ def multiply(
 ) -> None:
     for tile in prange(words.shape[0]):
         for row in range(0, x.shape[0], len(together)):
-            _multiply_tile(x, sums, words, zeros, scales, y, row, tile, bits, together)
+            multiply_tile(x, sums, words, zeros, scales, y, row, tile, bits, together)
 
 
 @instruction
-def _multiply_tile(
+def multiply_tile(
     typing_context: Any,
     x: Any,
     sums: Any,

@@ -70,6 +70,10 @@ class AdditiveMatrix:
     def group_size(self) -> int:
         return self.codebooks.shape[2]
 
+    @property
+    def scheme(self) -> str:
+        return scheme(self.codebooks)
+
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """W [out, in]; see the function `dequantize`."""
         return dequantize(self.codes, self.codebooks, self.scales, dtype)

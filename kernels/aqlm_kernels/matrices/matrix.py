@@ -20,6 +20,10 @@ class Matrix(Protocol):
     def kind(self) -> str: ...
 
     @property
+    def scheme(self) -> str:
+        """The word of the scheme that describes it, such as 2x8g8."""
+
+    @property
     def learnable(self) -> tuple[str, ...]: ...
 
     @property

@@ -48,6 +48,10 @@ class UniformMatrix:
     def group_size(self) -> int:
         return self.levels.shape[1] // self.scales.shape[1]
 
+    @property
+    def scheme(self) -> str:
+        return f"int{int(self.level_bits)}g{self.group_size}"
+
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """W `[out, in]`, differentiable in the scales."""
         steps = self.levels.float() - self.zeros.float().repeat_interleave(self.group_size, 1)
@@ -100,15 +104,16 @@ class UniformMatrix:
     def packed_tensors(self) -> dict[str, Tensor]:
         """Levels and zeros in their order in memory at the grid's bits each, scales `[out, in/g]` in float16.
 
-        The exponent only where it is not 0. Raises KernelError where float16 cannot hold the scales.
+        The exponent is stored even where it is 0, so that names and shapes follow from the scheme. Raises KernelError
+        where float16 cannot hold the scales.
         """
         bits = int(self.level_bits)
-        tensors = {
+        return {
             "levels": pack_bits(self.levels.flatten(), bits),
             "zeros": pack_bits(self.zeros.flatten(), bits),
             "scales": to_float16(self.scales, "scales"),
+            "exponent": self.exponent,
         }
-        return {**tensors, "exponent": self.exponent} if int(self.exponent) else tensors
 
     @classmethod
     def from_packed(cls, tensors: Mapping[str, Tensor], word: str) -> UniformMatrix:

@@ -100,6 +100,11 @@ def quantize(
     embeddings: options.Embeddings = None,
     head: options.QuantizedHead = None,
     layer: options.Layer = None,
+    target_size: options.TargetSize = None,
+    target_bits: options.TargetBits = None,
+    target: options.TargetKl = None,
+    target_speed: options.TargetSpeed = None,
+    among: options.Among = None,
     skip: options.Skip = None,
     only: options.Only = None,
     format: options.Format = None,
@@ -130,6 +135,7 @@ def quantize(
     \b
     Example:
       aqlm quantize --bits 2 HuggingFaceTB/SmolLM2-135M-Instruct
+      aqlm quantize --target-size 60MB smollm2-135m
       aqlm quantize --scheme 3x8g8 --skip '.*down_proj' --data notes.txt:64,builtin:64 smollm2-135m
     """
     flags = dict(locals())
@@ -157,6 +163,11 @@ def plan(
     embeddings: options.Embeddings = None,
     head: options.QuantizedHead = None,
     layer: options.Layer = None,
+    target_size: options.TargetSize = None,
+    target_bits: options.TargetBits = None,
+    target: options.TargetKl = None,
+    target_speed: options.TargetSpeed = None,
+    among: options.Among = None,
     skip: options.Skip = None,
     only: options.Only = None,
     format: options.Format = None,
@@ -182,6 +193,7 @@ def plan(
     \b
     Example:
       aqlm plan --bits 2 smollm2-135m
+      aqlm plan --target-size 60MB smollm2-135m
       aqlm plan --bits 2 --max-memory 8GiB path/to/Llama-3-70B
     """
     flags = dict(locals())

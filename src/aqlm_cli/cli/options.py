@@ -72,6 +72,22 @@ Layer = Annotated[
         metavar="REGEX=SCHEME", help="Scheme of some layers by whole path, METHOD:SCHEME or keep; repeatable."
     ),
 ]
+TargetSize = Annotated[
+    str | None, typer.Option(metavar="SIZE", help="Size of all safetensors files, such as 60MB: schemes are chosen.")
+]
+TargetBits = Annotated[
+    float | None, typer.Option(metavar="BITS", help="The same in bits per parameter of the whole model, such as 2.5.")
+]
+TargetKl = Annotated[
+    str | None,
+    typer.Option("--target", metavar="kl=NATS", help="The smallest model with this divergence, such as kl=0.1."),
+]
+TargetSpeed = Annotated[
+    float | None, typer.Option(metavar="TOKENS", help="The best model that decodes so many tokens/s on this machine.")
+]
+Among = Annotated[
+    str | None, typer.Option(metavar="SCHEMES", help="Schemes that a target chooses from, such as 1x8g8,2x8g8,4x8g8.")
+]
 Skip = Annotated[
     list[str] | None,
     typer.Option(metavar="REGEX", help="Layers to leave in 16 bits, by whole path; repeatable."),
@@ -81,7 +97,8 @@ Only = Annotated[
 ]
 
 Format = Annotated[
-    str | None, typer.Option(help="Checkpoint format: transformers, or dense (ordinary weights in 16 bits).")
+    str | None,
+    typer.Option(help="Checkpoint format: transformers, native (any mix of schemes), dense (16 bits), or auto."),
 ]
 CalibrationData = Annotated[
     str | None, typer.Option(help="Calibration text: c4, wikitext2, redpajama, builtin or files; c4:96,notes.txt:32.")

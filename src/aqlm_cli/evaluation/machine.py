@@ -120,10 +120,11 @@ def _compression(
 ) -> tuple[Mapping[tuple[int, int], float], float, float]:
     """Seconds by shape, and for other shapes those of a weight, and of a weight and input."""
     shapes = {(t.out_features, t.in_features) for block in model.blocks for t in block.quantized}
-    small = max(out * features for out, features in shapes) <= SMALL
+    small = bool(shapes) and max(out * features for out, features in shapes) <= SMALL
     _compress(section, seed, scheme, [(8, scheme.group_size * 2)], work.workers, rng)  # whatever has to be compiled
     if small:
-        return _compress(section, seed, scheme, shapes, work.workers, rng), 0.0, 0.0
+        found = _compress(section, seed, scheme, shapes, work.workers, rng)
+        return found, max(seconds / (out * features) for (out, features), seconds in found.items()), 0.0
     group = scheme.group_size
     samples = [(out, math.ceil(features / group) * group) for out, features in SAMPLES]
     seconds = _compress(section, seed, scheme, samples, work.workers, rng)

@@ -1,7 +1,7 @@
 """Bytes that one token reads while decoding, by the part of the model: what memory bounds, and what is left to shrink.
 
-Every matrix is read once, but the embeddings, of which a token reads one row. A table that is the head too is read
-whole by the head, and its row with it.
+Every matrix is read once, but of embeddings one row, and of experts those that the router selects. A table that is the
+head too is read whole by the head, and its row with it.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ def bytes_by_part(network: Any, tensors: Mapping[str, int], head: Head = "exact"
     `head` int8: the lm_head is read in 8 bits, whatever type it comes in.
     """
     embedding, last = network.get_input_embeddings(), network.get_output_embeddings()
-    tied = _tied(embedding, last)
+    tied, experts = _tied(embedding, last), _share_of_experts(network.config)
     tables = {ROW: _path(network, embedding), HEAD: _path(network, last)}
     parts = dict.fromkeys(PARTS, 0)
     for name, size in tensors.items():
         part = next((part for part, path in tables.items() if path and _inside(name, path)), None)
         if part is None:
-            parts[_part_of(name)] += size
+            parts[_part_of(name)] += round(size * experts) if ".experts." in name else size
         elif part == HEAD or tied:
             parts[HEAD] += size
         else:
@@ -45,6 +45,14 @@ def _tied(embedding: Any, head: Any) -> bool:
     if isinstance(embedding, CompressedEmbedding) or isinstance(head, QuantizedLayer):
         return head is getattr(embedding, "table", None)
     return getattr(head, "weight", None) is embedding.weight
+
+
+def _share_of_experts(config: Any) -> float:
+    """Share of the experts that one token uses; 1 where the config does not say it."""
+    used = getattr(config, "num_experts_per_tok", None)
+    numbers = (getattr(config, name, None) for name in ("num_local_experts", "num_experts", "n_routed_experts"))
+    known = [number for number in numbers if isinstance(number, int) and number > 0]
+    return min(1.0, used / known[0]) if isinstance(used, int) and known else 1.0
 
 
 def _path(network: nn.Module, module: nn.Module | None) -> str | None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aqlm_cli.export.layout import Layout, plan_slots
+from aqlm_cli.export.layout import Layout, named_as_stored, plan_slots
 from aqlm_cli.export.model import QuantizedModel
 from aqlm_cli.export.model_card import DENSE_LOADING, CardFacts, model_card
 from aqlm_cli.export.tensors import entries
@@ -17,12 +17,16 @@ from aqlm_cli.export.transformers import base_config, refuse_disagreement, refus
 from aqlm_cli.export.writer import Entry
 from aqlm_cli.models import ModelSource, Network
 from aqlm_cli.runs.files import TensorLayout
+from aqlm_cli.spec.plan import Plan
 from aqlm_cli.spec.schemes import Scheme
 from aqlm_kernels import Matrix
 
 
 class DenseExporter:
     name = "dense"
+
+    def holds(self, plan: Plan) -> bool:
+        return False
 
     def layouts(
         self,
@@ -31,7 +35,7 @@ class DenseExporter:
         schemes: Mapping[str, Scheme | None],
         changed: Collection[str],
     ) -> Layout:
-        layout = Layout(plan_slots(network, stored, schemes, changed), quantization=None)
+        layout = Layout(named_as_stored(plan_slots(network, stored, schemes, changed), stored), quantization=None)
         refuse_unloadable(network, layout, (), self.name)
         return layout
 

@@ -18,11 +18,12 @@ from aqlm_cli.export.layout import Layout
 from aqlm_cli.export.model import ExportedLayer, QuantizedModel
 from aqlm_cli.export.model_card import CardFacts, ExportFacts, Origin
 from aqlm_cli.export.tensors import narrowing_losses
-from aqlm_cli.export.transformers import TransformersExporter, scheme_of
+from aqlm_cli.export.transformers import TransformersExporter
 from aqlm_cli.export.writer import write_checkpoint
-from aqlm_cli.models import ModelSource, load_skeleton, save_support_files, tensor_index
+from aqlm_cli.models import ModelSource, load_skeleton, save_support_files, tensor_index, untie_stored
 from aqlm_cli.models.experts import expert_place
 from aqlm_cli.runs.files import storage_errors, write_file
+from aqlm_cli.spec.schemes import Scheme, parse_scheme
 from aqlm_kernels import Matrix
 
 
@@ -70,6 +71,7 @@ class Export:
 def plan_export(model: QuantizedModel, exporter: Exporter) -> Export:
     """Plan every tensor. Raises PlanError where the format cannot hold the model."""
     stored = {name: tensor.layout for name, tensor in tensor_index(model.base.directory).items()}
+    untie_stored(model.network, stored)
     schemes = {path: layer.scheme for path, layer in model.layers.items()}
     return Export(model, exporter, exporter.layouts(model.network, stored, schemes, model.changed.keys()))
 
@@ -134,15 +136,19 @@ def _filling(directory: Path) -> Iterator[None]:
 
 
 def _layer_shape(network: nn.Module, path: str) -> tuple[int, int] | None:
-    """`(out, in)` of the linear layer or the expert's matrix at `path`; None where none is."""
+    """`(out, in)` of the linear layer, the embedding or the expert's matrix at `path`; None where none is."""
     layer, place = dict(network.named_modules()).get(path), expert_place(network, path)
     if place is not None:
         rows, columns = network.get_parameter(place.parameter).shape[1:]
         return (columns, rows) if place.transposed else (rows, columns)
+    if isinstance(layer, nn.Embedding):
+        return layer.num_embeddings, layer.embedding_dim
     return (layer.out_features, layer.in_features) if isinstance(layer, nn.Linear) else None
 
 
 def _layer(matrix: Matrix) -> ExportedLayer:
-    scheme = scheme_of(matrix)
+    scheme: Scheme | None = None
+    with contextlib.suppress(UsageError):  # a matrix may be made by hand, and of no scheme that exists
+        scheme = parse_scheme(matrix.scheme)
     label = matrix.kind if scheme is None else str(scheme)
     return ExportedLayer((matrix.out_features, matrix.in_features), scheme, label, matrix.bits(), lambda: matrix)

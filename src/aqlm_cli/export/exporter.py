@@ -17,6 +17,7 @@ from aqlm_cli.export.model_card import CardFacts
 from aqlm_cli.export.writer import Entry
 from aqlm_cli.models import ModelSource, Network
 from aqlm_cli.runs.files import TensorLayout
+from aqlm_cli.spec.plan import Plan
 from aqlm_cli.spec.schemes import Scheme
 
 
@@ -24,6 +25,10 @@ class Exporter(Protocol):
     @property
     def name(self) -> str:
         """Key of the format in EXPORTERS and in the run file."""
+        ...
+
+    def holds(self, plan: Plan) -> bool:
+        """True where the files keep every matrix at the bits of its scheme."""
         ...
 
     def layouts(

@@ -8,7 +8,7 @@ as they are.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import torch
@@ -46,14 +46,19 @@ class Layout:
     def tensors(self) -> dict[str, TensorLayout]:
         return {name: slot.layout for name, slot in self.slots.items()}
 
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(layout.bytes for layout in self.tensors.values())
+
     def bytes_of(self, paths: Collection[str]) -> int:
         """Bytes of everything that stands for the weights of the layers at `paths`."""
-        total = 0
+        total, chosen = 0, set(paths)
         for slot in self.slots.values():
             path, _, last = (slot.parameter or "").rpartition(".")
             if slot.experts:
-                total += slot.layout.bytes * len(set(paths).intersection(slot.experts)) // len(slot.experts)
-            elif path in paths and last != "bias":
+                total += slot.layout.bytes * len(chosen.intersection(slot.experts)) // len(slot.experts)
+            elif path in chosen and last != "bias":
                 total += slot.layout.bytes
         return total
 
@@ -77,24 +82,18 @@ def plan_slots(
     """
     slots: dict[str, Slot] = {}
     written: dict[str, tuple[str, TensorLayout, Placement | None]] = {}  # by parameter: its name in the checkpoint, ...
-    experts, apart = experts_in(network, quantized), set[str]()
+    experts = experts_in(network, quantized)
     replaced = {*changed, *(weight_parameter(network, path) for path in quantized)}
     for placement in placements(network, stored):
         parts = placement.parameters
         if not parts or (placement.convert is not None and not replaced & parts.keys()):
             for name in placement.stored:
                 slots[name] = Slot(TensorLayout(_narrow(stored[name].dtype), stored[name].shape), None, placement)
-        elif parts.keys() <= experts.keys() and (files := placement.expert_files()) is not None:
-            (parameter,) = parts
-            apart.add(parameter)
-            for name, number in files.numbers.items():
-                layout = TensorLayout(_narrow(stored[name].dtype), stored[name].shape)
-                slots[name] = Slot(layout, parameter, placement, (experts[parameter][number],), files.split)
         else:
             for parameter, layout in parts.items():
                 name = placement.stored[0] if placement.convert is None else parameter
                 written[parameter] = (name, layout, placement)
-    _split_shared(network, written, replaced - apart)
+    _split_shared(network, written, replaced)
     bases = names_of_codes(network, {path: written[f"{path}.weight"][0] for path in with_codes})
     for parameter, (name, layout, origin) in written.items():
         path, _, last = parameter.rpartition(".")
@@ -106,6 +105,24 @@ def plan_slots(
             dtype = torch.float16 if parameter in changed or path in with_codes else _narrow(layout.dtype)
             slots[name] = Slot(TensorLayout(dtype, layout.shape), parameter, origin, experts.get(parameter, ()))
     return slots
+
+
+def named_as_stored(slots: Mapping[str, Slot], stored: Mapping[str, TensorLayout]) -> dict[str, Slot]:
+    """The slots with a parameter of all experts as the tensors of each that the base model's files have, where they do.
+
+    Programs that read the files of the base model read these, too.
+    """
+    named: dict[str, Slot] = {}
+    for name, slot in slots.items():
+        files = slot.placement.expert_files() if slot.experts and slot.placement is not None else None
+        if files is None:
+            named[name] = slot
+            continue
+        for file_name, number in files.numbers.items():
+            layout = TensorLayout(_narrow(stored[file_name].dtype), stored[file_name].shape)
+            part = replace(slot, layout=layout, experts=(slot.experts[number],), split=files.split)
+            named[file_name] = part
+    return named
 
 
 def _split_shared(

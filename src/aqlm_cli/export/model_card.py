@@ -68,6 +68,22 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0]))
 - With an NVIDIA GPU install `aqlm[gpu]==1.1.7` and load with `dtype="auto", device_map="cuda"`; there neither applies.
 """
 
+NATIVE_LOADING = """\
+Codes of every matrix, the embeddings included where they are quantized. `pip install aqlm-cli`, then:
+
+```python
+import aqlm_kernels  # registers the format with transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("PATH_OR_ID", dtype="auto")
+tokenizer = AutoTokenizer.from_pretrained("PATH_OR_ID")
+inputs = tokenizer("Once upon a time", return_tensors="pt").to(model.device)
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0]))
+```
+
+`generate`, `save_pretrained` and LoRA adapters of `peft` work as with any model; codes stay as they are.
+"""
+
 
 @dataclass(frozen=True)
 class Origin:

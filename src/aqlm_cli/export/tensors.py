@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import TypeAlias
 
@@ -15,7 +16,7 @@ from aqlm_cli.export.layout import Layout, Slot
 from aqlm_cli.export.model import ExportedLayer, QuantizedModel
 from aqlm_cli.export.writer import Entry
 from aqlm_cli.models import Placement, tensor_index
-from aqlm_cli.models.experts import expert_place, weight_parameter
+from aqlm_cli.models.experts import ExpertPlace, expert_place, weight_parameter
 from aqlm_cli.models.source import StoredTensor
 from aqlm_kernels import Matrix
 
@@ -45,6 +46,10 @@ def _reader(
     path, _, last = parameter.rpartition(".")
     if slot.experts:
         return partial(_experts, name, slot, parameter, stored, model, matrix_tensor)
+    place = None if path in model.layers and last != "bias" else expert_place(model.network, parameter)
+    if place is not None:  # of one expert, and not quantized
+        whole = _reader(name, replace(slot, parameter=place.parameter), stored, model, matrix_tensor)
+        return partial(_of_one_expert, whole, place)
     if path in model.layers and last != "bias":
         return partial(_exported, model.layers[path], path, last, dtype, matrix_tensor)
     if parameter in model.changed:
@@ -66,6 +71,11 @@ def _exported(layer: ExportedLayer, path: str, last: str, dtype: torch.dtype, ma
     if tensor.is_floating_point() and not tensor.isfinite().all():
         raise _out_of_range(f"{path}.{last}", matrix.dequantize(), dtype)
     return tensor
+
+
+def _of_one_expert(read_all: Callable[[], Tensor], place: ExpertPlace) -> Tensor:
+    tensor = read_all()[place.number]
+    return (tensor.T if place.transposed else tensor).contiguous()
 
 
 def _experts(

@@ -1,7 +1,8 @@
 """The format of the `aqlm` inference package, which stock transformers loads: codes, codebooks and scales.
 
-Additive layers keep their codes. Every other kind of matrix has no form in that package and becomes an ordinary 16-bit
-weight. All that transformers 4 and 5 expect differently stands here, for the other formats that they load, too.
+Additive layers of one scheme keep their codes. Every other kind of matrix has no form in that package and becomes an
+ordinary 16-bit weight. All that transformers 4 and 5 expect differently stands here, for the other formats that they
+load, too.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from aqlm_cli.errors import ArtifactError, PlanError
-from aqlm_cli.export.layout import Layout, Slot, plan_slots
+from aqlm_cli.export.layout import Layout, Slot, named_as_stored, plan_slots
 from aqlm_cli.export.model import QuantizedModel
 from aqlm_cli.export.model_card import DENSE_LOADING, LOADING, CardFacts, model_card
 from aqlm_cli.export.tensors import entries
@@ -24,12 +25,18 @@ from aqlm_cli.formatting import some
 from aqlm_cli.models import ModelSource, Network, model_config
 from aqlm_cli.models.experts import expert_place
 from aqlm_cli.runs.files import TensorLayout
+from aqlm_cli.spec.plan import ROUTER, Plan
 from aqlm_cli.spec.schemes import AdditiveScheme, Scheme
 from aqlm_kernels import AdditiveMatrix, Matrix, to_checkpoint
 
 
 class TransformersExporter:
     name = "transformers"
+
+    def holds(self, plan: Plan) -> bool:
+        schemes = set(plan.schemes.values())
+        plain = all(target.kind in ("linear", ROUTER) for target in plan.quantized)
+        return plain and len(schemes) == 1 and all(isinstance(scheme, AdditiveScheme) for scheme in schemes)
 
     def layouts(
         self,
@@ -40,9 +47,11 @@ class TransformersExporter:
     ) -> Layout:
         coded = {path: scheme for path, scheme in schemes.items() if isinstance(scheme, AdditiveScheme)}
         refuse_experts(network, coded, self.name)
+        _refuse_mix(network, schemes)
         slots = plan_slots(
             network, stored, schemes, changed, coded, lambda path, shape: code_layouts(coded[path], shape)
         )
+        slots = named_as_stored(slots, stored)
         layout = Layout(slots, _quantization_config(network, slots, coded) if coded else None)
         refuse_unloadable(network, layout, coded, self.name)
         return layout
@@ -63,11 +72,25 @@ class TransformersExporter:
         refuse_disagreement(base, layout, directory, self.name)
 
 
-def scheme_of(matrix: Matrix) -> AdditiveScheme | None:
-    """The scheme by which this format stores a matrix; None for a kind that becomes a 16-bit weight."""
-    if not isinstance(matrix, AdditiveMatrix):
-        return None
-    return AdditiveScheme(matrix.num_codebooks, matrix.codebook_bits, matrix.group_size)
+def _refuse_mix(network: Network, schemes: Mapping[str, Scheme | None]) -> None:
+    """PlanError, which names the layers, for several schemes and for a quantized table of embeddings."""
+    groups: dict[str, list[str]] = {}
+    for path, scheme in schemes.items():
+        if scheme is not None:
+            groups.setdefault(str(scheme), []).append(path)
+    modules = dict(network.named_modules())
+    tables = [path for path in schemes if isinstance(modules.get(path), nn.Embedding)]
+    fix = "use --format native, or --format dense"
+    if tables:
+        raise PlanError(
+            f"the format {TransformersExporter.name} has embeddings in 16 bits, and {some(tables)} is quantized; {fix}"
+        )
+    if len(groups) > 1:
+        found = "; ".join(f"{scheme}: {some(paths)}" for scheme, paths in sorted(groups.items()))
+        raise PlanError(
+            f"the format {TransformersExporter.name} holds one scheme for all layers, and here are {len(groups)} "
+            f"({found}); {fix}"
+        )
 
 
 def code_layouts(scheme: AdditiveScheme, shape: tuple[int, ...]) -> dict[str, TensorLayout]:
@@ -92,14 +115,7 @@ def _tensor(matrix: Matrix, last: str, dtype: torch.dtype) -> Tensor:
 def _quantization_config(
     network: Network, slots: Mapping[str, Slot], coded: Mapping[str, AdditiveScheme]
 ) -> dict[str, Any]:
-    schemes = set(coded.values())
-    if len(schemes) > 1:
-        names = ", ".join(sorted(map(str, schemes)))
-        raise PlanError(
-            f"the layers have the schemes {names}, and the format `{TransformersExporter.name}` can name one additive "
-            "scheme for all; use --format dense"
-        )
-    (scheme,) = schemes
+    (scheme,) = set(coded.values())
     # transformers 4 looks for the names of weights in this list, transformers 5 for those of modules, which in some
     # families are not those in the files. A tied head has no tensor there at all, and would be taken for a quantized
     # layer if its module were not named.
@@ -139,8 +155,9 @@ def refuse_experts(network: Network, coded: Collection[str], format: str) -> Non
     fused = [path for path in coded if expert_place(network, path) is not None]
     if fused:
         raise PlanError(
-            f"the format {format} cannot hold this model: {some(fused)} are experts, which transformers keeps in one "
-            "parameter; use --format dense, or leave them out with --skip '.*experts.*'"
+            f"the format {format} cannot hold this model: {len(fused)} matrices are of experts, such as {fused[0]}, "
+            "which transformers keeps in one parameter; use --format native or dense, or leave them out with "
+            "--skip '.*experts.*'"
         )
 
 

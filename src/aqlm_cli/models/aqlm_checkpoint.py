@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from aqlm_cli.errors import ModelError, UsageError
 from aqlm_cli.models.loading import Network
 from aqlm_cli.models.names import CODE_TENSORS, places_of_codes
-from aqlm_cli.models.quantization import is_quantized
+from aqlm_cli.models.quantization import is_native, is_quantized
 from aqlm_cli.models.source import ModelSource, StoredTensor, model_config, tensor_index
 from aqlm_cli.spec.plan import Layer, Plan, Target
 from aqlm_cli.spec.schemes import AdditiveScheme
@@ -22,7 +22,7 @@ def plan_of_checkpoint(
     Raises ModelError if there is no such plan: no codes at all, codes outside of these layers or of other shapes, or
     codes of several schemes, which the format cannot name.
     """
-    if not is_quantized(checkpoint):
+    if not is_quantized(checkpoint) or is_native(checkpoint):
         raise ModelError(
             f"{checkpoint.name} is not an AQLM checkpoint, its config.json says otherwise; a run with additive "
             "codes becomes one by `aqlm pack RUN --format transformers --overwrite`"

@@ -17,7 +17,8 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from aqlm_cli.models.loading import load_network
 from aqlm_cli.models.names import CODE_TENSORS
-from aqlm_cli.models.quantization import is_quantized
+from aqlm_cli.models.native_checkpoint import take_native_layers
+from aqlm_cli.models.quantization import is_native, is_quantized
 from aqlm_cli.models.source import ModelSource, model_config, tensor_index
 from aqlm_cli.models.stepping import Stepping
 from aqlm_cli.runs.files import load_tensors
@@ -138,9 +139,11 @@ def _plain_config(source: ModelSource) -> Any:
     )
     codebooks = [stored.shape for name, stored in index.items() if name.endswith(".codebooks")]
     norms = [name for name in index if name.endswith(f".{NORMS[0]}_layernorm.weight")]
-    if not plain or not codebooks or len(norms) != said["num_hidden_layers"]:
+    native = is_native(source)
+    if not plain or not (codebooks or native) or len(norms) != said["num_hidden_layers"]:
         return None
-    return SimpleNamespace(**said) if all(len(shape) == 4 and shape[1] <= 256 for shape in codebooks) else None
+    axes = 3 if native else 4
+    return SimpleNamespace(**said) if all(len(shape) == axes and shape[1] <= 256 for shape in codebooks) else None
 
 
 class Parts(NamedTuple):
@@ -164,12 +167,14 @@ class Parts(NamedTuple):
 
     @classmethod
     def read(cls, source: ModelSource, config: Any) -> Parts:
-        """Parts of an AQLM checkpoint; of two tensors that config.json ties, one may be missing from it.
+        """Parts of an AQLM or native checkpoint; of two tensors that config.json ties, one may be missing from it.
 
         Two that are both stored stay two: transformers ties them only if they are equal, which changes no value.
         """
         files = {stored.file for stored in tensor_index(source.directory).values()}
         tensors = {name: tensor for file in files for name, tensor in load_tensors(file).items()}
+        if is_native(source):
+            return cls(config, take_native_layers(source, tensors), tensors)
         layers = {}
         for path in [name.removesuffix(".codes") for name in tensors if name.endswith(".codes")]:
             own = {

@@ -19,7 +19,7 @@ from aqlm_kernels import SingleExperts, expert_shapes, is_fused
 
 @dataclass(frozen=True)
 class ExpertPlace:
-    """Where a network that is not taken apart holds a parameter of one expert."""
+    """Place of one expert's parameter in a network whose experts are fused."""
 
     parameter: str  # [experts, ...]
     number: int

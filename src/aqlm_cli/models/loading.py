@@ -3,7 +3,8 @@
 In an AQLM checkpoint, of any origin, each quantized linear layer becomes an `AdditiveLinear`. The tensors alone decide
 which these are: the lists of exceptions in the config differ between versions of the format, and the tensors do not.
 Everything else is left to transformers, which maps the names in the files to those of modules, and fuses tensors.
-Its extension point for quantized models (skip_layers.py) keeps it from filling the quantized layers.
+Its extension point for quantized models (skip_layers.py) keeps it from filling the quantized layers. A native
+checkpoint is loaded by transformers as a whole, with the quantizer that aqlm_kernels registers there.
 
 transformers' networks take a second to import, and not every command needs one: they are imported where they are used.
 """
@@ -23,7 +24,7 @@ from aqlm_cli.models.blocks import count_parameters, find_blocks, replace_module
 from aqlm_cli.models.gaps import why_unfit
 from aqlm_cli.models.names import places_of_codes
 from aqlm_cli.models.plain_linear import is_plain
-from aqlm_cli.models.quantization import is_quantized, refuse_quantized
+from aqlm_cli.models.quantization import is_native, is_quantized, refuse_quantized
 from aqlm_cli.models.source import ModelSource, StoredTensor, model_config, tensor_index
 from aqlm_cli.models.untrusted_config import (
     MOST_PARTS,
@@ -45,7 +46,10 @@ def load_network(
 ) -> transformers.PreTrainedModel:
     """The model in evaluation mode, without gradients; weights in `dtype`, packed layers compute in the type of x."""
     with quiet():
-        if is_quantized(source):
+        if is_native(source):
+            _skeleton(source, load_config(source))  # refuses networks larger than their files
+            network = _load(source, dtype)
+        elif is_quantized(source):
             network = _load_quantized(source, dtype)
         else:
             load_skeleton(source)  # refuses other quantized models, and networks larger than their files
@@ -70,11 +74,15 @@ def load_outside(
 
 
 def load_without(
-    source: ModelSource, paths: Sequence[str], dtype: torch.dtype, device: str | torch.device = "cpu"
+    source: ModelSource,
+    paths: Sequence[str],
+    dtype: torch.dtype,
+    device: str | torch.device = "cpu",
+    kept: Collection[str] = (),
 ) -> transformers.PreTrainedModel:
-    """The model without the weights of the modules at `paths`, which are neither read nor listed."""
+    """The model without the weights of the modules at `paths`, which are neither read nor listed; those `kept` are."""
     with quiet():
-        return _prepared(_load_without(source, load_config(source), paths, dtype), device)
+        return _prepared(_load_without(source, load_config(source), paths, dtype, kept), device)
 
 
 class BlockLoader:

@@ -11,14 +11,20 @@ from collections.abc import Mapping
 from aqlm_cli.errors import ModelError, shortened
 from aqlm_cli.models.source import ModelSource, StoredTensor, model_config, tensor_index
 from aqlm_cli.models.weight_files import has_weights
+from aqlm_kernels import NATIVE
 
 UNQUANTIZED = {"F16", "BF16", "F32", "F64"}
 """Types of ordinary weights."""
 
 
 def is_quantized(source: ModelSource) -> bool:
-    """True for an AQLM checkpoint, the one quantized format that can be loaded."""
-    return _method_in_config(source) == "aqlm"
+    """True for a checkpoint in a quantized format that can be loaded: AQLM's or the native one."""
+    return _method_in_config(source) in ("aqlm", NATIVE)
+
+
+def is_native(source: ModelSource) -> bool:
+    """True for a checkpoint in the native format (aqlm_kernels/native.py)."""
+    return _method_in_config(source) == NATIVE
 
 
 def refuse_quantized(source: ModelSource) -> None:

@@ -112,7 +112,7 @@ class Refillable:
         for path, module in self._empty.items():
             part = deepcopy(module, memo)
             for inner in part.modules():
-                _show(inner)
+                show(inner)
             replace_module(network, path, part)
         return network
 
@@ -134,8 +134,8 @@ def _hide(module: nn.Module) -> None:
                 hidden.append(name)
 
 
-def _show(module: nn.Module) -> None:
-    """Undo `_hide`."""
+def show(module: nn.Module) -> None:
+    """Undo `_hide`: what was left out is a parameter or buffer again, and still empty."""
     for kind, names in module.__dict__.pop(HIDDEN, {}).items():
         for name in names:
             tensor = module.__dict__.pop(name)

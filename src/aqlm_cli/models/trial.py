@@ -2,7 +2,8 @@
 
 The `aqlm` inference package replaces each quantized linear layer by its own module. That has no `weight`, and a network
 that accesses one while it loads or computes fails. The package need not be installed for a trial: a stand-in has the
-same parameters and no weight either, and transformers' own rule says which layers it replaces.
+same parameters and no weight either, and transformers' own rule says which layers it replaces. A native checkpoint has
+stand-ins of its own (stand_ins.py).
 """
 
 from __future__ import annotations
@@ -24,10 +25,13 @@ from aqlm_cli.models.blocks import count_parameters, replace_module
 from aqlm_cli.models.gaps import why_unfit
 from aqlm_cli.models.loading import first_line, load_config, load_network, quiet, without_weights
 from aqlm_cli.models.names import CODE_TENSORS, placements
+from aqlm_cli.models.native_checkpoint import load_dense
 from aqlm_cli.models.positions import stated_length
+from aqlm_cli.models.quantization import is_native
 from aqlm_cli.models.source import ModelSource, model_config, tensor_index
+from aqlm_cli.models.stand_ins import NoWeight, NoWeightError, native_trial
 from aqlm_cli.runs.files import TensorLayout
-from aqlm_kernels import from_checkpoint
+from aqlm_kernels import NATIVE, from_checkpoint
 
 TRIAL = "aqlm-cli-trial"
 """Name of `Trial` in transformers."""
@@ -45,14 +49,6 @@ seldom select another expert."""
 EXCEPTIONS = "linear_weights_not_to_quantize"
 
 
-class NoWeightError(AttributeError):
-    """Access to the weight of the layer at `path`, which is quantized."""
-
-    def __init__(self, path: str) -> None:
-        super().__init__(f"{path} is quantized and has no weight")
-        self.path = path
-
-
 def refusal(
     network: transformers.PreTrainedModel,
     layouts: Mapping[str, TensorLayout],
@@ -64,8 +60,10 @@ def refusal(
     `network` is without weights, `quantization` the description of the codes in config.json, and `quantized` the paths
     of the quantized layers; None and no paths if there are none.
     """
+    tables = _tables(quantization)
     for names in network.all_tied_weights_keys.items():
-        if any(name.rpartition(".")[0] in quantized for name in names):
+        paths = {name.rpartition(".")[0] for name in names}
+        if paths & set(quantized) and not paths & tables:
             return f"{names[0]} and {names[1]} share one tensor, which codes cannot express"
     try:
         loaded, missing = _load(network, layouts, quantization)
@@ -106,9 +104,8 @@ def _looking(
     """Name the layers that must keep their weights: they are spared one by one until no weight is accessed."""
     spared: dict[str, str] = {}
     while True:
-        patterns = [rf".*\.{name}$" for name in spared]
         try:
-            loaded, _ = _load(network, layouts, {**quantization, EXCEPTIONS: [*quantization[EXCEPTIONS], *patterns]})
+            loaded, _ = _load(network, layouts, _sparing(quantization, spared))
             _run(loaded)
         except NoWeightError as error:
             spared[error.path.rpartition(".")[2]] = error.path
@@ -121,6 +118,20 @@ def _looking(
             f"transformers accesses the weight of {first} in a network of the family {family}, and a quantized layer "
             f"has none ({skips} leaves such layers in 16 bits)"
         )
+
+
+def _sparing(quantization: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
+    """The description of the codes in config.json without those of layers with these last names."""
+    if quantization["quant_method"] == NATIVE:
+        kept = {path: layer for path, layer in quantization["layers"].items() if path.rpartition(".")[2] not in names}
+        return {**quantization, "layers": kept}
+    return {**quantization, EXCEPTIONS: [*quantization[EXCEPTIONS], *(rf".*\.{name}$" for name in names)]}
+
+
+def _tables(quantization: Mapping[str, Any] | None) -> set[str]:
+    """Paths of matrices that are stored once for the embedding and the tied head."""
+    layers = (quantization or {}).get("layers", {})
+    return {path for path, layer in layers.items() if layer["duty"] == "table"}
 
 
 def _load(
@@ -140,7 +151,9 @@ def _report(
     """The network as transformers would load it, and its loading info."""
     config = copy.deepcopy(network.config)
     if quantization is not None:
-        config.quantization_config = {**quantization, "quant_method": TRIAL}
+        native = quantization["quant_method"] == NATIVE
+        described = native_trial(quantization, layouts) if native else {**quantization, "quant_method": TRIAL}
+        config.quantization_config = described
     state = {name: torch.empty(layout.shape, dtype=layout.dtype, device="meta") for name, layout in layouts.items()}
     kind: Any = type(network)
     with quiet():
@@ -174,7 +187,8 @@ def _run(loaded: transformers.PreTrainedModel) -> None:
 def disagreement(packed: ModelSource) -> str | None:
     """Difference between a packed checkpoint in transformers and in this package, or None.
 
-    Compared on the meta device, and for a small model also by the logits of some tokens.
+    Compared on the meta device, and for a small model also by the logits of some tokens; of a native checkpoint, with
+    those of its dequantized weights.
     """
     said, stored = model_config(packed).get("quantization_config"), tensor_index(packed.directory)
     network = without_weights(load_config(packed), packed.trust_remote_code)
@@ -186,7 +200,8 @@ def disagreement(packed: ModelSource) -> str | None:
     tokens = TOKENS if stated is None else min(TOKENS, stated[1])
     ids = torch.randint(0, words, (1, tokens), generator=torch.Generator().manual_seed(0))
     try:
-        theirs, ours = _logits(_load_numbers(packed, said), ids), _logits(load_network(packed, torch.float32), ids)
+        load = load_dense if is_native(packed) else load_network
+        theirs, ours = _logits(_load_numbers(packed, said), ids), _logits(load(packed, torch.float32), ids)
     except Exception as error:  # any, see `refusal`
         return f"transformers {transformers.__version__} fails on it: {first_line(error)}"
     apart = (theirs - ours).norm(dim=-1) > SAME * ours.norm(dim=-1)  # [1, tokens]
@@ -195,7 +210,7 @@ def disagreement(packed: ModelSource) -> str | None:
 
 def _load_numbers(packed: ModelSource, quantization: Mapping[str, Any] | None) -> nn.Module:
     config = load_config(packed)
-    if quantization is not None:
+    if quantization is not None and not is_native(packed):
         config.quantization_config = {**quantization, "quant_method": TRIAL}
     with quiet():
         loaded: nn.Module = transformers.AutoModelForCausalLM.from_pretrained(
@@ -211,12 +226,12 @@ def _logits(network: nn.Module, ids: Tensor) -> Tensor:
     return logits.float()
 
 
-class QuantizedLinear(nn.Module):
+class QuantizedLinear(NoWeight):
     """The stand-in for a layer of the inference package."""
 
     def __init__(self, path: str, linear: nn.Linear, settings: TrialSettings) -> None:
-        super().__init__()
-        self.path, self.in_features, self.out_features = path, linear.in_features, linear.out_features
+        super().__init__(path)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
         group, books, bits = settings.in_group_size, settings.num_codebooks, settings.nbits_per_codebook
         layouts = {
             "codes": TensorLayout(
@@ -229,11 +244,6 @@ class QuantizedLinear(nn.Module):
             empty = torch.empty(layout.shape, dtype=layout.dtype, device="meta")
             self.register_parameter(name, nn.Parameter(empty, requires_grad=False))
         self.register_parameter("bias", linear.bias)
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "weight":
-            raise NoWeightError(self.path)
-        return super().__getattr__(name)
 
     def forward(self, x: Tensor) -> Tensor:
         if x.is_meta:

@@ -26,7 +26,7 @@ import inspect
 import json
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import wraps
 from typing import Any, TypeAlias
 
@@ -72,7 +72,19 @@ class BlockInput:
 
     def __call__(self, block: nn.Module) -> Tensor:
         """The block's output, batch first."""
-        return self._batch_first(HIDDEN, elements_of(block(*self.args, **self.kwargs))[0])
+        return self.batch_first(elements_of(block(*self.args, **self.kwargs))[0])
+
+    def differentiable(self, block: nn.Module) -> tuple[BlockInput, Tensor]:
+        """The same inputs with hidden states that collect gradients, and those states, as the block takes them."""
+        name = _hidden_name(block)
+        leaf: Tensor = (self.args[0] if self.args else self.kwargs[name]).detach().requires_grad_()
+        if self.args:
+            return replace(self, args=(leaf, *self.args[1:])), leaf
+        return replace(self, kwargs={**self.kwargs, name: leaf}), leaf
+
+    def batch_first(self, hidden: Tensor) -> Tensor:
+        """Hidden states as the block takes or returns them, batch first."""
+        return self._batch_first(HIDDEN, hidden)
 
     def run(self, block: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
         """The block's output and the tensors that it hands on, batch first."""
@@ -128,9 +140,9 @@ class Walk:
         _fill(args, kwargs, placed)
         return BlockInput(args, kwargs, self.form, frozenset(name for name in placed if json.loads(name)[0] != "out"))
 
-    def logits(self, ids: Tensor, hidden: Tensor, handed: Mapping[str, Tensor]) -> Tensor:
+    def logits(self, ids: Tensor, hidden: Tensor, handed: Mapping[str, Tensor], gradients: bool = False) -> Tensor:
         """The logits `[b, L, vocabulary]` for the last block's output `hidden`; no block is computed."""
-        with torch.no_grad(), standing_in(self.blocks, self._answers(hidden, handed)):
+        with torch.set_grad_enabled(gradients), standing_in(self.blocks, self._answers(hidden, handed)):
             logits: Tensor = self.network(input_ids=ids.to(self.device), use_cache=False).logits
         return logits
 

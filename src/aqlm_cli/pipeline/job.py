@@ -23,6 +23,7 @@ from aqlm_cli.runs.directory import RunDirectory, open_run, read_run
 from aqlm_cli.runs.log import logged
 from aqlm_cli.spec.config import RunConfig
 from aqlm_cli.spec.cost import Cost
+from aqlm_cli.spec.treatment import Treatment
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,11 +32,12 @@ class Survey:
 
     config: RunConfig
     model: ResolvedModel
+    allocated: Mapping[str, Treatment | None] | None = None  # what an allocation decided, by path
 
     @cached_property
     def preflight(self) -> Preflight:
         """Raises as `preflight` does."""
-        return preflight(self.config, self.model.source)
+        return preflight(self.config, self.model.source, self.allocated)
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,6 +87,10 @@ class Job:
     def with_settings(self, **sections: Any) -> Job:
         """The same job with other values of these settings, none of which changes the plan."""
         return dataclasses.replace(self, config=self.config.model_copy(update=sections))
+
+    def with_allocation(self, treatments: Mapping[str, Treatment | None]) -> Job:
+        """The same job, its plan with the treatments that an allocation decided, by path."""
+        return dataclasses.replace(self, survey=Survey(self.config, self.survey.model, treatments))
 
     def within_limits(self) -> Job:
         """The same job with the batch that `max_memory` allows. Raises PlanError where a limit cannot be kept."""

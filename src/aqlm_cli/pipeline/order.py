@@ -22,6 +22,7 @@ from aqlm_cli.events import Emit, Noted, Warned
 from aqlm_cli.formatting import clock, readable_bytes
 from aqlm_cli.models import ResolvedModel, Subject, find_subject, refuse_too_long
 from aqlm_cli.openmp import forbid_nested_loops
+from aqlm_cli.pipeline.allocation_report import AllocationForecast, read_record, same_layers, schemes_by_name
 from aqlm_cli.pipeline.forecast_cache import keep_costs, kept_costs
 from aqlm_cli.pipeline.job import Job, make_job
 from aqlm_cli.pipeline.overrides import (
@@ -33,6 +34,7 @@ from aqlm_cli.pipeline.overrides import (
 )
 from aqlm_cli.pipeline.preflight import plan_report
 from aqlm_cli.pipeline.stage_reports import CalibrationReport, ImportReport, PackReport, PlanReport, QuantizeReport
+from aqlm_cli.pipeline.stages.allocate import allocate
 from aqlm_cli.pipeline.stages.calibrate import calibrate
 from aqlm_cli.pipeline.stages.doctor import doctor
 from aqlm_cli.pipeline.stages.evaluate import evaluate
@@ -44,15 +46,17 @@ from aqlm_cli.pipeline.stages.quantize import quantize
 from aqlm_cli.pipeline.stages.sample import sample
 from aqlm_cli.pipeline.stages.status import status
 from aqlm_cli.pipeline.stages.verify import VerifyReport, verify
+from aqlm_cli.quantization.sensitivity import fit_effects
 from aqlm_cli.quantization.training.distributed import World, joined, own_device, processes_here
 from aqlm_cli.records import Record
 from aqlm_cli.runs.directory import find_artifact, is_run, read_run, refuse_other_directory
 from aqlm_cli.runs.lock import exclusive
 from aqlm_cli.runs.log import logged
-from aqlm_cli.runs.stages import CALIBRATE, FINETUNE, PACK, QUANTIZE, SAMPLE
+from aqlm_cli.runs.stages import ALLOCATE, CALIBRATE, FINETUNE, PACK, QUANTIZE, SAMPLE
 from aqlm_cli.spec.config import PackConfig, RunConfig
 from aqlm_cli.spec.cost import Cost
 from aqlm_cli.spec.schemes import parse_scheme
+from aqlm_cli.spec.scores import expected_scores
 
 __all__ = [
     "calibrate_run",
@@ -106,7 +110,7 @@ def find_device(name: str) -> torch.device:
 def prepare(job: Job) -> tuple[Job, PlanReport]:
     """The job within the limits that its settings name, and what `quantize` would do in it."""
     job = job.within_limits()
-    return job, plan_report(job.config, job.preflight.plan)
+    return job, plan_report(job.config, job.preflight)
 
 
 def dry_run(job: Job) -> dict[str, Record]:
@@ -123,9 +127,31 @@ def forecast_run(job: Job) -> dict[str, Record]:
     """
     if job.config.quantize.import_from is not None:
         raise PlanError(f"the codes are imported from {job.config.quantize.import_from}; there is nothing to forecast")
+    job, allocation = _foretold(job)
     job, plan = prepare(job)
     tell_if_without_weights(job)
-    return {"plan": plan, "forecast": forecast(job)}
+    return {"plan": plan, **allocation, "forecast": forecast(job)}
+
+
+def _foretold(job: Job) -> tuple[Job, dict[str, Record]]:
+    """The job with the allocation of its target, solved from the scores that its run holds, or else expected."""
+    target = job.config.quantize.target
+    if target.question is None:
+        return job, {}
+    known, facts, solution, measured = job.preflight, job.preflight.facts, job.preflight.expected, False
+    stored = find_artifact(job.directory, ALLOCATE.kind) if is_run(job.directory) else None
+    layers = facts.open_layers(job.config)
+    if stored is not None:
+        record = read_record(job.run.current(ALLOCATE.kind))
+        if same_layers(record, expected_scores(layers)):
+            effects, goal = fit_effects(*record.loads(len(record.mixes))), facts.goal(job.config, layers)
+            solution, measured = facts.solve(job.config, record.scores, effects, goal), True
+            job = job.with_allocation(solution.treatments)
+            known = job.preflight
+    assert solution is not None
+    schemes = schemes_by_name(solution.choices)
+    report = AllocationForecast(str(target), solution.divergence, known.packed_bytes, measured, schemes)
+    return job, {"allocation": report}
 
 
 def quantize_and_pack(job: Job) -> dict[str, Record]:
@@ -137,7 +163,8 @@ def quantize_and_pack(job: Job) -> dict[str, Record]:
             job = dataclasses.replace(job, planned=_planned(job))
             _calibrate(job)
             keep_costs(job.run, job.config, job.planned)
-        return {QUANTIZE.name: _quantize(job), PACK.name: _pack(job)}
+        job, reports = _allocated(job)
+        return {**reports, QUANTIZE.name: _quantize(job), PACK.name: _pack(job)}
 
 
 def _planned(job: Job) -> Mapping[str, Cost]:
@@ -186,7 +213,18 @@ def _calibrate(job: Job) -> CalibrationReport:
         return calibrate(logged)
 
 
+def _allocated(job: Job) -> tuple[Job, dict[str, Record]]:
+    """The job with the allocation that its target asks for, which is made where it is missing, and its report."""
+    if job.config.quantize.target.question is None or job.config.quantize.import_from is not None:
+        return job, {}
+    with job.logging(ALLOCATE.name) as logged:
+        report = allocate(dataclasses.replace(logged, config=logged.within_limits().config))
+    return job.with_allocation(read_record(job.run.current(ALLOCATE.kind)).treatments), {ALLOCATE.name: report}
+
+
 def _quantize(job: Job) -> QuantizeReport | ImportReport:
+    if job.survey.allocated is None:
+        job, _ = _allocated(job)
     with job.logging(QUANTIZE.name) as logged:
         return quantize(logged) if job.config.quantize.import_from is None else import_checkpoint(logged)
 

@@ -15,7 +15,9 @@ from aqlm_cli.spec.schemes import SCHEMES_BY_BITS, parse_scheme
 
 
 def default_run_directory(config: RunConfig, source: ModelSource) -> Path:
-    """runs/NAME-2bit where `--bits 2` means the scheme, runs/NAME-SCHEME elsewhere."""
+    """runs/NAME-60MB for a target, runs/NAME-2bit where `--bits 2` means the scheme, runs/NAME-SCHEME elsewhere."""
+    if config.quantize.target.question is not None:
+        return Path("runs") / f"{source.short_name}-{config.quantize.target.label}"
     scheme = parse_scheme(config.quantize.scheme)
     bits = next((bits for bits, known in SCHEMES_BY_BITS.items() if known == scheme), None)
     label = str(scheme) if bits is None else f"{bits:g}bit"

@@ -6,6 +6,7 @@ Known from config.json and the headers of the files; from config.json alone wher
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -13,8 +14,6 @@ from torch import nn
 
 from aqlm_cli.data.spec import share_sequences
 from aqlm_cli.errors import ConfigError, PlanError
-from aqlm_cli.export import EXPORTERS
-from aqlm_cli.export.writer import checkpoint_bytes
 from aqlm_cli.formatting import readable_bytes
 from aqlm_cli.models import (
     ModelSource,
@@ -27,10 +26,10 @@ from aqlm_cli.models import (
     untie_stored,
 )
 from aqlm_cli.models.blocks import count_parameters, describe_layers, find_blocks
-from aqlm_cli.models.experts import expert_place
 from aqlm_cli.models.hidden_states import compute_dtype
 from aqlm_cli.models.tables import describe_tables
 from aqlm_cli.models.weight_files import has_weights
+from aqlm_cli.pipeline.allocation import ModelFacts
 from aqlm_cli.pipeline.stage_reports import PlanReport
 from aqlm_cli.spec.config import QuantizeConfig, RunConfig
 from aqlm_cli.spec.cost import (
@@ -43,8 +42,10 @@ from aqlm_cli.spec.cost import (
     within_memory,
     work_of,
 )
-from aqlm_cli.spec.plan import EXPERT, OUTSIDE, Plan, Target, make_plan
+from aqlm_cli.spec.plan import OUTSIDE, Plan, Target
 from aqlm_cli.spec.schemes import Scheme
+from aqlm_cli.spec.scores import Effects, Solution, expected_scores
+from aqlm_cli.spec.treatment import Treatment
 from aqlm_cli.spec.units import parse_bytes
 from aqlm_kernels import choose, smallest
 
@@ -58,10 +59,16 @@ class Preflight:
     plan: Plan
     shape: ModelShape
     packed_bytes: int  # of the safetensors of the packed checkpoint, to the byte
+    facts: ModelFacts
+    expected: Solution | None = None  # what the plan follows, where it is forecast from priors
 
 
-def preflight(config: RunConfig, source: ModelSource) -> Preflight:
-    """`source` is the model that the settings name.
+def preflight(
+    config: RunConfig, source: ModelSource, allocated: Mapping[str, Treatment | None] | None = None
+) -> Preflight:
+    """`source` is the model that the settings name, `allocated` what an allocation has decided about its layers.
+
+    Settings with a target and no allocation yet give the plan that is expected of one.
 
     Raises ModelError where the files do not hold what config.json asks for, ConfigError where the settings ask for
     other codes than those of the checkpoint that they name, and PlanError where what comes of them could not be packed.
@@ -77,20 +84,32 @@ def preflight(config: RunConfig, source: ModelSource) -> Preflight:
     stored = saved_layouts(network) if there is None else {name: tensor.layout for name, tensor in there.items()}
     if there is not None:
         refuse_gaps(source, network, stored)
-    layers, count = [*describe_tables(network), *describe_layers(network)], count_parameters(network)
-    if checkpoint is None:
-        plan = make_plan(layers, count, section.selection)
-    else:
-        plan = plan_of_checkpoint(checkpoint, source, network, layers, count)
+    layers = (*describe_tables(network), *describe_layers(network))
+    facts, expected = ModelFacts(network, stored, layers, count_parameters(network)), None
+    if checkpoint is not None:
+        plan = plan_of_checkpoint(checkpoint, source, network, layers, facts.parameters)
         _refuse_other_codes(section, plan.scheme)
-    layout = EXPORTERS[config.pack.format].layouts(network, stored, plan.schemes, _fitted(network, plan))
-    return Preflight(source, checkpoint, plan, model_shape(network, plan), checkpoint_bytes(layout.tensors))
+    else:
+        if section.target.question is not None and allocated is None:
+            expected = expected_solution(config, facts)
+            allocated = expected.treatments
+        plan = facts.plan(config, allocated or {})
+    packed_bytes = facts.packed_bytes(config, plan)
+    return Preflight(source, checkpoint, plan, model_shape(network, plan), packed_bytes, facts, expected)
+
+
+def expected_solution(config: RunConfig, facts: ModelFacts) -> Solution:
+    """The allocation that the priors expect. PlanError where no choice keeps the target."""
+    layers = facts.open_layers(config)
+    return facts.solve(config, expected_scores(layers), Effects(), facts.goal(config, layers))
 
 
 def _refuse_other_codes(section: QuantizeConfig, scheme: str) -> None:
     """ConfigError for settings that ask for other codes than the imported ones; the run file may repeat those."""
     decided = QuantizeConfig(scheme=scheme)
-    for name in sorted(section.model_fields_set & {"method", "scheme", "embeddings", "head", "layers", "skip", "only"}):
+    for name in sorted(
+        section.model_fields_set & {"method", "scheme", "embeddings", "head", "layers", "target", "skip", "only"}
+    ):
         if getattr(section, name) != getattr(decided, name):
             line = f"quantize.{name} has no effect where the codes of {section.import_from} are imported; leave it out"
             raise ConfigError(line)
@@ -118,21 +137,6 @@ def model_shape(network: nn.Module, plan: Plan) -> ModelShape:
     vocabulary, hidden = max((tuple(tensor.shape) for tensor in matrices), key=math.prod, default=(0, 0))
     outside = count_parameters(network) - sum(shape.parameters for shape in shapes)
     return ModelShape(shapes, outside, vocabulary, hidden, plan.tables)
-
-
-def _fitted(network: nn.Module, plan: Plan) -> set[str]:
-    """Norms and biases of the blocks in which anything is quantized; those of experts are one parameter."""
-    blocks = find_blocks(network)
-    inside = tuple(f"{path}." for path in blocks.paths if any(name.startswith(f"{path}.") for name in plan.schemes))
-    experts = [target.path for target in plan.targets if target.kind == EXPERT and target.path.startswith(inside)]
-    places = (expert_place(network, f"{path}.bias") for path in experts)
-    return {place.parameter for place in places if place is not None} | {
-        f"{prefix}.{name}"
-        for prefix, block in zip(blocks.paths, blocks.modules, strict=True)
-        if f"{prefix}." in inside
-        for name, parameter in block.named_parameters()
-        if parameter.ndim == 1
-    }
 
 
 def planned_work(config: RunConfig, shape: ModelShape) -> Work:
@@ -167,7 +171,8 @@ def disk_needed(known: Preflight, work: Work) -> dict[str, int]:
     }
 
 
-def plan_report(config: RunConfig, plan: Plan) -> PlanReport:
+def plan_report(config: RunConfig, known: Preflight) -> PlanReport:
+    plan = known.plan
     device = torch.device(config.device)
     return PlanReport(
         model=config.model,
@@ -177,7 +182,7 @@ def plan_report(config: RunConfig, plan: Plan) -> PlanReport:
         code_bits=plan.code_bits,
         stored_bits=plan.stored_bits,
         bytes_before=plan.bytes_before,
-        bytes_after=plan.bytes_after,
+        bytes_after=known.facts.layout(config, plan).total_bytes,
         kernel="; ".join(sorted({one for scheme in plan.schemes.values() if (one := _kernel(scheme, device))})) or None,
         schemes={path: str(scheme) for path, scheme in plan.schemes.items()},
         skipped=tuple((target.path, target.reason) for target in plan.targets if target.reason is not None),

@@ -172,15 +172,15 @@ def start_calibration_pass(
     config: RunConfig,
     work: ResumeState,
     emit: Emit,
-    outside: Callable[[nn.Module], object] = lambda network: None,
+    outside: Callable[[Walk], object] = lambda walk: None,
 ) -> CalibrationPass:
     """Hidden states of the token ids `[n, L]` at the first block that is not finished.
 
-    `outside` quantizes what lies outside the blocks of the network, so that the first block sees its errors.
+    `outside` quantizes what lies outside the blocks of the walk's network, so that the first block sees its errors.
     """
     section, device, index = config.quantize, torch.device(config.device), work.blocks
     walk = walk_through(source, ids, device, emit)
-    outside(walk.network)
+    outside(walk)
     shape = (len(ids), *walk.entering(ids[:1]).shape[1:])
     if not work.hidden(index).exists():
         entering_states(walk, ids, section.batch, work.targets)

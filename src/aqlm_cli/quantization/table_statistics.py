@@ -1,7 +1,11 @@
-"""The statistics of embeddings and head in `calibration/`: collected from the base model there, read by `quantize`."""
+"""Embeddings and head from the statistics of the base model to their matrices.
+
+The inputs of the head are collected by `calibrate`, the gradients of the embeddings by `quantize`, where it needs them.
+"""
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,12 +14,23 @@ import torch
 from torch import Tensor, nn
 
 from aqlm_cli.errors import ArtifactError
+from aqlm_cli.events import Advanced, Emit, Noted, StageStarted
+from aqlm_cli.models.gradients import embedding_gradients
 from aqlm_cli.models.tables import output_head
-from aqlm_cli.quantization.tables import TableMoments, TableStatistics
+from aqlm_cli.models.walk import Walk
+from aqlm_cli.quantization.tables import QuantizedTable, TableMoments, TableStatistics, quantize_table
 from aqlm_cli.runs.artifact import Artifact, rebuild_command
-from aqlm_cli.runs.files import load_tensors, save_tensors
+from aqlm_cli.runs.files import load_tensors, save_tensors, storage_errors
+from aqlm_cli.seeds import generator
+from aqlm_cli.spec.config import RunConfig
+from aqlm_cli.spec.plan import Target
 
 FILE = "table_statistics.safetensors"
+
+STAGE = "gradients of the embeddings"
+
+GRADIENT_SEQUENCES, GRADIENT_TOKENS = 8, 1024
+"""Text for the gradients, at most."""
 
 
 def moments_of(network: nn.Module) -> TableMoments | None:
@@ -55,8 +70,8 @@ def save_statistics(directory: Path, moments: TableMoments | None) -> None:
         save_tensors(directory / FILE, {name: tensor.cpu() for name, tensor in tensors.items()}, {})
 
 
-def read_statistics(calibration: Artifact, kind: str, rows: int) -> TableStatistics:
-    """The statistics of a matrix of `rows` rows and of this kind: embedding, head, or table for both in one.
+def read_statistics(calibration: Artifact, target: Target, gradients: Tensor | None = None) -> TableStatistics:
+    """The statistics of embeddings, a head, or a table that is both; `gradients` as `embedding_metric` gives them.
 
     Raises ArtifactError where the calibration has none.
     """
@@ -66,7 +81,54 @@ def read_statistics(calibration: Artifact, kind: str, rows: int) -> TableStatist
     with calibration.reading(FILE) as file:
         stored = load_tensors(file)
     return TableStatistics(
-        head=None if kind == "embedding" else stored["head"],
-        embedding=None if kind == "head" else stored["embedding"],
-        row_weights=stored["row_weights"][:rows],
+        head=None if target.kind == "embedding" else stored["head"],
+        embedding=None if target.kind == "head" else stored["embedding"] if gradients is None else gradients,
+        row_weights=stored["row_weights"][: target.out_features],
     )
+
+
+def embedding_metric(walk: Walk, ids: Tensor, directory: Path, rng: torch.Generator, emit: Emit) -> Tensor:
+    """The price of errors of the embeddings `[d, d]`, by the gradients of the base model's loss on some sequences.
+
+    `ids` are all sequences `[n, L]`; `directory` is for states, and is empty afterwards.
+    """
+    chosen = ids[:GRADIENT_SEQUENCES, :GRADIENT_TOKENS]
+    emit(StageStarted(STAGE, 2 * len(walk.paths), "block"))
+    with storage_errors(directory):
+        shutil.rmtree(directory, ignore_errors=True)  # what an interruption left
+        directory.mkdir(parents=True)
+    found = embedding_gradients(walk, chosen, directory, rng, lambda passed: emit(Advanced(STAGE, passed)))
+    moments = TableMoments(1, found.shape[-1], torch.device("cpu"))
+    for one in torch.arange(len(chosen)).split(1):
+        moments.add_gradients(found[one].flatten(0, -2))
+    shutil.rmtree(directory, ignore_errors=True)
+    metric = moments.statistics(head=False, embedding=True).embedding
+    assert metric is not None
+    return metric
+
+
+def table_of(
+    target: Target,
+    walk: Walk,
+    ids: Tensor,
+    calibration: Artifact,
+    config: RunConfig,
+    work: Path,
+    emit: Emit,
+) -> QuantizedTable:
+    """Quantize embeddings or a head of the walk's network, which are still those of the base model.
+
+    `ids` are the sequences `[n, L]` of the calibration. The result depends on nothing else: not on threads, nor on
+    what else is quantized.
+    """
+    treatment, seed = target.treatment, config.seed
+    assert treatment is not None
+    gradients = None
+    if target.kind != "head":
+        gradients = embedding_metric(walk, ids, work / "gradients", generator(seed, STAGE), emit)
+    statistics = read_statistics(calibration, target, gradients)
+    emit(Noted(f"quantizing {target.path}, {target.out_features} x {target.in_features}, to {treatment.scheme}"))
+    weight = walk.network.get_submodule(target.path).weight
+    assert isinstance(weight, Tensor)
+    settings, rng = config.quantize.settings_of(treatment.method), generator(seed, target.path)
+    return quantize_table(weight.detach(), statistics, treatment.scheme, settings, rng, torch.get_num_threads())

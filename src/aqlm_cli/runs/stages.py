@@ -44,13 +44,22 @@ CALIBRATE = StageSpec(
     kind="calibration",
     sections=("", "calibrate"),
 )
+ALLOCATE = StageSpec(
+    name="allocate",
+    command="aqlm quantize --config {run}/run.yaml --out {run}",
+    directory="allocation",
+    kind="allocation",
+    sections=("", "calibrate", "quantize"),
+    parents=("calibration",),
+    optional=True,
+)
 QUANTIZE = StageSpec(
     name="quantize",
     command="aqlm quantize --config {run}/run.yaml --out {run}",
     directory="quantized",
     kind="quantized",
     sections=("", "calibrate", "quantize"),
-    parents=("calibration",),
+    parents=("calibration", "allocation"),
 )
 SAMPLE = StageSpec(name="sample", command="aqlm finetune {run}", directory="text", kind="text", optional=True)
 FINETUNE = StageSpec(
@@ -65,7 +74,7 @@ FINETUNE = StageSpec(
 )
 PACK = StageSpec(name="pack", command="aqlm pack {run}", directory="packed", kind="packed", parents=("quantized",))
 
-STAGES: tuple[StageSpec, ...] = (CALIBRATE, QUANTIZE, SAMPLE, FINETUNE, PACK)
+STAGES: tuple[StageSpec, ...] = (CALIBRATE, ALLOCATE, QUANTIZE, SAMPLE, FINETUNE, PACK)
 """The stages in the order in which they run: each is made from earlier ones only."""
 
 

@@ -15,6 +15,7 @@ from aqlm_cli.spec.methods import METHODS
 from aqlm_cli.spec.schemes import parse_scheme
 from aqlm_cli.spec.section import LARGEST, Beam, Count, Names, Positive, Rate, Section
 from aqlm_cli.spec.selection import Rule, Selection
+from aqlm_cli.spec.target import QUESTIONS, TargetConfig
 from aqlm_cli.spec.treatment import Treatment, method_for, parse_treatment
 from aqlm_cli.spec.units import parse_bytes, parse_duration
 
@@ -116,7 +117,8 @@ class QuantizeConfig(Section):
 
     `embeddings` and `head` are the schemes of the matrices outside the blocks, each with its method before a colon if
     it is not the first that takes the scheme; None: 16 bits. In a model that ties the two, either is that of both.
-    `layers` are rules for single layers, the first that matches counts, before all other settings.
+    `layers` are rules for single layers, the first that matches counts, before all other settings. With a `target` of
+    the whole model, an allocation takes the place of `scheme`, and of the 16 bits of embeddings and head.
 
     `import_from` is an AQLM checkpoint of the model, made by anyone: its codes are then imported, `scheme` is theirs,
     and which layers have codes was decided there. None: codes are searched for.
@@ -135,6 +137,7 @@ class QuantizeConfig(Section):
     layers: Annotated[tuple[LayerRule, ...], Field(strict=False)] = ()
     skip: Names = ("lm_head",)
     only: Names = ()
+    target: TargetConfig = TargetConfig()
     statistics_sequences: Positive = 128
     batch: Positive = 8
     fit: FitConfig = FitConfig()
@@ -238,6 +241,11 @@ def methods_used(given: Mapping[str, Any], main: str) -> set[str]:
     for key in ("embeddings", "head"):
         with suppress(UsageError, AttributeError):
             used.add(parse_treatment(given[key], main).method) if given.get(key) else None
+    with suppress(UsageError, ValueError, TypeError):
+        target = given.get("target") or {}
+        target = target if isinstance(target, TargetConfig) else TargetConfig.model_validate(target)
+        if target.question is not None:
+            used |= {one.method for one in (*target.treatments(main), *target.of_tables(main))}
     for rule in given.get("layers") or ():
         with suppress(UsageError, ValueError, AttributeError, TypeError):
             made = rule if isinstance(rule, LayerRule) else LayerRule.model_validate(rule)
@@ -311,12 +319,14 @@ class FinetuneConfig(Section):
         return text if text is None else _understood(parse_duration, text)
 
 
-PackFormat: TypeAlias = Literal["transformers", "dense"]
+PackFormat: TypeAlias = Literal["auto", "transformers", "native", "dense"]
 """Names of the exporters, which lie where torch may be imported: `export.EXPORTERS`."""
 
 
 class PackConfig(Section):
-    format: PackFormat = "transformers"
+    """`format` auto: transformers where that holds every matrix at the bits of its scheme, else native."""
+
+    format: PackFormat = "auto"
 
 
 class EvalConfig(Section):
@@ -363,6 +373,18 @@ class RunConfig(Section):
     pack: PackConfig = PackConfig()
     eval_ppl: EvalConfig = EvalConfig()
     bench: BenchConfig = BenchConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _native_for_targets(cls, given: Any) -> Any:
+        """A target mixes schemes, which the native format alone can hold: it is the default of `pack.format` then."""
+        section = given.get("quantize") if isinstance(given, Mapping) else None
+        target = section.get("target") if isinstance(section, Mapping) else None
+        pack = given.get("pack", {}) if isinstance(given, Mapping) else None
+        if not isinstance(target, Mapping) or not isinstance(pack, Mapping) or "format" in pack:
+            return given
+        asked = any(target.get(question) is not None for question in QUESTIONS)
+        return {**given, "pack": {**pack, "format": "native"}} if asked else given
 
     @field_validator("max_memory", "max_disk")
     @classmethod

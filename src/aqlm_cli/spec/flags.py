@@ -13,6 +13,7 @@ from typing import Any
 from aqlm_cli.errors import UsageError
 from aqlm_cli.spec.config import parse_rule
 from aqlm_cli.spec.schemes import scheme_for_bits
+from aqlm_cli.spec.target import parse_target
 
 
 def _section(name: str, *keys: str) -> dict[str, str]:
@@ -29,10 +30,18 @@ QUANTIZE: Mapping[str, str] = MappingProxyType(
         **_section("calibrate", "data", "sequences", "sequence_length", "bos"),
         **_section("quantize", "method", "scheme", "embeddings", "head", "skip", "only"),
         "layer": "quantize.layers",
+        "target_size": "quantize.target.size",
+        "target_bits": "quantize.target.bits",
+        "target": "quantize.target.kl",
+        "target_speed": "quantize.target.speed",
+        "among": "quantize.target.among",
         **_section("pack", "format"),
     }
 )
 """Flags of calibrate, quantize, plan and pack, and the key of each in the run file."""
+
+TARGETS = ("target_size", "target_bits", "target", "target_speed")
+"""Flags that choose the scheme of every layer; they exclude each other."""
 
 FINETUNE: Mapping[str, str] = MappingProxyType(
     {
@@ -63,9 +72,17 @@ def as_settings(flags: Mapping[str, Any], table: Mapping[str, str]) -> dict[str,
     """The flags of the table as the nested settings that `build_config` takes; all others are left out.
 
     `bits` stands for the scheme of so many code bits, and every `layer` for a rule. UsageError where both bits and a
-    scheme are given, and for a rule of another form.
+    scheme are given, or one of them with a target, and for a rule or target of another form.
     """
     flags = {**flags, "scheme": _scheme(flags.get("bits"), flags.get("scheme"))}
+    targets = [name for name in TARGETS if table is QUANTIZE and flags.get(name) is not None]
+    if targets and flags["scheme"] is not None:
+        flag = targets[0].replace("_", "-")
+        raise UsageError(f"--{flag} chooses the scheme of every layer; leave --bits and --scheme out, or use --among")
+    if table is QUANTIZE and flags.get("target") is not None:
+        flags["target"] = parse_target(flags["target"])
+    if table is QUANTIZE and flags.get("among") is not None:
+        flags["among"] = [word.strip() for word in flags["among"].split(",")]
     if flags.get("layer") is not None:
         flags["layer"] = [parse_rule(rule) for rule in flags["layer"]]
     settings: dict[str, Any] = {}

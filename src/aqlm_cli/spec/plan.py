@@ -130,7 +130,7 @@ class Plan:
 
     @property
     def tables(self) -> tuple[Target, ...]:
-        """What is quantized outside the blocks."""
+        """Quantized matrices outside the blocks."""
         return tuple(target for target in self.quantized if target.kind in OUTSIDE)
 
     @property
@@ -196,6 +196,10 @@ def make_plan(layers: Sequence[Layer], parameters: int, selection: Selection) ->
                 kept = f"kept by '{pattern.pattern}'"
                 chosen[layer.path] = layer.reason or (kept if treatment is None else _fitting(layer, treatment))
                 break
+        else:
+            if layer.path in selection.allocated:
+                given = selection.allocated[layer.path]
+                chosen[layer.path] = layer.reason or ("kept by the target" if given is None else _fitting(layer, given))
     targets = tuple(_target(layer, chosen[layer.path]) for layer in layers)
     if all(target.scheme is None for target in targets):
         reasons = _counted(target.reason for target in targets)

@@ -181,7 +181,7 @@ def _without_methods_replaced(layers: Mapping[str, dict[str, Any]]) -> dict[str,
     for origin, layer in reversed(list(layers.items())):
         section = layer.get("quantize")
         if isinstance(section, Mapping):
-            used = methods_used(merged, chosen) if isinstance(merged, Mapping) else {chosen}
+            used = methods_used(merged, chosen) if isinstance(merged, Mapping) and isinstance(chosen, str) else set()
             replaced = METHODS.keys() - used if chosen is not None else set()
             layer = {**layer, "quantize": {key: value for key, value in section.items() if key not in replaced}}
             chosen = section.get("method") if chosen is None else chosen

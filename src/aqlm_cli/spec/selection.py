@@ -4,15 +4,16 @@ For one layer, in this order, the first that says something counts:
 
 1. a module that cannot be quantized stays as it is;
 2. the rules (`quantize.layers`, `--layer`), the first that matches the whole path;
-3. `quantize.embeddings` and `quantize.head`, for what lies outside the blocks: without them that stays in 16 bits;
-4. `skip`, `only`, and the scheme of all other layers.
+3. the allocation that a target makes (scores.py), for the layers that it decides about;
+4. `quantize.embeddings` and `quantize.head`, for what lies outside the blocks: without them that stays in 16 bits;
+5. `skip`, `only`, and the scheme of all other layers.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from aqlm_cli.errors import PlanError, UsageError
 from aqlm_cli.spec.treatment import Treatment
@@ -39,6 +40,7 @@ class Selection:
     rules: Sequence[Rule] = ()
     embeddings: Treatment | None = None
     head: Treatment | None = None
+    allocated: Mapping[str, Treatment | None] = field(default_factory=dict)  # by path; None: 16 bits
 
     def of_table(self, path: str) -> Treatment | None:
         """The treatment of a matrix that is embedding and head. PlanError where the two settings differ."""

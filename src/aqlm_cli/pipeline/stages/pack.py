@@ -10,11 +10,12 @@ import time
 from typing import Any
 
 from aqlm_cli.events import Noted, Warned
-from aqlm_cli.export import EXPORTERS, Origin, plan_export, read_model
+from aqlm_cli.export import Origin, exporter_for, plan_export, read_model
 from aqlm_cli.formatting import plain, text_name
 from aqlm_cli.memory import peak_memory_bytes, reset_peak_memory
 from aqlm_cli.pipeline.job import Job
 from aqlm_cli.pipeline.stage_reports import PackReport, restored
+from aqlm_cli.quantization.block_files import plan_of
 from aqlm_cli.runs.artifact import Artifact
 from aqlm_cli.runs.directory import RunDirectory
 from aqlm_cli.runs.files import disk_bytes
@@ -29,16 +30,17 @@ def pack(job: Job) -> PackReport:
     PlanError where the format cannot hold it.
     """
     started = time.monotonic()
-    run, emit, format = job.run, job.emit, job.config.pack.format
+    run, emit = job.run, job.emit
     quantized = run.current("quantized")
-    key = StageKey(PACK, {"format": format}, {"quantized": quantized.digest}, overwrite=job.overwrite)
+    exporter = exporter_for(job.config.pack.format, plan_of(quantized))
+    key = StageKey(PACK, {"format": exporter.name}, {"quantized": quantized.digest}, overwrite=job.overwrite)
     packed = run.reusable(key)
     if packed is not None:
         emit(Noted(f"{packed.directory} exists already, made from the same quantized model"))
         return restored(PackReport, packed, packed.manifest.results)
     emit(Noted(f"packing {quantized.directory}"))
     reset_peak_memory()
-    export = plan_export(read_model(job.base_model(run), quantized), EXPORTERS[format])
+    export = plan_export(read_model(job.base_model(run), quantized), exporter)
     for warning in export.warnings():
         emit(Warned(warning))
     with run.stage(key) as stage:

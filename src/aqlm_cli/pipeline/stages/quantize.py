@@ -29,6 +29,7 @@ from aqlm_cli.formatting import plain
 from aqlm_cli.memory import give_back_memory, peak_memory_bytes, reset_peak_memory
 from aqlm_cli.models.blocks import linears
 from aqlm_cli.models.tables import put_table
+from aqlm_cli.models.walk import Walk
 from aqlm_cli.pipeline.job import Job
 from aqlm_cli.pipeline.preflight import planned_work
 from aqlm_cli.pipeline.stage_reports import QuantizeReport, restored
@@ -36,8 +37,7 @@ from aqlm_cli.quantization.block_files import TABLES, block_file, put_matrix, sa
 from aqlm_cli.quantization.block_inputs import CalibrationPass, machine_of, mixed_sequences, start_calibration_pass
 from aqlm_cli.quantization.parallel import Compressed, Task, compress_all
 from aqlm_cli.quantization.resume import ResumeState
-from aqlm_cli.quantization.table_statistics import read_statistics
-from aqlm_cli.quantization.tables import quantize_table
+from aqlm_cli.quantization.table_statistics import table_of
 from aqlm_cli.quantization.training.block import BlockData, fit_block, round_block
 from aqlm_cli.runs.artifact import Artifact, Stage
 from aqlm_cli.runs.files import disk_bytes
@@ -49,7 +49,8 @@ from aqlm_cli.spec.treatment import Treatment
 from aqlm_kernels import Matrix, quantized_layers
 
 UNREACHED = "no text reaches it"
-"""The reason of a layer that stays as it is: an expert that no token was sent to, attention to an absent encoder."""
+"""The reason of a layer that stays as it is, such as attention to an absent encoder. An expert that no token is routed
+to is quantized with the H of all experts."""
 
 
 def quantize(job: Job) -> QuantizeReport:
@@ -67,6 +68,8 @@ def quantize(job: Job) -> QuantizeReport:
         )
     settings = {**config.quantize.model_dump(mode="json"), "seed": config.seed}
     parents = {"model": source.identity, "calibration": calibration.digest}
+    if config.quantize.target.question is not None:
+        parents["allocation"] = run.current("allocation").digest
     key = StageKey(QUANTIZE, settings, parents, machine_of(config), job.overwrite)
     quantized = run.reusable(key)
     if quantized is not None:
@@ -89,7 +92,7 @@ def quantize(job: Job) -> QuantizeReport:
             code_bits=plan.code_bits,
             stored_bits=plan.stored_bits,
             bytes_before=plan.bytes_before,
-            bytes_after=plan.bytes_after,
+            bytes_after=job.preflight.facts.layout(config, plan).total_bytes,
             mean_relative_error=_geometric_mean([layer["relative_error"] for layer in layers.values()]),
             seconds=sum(one["seconds"] for one in (*tables.values(), *blocks)),
             memory_bytes=max([peak_memory_bytes(), *(block["memory_bytes"] for block in blocks)]),
@@ -139,8 +142,8 @@ def _quantize_all(
     work = _Work(config, treatments, workers, stage, resume_state, emit)
     tables: dict[str, dict[str, float]] = {}
 
-    def outside(network: nn.Module) -> None:
-        tables.update(_quantize_tables(work, network, preflight.plan.tables, calibration))
+    def outside(walk: Walk) -> None:
+        tables.update(_quantize_tables(work, walk, ids, preflight.plan.tables, calibration))
 
     states = start_calibration_pass(job.source, ids, measured, config, resume_state, emit, outside)
     inside = treatments.keys() - tables.keys()
@@ -162,27 +165,19 @@ def _quantize_all(
 
 
 def _quantize_tables(
-    work: _Work, network: nn.Module, targets: Sequence[Target], calibration: Artifact
+    work: _Work, walk: Walk, ids: Tensor, targets: Sequence[Target], calibration: Artifact
 ) -> dict[str, dict[str, float]]:
-    """Quantize the embeddings and the head, put them into the network, and return what was measured of each."""
+    """Quantize the embeddings and the head, put them into the network, and return what was measured of each.
+
+    `ids` are the sequences `[n, L]` of the calibration.
+    """
     measured: dict[str, dict[str, float]] = {}
     matrices: dict[str, Matrix] = {}
     for target in targets:
-        treatment = work.treatments[target.path]
         one = work.resume_state.kept_table(target.path)
         if one is None:
-            shape = f"{target.out_features} x {target.in_features}"
-            work.emit(Noted(f"quantizing {target.path}, {shape}, to {treatment.scheme}"))
-            started, weight = time.monotonic(), network.get_submodule(target.path).weight
-            assert isinstance(weight, Tensor)
-            made = quantize_table(
-                weight.detach(),
-                read_statistics(calibration, target.kind, target.out_features),
-                treatment.scheme,
-                work.config.quantize.settings_of(treatment.method),
-                generator(work.config.seed, target.path),
-                work.workers,
-            )
+            started = time.monotonic()
+            made = table_of(target, walk, ids, calibration, work.config, work.resume_state.directory, work.emit)
             seconds = time.monotonic() - started
             one = Compressed(target.path, target.weights, made.matrix.stored(), made.relative_error, seconds)
             work.resume_state.keep_table(one)
@@ -192,7 +187,7 @@ def _quantize_tables(
         measured[target.path] = {"relative_error": one.relative_error, "seconds": one.seconds}
         give_back_memory()
     for path, matrix in matrices.items():
-        put_table(network, path, matrix)
+        put_table(walk.network, path, matrix)
     if matrices:
         save_tables(work.stage.directory / TABLES, matrices)
     return measured

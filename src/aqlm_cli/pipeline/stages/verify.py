@@ -13,13 +13,13 @@ from tempfile import TemporaryDirectory
 
 import torch
 from rich.table import Table
-from torch import Tensor, nn
 
 from aqlm_cli.errors import ArtifactError
 from aqlm_cli.events import Advanced, Noted, StageStarted
 from aqlm_cli.formatting import clock, facts, readable_bytes
-from aqlm_cli.models import load_outside
 from aqlm_cli.models.plain_linear import is_plain
+from aqlm_cli.models.walk import Walk
+from aqlm_cli.pipeline.allocation_report import read_record
 from aqlm_cli.pipeline.job import Job
 from aqlm_cli.quantization.block_files import (
     TABLES,
@@ -30,17 +30,16 @@ from aqlm_cli.quantization.block_files import (
     restore_block,
     restore_tables,
 )
-from aqlm_cli.quantization.block_inputs import machine_of, mixed_sequences, start_calibration_pass
+from aqlm_cli.quantization.block_inputs import machine_of, mixed_sequences, start_calibration_pass, walk_through
 from aqlm_cli.quantization.parallel import Task, compress_all
 from aqlm_cli.quantization.resume import ResumeState
-from aqlm_cli.quantization.table_statistics import read_statistics
-from aqlm_cli.quantization.tables import quantize_table
+from aqlm_cli.quantization.table_statistics import table_of
 from aqlm_cli.records import Record
 from aqlm_cli.runs import stages
 from aqlm_cli.runs.artifact import Artifact, rebuild_command
 from aqlm_cli.runs.directory import RunDirectory
 from aqlm_cli.runs.files import digest_file
-from aqlm_cli.runs.stages import QUANTIZE
+from aqlm_cli.runs.stages import ALLOCATE, QUANTIZE
 from aqlm_cli.seeds import generator
 from aqlm_cli.spec.plan import Target
 from aqlm_cli.spec.treatment import Treatment
@@ -53,7 +52,8 @@ VERIFY = "verify"
 class VerifyReport(Record):
     """All `files` of the run's artifacts match their manifests; `layer` was quantized again to the same codes.
 
-    `layer` is None if nothing is quantized yet, or if that was done on another kind of machine.
+    `layer` is None if nothing is quantized yet, or if that was done on another kind of machine. `replayed` counts the
+    layers whose schemes were solved for again from the scores of an allocation; None where the run has none.
     """
 
     directory: Path
@@ -61,12 +61,14 @@ class VerifyReport(Record):
     bytes: int
     layer: str | None
     seconds: float
+    replayed: int | None = None
 
     def table(self) -> Table:
         again = "nothing to quantize again" if self.layer is None else f"{self.layer}: the same codes"
         rows = [
             ("files", f"{self.files} match their manifests, {readable_bytes(self.bytes)}"),
             ("quantized again", again),
+            *([] if self.replayed is None else [("solved again", f"{self.replayed} layers: the same schemes")]),
             ("time", clock(self.seconds)),
         ]
         return facts(f"{self.directory} is sound", rows)
@@ -86,6 +88,8 @@ def verify(job: Job) -> VerifyReport:
         emit(Advanced(VERIFY, number))
     for kind in {artifact.manifest.kind for artifact in artifacts}:
         run.current(kind)  # made from what is there now
+    allocation = run.own(ALLOCATE)
+    replayed = None if allocation is None else _solve_again(job, run, allocation)
     quantized = run.own(QUANTIZE)
     layer = None if quantized is None else _requantize(job, run, quantized)
     return VerifyReport(
@@ -94,7 +98,21 @@ def verify(job: Job) -> VerifyReport:
         bytes=sum(artifact.manifest.files[name].bytes for artifact, name in files),
         layer=layer,
         seconds=time.monotonic() - started,
+        replayed=replayed,
     )
+
+
+def _solve_again(job: Job, run: RunDirectory, allocation: Artifact) -> int:
+    """The number of layers whose treatment is solved for again; ArtifactError where one differs from that stored."""
+    record = read_record(allocation)
+    again, stored = job.preflight.facts.replayed(run.config, record), record.chosen.choices
+    if differing := [path for path in stored if again.get(path) != stored[path]]:
+        way_out = rebuild_command(allocation.directory, allocation.manifest.kind)
+        raise ArtifactError(
+            f"{allocation.directory}: its scores give {differing[0]} {again.get(differing[0], 'no scheme')}, the plan "
+            f"says {stored[differing[0]]}; {way_out}"
+        )
+    return len(stored)
 
 
 def _compare_digest(artifact: Artifact, name: str) -> None:
@@ -117,7 +135,7 @@ def _requantize(job: Job, run: RunDirectory, quantized: Artifact) -> str | None:
     chosen = sorted(treatments)[int(torch.randint(len(treatments), (), generator=generator(config.seed, VERIFY)))]
     with TemporaryDirectory(prefix="verify.", dir=run.path) as work:
         if chosen in tables:
-            again, there = _both_tables(job, run, quantized, tables[chosen])
+            again, there = _both_tables(job, run, quantized, tables[chosen], Path(work))
         else:
             again, there = _both(job, run, quantized, chosen, treatments[chosen], Path(work))
     for name, numbers in again.tensors().items():
@@ -131,20 +149,12 @@ def _requantize(job: Job, run: RunDirectory, quantized: Artifact) -> str | None:
     return chosen
 
 
-def _both_tables(job: Job, run: RunDirectory, quantized: Artifact, target: Target) -> tuple[Matrix, Matrix]:
+def _both_tables(job: Job, run: RunDirectory, quantized: Artifact, target: Target, work: Path) -> tuple[Matrix, Matrix]:
     """The embeddings or the head, quantized again, and as they are stored."""
-    config, treatment = run.config, target.treatment
-    assert treatment is not None
-    job.emit(Noted(f"quantizing {target.path} again"))
-    weight = load_outside(job.base_model(run), torch.float32, config.device).get_submodule(target.path).weight
-    assert isinstance(weight, Tensor)
-    made = quantize_table(
-        weight.detach(),
-        read_statistics(run.current("calibration"), target.kind, target.out_features),
-        treatment.scheme,
-        config.quantize.settings_of(treatment.method),
-        generator(config.seed, target.path),
-    )
+    config, calibration = run.config, run.current("calibration")
+    ids, _ = mixed_sequences(config, calibration)
+    walk = walk_through(job.base_model(run), ids, torch.device(config.device), job.emit)
+    made = table_of(target, walk, ids, calibration, config, work, job.emit)
     kind = matrix_kinds(quantized, TABLES)[target.path]
     return made.matrix.stored(), read_matrix(quantized, TABLES, target.path, kind)
 
@@ -156,8 +166,8 @@ def _both(
     config, source, emit = run.config, job.base_model(run), job.emit
     ids, measured = mixed_sequences(config, run.current("calibration"))
 
-    def outside(network: nn.Module) -> object:
-        return restore_tables(quantized, network)
+    def outside(walk: Walk) -> object:
+        return restore_tables(quantized, walk.network)
 
     states = start_calibration_pass(source, ids, measured, config, ResumeState(work), emit, outside)
     index = states.walk.last([chosen])

@@ -65,7 +65,7 @@ class SecondMoment:
         self._tokens += x.shape[0]
 
     def empty(self) -> SecondMoment:
-        """One of the same features that has seen no input."""
+        """Return a moment of the same features that has seen no input."""
         return SecondMoment(len(self._sum), self._sum.device)
 
     def merge(self, other: SecondMoment) -> None:

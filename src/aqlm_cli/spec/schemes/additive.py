@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from aqlm_cli.spec.schemes.base import BITS_PER_FLOAT, StoredTensor, check_range, uneven_groups
+from aqlm_cli.spec.schemes.base import BITS_PER_FLOAT, StoredTensor, check_range, packed_integers, uneven_groups
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,15 @@ class AdditiveScheme:
             "codes": StoredTensor(codes, indices),
             "codebooks": StoredTensor("float16", entries),
             "scales": StoredTensor("float16", (out_features, 1, 1, 1)),
+        }
+
+    def native_layouts(self, out_features: int, in_features: int) -> dict[str, StoredTensor]:
+        """Codes of B bits each, codebooks and row scales in float16."""
+        codes = out_features * (in_features // self.group_size) * self.num_codebooks
+        return {
+            "codes": packed_integers(codes, self.codebook_bits),
+            "codebooks": StoredTensor("float16", self.codebook_shape),
+            "scales": StoredTensor("float16", (out_features,)),
         }
 
     def peak_bytes(self, out_features: int, in_features: int) -> int:

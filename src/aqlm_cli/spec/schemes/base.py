@@ -66,6 +66,9 @@ class Scheme(Protocol):
     def packed_layouts(self, out_features: int, in_features: int) -> Mapping[str, StoredTensor]:
         """The tensors of one matrix in a checkpoint for others, by name: `weight` alone where no format holds it."""
 
+    def native_layouts(self, out_features: int, in_features: int) -> Mapping[str, StoredTensor]:
+        """The tensors of one matrix in a native checkpoint, by name: integers at their true width, side by side."""
+
     def peak_bytes(self, out_features: int, in_features: int) -> int:
         """Memory that quantizing one matrix takes at most, beside the weight and the Hessian."""
 
@@ -73,6 +76,11 @@ class Scheme(Protocol):
 def check_range(scheme: object, what: str, value: int, lowest: int, highest: int) -> None:
     if not lowest <= value <= highest:
         raise UsageError(f"scheme {scheme}: {value} {what}; choose {lowest} to {highest}")
+
+
+def packed_integers(count: int, bits: int) -> StoredTensor:
+    """Layout of so many integers of so many bits, side by side in bytes."""
+    return StoredTensor("uint8", (-(-count * bits // 8),))
 
 
 def uneven_groups(in_features: int, group_size: int) -> str | None:

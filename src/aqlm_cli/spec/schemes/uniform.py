@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from aqlm_cli.spec.schemes.base import BITS_PER_FLOAT, StoredTensor, check_range, uneven_groups
+from aqlm_cli.spec.schemes.base import BITS_PER_FLOAT, StoredTensor, check_range, packed_integers, uneven_groups
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,16 @@ class UniformScheme:
     def packed_layouts(self, out_features: int, in_features: int) -> dict[str, StoredTensor]:
         """Rounded weights in 16 bits, as those of a skipped matrix: no format holds the grid."""
         return {"weight": StoredTensor("float16", (out_features, in_features))}
+
+    def native_layouts(self, out_features: int, in_features: int) -> dict[str, StoredTensor]:
+        """Levels and zeros of B bits each, scales in float16, and the exponent that is common to them."""
+        groups = (out_features, in_features // self.group_size)
+        return {
+            "levels": packed_integers(out_features * in_features, self.bits),
+            "zeros": packed_integers(groups[0] * groups[1], self.bits),
+            "scales": StoredTensor("float16", groups),
+            "exponent": StoredTensor("int16", ()),
+        }
 
     def peak_bytes(self, out_features: int, in_features: int) -> int:
         """Four copies of the weight in float32."""

@@ -1,0 +1,327 @@
+"""`allocation/`: the scheme of every layer, chosen so that the whole model keeps its target and loses the least.
+
+1. The base model goes through a part of the calibration set block by block; every layer is quantized to every scheme by
+   a fast search, which gives its relative error under its own H;
+2. embeddings and head are quantized to each of their schemes, and the model's divergence with that alone is measured;
+3. some whole models near the target are measured, which tells what an error in each kind of layer does
+   (quantization/sensitivity.py), and the best plan is solved for (spec/scores.py);
+4. that plan is measured, joins the mixes, and is solved for once more. The best of what was measured is chosen, so that
+   an allocation is never worse than the best single scheme that fits.
+
+Every finished matrix and every measured divergence is on the disk: after an interruption the same command resumes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from aqlm_cli.errors import ArtifactError, PlanError
+from aqlm_cli.events import Advanced, Emit, Noted, StageStarted, Warned
+from aqlm_cli.memory import give_back_memory, peak_memory_bytes, reset_peak_memory
+from aqlm_cli.models import load_network
+from aqlm_cli.models.blocks import linears
+from aqlm_cli.models.hidden_states import compute_dtype
+from aqlm_cli.models.walk import Walk
+from aqlm_cli.pipeline.allocation_report import RECORD, AllocationReport, schemes_by_name, single_divergence
+from aqlm_cli.pipeline.job import Job
+from aqlm_cli.pipeline.preflight import planned_work
+from aqlm_cli.pipeline.stage_reports import restored
+from aqlm_cli.quantization.block_inputs import machine_of, mixed_sequences, start_calibration_pass
+from aqlm_cli.quantization.mixed_model import MixedModel
+from aqlm_cli.quantization.parallel import Compressed, Task, compress_all
+from aqlm_cli.quantization.resume import ResumeState
+from aqlm_cli.quantization.sensitivity import contrasts, fit_effects
+from aqlm_cli.quantization.table_scores import quantize_tables
+from aqlm_cli.quantization.table_statistics import STAGE, embedding_metric, read_statistics
+from aqlm_cli.quantization.tables import TableStatistics
+from aqlm_cli.runs.artifact import Artifact, Stage
+from aqlm_cli.runs.files import disk_bytes, load_tensors, save_tensors, write_file
+from aqlm_cli.runs.stages import ALLOCATE, StageKey
+from aqlm_cli.seeds import generator
+from aqlm_cli.spec.allocation_record import AllocationRecord, Candidate, Mix, of_blocks
+from aqlm_cli.spec.choices import OpenLayer
+from aqlm_cli.spec.config import RunConfig
+from aqlm_cli.spec.methods.aqlm import FAST
+from aqlm_cli.spec.plan import Target
+from aqlm_cli.spec.scores import SIXTEEN_BITS, Effects, Goal, Question, Scores, Solution, scored
+from aqlm_cli.spec.treatment import Treatment
+from aqlm_kernels import Matrix
+
+REFINEMENTS: Mapping[Question, int] = {"size": 2, "speed": 2, "kl": 6}
+"""Plans that are solved for and measured, each from all that was measured before."""
+
+NEAR, LARGEST_STEP = 0.95, 4.0
+"""A share of the divergence asked for that is near enough, and the most by which what is asked changes at once."""
+
+
+def allocate(job: Job) -> AllocationReport:
+    """Write `allocation/` from the run's calibration, or reuse one that was made with the same settings.
+
+    Raises PlanError where no choice of schemes keeps the target.
+    """
+    config, source, run = job.config, job.source, job.open_run()
+    calibration = run.current("calibration")
+    if calibration.manifest.parents["model"] != source.identity:
+        raise ArtifactError(
+            f"{calibration.directory} was made from another model than {source.name}; add --overwrite to redo it"
+        )
+    parents = {"model": source.identity, "calibration": calibration.digest}
+    key = StageKey(ALLOCATE, settings_of(config), parents, machine_of(config), job.overwrite)
+    existing = run.reusable(key)
+    if existing is not None:
+        job.emit(Noted(f"{existing.directory} exists already, made with the same settings"))
+        return restored(AllocationReport, existing, existing.result("report"))
+    reset_peak_memory()
+    started = time.monotonic()
+    with run.resumed_stage(key) as stage:
+        record = _measure(job, calibration, stage)
+        write_file(stage.directory / RECORD, json.dumps(record.to_json(), indent=1).encode())
+        report = AllocationReport(
+            directory=stage.published,
+            target=str(config.quantize.target),
+            divergence=record.chosen.divergence,
+            single=single_divergence(record),
+            measured=len(record.mixes),
+            schemes=schemes_by_name(record.chosen.choices),
+            seconds=time.monotonic() - started,
+            memory_bytes=peak_memory_bytes(),
+            disk_bytes=disk_bytes(stage.directory.parent),
+        )
+        stage.publish({"report": report.results()})
+    return report
+
+
+def settings_of(config: RunConfig) -> dict[str, Any]:
+    """All settings that an allocation depends on."""
+    names = ("method", "target", "layers", "embeddings", "head", "skip", "only", "batch")
+    section = config.quantize.model_dump(mode="json")
+    return {**{name: section[name] for name in names}, "format": config.pack.format, "seed": config.seed}
+
+
+@dataclass(frozen=True, eq=False)
+class _Work:
+    """The parts that stay the same from measurement to measurement."""
+
+    job: Job
+    stage: Stage
+    state: ResumeState
+    ids: Tensor  # [n, L]: all sequences, shuffled
+    workers: int
+
+    @property
+    def emit(self) -> Emit:
+        return self.job.emit
+
+    @property
+    def sequences(self) -> int:
+        return min(self.job.config.quantize.target.sequences, len(self.ids))
+
+    def matrix(self, path: str, word: str) -> Matrix | None:
+        """The matrix of a layer in this treatment, as the fast search made it; None: 16 bits, or it is not finished."""
+        kept = None if word == SIXTEEN_BITS else self.state.kept(_file(path, word))
+        return None if kept is None else kept.matrix
+
+    def missing(self, path: str, treatment: Treatment) -> bool:
+        return self.state.kept(_file(path, str(treatment))) is None
+
+    def keep(self, path: str, treatment: Treatment, made: Compressed) -> None:
+        self.state.keep(replace(made, path=_file(path, str(treatment))))
+
+
+def _file(path: str, word: str) -> str:
+    return f"{path}@{word.replace(':', '-')}"
+
+
+def _measure(job: Job, calibration: Artifact, stage: Stage) -> AllocationRecord:
+    config, facts = job.config, job.preflight.facts
+    ids, _ = mixed_sequences(config, calibration)
+    workers = planned_work(config, job.preflight.shape).workers
+    work = _Work(job, stage, ResumeState(stage.work), ids, workers)
+    layers = facts.open_layers(config)
+    goal = facts.goal(config, layers)
+    effects, gradients = _layer_errors(work, layers)
+    for path in [path for path, layer in layers.items() if not layer.outside and path not in effects]:
+        job.emit(Warned(f"{path} stays in 16 bits: no text reaches it; add text to quantize it"))
+        del layers[path]
+    give_back_memory()
+    dtype = compute_dtype(torch.device(config.device))
+    network = load_network(job.source, torch.float32, config.device)
+    tables = [layer for layer in layers.values() if layer.outside]
+
+    def statistics(layer: OpenLayer) -> TableStatistics:
+        target = Target(layer.path, layer.kind, layer.out_features, layer.in_features, None, SIXTEEN_BITS)
+        return read_statistics(calibration, target, gradients)
+
+    quantize_tables(network, tables, statistics, config.seed, workers, missing=work.missing, keep=work.keep)
+    give_back_memory()
+    model = MixedModel(network, ids[-work.sequences :], dtype)
+    measured = _Divergences(work, model, layers)
+    for layer in tables:
+        words = [str(choice) for choice in layer.choices if choice.treatment is not None]
+        effects[layer.path] = {word: measured.of({layer.path: word}) for word in words}
+    scores = Scores({path: scored(layer, effects.get(path, {})) for path, layer in layers.items()})
+    return _search(work, measured, scores, goal)
+
+
+# ----------------------------------------------------------------------------------------------------- errors of layers
+
+
+def _layer_errors(work: _Work, layers: Mapping[str, OpenLayer]) -> tuple[dict[str, dict[str, float]], Tensor | None]:
+    """The relative error of every layer in the blocks by path and treatment; none of a layer that no text reaches.
+
+    Also the metric of the embeddings `[d, d]`, where they are to be decided about.
+    """
+    config, state = work.job.config, work.state
+    ids = work.ids[: work.sequences]
+    states = start_calibration_pass(work.job.source, ids, len(ids), config, state, work.emit)
+    gradients = _embedding_metric(work, states.walk, layers)
+    inside = [path for path, layer in layers.items() if not layer.outside]
+    last = states.walk.last(inside) if inside else -1
+    work.emit(StageStarted(ALLOCATE.name, last + 1, "block", done=state.blocks))
+    for index in range(states.index, last + 1):
+        block, prefix = states.walk.load(index), states.path
+        chosen = {path: layer for path, layer in linears(block, "").items() if f"{prefix}.{path}" in layers}
+        statistics = states.measure(block, chosen)
+        errors: dict[str, dict[str, float]] = {}
+        tasks = []
+        for path in chosen.keys() & statistics.keys():
+            full = f"{prefix}.{path}"
+            errors[full] = {}
+            for treatment in (choice.treatment for choice in layers[full].choices):
+                if treatment is None:
+                    continue
+                kept = state.kept(_file(full, str(treatment)))
+                if kept is not None:
+                    errors[full][str(treatment)] = kept.relative_error
+                    continue
+                task = Task(_file(full, str(treatment)), chosen[path].weight.detach(), statistics[path], treatment)
+                tasks.append((full, task))
+        made = compress_all([task for _, task in tasks], {"aqlm": FAST}.get, config.seed, work.workers, state.keep)
+        for full, task in tasks:
+            errors[full][str(task.treatment)] = made[task.path].relative_error
+        states.advance(block)
+        state.record(index, errors)
+        states = states.next()
+        give_back_memory()
+        work.emit(Advanced(ALLOCATE.name, index + 1))
+    found: dict[str, dict[str, float]] = {}
+    for index in range(last + 1):
+        found |= state.recorded(index)
+    return found, gradients
+
+
+def _embedding_metric(work: _Work, walk: Walk, layers: Mapping[str, OpenLayer]) -> Tensor | None:
+    """The price of errors of the embeddings, from a file if it was measured before; None where they are decided."""
+    if all(layer.kind not in ("embedding", "table") for layer in layers.values()):
+        return None
+    file = work.state.directory / "embedding_metric.safetensors"
+    if not file.exists():
+        rng = generator(work.job.config.seed, STAGE)
+        metric = embedding_metric(walk, work.ids, work.state.directory / "gradients", rng, work.emit)
+        save_tensors(file, {"metric": metric})
+    return load_tensors(file)["metric"]
+
+
+# --------------------------------------------------------------------------------------------------------- whole models
+
+
+@dataclass(frozen=True, eq=False)
+class _Divergences:
+    """Measured divergences of mixes, each kept in a file of its own."""
+
+    work: _Work
+    model: MixedModel
+    layers: Mapping[str, OpenLayer]
+
+    def of(self, choices: Mapping[str, str]) -> float:
+        """The divergence of the base model with these choices, in nats a token."""
+        text = json.dumps(dict(sorted(choices.items()))).encode()
+        file = self.work.state.directory / f"mix-{hashlib.sha256(text).hexdigest()[:20]}.json"
+        if not file.exists():
+            matrices = {path: self.work.matrix(path, word) for path, word in choices.items()}
+            found = {path: matrix for path, matrix in matrices.items() if matrix is not None}
+            tables = {path: matrix for path, matrix in found.items() if self.layers[path].outside}
+            inside = {path: matrix for path, matrix in found.items() if path not in tables}
+            divergence = self.model.divergence(inside, tables)
+            write_file(file, json.dumps({"divergence": divergence}).encode())
+        return float(json.loads(file.read_bytes())["divergence"])
+
+
+def _search(work: _Work, measured: _Divergences, scores: Scores, goal: Goal) -> AllocationRecord:
+    """Mixes near the target, and the plans that follow from them."""
+    job, target = work.job, work.job.config.quantize.target
+    facts, config = job.preflight.facts, job.config
+    near = _beside_tables(job, scores, goal)
+    total, done = target.mixes + 1 + REFINEMENTS[goal.question], 0
+    stage = f"{ALLOCATE.name}: whole models"
+    job.emit(StageStarted(stage, total, "model"))
+    mixes: list[Mix] = []
+    candidates: list[Candidate] = []
+
+    def advanced(divergence: float) -> None:
+        nonlocal done
+        done += 1
+        job.emit(Advanced(stage, done, f"KL {divergence:.4f}"))
+
+    def add(solution: Solution, solved_from: int | None, asked: float) -> None:
+        divergence = measured.of(solution.choices)
+        candidates.append(Candidate(solution.choices, solution.bytes, divergence, solved_from, asked))
+        mixes.append(of_blocks(scores, candidates[-1]))
+        advanced(divergence)
+
+    single = facts.best_single(config, scores, goal)
+    if single is not None:
+        add(single, None, goal.limit)
+    groups = sorted({layer.group for layer in scores.layers.values() if not layer.table})
+    for contrast in contrasts(groups, target.mixes, generator(config.seed, ALLOCATE.name)) if groups else []:
+        fitted = fit_effects(*_data(scores, mixes))
+        factors = {group: fitted.factor(group) * contrast[group] for group in groups}
+        choices = scores.solve(Effects(factors, fitted.power), near).choices
+        inside = {path: word for path, word in choices.items() if not scores.layers[path].table}
+        if any(mix.choices == inside for mix in mixes):
+            continue
+        mixes.append(Mix(inside, measured.of(inside)))
+        advanced(mixes[-1].divergence)
+    asked = goal.limit
+    for _ in range(REFINEMENTS[goal.question]):
+        effects = fit_effects(*_data(scores, mixes))
+        try:
+            solution = facts.solve(config, scores, effects, replace(goal, limit=asked))
+        except PlanError:
+            if not candidates:
+                raise
+            break
+        if any(candidate.choices == solution.choices for candidate in candidates):
+            break
+        add(solution, len(mixes), asked)
+        if goal.question == "kl":
+            share = candidates[-1].divergence / goal.limit
+            if NEAR <= share <= 1:
+                break
+            asked /= min(max(share, 1 / LARGEST_STEP), LARGEST_STEP)
+    job.emit(Advanced(stage, total))
+    record = AllocationRecord(goal, scores, tuple(mixes), tuple(candidates))
+    if goal.question == "kl" and record.chosen.divergence > goal.limit:
+        job.emit(Warned(f"the best plan has a divergence of {record.chosen.divergence:.4g}, {goal.limit:g} was asked"))
+    return record
+
+
+def _data(scores: Scores, mixes: list[Mix]) -> tuple[list[dict[str, float]], list[float]]:
+    return [scores.loads(mix.choices) for mix in mixes], [mix.divergence for mix in mixes]
+
+
+def _beside_tables(job: Job, scores: Scores, goal: Goal) -> Goal:
+    """The goal of a mix: for a size, without what the file holds beside the layers to decide about."""
+    if goal.question != "size":
+        return goal
+    expected = job.preflight.expected
+    beside = 0 if expected is None else job.preflight.packed_bytes - expected.bytes
+    return Goal("size", goal.limit - beside)

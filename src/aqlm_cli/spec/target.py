@@ -1,0 +1,99 @@
+"""Target: the size, bits, divergence or speed that a whole model is to have, and the schemes to reach it with."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal, TypeAlias
+
+from pydantic import Field, field_validator, model_validator
+
+from aqlm_cli.errors import UsageError
+from aqlm_cli.spec.section import Names, Positive, Rate, Section
+from aqlm_cli.spec.treatment import Treatment, parse_treatment
+from aqlm_cli.spec.units import parse_bytes
+
+Question: TypeAlias = Literal["size", "bits", "kl", "speed"]
+QUESTIONS: tuple[Question, ...] = ("size", "bits", "kl", "speed")
+
+
+class TargetConfig(Section):
+    """At most one of the first four; with it, an allocation chooses the scheme of every layer that no rule names.
+
+    `size`, such as 60MB, is that of all safetensors files, never exceeded; `bits` are the same per parameter of the
+    model. `kl` is the divergence from the base model, in nats a token, at the least size. `speed` is of decoding, in
+    tokens a second, as far as reading the weights bounds it on this machine.
+
+    `among` are the schemes for layers in the blocks, and `tables` those for embeddings and head, each with its method
+    before a colon if it is not the first that takes it. `mixes` whole models that differ in their schemes tell what an
+    error in each kind of layer does, on `sequences` of the calibration set; as many measure the Hessians.
+    """
+
+    size: str | None = None
+    bits: Rate | None = None
+    kl: Rate | None = None
+    speed: Rate | None = None
+    among: Annotated[Names, Field(min_length=1)] = ("1x8g8", "2x8g8", "3x8g8", "4x8g8")
+    tables: Names = ("2x8g8", "3x8g8", "4x8g8", "int4g32", "int5g32", "int6g64", "int8g64")
+    mixes: Positive = 8
+    sequences: Positive = 16
+
+    @property
+    def question(self) -> Question | None:
+        """Which of the four is asked; None: no allocation is made."""
+        return next((name for name in QUESTIONS if getattr(self, name) is not None), None)
+
+    @property
+    def label(self) -> str:
+        """The target in a word, for the name of a directory."""
+        forms = {"size": "{}", "bits": "{:g}bits", "kl": "kl{:g}", "speed": "{:g}tps"}
+        assert self.question is not None
+        text = forms[self.question].format(getattr(self, self.question))
+        return re.sub(r"[^\w.]", "", text)
+
+    def __str__(self) -> str:
+        forms = {"size": "{}", "bits": "{:g} bits a parameter", "kl": "KL {:g}", "speed": "{:g} tokens/s"}
+        assert self.question is not None
+        return forms[self.question].format(getattr(self, self.question))
+
+    def treatments(self, preferred: str) -> tuple[Treatment, ...]:
+        """Those of `among`, by `preferred` where no method is named and it takes the scheme."""
+        return tuple(parse_treatment(word, preferred) for word in self.among)
+
+    def of_tables(self, preferred: str) -> tuple[Treatment, ...]:
+        """Those of `tables`."""
+        return tuple(parse_treatment(word, preferred) for word in self.tables)
+
+    @field_validator("size")
+    @classmethod
+    def _is_size(cls, text: str | None) -> str | None:
+        if text is not None:
+            _understood(parse_bytes, text)
+        return text
+
+    @field_validator("among", "tables")
+    @classmethod
+    def _are_treatments(cls, words: tuple[str, ...]) -> tuple[str, ...]:
+        for word in words:
+            _understood(parse_treatment, word)
+        return words
+
+    @model_validator(mode="after")
+    def _asks_once(self) -> TargetConfig:
+        if len(asked := [name for name in QUESTIONS if getattr(self, name) is not None]) > 1:
+            raise ValueError(f"targets exclude each other, and {' and '.join(asked)} are given; keep one of them")
+        return self
+
+
+def _understood(parse: Any, text: str) -> None:
+    try:
+        parse(text)
+    except UsageError as error:
+        raise ValueError(str(error)) from error
+
+
+def parse_target(text: str) -> float:
+    """The divergence of the flag `--target kl=0.1`. UsageError for another form."""
+    name, _, value = text.partition("=")
+    if name != "kl" or not re.fullmatch(r"[0-9]*\.?[0-9]+", value, flags=re.ASCII) or not float(value):
+        raise UsageError(f"--target {text!r} is not understood; write kl=NUMBER such as kl=0.1, or give --target-size")
+    return float(value)

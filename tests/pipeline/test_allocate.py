@@ -1,0 +1,142 @@
+"""Targets of a whole model: the file keeps its size, the scores are kept, resumed and replayed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from helpers.commands import refused, run
+from typer.testing import Result
+
+from aqlm_cli.pipeline import allocation
+
+TARGET = {"among": ["1x4g8", "2x4g8"], "tables": ["2x4g8", "int4g32"], "mixes": 3, "sequences": 4}
+
+
+@pytest.fixture
+def target(run_file: Path) -> Path:
+    settings = yaml.safe_load(run_file.read_text())
+    settings["quantize"]["target"] = TARGET
+    run_file.write_text(yaml.safe_dump(settings, sort_keys=False))
+    return run_file
+
+
+def safetensors_bytes(directory: Path) -> int:
+    return sum(path.stat().st_size for path in directory.glob("packed/*.safetensors"))
+
+
+def quantize(size: int, *more: str) -> tuple[str, ...]:
+    return "quantize", "--config", "run.yaml", "--target-size", str(size), "--out", "out", *more
+
+
+LIMIT = 100_000
+"""Bytes between those of the model with all layers in their smallest scheme, and in their largest."""
+
+
+def test_the_file_has_the_size_that_was_asked_for(target: Path) -> None:
+    result = run(*quantize(LIMIT, "--json"))
+    assert result.exit_code == 0, result.output
+    assert 0.9 * LIMIT <= safetensors_bytes(Path("out")) <= LIMIT
+    reports = json.loads(result.stdout)
+    assert reports["allocate"]["divergence"] > 0
+
+
+def test_finished_work_is_reused_and_replayed(target: Path) -> None:
+    assert run(*quantize(LIMIT)).exit_code == 0
+    again = run(*quantize(LIMIT), "--verbose")
+    assert again.exit_code == 0 and "allocation exists already" in again.output
+    report = json.loads(run("verify", "out", "--json").stdout)
+    assert report["replayed"] == len(scores()["layers"])
+
+
+def scores() -> dict[str, Any]:
+    stored: dict[str, Any] = json.loads(Path("out/allocation/scores.json").read_text())
+    return stored
+
+
+def test_verify_finds_a_plan_that_its_scores_do_not_give(target: Path) -> None:
+    assert run(*quantize(LIMIT)).exit_code == 0
+    stored = scores()
+    for candidate in stored["candidates"]:
+        path, word = next(iter(candidate["choices"].items()))
+        candidate["choices"][path] = "aqlm:2x4g8" if word == "16 bits" else "16 bits"
+    text = json.dumps(stored).encode()
+    Path("out/allocation/scores.json").write_bytes(text)
+    manifest = json.loads(Path("out/allocation/manifest.json").read_text())
+    manifest["files"]["scores.json"] = {"sha256": hashlib.sha256(text).hexdigest(), "bytes": len(text)}
+    Path("out/allocation/manifest.json").write_text(json.dumps(manifest))
+    for stage in "quantized", "packed":
+        shutil.rmtree(Path("out") / stage)
+    assert "its scores give model.layers.0." in refused("verify", "out")
+
+
+@pytest.mark.parametrize(("text", "count"), [("@aqlm-2x4g8", 9), ("mix-", 2)])
+def test_an_interrupted_allocation_resumes_to_the_same_bytes(
+    target: Path, interrupted_at: Callable[..., Result], text: str, count: int
+) -> None:
+    assert interrupted_at(text, count, *quantize(LIMIT)).exit_code == 130
+    assert not Path("out/allocation").exists()
+    assert run(*quantize(LIMIT)).exit_code == 0
+    resumed = Path("out/allocation/scores.json").read_bytes()
+    shutil.rmtree("out")
+    assert run(*quantize(LIMIT)).exit_code == 0
+    assert Path("out/allocation/scores.json").read_bytes() == resumed
+
+
+def test_a_plan_for_another_size_is_solved_from_the_scores_of_the_run(target: Path) -> None:
+    command = ("plan", "--config", "run.yaml", "--target-size", str(LIMIT), "--out", "out", "--json")
+    before = json.loads(run(*command).stdout)["allocation"]
+    assert not before["measured"] and before["safetensors_bytes"] <= LIMIT
+    assert run(*quantize(LIMIT)).exit_code == 0
+    after = json.loads(run(*command).stdout)["allocation"]
+    assert after["measured"] and after["safetensors_bytes"] <= LIMIT
+    other = json.loads(run(*command[:4], str(LIMIT - 5000), *command[5:]).stdout)["allocation"]
+    assert other["measured"] and other["safetensors_bytes"] <= LIMIT - 5000
+
+
+def test_a_size_that_nothing_keeps_is_refused_before_any_work(target: Path) -> None:
+    assert "raise the target" in refused(*quantize(20_000))
+    assert not Path("out").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        (("--target-size", "1MB", "--target-bits", "2"), "targets exclude each other"),
+        (("--target-size", "1MB", "--bits", "2"), "leave --bits and --scheme out"),
+        (("--target", "0.1"), "write kl=NUMBER"),
+        (("--target-size", "big"), "is not understood as a size"),
+        (("--target-size", "1MB", "--among", "2x8"), "is not understood"),
+    ],
+)
+def test_targets_are_refused_by_name(target: Path, flags: tuple[str, ...], line: str) -> None:
+    assert line in refused("quantize", "--config", "run.yaml", "--out", "out", *flags, status=2)
+
+
+def test_a_divergence_is_kept_at_the_least_size(target: Path) -> None:
+    kl = ("--target", "kl=0.15", "--config", "run.yaml", "--out", "out")
+    result = run("quantize", *kl, "--json")
+    assert result.exit_code == 0, result.output
+    stored = scores()
+    assert stored["goal"] == {"question": "kl", "limit": 0.15}
+    assert json.loads(result.stdout)["allocate"]["divergence"] <= 0.15
+
+
+def test_a_speed_is_bytes_a_token(target: Path) -> None:
+    rate = "100000"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(allocation, "read_bandwidth", lambda: 100_000 * 150_000.0)
+        result = run("quantize", "--target-speed", rate, "--config", "run.yaml", "--out", "out", "--json")
+        assert result.exit_code == 0, result.output
+    stored = scores()
+    assert stored["goal"]["question"] == "speed"
+    best = min(stored["candidates"], key=lambda one: one["divergence"])
+    options = {(path, one["word"]): one for path, layer in stored["layers"].items() for one in layer["options"]}
+    read = sum(options[choice]["read"] for choice in best["choices"].items())
+    assert read <= stored["goal"]["limit"] < 150_000
