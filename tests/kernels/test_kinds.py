@@ -267,3 +267,7 @@ def test_a_patch_that_does_not_fit_its_index_is_refused() -> None:
         RefinedMatrix(additive(), torch.tensor([2, 5], dtype=torch.int32), uniform().rows(torch.arange(3)))
     with pytest.raises(KernelError, match="3 rows is not that of scheme"):
         RefinedMatrix.from_packed(refined().packed_tensors(), "2x4g8+int3g16r4")
+    for index in ([5, 2, 11], [-1, 2, 5], [2, 5, 12]):
+        damaged = {**refined().packed_tensors(), "index": torch.tensor(index, dtype=torch.int32)}
+        with pytest.raises(KernelError, match="not rising from 0 to below 12"):
+            RefinedMatrix.from_packed(damaged, "2x4g8+int3g16r3")

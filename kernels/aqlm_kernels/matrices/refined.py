@@ -41,6 +41,10 @@ class RefinedMatrix:
         return tuple(f"{name}_{one}" for name, part in self._parts() for one in part.learnable)
 
     @property
+    def scheme(self) -> str:
+        return f"{self.base.scheme}+{self.patch.scheme}r{len(self.index)}"
+
+    @property
     def out_features(self) -> int:
         return self.base.out_features
 
@@ -105,9 +109,13 @@ class RefinedMatrix:
         if not (plus and rows == str(len(tensors["index"]))):
             raise KernelError(f"an index of {len(tensors['index'])} rows is not that of scheme {word}")
         base, patch = _part(tensors, "base_"), _part(tensors, "patch_")
-        return cls(
+        matrix = cls(
             _kind_of(base).from_packed(base, base_word), tensors["index"], UniformMatrix.from_packed(patch, patch_word)
         )
+        index = matrix.index.long()
+        if not bool((index.diff() > 0).all() and index[0] >= 0 and index[-1] < matrix.out_features):
+            raise KernelError(f"the index of a patch is not rising from 0 to below {matrix.out_features}")
+        return matrix
 
     def _parts(self) -> tuple[tuple[str, Matrix], tuple[str, Matrix]]:
         return ("base", self.base), ("patch", self.patch)

@@ -81,6 +81,14 @@ class RefinedScheme:
         """Rounded weights in 16 bits, as those of a skipped matrix: no format of others holds the patch."""
         return {"weight": StoredTensor("float16", (out_features, in_features))}
 
+    def native_layouts(self, out_features: int, in_features: int) -> dict[str, StoredTensor]:
+        """The tensors of both, packed, and the index."""
+        return {
+            **_prefixed("base_", self.base.native_layouts(out_features, in_features)),
+            **_prefixed("patch_", self.patch.native_layouts(self.rows, in_features)),
+            "index": StoredTensor("int32", (self.rows,), values=out_features),
+        }
+
     def peak_bytes(self, out_features: int, in_features: int) -> int:
         """Memory of the base's search, and of the patch's after it."""
         return self.base.peak_bytes(out_features, in_features) + self.patch.peak_bytes(self.rows, in_features)
