@@ -23,10 +23,12 @@ from aqlm_kernels.matrices.balance import balanced, balancing_shift
 from aqlm_kernels.matrices.bitpack import pack_bits, packed_bytes, unpack_bits
 from aqlm_kernels.matrices.kinds import MATRIX_KINDS, quantized_layers
 from aqlm_kernels.matrices.matrix import Matrix, QuantizedLayer
+from aqlm_kernels.matrices.refined import RefinedMatrix
 from aqlm_kernels.matrices.uniform import UniformMatrix
 from aqlm_kernels.native import NATIVE
 from aqlm_kernels.packed import PackedMatrix
 from aqlm_kernels.patch_transformers import patch_transformers
+from aqlm_kernels.refined import RefinedLinear
 
 __all__ = [
     "BACKENDS",
@@ -45,6 +47,8 @@ __all__ = [
     "Matrix",
     "PackedMatrix",
     "QuantizedLayer",
+    "RefinedLinear",
+    "RefinedMatrix",
     "SingleExperts",
     "UniformMatrix",
     "balanced",

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeAlias
 
 from aqlm_cli.errors import PlanError
-from aqlm_cli.spec.schemes import BITS_PER_FLOAT, Scheme, parse_scheme, total_bytes
+from aqlm_cli.spec.schemes import BITS_PER_FLOAT, RefinedScheme, Scheme, parse_scheme, total_bytes
 from aqlm_cli.spec.selection import HEAD, Selection, compiled
 from aqlm_cli.spec.treatment import Treatment, method_for
 
@@ -272,6 +272,8 @@ def _outside(layer: Layer, selection: Selection) -> Choice:
 
 
 def _fitting(layer: Layer, treatment: Treatment) -> Choice:
+    if isinstance(treatment.scheme, RefinedScheme):
+        return f"{treatment.scheme} refines the rows of the tokens that are used most; it is for embeddings and heads"
     return treatment.scheme.refuses(layer.out_features, layer.in_features) or treatment
 
 
