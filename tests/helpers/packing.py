@@ -125,9 +125,9 @@ def quantized_model(
     return run, plan
 
 
-def packed(run: RunDirectory, format: str | None = None, overwrite: bool = False, emit: Emit = silent) -> PackReport:
+def packed(run: RunDirectory, format: str = "transformers", overwrite: bool = False, emit: Emit = silent) -> PackReport:
     config = read_run(run.path).config
-    chosen = config.pack if format is None else PackConfig.model_validate({"format": format})
+    chosen = PackConfig.model_validate({"format": format})
     return pack(make_job(config.model_copy(update={"pack": chosen}), run.path, overwrite=overwrite, emit=emit))
 
 

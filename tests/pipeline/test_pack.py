@@ -162,6 +162,18 @@ def test_floats_become_float16_and_bfloat16_stays(tmp_path: Path) -> None:
         assert config["dtype"] == str(kept).removeprefix("torch.")
 
 
+@pytest.mark.parametrize(
+    ("case", "format"),
+    [({}, "transformers"), ({"mixed": "1x8g8"}, "native"), ({"scheme": "int4g16"}, "native")],
+)
+def test_by_itself_the_first_format_is_taken_that_keeps_every_matrix_at_its_bits(
+    case: dict[str, str], format: str, tmp_path: Path
+) -> None:
+    run, _ = quantized_run(tmp_path, **case)  # type: ignore[arg-type]
+    report = packed(run, "auto")
+    assert report.format == format and report.stored_bits == pytest.approx(report.nominal_bits, rel=0.01)
+
+
 def test_the_dense_format_holds_ordinary_weights(tmp_path: Path) -> None:
     run, plan = quantized_run(tmp_path)
     report = packed(run, "dense")
