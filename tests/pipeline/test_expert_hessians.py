@@ -110,6 +110,7 @@ def test_an_expert_without_a_token_is_quantized_by_the_hessian_of_the_others(tas
     assert all(target.scheme is not None for target in planned().targets if target.path in silent)
 
 
+@pytest.mark.slow
 def test_one_expert_has_the_same_hessian_whether_or_not_the_others_are_quantized(tasks: dict[str, Task]) -> None:
     """What `verify` relies on."""
     model_of("qwen3_moe")

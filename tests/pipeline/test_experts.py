@@ -78,6 +78,7 @@ def test_taking_experts_apart_copies_no_weight() -> None:
 # ------------------------------------------------------------------------------------------------------ from end to end
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_expert_is_quantized_and_packed_and_the_router_stays(family: str) -> None:
     network = model_of(family)
@@ -141,6 +142,7 @@ def test_codes_of_experts_are_refused_by_a_format_without_them() -> None:
     assert not Path("run/quantized").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["gpt_oss", "olmoe"])
 def test_finetuning_trains_the_experts_too_and_verify_finds_them_again(family: str) -> None:
     network = model_of(family)
@@ -159,6 +161,7 @@ def test_finetuning_trains_the_experts_too_and_verify_finds_them_again(family: s
     assert result.exit_code == 0, result.output
 
 
+@pytest.mark.slow
 def test_a_run_of_experts_resumes_to_the_same_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     model_of("qwen3_moe")
     quantize()
@@ -180,6 +183,7 @@ def test_a_run_of_experts_resumes_to_the_same_bytes(monkeypatch: pytest.MonkeyPa
     assert {path.name: path.read_bytes() for path in Path("again/quantized").glob("block-*")} == whole
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", ["dense", "native"])
 @pytest.mark.parametrize("family", ["gpt_oss", "qwen3_moe"])
 def test_the_planned_size_is_that_of_the_file(family: str, format: str) -> None:
