@@ -80,7 +80,7 @@ def test_settings_that_it_depends_on_may_not_change(run: RunDirectory) -> None:
 
 def test_the_section_that_it_keeps_stays_in_the_run_file(run: RunDirectory) -> None:
     changed = build_config(None, None, {"model": "tiny", "pack": {"format": "dense"}})
-    assert open_run(run.path, changed).config.pack.format == "transformers"
+    assert open_run(run.path, changed).config.pack.format == "auto"
 
 
 def test_status_shows_it(run: RunDirectory) -> None:
