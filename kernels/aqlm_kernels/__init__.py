@@ -12,7 +12,7 @@ from aqlm_kernels.cpu.bandwidth import read_bandwidth
 from aqlm_kernels.cpu.decoder import Decoder, DecoderBlock
 from aqlm_kernels.cpu.lm_head import ByteRows, matmul_dense
 from aqlm_kernels.cpu.stacks import DecoderLayer, why_not_compiled
-from aqlm_kernels.embedding import CompressedEmbedding
+from aqlm_kernels.embedding import CompressedEmbedding, embedding_scale
 from aqlm_kernels.errors import KernelError
 from aqlm_kernels.experts import SingleExperts, expert_shapes, is_fused, why_not_single
 from aqlm_kernels.hf_layout import from_checkpoint, to_checkpoint
@@ -23,10 +23,12 @@ from aqlm_kernels.matrices.balance import balanced, balancing_shift
 from aqlm_kernels.matrices.bitpack import pack_bits, packed_bytes, unpack_bits
 from aqlm_kernels.matrices.kinds import MATRIX_KINDS, quantized_layers
 from aqlm_kernels.matrices.matrix import Matrix, QuantizedLayer
+from aqlm_kernels.matrices.refined import RefinedMatrix
 from aqlm_kernels.matrices.uniform import UniformMatrix
 from aqlm_kernels.native import NATIVE
 from aqlm_kernels.packed import PackedMatrix
 from aqlm_kernels.patch_transformers import patch_transformers
+from aqlm_kernels.refined import RefinedLinear
 
 __all__ = [
     "BACKENDS",
@@ -45,12 +47,15 @@ __all__ = [
     "Matrix",
     "PackedMatrix",
     "QuantizedLayer",
+    "RefinedLinear",
+    "RefinedMatrix",
     "SingleExperts",
     "UniformMatrix",
     "balanced",
     "balancing_shift",
     "choose",
     "coded_layers",
+    "embedding_scale",
     "expert_shapes",
     "from_checkpoint",
     "is_fused",

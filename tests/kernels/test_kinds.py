@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from aqlm_kernels import (
     KernelError,
     Matrix,
     QuantizedLayer,
+    RefinedMatrix,
     UniformMatrix,
     coded_layers,
     quantized_layers,
@@ -46,7 +48,13 @@ def uniform(exponent: int = 0) -> UniformMatrix:
     return UniformMatrix(levels, zeros, scales, bits, power)
 
 
-MATRICES: dict[str, Matrix] = {"additive": additive(), "uniform": uniform()}
+def refined() -> RefinedMatrix:
+    return RefinedMatrix(additive(), torch.tensor([2, 5, 11], dtype=torch.int32), uniform().rows(torch.arange(3)))
+
+
+MATRICES: dict[str, Matrix] = {"additive": additive(), "uniform": uniform(), "refined": refined()}
+GENERAL = sorted(MATRICES.keys() - {"refined"})
+"""The kinds that CompressedLinear serves; a sum has a layer of its own."""
 
 
 def test_every_kind_is_tried_here() -> None:
@@ -59,7 +67,7 @@ def test_every_kind_is_tried_here() -> None:
 def test_a_layer_is_the_product_with_its_matrix(kind: str, general: bool) -> None:
     matrix, x = MATRICES[kind], torch.randn(20, IN, generator=draw())
     bias = torch.randn(OUT, generator=draw())
-    layer = CompressedLinear(matrix, bias) if general else matrix.module(bias)
+    layer = CompressedLinear(matrix, bias) if general and kind in GENERAL else matrix.module(bias)
     wanted = x.double() @ matrix.dequantize(torch.float64).T + bias.double()
     torch.testing.assert_close(layer(x).double(), wanted, rtol=1e-5, atol=1e-5)
     with torch.autocast("cpu", torch.bfloat16):
@@ -70,7 +78,9 @@ def test_a_layer_is_the_product_with_its_matrix(kind: str, general: bool) -> Non
 
 @pytest.mark.parametrize("kind", MATRICES)
 def test_a_general_layer_is_differentiable_in_all_that_is_continuous(kind: str) -> None:
-    layer, x = CompressedLinear(MATRICES[kind]), torch.randn(20, IN, generator=draw())
+    matrix = MATRICES[kind]
+    layer: Any = CompressedLinear(matrix) if kind in GENERAL else matrix.module()
+    x = torch.randn(20, IN, generator=draw())
     wanted = torch.randn(20, OUT, generator=draw())
 
     def loss() -> Tensor:
@@ -91,7 +101,8 @@ def test_a_general_layer_is_differentiable_in_all_that_is_continuous(kind: str) 
 @pytest.mark.parametrize("kind", MATRICES)
 def test_a_layer_gives_its_matrix_back_to_the_bit(kind: str) -> None:
     matrix = MATRICES[kind]
-    for layer in (matrix.module(), CompressedLinear(matrix), copy.deepcopy(CompressedLinear(matrix))):
+    general = CompressedLinear(matrix) if kind in GENERAL else matrix.module()
+    for layer in (matrix.module(), general, copy.deepcopy(general)):
         assert isinstance(layer, QuantizedLayer)
         layer.balance()
         again = layer.matrix().tensors()
@@ -107,11 +118,11 @@ def test_rows_are_those_of_the_weight_in_any_order_and_number(kind: str) -> None
     assert (rows.out_features, rows.in_features) == (4, IN)
     assert torch.equal(rows.dequantize(), matrix.dequantize()[index])
     for name, tensor in rows.tensors().items():
-        if name in matrix.learnable:
+        if name in matrix.learnable and kind in GENERAL:
             assert len(tensor) == 4 or tensor is matrix.tensors()[name]
 
 
-WORDS = {"additive": "2x4g8", "uniform": "int3g16"}
+WORDS = {"additive": "2x4g8", "uniform": "int3g16", "refined": "2x4g8+int3g16r3"}
 
 
 @pytest.mark.parametrize("kind", MATRICES)
@@ -228,11 +239,35 @@ def test_scales_that_left_the_range_of_float16_are_brought_back(power: int) -> N
 
 
 def test_quantized_layers_are_found_by_path_and_those_with_codes_apart() -> None:
-    network = nn.ModuleDict({"a": additive().module(), "b": nn.ModuleList([uniform().module()]), "c": nn.Linear(2, 2)})
-    assert quantized_layers(network, "top").keys() == {"top.a", "top.b.0"}
-    assert coded_layers(network).keys() == {"a"} and isinstance(coded_layers(network)["a"], AdditiveLinear)
+    several = nn.ModuleList([uniform().module(), refined().module()])
+    network = nn.ModuleDict({"a": additive().module(), "b": several, "c": nn.Linear(2, 2)})
+    assert quantized_layers(network, "top").keys() == {"top.a", "top.b.0", "top.b.1"}
+    assert coded_layers(network).keys() == {"a", "b.1.base"} and isinstance(coded_layers(network)["a"], AdditiveLinear)
 
 
 def test_a_bias_of_another_length_is_refused() -> None:
     with pytest.raises(KernelError, match=r"bias is \[3\], the matrix has 12 outputs"):
         CompressedLinear(uniform(), torch.zeros(3))
+
+
+def test_a_patch_is_added_to_its_rows_alone() -> None:
+    matrix = refined()
+    expected = matrix.base.dequantize()
+    expected[[2, 5, 11]] += matrix.patch.dequantize()
+    assert torch.equal(matrix.dequantize(), expected)
+    layer: Any = matrix.module()
+    for index in ([0, 1], [11, 2, 2, 3]):  # none of its rows, and some of them again
+        rows = torch.tensor(index)
+        assert torch.equal(matrix.rows(rows).dequantize(), expected[rows])
+        torch.testing.assert_close(layer.rows(rows), expected[rows])
+
+
+def test_a_patch_that_does_not_fit_its_index_is_refused() -> None:
+    with pytest.raises(KernelError, match=r"index \[2\] and a patch of 3 x 32 do not fit"):
+        RefinedMatrix(additive(), torch.tensor([2, 5], dtype=torch.int32), uniform().rows(torch.arange(3)))
+    with pytest.raises(KernelError, match="3 rows is not that of scheme"):
+        RefinedMatrix.from_packed(refined().packed_tensors(), "2x4g8+int3g16r4")
+    for index in ([5, 2, 11], [-1, 2, 5], [2, 5, 12]):
+        damaged = {**refined().packed_tensors(), "index": torch.tensor(index, dtype=torch.int32)}
+        with pytest.raises(KernelError, match="not rising from 0 to below 12"):
+            RefinedMatrix.from_packed(damaged, "2x4g8+int3g16r3")

@@ -6,7 +6,9 @@ from aqlm_cli.errors import UsageError
 from aqlm_cli.spec.schemes import AdditiveScheme, UniformScheme, parse_scheme, scheme_for_bits
 
 
-@pytest.mark.parametrize("text", ["2x8g8", "1x12g8", "1x16g8", "8x1g64", "int2g64", "int8g128"])
+@pytest.mark.parametrize(
+    "text", ["2x8g8", "1x12g8", "1x16g8", "8x1g64", "int2g64", "int8g128", "3x8g8+int4g64r512", "int3g32+int4g16r7"]
+)
 def test_a_scheme_prints_as_it_was_read(text: str) -> None:
     assert str(parse_scheme(text)) == text
 
@@ -67,3 +69,12 @@ def test_a_matrix_whose_groups_do_not_fit_is_refused_with_its_reason(text: str) 
     assert scheme.refuses(5, 48) is None
     reason = scheme.refuses(5, 40)
     assert reason is not None and "40" in reason and "16" in reason
+
+
+def test_a_refined_scheme_counts_its_base_its_patch_and_the_index() -> None:
+    scheme = parse_scheme("3x8g8+int4g64r512")
+    base, patch = AdditiveScheme(3, 8, 8), UniformScheme(4, 64)
+    assert scheme.stored_bits(4096, 576) == base.stored_bits(4096, 576) + patch.stored_bits(512, 576) + 32 * 512
+    assert scheme.refuses(4096, 576) is None
+    assert "fewer than the 512 rows" in (scheme.refuses(100, 576) or "")
+    assert "group size 64" in (scheme.refuses(4096, 72) or "")

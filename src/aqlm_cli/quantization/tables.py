@@ -15,10 +15,10 @@ all rows are encoded with them in chunks: beside the table and the result, memor
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,10 +27,9 @@ from aqlm_cli.errors import QuantizationError
 from aqlm_cli.quantization.methods import aqlm
 from aqlm_cli.quantization.parallel import single_threaded_pool
 from aqlm_cli.quantization.solvers import grids
-from aqlm_cli.quantization.solvers.hessian import LayerStatistics, SecondMoment
-from aqlm_cli.spec.methods.aqlm import AqlmSettings
-from aqlm_cli.spec.schemes import AdditiveScheme, Scheme, UniformScheme
-from aqlm_kernels import AdditiveMatrix, Matrix, UniformMatrix
+from aqlm_cli.quantization.solvers.hessian import LayerStatistics, SecondMoment, damped
+from aqlm_cli.spec.schemes import AdditiveScheme, RefinedScheme, Scheme, UniformScheme
+from aqlm_kernels import AdditiveMatrix, Matrix, RefinedMatrix, UniformMatrix
 from aqlm_kernels.matrices.uniform import grid_exponent
 
 CHUNK_WEIGHTS = 2**22
@@ -48,11 +47,20 @@ MOST_PROBABILITIES = 2**25
 DAMPING, FACTOR_DAMPING = 0.01, 1e-4
 """Damping of the metric for uniform schemes, as `quantize.aqlm` has it for additive ones."""
 
+GRADIENT_PRICE = 2.0
+"""Factor of G: to second order and at each position alone, an embedding's error is priced too low by about that."""
+
+HEAD_RIDGE = 0.2
+"""Share of its mean diagonal that is added to H: other text has hidden states in directions that C4 has few in."""
+
 EMBEDDING_SHARE = 0.1
 """Share of the mean diagonal of H: the price of an error of the embedding where no gradients are known."""
 
-ROW_EXPONENT = 0.5
+ROW_EXPONENT = 1.0
 """alpha: rows count w^alpha in the fit of the codebooks."""
+
+Logits: TypeAlias = Callable[[Tensor], Tensor]
+"""Hidden states `[n, d]` -> logits `[n, vocabulary]`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,11 +69,13 @@ class TableStatistics:
 
     head: Tensor | None  # [d, d]: H
     embedding: Tensor | None  # [d, d]: G
-    row_weights: Tensor  # [vocabulary], above 0, of mean 1
+    row_weights: Tensor  # [vocabulary], above 0: how often each token is used
 
     def metric(self) -> Tensor:
-        """H + G `[d, d]`, of those duties there are."""
-        parts = [part for part in (self.head, self.embedding) if part is not None]
+        """H + G `[d, d]`, of those duties there are, H with its ridge."""
+        parts = [self.embedding] if self.embedding is not None else []
+        if self.head is not None:
+            parts.append(damped(self.head, HEAD_RIDGE))
         return torch.stack(parts).sum(0)
 
 
@@ -94,119 +104,116 @@ def quantize_table(
     metric = statistics.metric().float()
     if not bool(metric.isfinite().all() and statistics.row_weights.isfinite().all()):
         raise QuantizationError("its inputs hold NaN or infinite values; the model is damaged or overflows")
-    if not all(bool(weight[chunk].isfinite().all()) for chunk in _chunks(weight)):
-        raise QuantizationError("the weight holds NaN or infinite values; the model is damaged")
-    family = FAMILIES[scheme.kind]
     with single_threaded_pool(workers) as pool:
-        coder = pool.submit(family.coder, weight, statistics.row_weights, metric, scheme, settings, rng).result()
-
-        def code(chunk: Tensor) -> tuple[Matrix, float, float]:
-            rows = weight[chunk].float()
-            part = coder(rows)
-            error = part.balanced().stored().dequantize() - rows
-            weights = statistics.row_weights[chunk]
-            return part, _weighted_square(error, metric, weights), _weighted_square(rows, metric, weights)
-
-        parts, errors, wholes = zip(*pool.map(code, _chunks(weight)), strict=True)
-    whole = math.fsum(wholes)
-    return QuantizedTable(family.join(parts).balanced(), math.fsum(errors) / whole if whole else 0.0)
-
-
-def _weighted_square(rows: Tensor, metric: Tensor, weights: Tensor) -> float:
-    """sum_v w_v r_v M r_v^T."""
-    return float(((rows @ metric * rows).sum(1).double() * weights).sum())
+        table = _Table(weight, statistics.row_weights, metric, settings, rng, pool)
+        if not all(bool(weight[chunk].isfinite().all()) for chunk in table.chunks()):
+            raise QuantizationError("the weight holds NaN or infinite values; the model is damaged")
+        matrix = FAMILIES[scheme.kind](table, scheme)
+        whole = float(table.energies(None).sum())
+        return QuantizedTable(matrix, float(table.energies(matrix).sum()) / whole if whole else 0.0)
 
 
 # ------------------------------------------------------------------------------------------------------ kinds of scheme
 
-Logits: TypeAlias = Callable[[Tensor], Tensor]
-"""Hidden states `[n, d]` -> logits `[n, vocabulary]`."""
 
-Coder: TypeAlias = Callable[[Tensor], Matrix]
-"""Rows `[rows, d]` float32 -> their part of the matrix; each row for itself."""
+@dataclass(frozen=True, eq=False)
+class _Table:
+    weight: Tensor  # [vocabulary, d]
+    row_weights: Tensor  # [vocabulary]
+    metric: Tensor  # [d, d] float32: M
+    settings: Any
+    rng: torch.Generator
+    pool: Executor
+
+    def chunks(self) -> Sequence[Tensor]:
+        """Indices of the rows that go through the search at once."""
+        rows, features = self.weight.shape
+        indices = torch.arange(rows, device=self.weight.device)
+        chunks: Sequence[Tensor] = indices.split(max(1, CHUNK_WEIGHTS // features))
+        return chunks
+
+    def energies(self, matrix: Matrix | None) -> Tensor:
+        """w_v e_v M e_v^T of every row, `[vocabulary]` float64: e the error of the stored matrix, or the row itself."""
+
+        def energy(chunk: Tensor) -> Tensor:
+            rows = self.weight[chunk].float()
+            if matrix is not None:
+                rows = matrix.rows(chunk).balanced().stored().dequantize() - rows
+            return (rows @ self.metric * rows).sum(1).double() * self.row_weights[chunk]
+
+        return torch.cat(list(self.pool.map(energy, self.chunks())))
+
+    def encoded(self, code: Callable[[Tensor], Part]) -> list[Part]:
+        """Encode rows `[rows, d]` float32 chunk by chunk, each row for itself."""
+        return list(self.pool.map(lambda chunk: code(self.weight[chunk].float()), self.chunks()))
 
 
-def _additive_coder(
-    weight: Tensor,
-    row_weights: Tensor,
-    metric: Tensor,
-    scheme: AdditiveScheme,
-    settings: AqlmSettings,
-    rng: torch.Generator,
-) -> Coder:
+def _additive(table: _Table, scheme: AdditiveScheme) -> AdditiveMatrix:
     """Codebooks fitted on a weighted sample of rows, and the search with them."""
-    unit = max(aqlm.ordinary_unit(weight[chunk].float()) for chunk in _chunks(weight))
-    sweeps = aqlm.Sweeps.of(LayerStatistics(metric, 0), scheme.group_size, settings, weight.device)
-    chosen, counts = _sample(row_weights, max(1, SAMPLE_WEIGHTS // weight.shape[1]), rng)
+    weight, settings = table.weight, table.settings
+    unit = max(aqlm.ordinary_unit(weight[chunk].float()) for chunk in table.chunks())
+    sweeps = aqlm.Sweeps.of(LayerStatistics(table.metric, 0), scheme.group_size, settings, weight.device)
+    chosen, counts = _sample(table.row_weights**ROW_EXPONENT, max(1, SAMPLE_WEIGHTS // weight.shape[1]), table.rng)
     # A row counts as the square of its scale: times the root of its weight, it counts weight times as much.
     sample = weight[chosen].float() / unit * counts.sqrt()[:, None]
-    codebooks = aqlm.fit(sample, sweeps, scheme, rng, settings).codebooks
+    codebooks = table.pool.submit(aqlm.fit, sample, sweeps, scheme, table.rng, settings).result().codebooks
 
     def code(rows: Tensor) -> AdditiveMatrix:
         found = aqlm.encode(rows / unit, sweeps, codebooks, settings)
-        scales = (unit * found.scales).masked_fill((rows == 0).all(dim=1), 0)
-        return AdditiveMatrix(found.codes, codebooks, scales)
+        return AdditiveMatrix(found.codes, codebooks, (unit * found.scales).masked_fill((rows == 0).all(dim=1), 0))
 
-    return code
+    parts = table.encoded(code)
+    codes, scales = torch.cat([part.codes for part in parts]), torch.cat([part.scales for part in parts])
+    return AdditiveMatrix(codes, codebooks, scales).balanced()
 
 
 def _sample(weights: Tensor, size: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
     """About `size` rows, the heavy ones more often, and what each then counts for: on average, its weight."""
-    probability = size * weights.double() / weights.sum(dtype=torch.float64)
+    weights = weights.double() / weights.mean(dtype=torch.float64)
+    probability = size * weights / len(weights)
     for _ in range(20):  # rows that are certain leave more for the others
         certain = probability >= 1
         rest = probability[~certain].sum()
         probability[~certain] *= ((size - certain.sum()) / rest).clamp_min(1) if rest else 1
         probability.clamp_(max=1)
-    chosen = (torch.rand(len(weights), generator=rng, dtype=torch.float64) < probability).nonzero()[:, 0]
+    draws = torch.rand(len(weights), generator=rng, dtype=torch.float64).to(weights.device)
+    chosen = (draws < probability).nonzero()[:, 0]
     return chosen, (weights[chosen] / probability[chosen]).float()
 
 
-def _join_additive(parts: Sequence[AdditiveMatrix]) -> AdditiveMatrix:
-    return replace(
-        parts[0], codes=torch.cat([part.codes for part in parts]), scales=torch.cat([part.scales for part in parts])
-    )
-
-
-def _uniform_coder(
-    weight: Tensor, row_weights: Tensor, metric: Tensor, scheme: UniformScheme, settings: None, rng: torch.Generator
-) -> Coder:
+def _uniform(table: _Table, scheme: UniformScheme) -> UniformMatrix:
     """Nothing is shared by the rows but the exponent of their scales."""
-    sweeps = grids.ColumnSweeps.of(metric, DAMPING, FACTOR_DAMPING)
-    ranges = [weight[chunk].float().view(len(chunk), -1, scheme.group_size).aminmax(dim=2) for chunk in _chunks(weight)]
-    widest = torch.cat([high.clamp_min(0) - low.clamp_max(0) for low, high in ranges])
-    exponent = grid_exponent(widest / (2**scheme.bits - 1))
+    sweeps = grids.ColumnSweeps.of(table.metric, DAMPING, FACTOR_DAMPING)
+    groups = (table.weight[chunk].float().view(len(chunk), -1, scheme.group_size) for chunk in table.chunks())
+    ranges = torch.cat([part.amax(2).clamp_min(0) - part.amin(2).clamp_max(0) for part in groups])  # [vocabulary, n]
+    exponent = grid_exponent(ranges / (2**scheme.bits - 1))
+    bits = torch.tensor(scheme.bits, dtype=torch.uint8)
 
     def code(rows: Tensor) -> UniformMatrix:
         found = grids.fit(rows, scheme.bits, scheme.group_size, sweeps, exponent)
         scales = torch.ldexp(found.steps, -exponent).half()
-        bits = torch.tensor(scheme.bits, dtype=torch.uint8)
         return UniformMatrix(found.levels.to(torch.uint8), found.zeros.to(torch.uint8), scales, bits, exponent)
 
-    return code
+    parts = table.encoded(code)
+    names = ("levels", "zeros", "scales")
+    return replace(parts[0], **{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
 
 
-def _join_uniform(parts: Sequence[UniformMatrix]) -> UniformMatrix:
-    joined = {name: torch.cat([getattr(part, name) for part in parts]) for name in ("levels", "zeros", "scales")}
-    return replace(parts[0], **joined)
+def _refined(table: _Table, scheme: RefinedScheme) -> RefinedMatrix:
+    """The base's error of those rows whose errors cost most, quantized once more."""
+    base = FAMILIES[scheme.base.kind](table, scheme.base)
+    index = table.energies(base).topk(scheme.rows).indices.sort().values
+    error = table.weight[index].float() - base.rows(index).stored().dequantize()
+    rest = replace(table, weight=error, row_weights=table.row_weights[index])
+    return RefinedMatrix(base, index.int(), FAMILIES[scheme.patch.kind](rest, scheme.patch))
 
 
-def _chunks(weight: Tensor) -> Sequence[Tensor]:
-    """Indices of the rows that go through the search at once."""
-    rows, features = weight.shape
-    indices: Sequence[Tensor] = torch.arange(rows, device=weight.device).split(max(1, CHUNK_WEIGHTS // features))
-    return indices
+Part = TypeVar("Part", bound=Matrix)
 
-
-@dataclass(frozen=True)
-class _Family:
-    coder: Callable[..., Coder]
-    join: Callable[[Any], Matrix]
-
-
-FAMILIES: Mapping[str, _Family] = {
-    "additive": _Family(_additive_coder, _join_additive),
-    "uniform": _Family(_uniform_coder, _join_uniform),
+FAMILIES: Mapping[str, Callable[[_Table, Any], Any]] = {
+    "additive": _additive,
+    "uniform": _uniform,
+    "refined": _refined,
 }
 """The search for codes, by the kind of scheme."""
 
@@ -253,7 +260,9 @@ class TableMoments:
         if gradients is None:
             mean = 1.0 if second_moment is None else float(second_moment.diagonal().mean())
             gradients = EMBEDDING_SHARE * mean * torch.eye(self._features, device=self._counts.device)
-        weights = (self._counts + self._probabilities + SMOOTHING) ** ROW_EXPONENT
+        else:
+            gradients = GRADIENT_PRICE * gradients
+        weights = self._counts + self._probabilities + SMOOTHING
         return TableStatistics(
             second_moment if head else None, gradients if embedding else None, (weights / weights.mean()).float()
         )

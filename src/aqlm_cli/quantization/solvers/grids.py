@@ -24,7 +24,7 @@ from aqlm_cli.quantization.solvers.ldlq import Rounder, sweep
 SHRINKS = tuple(1 - 0.02 * step for step in range(25))
 """Sizes of a grid that are tried, as shares of the group's range."""
 
-ROUNDS = 2
+ROUNDS = 4
 """Rounds of scales and levels in turn."""
 
 

@@ -22,8 +22,8 @@ class MethodSpec:
 
 
 METHODS: Mapping[str, MethodSpec] = {
-    "aqlm": MethodSpec("additive codebooks", AqlmSettings, ("additive",), "2x8g8", epochs=2),
+    "aqlm": MethodSpec("additive codebooks", AqlmSettings, ("additive", "refined"), "2x8g8", epochs=2),
     "rtn": MethodSpec(
-        "round to nearest, the baseline", None, ("uniform",), "int2g64", epochs=0
+        "round to nearest, the baseline", None, ("uniform", "refined"), "int2g64", epochs=0
     ),  # fitted only if asked
 }

@@ -16,6 +16,7 @@ from typing import Protocol
 from aqlm_cli.errors import UsageError
 from aqlm_cli.spec.schemes.additive import AdditiveScheme
 from aqlm_cli.spec.schemes.base import BITS_PER_FLOAT, Scheme, StoredTensor, total_bytes
+from aqlm_cli.spec.schemes.refined import RefinedScheme
 from aqlm_cli.spec.schemes.uniform import UniformScheme
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "FAMILIES",
     "SCHEMES_BY_BITS",
     "AdditiveScheme",
+    "RefinedScheme",
     "Scheme",
     "StoredTensor",
     "UniformScheme",
@@ -43,7 +45,11 @@ class Family(Protocol):
         """The scheme that prints as `text`, or None where `text` has another form."""
 
 
-FAMILIES: Mapping[str, Family] = {"additive": AdditiveScheme, "uniform": UniformScheme}
+FAMILIES: Mapping[str, Family] = {
+    "additive": AdditiveScheme,
+    "uniform": UniformScheme,
+    "refined": RefinedScheme,
+}
 """Families of schemes, by the kind of matrix."""
 
 SCHEMES_BY_BITS = {
