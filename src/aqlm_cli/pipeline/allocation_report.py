@@ -1,4 +1,4 @@
-"""What is told of an allocation: by the stage that makes it, and by `aqlm plan` before it is made."""
+"""Reports of an allocation: by the stage that makes it, and by `aqlm plan` before it is made."""
 
 from __future__ import annotations
 

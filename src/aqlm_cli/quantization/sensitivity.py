@@ -100,7 +100,7 @@ def nonnegative_least_squares(matrix: Tensor, wanted: Tensor) -> Tensor:
 
 
 def contrasts(groups: Sequence[str], mixes: int, rng: torch.Generator) -> list[dict[str, float]]:
-    """Factors by which each mix changes the sensitivity that it expects of each group, drawn anew for every mix.
+    """Factors by which each mix changes the sensitivity that it expects of each group, by draws of its own.
 
     The first mix expects what the prior says. Of any other, half of the groups are taken for more sensitive, half for
     less: solved for the same target, such mixes lie near it and differ in where their bits are.

@@ -15,7 +15,7 @@ from aqlm_cli.spec.methods import METHODS
 from aqlm_cli.spec.schemes import parse_scheme
 from aqlm_cli.spec.section import LARGEST, Beam, Count, Names, Positive, Rate, Section
 from aqlm_cli.spec.selection import Rule, Selection
-from aqlm_cli.spec.target import QUESTIONS, TargetConfig
+from aqlm_cli.spec.target import TargetConfig
 from aqlm_cli.spec.treatment import Treatment, method_for, parse_treatment
 from aqlm_cli.spec.units import parse_bytes, parse_duration
 
@@ -373,18 +373,6 @@ class RunConfig(Section):
     pack: PackConfig = PackConfig()
     eval_ppl: EvalConfig = EvalConfig()
     bench: BenchConfig = BenchConfig()
-
-    @model_validator(mode="before")
-    @classmethod
-    def _native_for_targets(cls, given: Any) -> Any:
-        """A target mixes schemes, which the native format alone can hold: it is the default of `pack.format` then."""
-        section = given.get("quantize") if isinstance(given, Mapping) else None
-        target = section.get("target") if isinstance(section, Mapping) else None
-        pack = given.get("pack", {}) if isinstance(given, Mapping) else None
-        if not isinstance(target, Mapping) or not isinstance(pack, Mapping) or "format" in pack:
-            return given
-        asked = any(target.get(question) is not None for question in QUESTIONS)
-        return {**given, "pack": {**pack, "format": "native"}} if asked else given
 
     @field_validator("max_memory", "max_disk")
     @classmethod

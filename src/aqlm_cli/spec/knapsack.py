@@ -256,7 +256,7 @@ class _Front:
         return kept[_undominated(self.costs[kept])]
 
     def thinned(self, places: Indices, states: int) -> Indices:
-        """Of these places the given number with the least reduced cost, in the same order."""
+        """The given number of these places with the least reduced cost, in the same order."""
         kept: Indices = np.sort(np.argpartition(self.reduced[places], states)[:states])
         return places[kept]
 

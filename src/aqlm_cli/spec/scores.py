@@ -31,7 +31,7 @@ SIXTEEN_BITS = "16 bits"
 
 @dataclass(frozen=True)
 class Effects:
-    """What errors do: `factors` by group, and the power in which effects add up.
+    """Effects of errors: `factors` by group, and the power in which they add up.
 
     `error` is the mean relative error of the divergence foretold for a mix that was left out; NaN where one was given.
     """

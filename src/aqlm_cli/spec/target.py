@@ -17,7 +17,7 @@ QUESTIONS: tuple[Question, ...] = ("size", "bits", "kl", "speed")
 
 
 class TargetConfig(Section):
-    """At most one of the first four; with it, an allocation chooses the scheme of every layer that no rule names.
+    """Choose at most one of the first four: an allocation then gives every layer that no rule names its scheme.
 
     `size`, such as 60MB, is that of all safetensors files, never exceeded; `bits` are the same per parameter of the
     model. `kl` is the divergence from the base model, in nats a token, at the least size. `speed` is of decoding, in
@@ -39,7 +39,7 @@ class TargetConfig(Section):
 
     @property
     def question(self) -> Question | None:
-        """Which of the four is asked; None: no allocation is made."""
+        """The one of the four that is asked; None: no allocation is made."""
         return next((name for name in QUESTIONS if getattr(self, name) is not None), None)
 
     @property
@@ -56,11 +56,11 @@ class TargetConfig(Section):
         return forms[self.question].format(getattr(self, self.question))
 
     def treatments(self, preferred: str) -> tuple[Treatment, ...]:
-        """Those of `among`, by `preferred` where no method is named and it takes the scheme."""
+        """Treatments of `among`, by `preferred` where no method is named and it takes the scheme."""
         return tuple(parse_treatment(word, preferred) for word in self.among)
 
     def of_tables(self, preferred: str) -> tuple[Treatment, ...]:
-        """Those of `tables`."""
+        """Treatments of `tables`."""
         return tuple(parse_treatment(word, preferred) for word in self.tables)
 
     @field_validator("size")
