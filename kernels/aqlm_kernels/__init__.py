@@ -12,7 +12,7 @@ from aqlm_kernels.cpu.bandwidth import read_bandwidth
 from aqlm_kernels.cpu.decoder import Decoder, DecoderBlock
 from aqlm_kernels.cpu.lm_head import ByteRows, matmul_dense
 from aqlm_kernels.cpu.stacks import DecoderLayer, why_not_compiled
-from aqlm_kernels.embedding import CompressedEmbedding
+from aqlm_kernels.embedding import CompressedEmbedding, embedding_scale
 from aqlm_kernels.errors import KernelError
 from aqlm_kernels.experts import SingleExperts, expert_shapes, is_fused, why_not_single
 from aqlm_kernels.hf_layout import from_checkpoint, to_checkpoint
@@ -55,6 +55,7 @@ __all__ = [
     "balancing_shift",
     "choose",
     "coded_layers",
+    "embedding_scale",
     "expert_shapes",
     "from_checkpoint",
     "is_fused",

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from aqlm_kernels.errors import KernelError
 from aqlm_kernels.matrices.matrix import QuantizedLayer
@@ -69,3 +71,22 @@ class CompressedEmbedding(nn.Module):
     def extra_repr(self) -> str:
         padding = "" if self.padding_idx is None else f", padding_idx={self.padding_idx}"
         return f"{self.num_embeddings}, {self.embedding_dim}{padding}, dtype={self.dtype}"
+
+
+def embedding_scale(embedding: nn.Embedding) -> float | None:
+    """The factor by which an embedding multiplies its rows, 1 for most; None where it computes something else."""
+    if embedding.max_norm is not None:
+        return None
+    if type(embedding).forward is nn.Embedding.forward:
+        return 1.0
+    scale = getattr(embedding, "scalar_embed_scale", getattr(embedding, "embed_scale", None))
+    if not isinstance(scale, (int, float)):
+        return None
+    small: Any = copy.copy(embedding)
+    small.num_embeddings, small.embedding_dim, small.padding_idx = 2, 2, None
+    with torch.device("cpu"):  # transformers makes networks on the meta device
+        weight, factor = torch.tensor([[1.0, -2.0], [3.0, 0.5]]), torch.tensor(scale, dtype=torch.float32)
+        small._parameters = {"weight": nn.Parameter(weight, requires_grad=False)}
+        small._buffers = dict.fromkeys(embedding._buffers, factor)
+        ids = torch.tensor([1, 0])
+        return float(scale) if torch.equal(small(ids), F.embedding(ids, weight) * factor) else None

@@ -18,16 +18,14 @@ Nothing here knows transformers. hf_quantizer.py calls these functions while tra
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from aqlm_kernels.embedding import CompressedEmbedding
+from aqlm_kernels.embedding import CompressedEmbedding, embedding_scale
 from aqlm_kernels.errors import KernelError
 from aqlm_kernels.experts import SingleExperts, is_fused
 from aqlm_kernels.matrices.balance import to_float16
@@ -196,23 +194,6 @@ def fill(network: nn.Module, dtype: torch.dtype) -> None:
                 network.set_submodule(head, table)
         elif isinstance(room, Room):
             network.set_submodule(path, _frozen(room.matrix(), room.bias))
-
-
-def embedding_scale(embedding: nn.Embedding) -> float | None:
-    """The factor by which an embedding multiplies its rows, 1 for most; None where it computes something else."""
-    if type(embedding).forward is nn.Embedding.forward:
-        return 1.0
-    scale = getattr(embedding, "scalar_embed_scale", getattr(embedding, "embed_scale", None))
-    if not isinstance(scale, (int, float)):
-        return None
-    small: Any = copy.copy(embedding)
-    small.num_embeddings, small.embedding_dim, small.padding_idx = 2, 2, None
-    with torch.device("cpu"):  # transformers makes networks on the meta device
-        weight, factor = torch.tensor([[1.0, -2.0], [3.0, 0.5]]), torch.tensor(scale, dtype=torch.float32)
-        small._parameters = {"weight": nn.Parameter(weight, requires_grad=False)}
-        small._buffers = dict.fromkeys(embedding._buffers, factor)
-        ids = torch.tensor([1, 0])
-        return float(scale) if torch.equal(small(ids), F.embedding(ids, weight) * factor) else None
 
 
 def tied_heads(tied: Mapping[str, str], path: str) -> list[str]:

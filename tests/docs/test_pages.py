@@ -11,6 +11,7 @@ import typer
 from helpers import pages
 
 from aqlm_cli.cli.app import app
+from aqlm_cli.export import EXPORTERS
 from aqlm_cli.spec.run_file import RENAMED, build_config, load_run_file
 
 GROUP = typer.main.get_command(app)
@@ -69,6 +70,12 @@ def test_numbers_of_the_picture_are_those_of_the_page() -> None:
         told = f"{float(row['perplexity']):,.{digits}f} ± {float(row['standard_error']):,.{digits}f}"
         line = next(line for line in page.splitlines() if told in line and line.startswith("|"))
         assert row["stored_bits"] in line and (row["megabytes"] or "|") in line and row["config"] in line
+
+
+def test_table_of_formats_has_a_column_for_each_in_their_order() -> None:
+    page = (pages.ROOT / "docs" / "guides" / "formats-and-loaders.md").read_text(encoding="utf-8")
+    heading = next(line for line in page.splitlines() if line.startswith("| | "))
+    assert re.findall(r"`(\w+)`", heading) == list(EXPORTERS)
 
 
 def test_changelog_has_every_key_of_the_run_file_that_was_renamed() -> None:

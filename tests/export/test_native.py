@@ -21,6 +21,7 @@ from aqlm_cli.export.writer import checkpoint_bytes
 from aqlm_cli.models import ModelSource, load_network, load_skeleton, resolve, tensor_index, trial, untie_stored
 from aqlm_cli.models.blocks import describe_layers, find_blocks, linears
 from aqlm_cli.models.native_checkpoint import load_dense, native_matrices
+from aqlm_cli.quantization.methods import rtn
 from aqlm_cli.spec.schemes import parse_scheme
 from aqlm_kernels import MATRIX_KINDS, Matrix, quantized_layers
 
@@ -210,6 +211,29 @@ def test_verify_finds_a_layer_that_computes_something_else(tmp_path: Path, monke
     assert trial.disagreement(packed) is None
     monkeypatch.setattr("aqlm_kernels.native.embedding_scale", lambda embedding: 2.0)
     assert trial.disagreement(packed) == "transformers computes other logits with it than aqlm"
+
+
+@pytest.mark.slow
+def test_every_matrix_of_the_embedded_model_comes_back_in_stock_transformers(tmp_path: Path) -> None:
+    """SmolLM2-135M, tied: 4 bits for its table and attention, 8 for the rest."""
+    source = resolve("smollm2-135m")
+    network, rng = load_network(source, torch.float32), torch.Generator().manual_seed(0)
+    paths = [EMBEDDING, *(layer.path for layer in describe_layers(network))]
+    matrices: dict[str, Matrix] = {}
+    for path in paths:
+        scheme = parse_scheme("int8g64" if ".mlp." in path else "int4g32")
+        matrices[path] = rtn.quantize(network.get_submodule(path).weight, None, scheme, rng, None)  # type: ignore[arg-type]
+        network.get_submodule(path).weight.data = matrices[path].stored().dequantize()
+    assert network.lm_head.weight is network.model.embed_tokens.weight
+    facts = export(source, matrices, {}, tmp_path / "out", EXPORTERS["native"])
+    bits = sum(one.bits() for one in matrices.values())
+    rest = sum(tensor.numel() for tensor in network.parameters() if tensor.ndim == 1)
+    assert facts.bytes == bits / 8 + 2 * len(matrices) + 2 * rest
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    ids = torch.randint(0, 49152, (1, 24), generator=rng)
+    with torch.no_grad():
+        wanted, found = network(ids).logits, stock(ids).logits
+    assert relative_rms(found, wanted) < 1e-4  # norms are rounded to float16
 
 
 # -------------------------------------------------------------------------------------------------------------- experts

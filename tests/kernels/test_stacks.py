@@ -146,7 +146,23 @@ def test_a_layer_without_a_compiled_matmul_is_refused(layer, reason):
         Matmuls.of([layer()])
 
 
+class OtherKind:
+    """A kind of matrix that the decoder has no compiled code for."""
+
+    kind = "other"
+
+    def __init__(self, weight):
+        self.weight, self.out_features, self.in_features = weight, *weight.shape
+
+    def rows(self, index):
+        return OtherKind(self.weight.index_select(0, index))
+
+    def dequantize(self):
+        return 2 * self.weight
+
+
 TABLES = {
+    "other": lambda: OtherKind(torch.randn(70, INPUTS, generator=torch.Generator().manual_seed(5))),
     "2x8g8": lambda: additive(2, 8, 8, 70, "reals").matrix(),
     "4x8g4": lambda: additive(4, 8, 4, 70, "reals").matrix(),
     "1x12g8": lambda: additive(1, 12, 8, 70, "reals").matrix(),

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 
@@ -167,10 +168,17 @@ def test_codes_of_more_than_eight_bits_take_two_bytes_in_the_file() -> None:
     assert plan.bytes_after == matrices + 2 * 5000
 
 
-def test_a_uniform_grid_is_written_in_16_bits() -> None:
+def test_what_the_package_aqlm_cannot_hold_has_the_bytes_of_the_native_format() -> None:
     plan = planned("int2g16")
-    assert plan.bytes_after == plan.bytes_before
     assert plan.stored_bits == 2 + (16 + 2) / 16
+    exponents = 2 * len(LAYERS)
+    assert plan.bytes_after == plan.stored_bits * WEIGHTS / 8 + exponents + 2 * 5000 and not plan.is_stock
+    mixed = replace(plan, targets=(replace(plan.targets[0], scheme=parse_scheme("1x12g8")), *plan.targets[1:]))
+    bits = [target.scheme.stored_bits(target.out_features, target.in_features) for target in mixed.quantized]
+    assert mixed.bytes_after == sum(bits) / 8 + exponents - 2 + 2 * 5000
+    table = replace(planned("1x12g8").targets[0], kind="table")
+    plan = replace(planned("1x12g8"), targets=(table, *planned("1x12g8").targets[1:]))
+    assert plan.bytes_after < planned("1x12g8").bytes_after, "codes of 12 bits take 12 bits there"
 
 
 @pytest.mark.parametrize("scheme", ["2x8g8", "int4g32"])

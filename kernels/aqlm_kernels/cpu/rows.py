@@ -14,7 +14,6 @@ from torch import Tensor
 
 from aqlm_kernels.cpu.compile import compiled
 from aqlm_kernels.cpu.dequantize import Floats, array, dequantize, write_row
-from aqlm_kernels.errors import KernelError
 from aqlm_kernels.matrices.additive import AdditiveMatrix
 from aqlm_kernels.matrices.matrix import Matrix
 from aqlm_kernels.matrices.uniform import UniformMatrix
@@ -33,14 +32,14 @@ class Rows(Protocol):
 
 
 def rows_of(table: Tensor | Matrix) -> Rows:
-    """Rows of weights or of a quantized matrix; KernelError for a kind that has no compiled rows."""
+    """Rows of weights or of a quantized matrix, by torch for a kind that has no compiled ones here."""
     if isinstance(table, Tensor):
         return _DenseRows(table.detach())
     if isinstance(table, AdditiveMatrix):
         return _AdditiveRows(table)
     if isinstance(table, UniformMatrix):
         return _UniformRows(table)
-    raise KernelError(f"a table of embeddings of kind {table.kind} has no compiled rows")
+    return _OtherRows(table)
 
 
 class _DenseRows:
@@ -52,6 +51,17 @@ class _DenseRows:
 
     def rows(self, ids: Tensor) -> Tensor:
         return self._weight[ids].float()
+
+
+class _OtherRows:
+    def __init__(self, matrix: Matrix) -> None:
+        self._matrix = matrix
+
+    def row(self, token: int) -> Floats:
+        return array(self.rows(torch.tensor([token])))
+
+    def rows(self, ids: Tensor) -> Tensor:
+        return self._matrix.rows(ids).dequantize()
 
 
 class _AdditiveRows:

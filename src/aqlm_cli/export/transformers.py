@@ -25,7 +25,7 @@ from aqlm_cli.formatting import some
 from aqlm_cli.models import ModelSource, Network, model_config
 from aqlm_cli.models.experts import expert_place
 from aqlm_cli.runs.files import TensorLayout
-from aqlm_cli.spec.plan import ROUTER, Plan
+from aqlm_cli.spec.plan import Plan
 from aqlm_cli.spec.schemes import AdditiveScheme, Scheme
 from aqlm_kernels import AdditiveMatrix, Matrix, to_checkpoint
 
@@ -34,9 +34,7 @@ class TransformersExporter:
     name = "transformers"
 
     def holds(self, plan: Plan) -> bool:
-        schemes = set(plan.schemes.values())
-        plain = all(target.kind in ("linear", ROUTER) for target in plan.quantized)
-        return plain and len(schemes) == 1 and all(isinstance(scheme, AdditiveScheme) for scheme in schemes)
+        return plan.is_stock
 
     def layouts(
         self,

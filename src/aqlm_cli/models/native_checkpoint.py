@@ -14,8 +14,8 @@ from aqlm_cli.models.blocks import replace_module
 from aqlm_cli.models.experts import expert_place
 from aqlm_cli.models.loading import load_config, load_without, without_weights
 from aqlm_cli.models.source import ModelSource, model_config, tensor_index
-from aqlm_kernels import KernelError, Matrix, SingleExperts
-from aqlm_kernels.native import EMBEDDINGS, NativeLayer, embedding_scale, native_layers, read_matrix, tied_heads
+from aqlm_kernels import KernelError, Matrix, SingleExperts, embedding_scale
+from aqlm_kernels.native import EMBEDDINGS, NativeLayer, native_layers, read_matrix, tied_heads
 
 
 def described_layers(source: ModelSource) -> dict[str, NativeLayer]:

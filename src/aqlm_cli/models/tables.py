@@ -10,7 +10,7 @@ from torch import nn
 from aqlm_cli.models.blocks import find_blocks, replace_module
 from aqlm_cli.models.plain_linear import is_plain
 from aqlm_cli.spec.plan import Layer
-from aqlm_kernels import CompressedEmbedding, Matrix
+from aqlm_kernels import CompressedEmbedding, Matrix, embedding_scale
 
 
 def describe_tables(network: nn.Module) -> list[Layer]:
@@ -52,7 +52,8 @@ def put_table(network: nn.Module, path: str, matrix: Matrix) -> None:
         return
     tied = head is not None and head[1].weight is module.weight
     layer = _layer(matrix, head[1].bias if head is not None and tied else None, device)
-    replace_module(network, path, CompressedEmbedding(layer, module.padding_idx).requires_grad_(False))
+    embedding = CompressedEmbedding(layer, module.padding_idx, embedding_scale(module) or 1.0)
+    replace_module(network, path, embedding.requires_grad_(False))
     if head is not None and tied:
         replace_module(network, head[0], layer)
 
@@ -82,7 +83,7 @@ def _shape(module: Any) -> tuple[int, int]:
 def _why_not_table(module: nn.Module) -> str | None:
     if not isinstance(module, nn.Embedding):
         return f"{type(module).__name__} is no table of rows"
-    if type(module).forward is not nn.Embedding.forward or module.max_norm is not None:
+    if embedding_scale(module) is None:
         return f"{type(module).__name__} does more than look rows up"
     return None
 

@@ -97,16 +97,29 @@ class ModelFacts:
 
         PlanError where nothing keeps the limit, and where the model in 16 bits does.
         """
-        solution = scores.solve(effects, goal)
-        if all(treatment is None for treatment in solution.treatments.values()):
-            raise PlanError(f"the model keeps the target {config.quantize.target} in 16 bits; ask for less")
-        if goal.question != "size":
-            return solution
+
+        def solved(limit: float) -> Solution:
+            return scores.solve(effects, replace(goal, limit=limit))
 
         def size_of(solution: Solution) -> int:
+            if all(treatment is None for treatment in solution.treatments.values()):
+                return solution.bytes + beside
             return self.packed_bytes(config, self.plan(config, solution.treatments))
 
-        return within_file(lambda asked: scores.solve(effects, Goal("size", asked)), size_of, int(goal.limit))
+        if goal.question == "size":
+            least = self.packed_bytes(config, self.plan(config, scores.smallest().treatments))
+            if least > goal.limit:
+                raise PlanError(
+                    f"the smallest choice of schemes makes a file of {readable_bytes(least)}, and "
+                    f"{config.quantize.target} is asked for; raise the target, or name smaller schemes with --among"
+                )
+            beside = least - scores.smallest().bytes
+            solution = within_file(solved, size_of, int(goal.limit))
+        else:
+            solution = solved(goal.limit)
+        if all(treatment is None for treatment in solution.treatments.values()):
+            raise PlanError(f"the model keeps the target {config.quantize.target} in 16 bits; ask for less")
+        return solution
 
     def best_single(self, config: RunConfig, scores: Scores, goal: Goal) -> Solution | None:
         """The largest single scheme for the blocks that keeps the target, with its best tables; None: none does."""

@@ -3,6 +3,7 @@
 runs/SmolLM2-135M-Instruct-2bit/
     run.yaml                complete settings of the run
     calibration/            an artifact: safetensors files and a manifest.json
+    allocation/             scores and the scheme of each layer, where the settings have a target
     text/                   text that finetuning sampled from the base model, where its settings ask for that
     quantized/              the next one; its manifest names the digest of the calibration it came from
     packed.partial/         a stage that is running, or was interrupted: its next start wipes it, or resumes from work/

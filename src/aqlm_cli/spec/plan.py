@@ -3,9 +3,9 @@
 A plan is made before any work starts, printed, stored with the quantized model, and followed to the letter.  It is
 arithmetic on names and shapes: it never sees a weight.
 
-Sizes are those of a whole checkpoint, embeddings and head included, in bytes of tensors.  A packed file stores a code
-in one byte or two, so for codes of, say, 12 bits it is larger than `stored_bits` says: that figure is the scheme's,
-and `bytes_after` is the file's.
+Sizes are those of a whole checkpoint, embeddings and head included, in bytes of tensors.  The format of the package
+`aqlm` stores a code in one byte or two, so for codes of, say, 12 bits it is larger than `stored_bits` says: that figure
+is the scheme's, and `bytes_after` is the file's.
 """
 
 from __future__ import annotations
@@ -76,10 +76,17 @@ class Target:
 
     @property
     def bytes_after(self) -> int:
-        """Bytes of the matrix in a packed checkpoint."""
+        """Bytes of the matrix in the format of the package `aqlm`."""
         if self.scheme is None:
             return BYTES_PER_FLOAT * self.weights
         return total_bytes(self.scheme.packed_layouts(self.out_features, self.in_features))
+
+    @property
+    def native_bytes(self) -> int:
+        """Bytes of the matrix in the native format."""
+        if self.scheme is None:
+            return BYTES_PER_FLOAT * self.weights
+        return total_bytes(self.scheme.native_layouts(self.out_features, self.in_features))
 
 
 @dataclass(frozen=True)
@@ -155,9 +162,25 @@ class Plan:
         return BYTES_PER_FLOAT * (self.other_parameters + sum(target.weights for target in self.targets))
 
     @property
+    def is_stock(self) -> bool:
+        """True where the format of the package `aqlm` holds the plan: one scheme of its own, in linear layers alone."""
+        layouts = [
+            target.scheme.packed_layouts(target.out_features, target.in_features)
+            for target in self.targets
+            if target.scheme is not None
+        ]
+        return (
+            len(set(self.schemes.values())) == 1
+            and all(target.kind in ("linear", ROUTER) for target in self.quantized)
+            and not any("weight" in one for one in layouts)
+        )
+
+    @property
     def bytes_after(self) -> int:
-        """The tensors of the packed checkpoint."""
-        return BYTES_PER_FLOAT * self.other_parameters + sum(target.bytes_after for target in self.targets)
+        """The tensors of the packed checkpoint: in the format of the package `aqlm` if it `is_stock`, else native."""
+        stock = self.is_stock
+        sizes = (target.bytes_after if stock else target.native_bytes for target in self.targets)
+        return BYTES_PER_FLOAT * self.other_parameters + sum(sizes)
 
     def leaving(self, paths: Collection[str], reason: str) -> Plan:
         """The same plan but that the layers at `paths` stay in 16 bits."""

@@ -149,6 +149,13 @@ class Scores:
         choices = {path: words[path] for path in self.layers}
         return Solution(choices, best[1].bytes, self.divergence(choices, effects), best[1].gap)
 
+    def smallest(self) -> Solution:
+        """The fewest bytes for every layer."""
+        least = {path: min(layer.options, key=lambda one: one.bytes) for path, layer in self.layers.items()}
+        choices = {path: option.word for path, option in least.items()}
+        size = sum(option.bytes for option in least.values())
+        return Solution(choices, size, self.divergence(choices, Effects()), 0.0)
+
     def to_json(self) -> dict[str, Any]:
         """Plain values; `from_json` is the inverse."""
         return {path: asdict(layer) for path, layer in self.layers.items()}

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from aqlm_cli.errors import ArtifactError, PlanError
 from aqlm_cli.events import Advanced, Emit, Noted, StageStarted, Warned
+from aqlm_cli.formatting import plain
 from aqlm_cli.memory import give_back_memory, peak_memory_bytes, reset_peak_memory
 from aqlm_cli.models import load_network
 from aqlm_cli.models.blocks import linears
@@ -94,6 +95,7 @@ def allocate(job: Job) -> AllocationReport:
             seconds=time.monotonic() - started,
             memory_bytes=peak_memory_bytes(),
             disk_bytes=disk_bytes(stage.directory.parent),
+            planned=plain(job.planned.get(ALLOCATE.name)),
         )
         stage.publish({"report": report.results()})
     return report

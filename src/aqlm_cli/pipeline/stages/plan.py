@@ -21,6 +21,7 @@ from aqlm_cli.models.weight_files import WEIGHTS, has_weights
 from aqlm_cli.pipeline.forecast_report import ForecastReport
 from aqlm_cli.pipeline.job import Job
 from aqlm_cli.pipeline.preflight import disk_needed, planned_work
+from aqlm_cli.spec.allocation_cost import allocation_cost
 from aqlm_cli.spec.cost import (
     Cost,
     ModelShape,
@@ -53,8 +54,14 @@ def forecast(job: Job) -> ForecastReport:
         "quantize": (quantization_seconds(model, work, rates), quantization_memory(model, work)),
         "pack": (packing_seconds(preflight.packed_bytes, rates), packing_memory(model)),
     }
+    stages = {stage: Cost(*cost, disks[stage]) for stage, cost in costs.items()}
+    section = job.config.quantize
+    if section.target.question is not None:
+        layers = preflight.facts.open_layers(job.config).values()
+        cost = allocation_cost(layers, section.target, model, work, rates, section.default.scheme)
+        stages = {"calibrate": stages.pop("calibrate"), "allocate": cost, **stages}
     report = ForecastReport(
-        stages={stage: Cost(*cost, disks[stage]) for stage, cost in costs.items()},
+        stages=stages,
         batch=work.batch,
         safetensors_bytes=preflight.packed_bytes,
         memory_available=available_memory_bytes(),

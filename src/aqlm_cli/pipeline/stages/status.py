@@ -54,13 +54,13 @@ class StatusReport(Record):
 
 def status(run_directory: Path) -> StatusReport:
     run = read_run(run_directory)
-    found = holder(run_directory)
+    found, target = holder(run_directory), run.config.quantize.target
     imports = run.config.quantize.import_from is not None  # no text is read for that
     optional = [stage for stage in stages.STAGES if stage.optional or (imports and stage == stages.CALIBRATE)]
     return StatusReport(
         directory=run_directory,
         model=run.config.model,
-        scheme=run.config.quantize.scheme,
+        scheme=run.config.quantize.scheme if target.question is None else str(target),
         process=None if found is None else found.words,
         stages=tuple(
             _stage(run, stage, found)
