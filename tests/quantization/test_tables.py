@@ -208,3 +208,16 @@ def test_hidden_states_and_tokens_alone_will_do() -> None:
     )
     assert head.embedding is None and input_table.head is None
     assert (tied.row_weights[:5] > tied.row_weights[5]).all()
+
+
+@pytest.mark.parametrize("word", SCHEMES)
+def test_layouts_and_bits_are_those_of_the_scheme(word: str) -> None:
+    weight, statistics = table()
+    matrix, scheme = quantized(weight, statistics, word).matrix, parse_scheme(word)
+    assert matrix.scheme == word and matrix.bits() == scheme.stored_bits(VOCABULARY, FEATURES)
+    for tensors, layouts in (
+        (matrix.tensors(), scheme.stored_layouts(VOCABULARY, FEATURES)),
+        (matrix.packed_tensors(), scheme.native_layouts(VOCABULARY, FEATURES)),
+    ):
+        found = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+        assert found == {name: (getattr(torch, layout.dtype), layout.shape) for name, layout in layouts.items()}

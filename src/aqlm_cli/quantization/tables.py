@@ -3,7 +3,7 @@
 A row v of a head is multiplied by the final hidden states h, a row of a table of embeddings is looked up. To second
 order in the errors e_v of the rows, the divergence of the model's predictions per token is
 
-    sum_v  w_v  e_v (s H + G) e_v^T        H = mean of h h^T, weighted by 1 - sum_v p_v(h)^2,
+    sum_v  w_v  e_v (H + G) e_v^T          H = mean of h h^T, weighted by 1 - sum_v p_v(h)^2,
                                            G = mean of g g^T, g the gradient of the loss by an embedding,
 
 with w_v the frequency of token v, which is also the mean of its probability. A tied table pays both prices, an input

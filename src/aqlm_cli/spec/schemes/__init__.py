@@ -2,7 +2,8 @@
 
 Families of schemes, each written as one short word, one file and one row in `FAMILIES` each. `2x8g8` is additive: every
 group of 8 inputs is the sum of 2 vectors, each one of 2^8 entries of a codebook. `int2g64` is uniform: every group of
-64 inputs shares one scale and zero point, and each weight is an integer of 2 bits.
+64 inputs shares one scale and zero point, and each weight is an integer of 2 bits. `3x8g8+int4g64r512` is refined: the
+error of 512 rows is stored once more, for embeddings and heads, whose rows are tokens and used very unequally.
 
 Sizes count everything a checkpoint must hold to restore the weights. Code bits count the indices alone: the figure
 people quote. Both are always shown side by side.
