@@ -54,3 +54,5 @@ def test_every_command_reads_it(packed: Path) -> None:
         rel=1e-4,
     )
     assert told("verify", "run")
+    assert told("generate", "run", "--prompt", "1 is", "--tokens", "4")
+    assert told("bench", "run")
