@@ -122,12 +122,16 @@ class ModelFacts:
         return solution
 
     def best_single(self, config: RunConfig, scores: Scores, goal: Goal) -> Solution | None:
-        """The largest single scheme for the blocks that keeps the target, with its best tables; None: none does."""
+        """The largest single scheme for the blocks that keeps the target, with its best tables; None: none does.
+
+        What it leaves of a size or a speed goes to better choices for single layers.
+        """
         section = config.quantize
         words = [str(one) for one in section.target.treatments(section.default.method)]
         for one in single_schemes(scores, words):
             with suppress(PlanError):
-                return self.solve(config, one, Effects(), goal)
+                single = self.solve(config, one, Effects(), goal)
+                return single if goal.question == "kl" else self.solve(config, scores.above(single), Effects(), goal)
         return None
 
     def replayed(self, config: RunConfig, record: AllocationRecord) -> Mapping[str, str]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, TypeAlias
 
 from aqlm_cli.errors import PlanError
@@ -155,6 +155,14 @@ class Scores:
         choices = {path: option.word for path, option in least.items()}
         size = sum(option.bytes for option in least.values())
         return Solution(choices, size, self.divergence(choices, Effects()), 0.0)
+
+    def above(self, solution: Solution) -> Scores:
+        """The same layers with those choices alone that have no larger effect than the ones of the solution."""
+        layers = {}
+        for path, layer in self.layers.items():
+            most = layer.option(solution.choices[path]).effect
+            layers[path] = replace(layer, options=tuple(one for one in layer.options if one.effect <= most))
+        return Scores(layers)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; `from_json` is the inverse."""
