@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -73,7 +74,7 @@ def test_verify_finds_a_plan_that_its_scores_do_not_give(target: Path) -> None:
     Path("out/allocation/manifest.json").write_text(json.dumps(manifest))
     for stage in "quantized", "packed":
         shutil.rmtree(Path("out") / stage)
-    assert "its scores give model.layers.0." in refused("verify", "out")
+    assert re.search("its scores give model.*, the plan says ", refused("verify", "out"))
 
 
 @pytest.mark.parametrize(("text", "count"), [("@aqlm-2x4g8", 9), ("mix-", 2)])

@@ -70,11 +70,12 @@ def disk(tmp_path: Path) -> Iterator[SmallDisk]:
         (12, "calibration.partial/windows.safetensors"),
         (16, "calibration.partial/work/hidden.activations"),
         (32, "calibration.partial/second_moments.safetensors"),
-        (40, "calibration.partial/manifest.json"),
-        (100, "quantized.partial/work/targets.activations"),
-        (180, "quantized.partial/work/model.layers.0."),
-        (200, "quantized.partial/block-000.safetensors"),
-        (232, "quantized.partial/block-001.safetensors"),
+        (40, "calibration.partial/table_statistics.safetensors"),
+        (76, "calibration.partial/manifest.json"),
+        (136, "quantized.partial/work/targets.activations"),
+        (216, "quantized.partial/work/model.layers.0."),
+        (236, "quantized.partial/block-000.safetensors"),
+        (268, "quantized.partial/block-001.safetensors"),
     ],
 )
 def test_a_run_that_fills_its_disk_resumes_when_there_is_more(

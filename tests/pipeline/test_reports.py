@@ -83,7 +83,7 @@ RECORDS: list[Record] = [
         32,
         5,
         3e10,
-        (BenchRow("packed", 9, 8, 10, {"FP16": 4}, 20, 90, 80, 100, 200, 0.001),),
+        (BenchRow("packed", 9, 8, 10, {"FP16": 4}, 20, 90, 80, 100, 200, {"mlp": 150, "head": 50}, 0.001),),
         (MatmulRow(64, 128, 1, "cpu-lut", 2.5, {"FP16": 4}, 0.3, 1e-4),),
     ),
     GenerationReport("tiny", "Hello", " [bold]world[/bold]", 2, 0.5, 4.0, "transformers"),
