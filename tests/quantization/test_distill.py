@@ -83,7 +83,7 @@ def lesson(windows: int = 12) -> tuple[nn.Module, Distillation]:
         lambda ids: teacher(embeddings[ids]),
         lambda states: states @ head.T,
         lambda states: states @ head.T,
-        (),
+        tuple,
         ids[4:],
         ids[:4],
         torch.float32,

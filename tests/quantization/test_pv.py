@@ -178,7 +178,7 @@ def lesson() -> tuple[AdditiveLinear, Distillation]:
         lambda ids: embeddings[ids] @ written.T,
         lambda states: states @ head.T,
         lambda states: states @ head.T,
-        (),
+        tuple,
         ids[8:],
         ids[:8],
         torch.float32,
