@@ -10,7 +10,7 @@ from aqlm_cli.evaluation.speed_report import BenchReport, BenchRow
 def report(*decode: float) -> BenchReport:
     names = "FP16", "packed", "a.gguf"
     rows = tuple(
-        BenchRow(name, speed, 0.9 * speed, 1.1 * speed, {}, 200 / (1 + number), 90, 80, 100, 200, None)
+        BenchRow(name, speed, 0.9 * speed, 1.1 * speed, {}, 200 / (1 + number), 90, 80, 100, 200, {}, None)
         for number, (name, speed) in enumerate(zip(names, decode, strict=False))
     )
     return BenchReport("tiny", 2, "compiled decoder", 8, 4, 3, 2e10, rows, ())

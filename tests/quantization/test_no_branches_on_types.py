@@ -16,6 +16,11 @@ ROOT = Path(__file__).parents[2]
 SOURCES = sorted(path for folder in ("src", "kernels") for path in (ROOT / folder).rglob("*.py"))
 
 ALLOWED = {
+    "kernels/aqlm_kernels/cpu/rows.py": "compiled rows, one class for each kind that has them",
+    "kernels/aqlm_kernels/cpu/stacks.py": "compiled matmuls of the decoder, one for each kind that has them",
+    "src/aqlm_cli/evaluation/candidates.py": "layers whose compiled products `bench` times alone",
+    "src/aqlm_cli/evaluation/matmul.py": "the shape of such a product, for each kind that has one",
+    "src/aqlm_cli/models/decoding.py": "backends, among which only additive layers choose",
     "kernels/aqlm_kernels/linear.py": "coded_layers: the layers that the compiled products are for",
     "kernels/aqlm_kernels/patch_transformers.py": "layers of the inference package aqlm, by the name of their module",
     "src/aqlm_cli/export/transformers.py": "the exporter of the format that holds codes",

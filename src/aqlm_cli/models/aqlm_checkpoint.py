@@ -9,8 +9,11 @@ from aqlm_cli.models.loading import Network
 from aqlm_cli.models.names import CODE_TENSORS, places_of_codes
 from aqlm_cli.models.quantization import is_native, is_quantized
 from aqlm_cli.models.source import ModelSource, StoredTensor, model_config, tensor_index
-from aqlm_cli.spec.plan import Layer, Plan, Target
+from aqlm_cli.spec.plan import ROUTER, Layer, Plan, Target
 from aqlm_cli.spec.schemes import AdditiveScheme
+
+STOCK = "linear", ROUTER
+"""The kinds of layers for which the format has codes."""
 
 
 def plan_of_checkpoint(
@@ -38,7 +41,7 @@ def plan_of_checkpoint(
         path: {last: stored[name] for last, name in names.items()}
         for path, names in places_of_codes(network, stored).items()
     }
-    outside = sorted(coded.keys() - {layer.path for layer in layers if layer.reason is None})
+    outside = sorted(coded.keys() - {layer.path for layer in layers if layer.reason is None and layer.kind in STOCK})
     if outside:
         raise ModelError(
             f"{checkpoint.name} has codes for {outside[0]}; only codes of linear layers in the blocks of "

@@ -30,7 +30,7 @@ def quantize_tables(
             if treatment is None or not missing(layer.path, treatment):
                 continue
             started = time.monotonic()
-            settings = FAST if treatment.scheme.kind == "additive" else None
+            settings = {"aqlm": FAST}.get(treatment.method)
             rng = generator(seed, f"{layer.path}@{treatment}")
             made = quantize_table(weight, statistics(layer), treatment.scheme, settings, rng, workers)
             seconds = time.monotonic() - started
