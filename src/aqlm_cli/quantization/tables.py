@@ -244,7 +244,8 @@ class TableMoments:
             return
         for states in hidden.split(max(1, MOST_PROBABILITIES // len(self._counts))):
             probabilities = logits(states).float().softmax(1)  # [states, vocabulary]
-            self._probabilities += probabilities.sum(0)
+            predicted = probabilities.sum(0)
+            self._probabilities[: len(predicted)] += predicted  # a head may have fewer rows than the embeddings
             self._head.add(states.float() * (1 - probabilities.square().sum(1, keepdim=True)).clamp_min(0).sqrt())
 
     def add_gradients(self, gradients: Tensor) -> None:
