@@ -121,6 +121,9 @@ def settings(draw: st.DrawFn) -> dict[str, Any]:
     scheme = str(draw(additive if method == "aqlm" else uniform))
     words = st.one_of(st.none(), st.one_of(additive, uniform).map(str))
     tables = {"embeddings": draw(words), "head": draw(words)}
+    drawn.get("quantize", {}).pop("target", None)
+    targets = [{}, {"size": "60MB", "among": ["2x8g8"]}, {"bits": 2.5}, {"kl": 0.1, "tables": []}, {"speed": 30.0}]
+    drawn = merge(drawn, {"quantize": {"target": draw(st.sampled_from(targets))}})
     rules = [{"match": draw(st.text()), "scheme": draw(st.one_of(additive, uniform).map(str))} for _ in "ab"]
     drawn = merge(drawn, {"quantize": {**tables, "layers": [*rules, {"match": draw(st.text()), "keep": True}]}})
     section = METHODS[method].settings

@@ -111,11 +111,14 @@ def test_a_rule_of_another_form_is_an_error(rule: str) -> None:
     ("section", "reason"),
     [
         ({"embeddings": "4x9"}, r"quantize\.embeddings`: scheme '4x9' is not understood"),
-        ({"head": "rtn:2x8g8"}, r"quantize\.head`: method rtn takes uniform schemes"),
+        ({"head": "rtn:2x8g8"}, r"quantize\.head`: method rtn takes uniform or refined schemes"),
         ({"head": "nobody:2x8g8"}, r"quantize\.head`: there is no method 'nobody'"),
         ({"layers": [{"match": "a"}]}, "the rule for 'a' needs a scheme, a method or keep: true"),
         ({"layers": [{"match": "a", "keep": True, "scheme": "2x8g8"}]}, "needs a scheme, a method or keep: true"),
-        ({"layers": [{"match": "a", "method": "rtn"}]}, "method rtn takes uniform schemes such as int2g64, not 2x8g8"),
+        (
+            {"layers": [{"match": "a", "method": "rtn"}]},
+            "method rtn takes uniform or refined schemes such as int2g64, not 2x8g8",
+        ),
         ({"layers": [{"match": "a", "method": "nobody"}]}, "there is no method 'nobody'"),
         ({"layers": [{"match": "a", "sheme": "2x8g8"}]}, "sheme"),
         ({"method": "rtn", "scheme": "int2g64", "aqlm": {"beam": 4}}, "settings of method aqlm"),
@@ -152,5 +155,5 @@ def test_flags_become_settings() -> None:
 def test_a_treatment_prints_as_it_is_read() -> None:
     for word in "aqlm:2x8g8", "rtn:int4g32":
         assert str(parse_treatment(word)) == word == str(parse_treatment(word.partition(":")[2]))
-    with pytest.raises(UsageError, match="method aqlm takes additive schemes such as 2x8g8, not int4g32"):
+    with pytest.raises(UsageError, match="method aqlm takes additive or refined schemes such as 2x8g8, not int4g32"):
         Treatment("aqlm", parse_treatment("int4g32").scheme)
