@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import Annotated, Any, Literal, TypeAlias
 
@@ -13,7 +13,7 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 from aqlm_cli.errors import UsageError
 from aqlm_cli.spec.methods import METHODS
 from aqlm_cli.spec.schemes import parse_scheme
-from aqlm_cli.spec.section import LARGEST, Beam, Count, Names, Positive, Rate, Section
+from aqlm_cli.spec.section import LARGEST, Beam, Count, Names, Positive, Rate, Section, understood
 from aqlm_cli.spec.selection import Rule, Selection
 from aqlm_cli.spec.target import TargetConfig
 from aqlm_cli.spec.treatment import Treatment, method_for, parse_treatment
@@ -21,15 +21,6 @@ from aqlm_cli.spec.units import parse_bytes, parse_duration
 
 DEFAULT_SEQUENCES = 192
 """Calibration sequences where neither `calibrate.sequences` nor any source of `calibrate.data` has a count."""
-
-
-def _understood(parse: Callable[[str], object], text: str) -> str:
-    """`text` as it is, if it can be parsed; pydantic wants a ValueError where not."""
-    try:
-        parse(text)
-    except UsageError as error:
-        raise ValueError(str(error)) from error
-    return text
 
 
 class CalibrateConfig(Section):
@@ -83,7 +74,7 @@ class LayerRule(Section):
     @field_validator("scheme")
     @classmethod
     def _is_scheme(cls, text: str | None) -> str | None:
-        return text if text is None else _understood(parse_scheme, text)
+        return text if text is None else understood(parse_scheme, text)
 
     @model_validator(mode="after")
     def _says_one_thing(self) -> LayerRule:
@@ -219,12 +210,12 @@ class QuantizeConfig(Section):
     @field_validator("scheme")
     @classmethod
     def _is_scheme(cls, text: str) -> str:
-        return _understood(parse_scheme, text)
+        return understood(parse_scheme, text)
 
     @field_validator("embeddings", "head")
     @classmethod
     def _is_treatment(cls, text: str | None) -> str | None:
-        return text if text is None else _understood(parse_treatment, text)
+        return text if text is None else understood(parse_treatment, text)
 
     @model_validator(mode="after")
     def _methods_take_schemes(self) -> QuantizeConfig:
@@ -316,7 +307,7 @@ class FinetuneConfig(Section):
     @field_validator("time_budget")
     @classmethod
     def _is_duration(cls, text: str | None) -> str | None:
-        return text if text is None else _understood(parse_duration, text)
+        return text if text is None else understood(parse_duration, text)
 
 
 PackFormat: TypeAlias = Literal["auto", "transformers", "native", "dense"]
@@ -377,7 +368,7 @@ class RunConfig(Section):
     @field_validator("max_memory", "max_disk")
     @classmethod
     def _is_size(cls, text: str | None) -> str | None:
-        return text if text is None else _understood(parse_bytes, text)
+        return text if text is None else understood(parse_bytes, text)
 
     @field_validator("device")
     @classmethod

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field
+
+from aqlm_cli.errors import UsageError
 
 LARGEST = 10**9
 """More than any count of this program can be, and small enough for sums and products of counts to fit where they go."""
@@ -28,3 +31,12 @@ class Section(BaseModel):
         """The sections inside it, by key."""
         types = {name: field.annotation for name, field in cls.model_fields.items()}
         return {name: kind for name, kind in types.items() if isinstance(kind, type) and issubclass(kind, Section)}
+
+
+def understood(parse: Callable[[str], object], text: str) -> str:
+    """`text` as it is, if it can be parsed; pydantic wants a ValueError where not."""
+    try:
+        parse(text)
+    except UsageError as error:
+        raise ValueError(str(error)) from error
+    return text

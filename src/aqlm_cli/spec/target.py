@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Literal, TypeAlias
 
 from pydantic import Field, field_validator, model_validator
 
 from aqlm_cli.errors import UsageError
-from aqlm_cli.spec.section import Names, Positive, Rate, Section
+from aqlm_cli.spec.section import Names, Positive, Rate, Section, understood
 from aqlm_cli.spec.treatment import Treatment, parse_treatment
 from aqlm_cli.spec.units import parse_bytes
 
@@ -67,14 +67,14 @@ class TargetConfig(Section):
     @classmethod
     def _is_size(cls, text: str | None) -> str | None:
         if text is not None:
-            _understood(parse_bytes, text)
+            understood(parse_bytes, text)
         return text
 
     @field_validator("among", "tables")
     @classmethod
     def _are_treatments(cls, words: tuple[str, ...]) -> tuple[str, ...]:
         for word in words:
-            _understood(parse_treatment, word)
+            understood(parse_treatment, word)
         return words
 
     @model_validator(mode="after")
@@ -82,13 +82,6 @@ class TargetConfig(Section):
         if len(asked := [name for name in QUESTIONS if getattr(self, name) is not None]) > 1:
             raise ValueError(f"targets exclude each other, and {' and '.join(asked)} are given; keep one of them")
         return self
-
-
-def _understood(parse: Any, text: str) -> None:
-    try:
-        parse(text)
-    except UsageError as error:
-        raise ValueError(str(error)) from error
 
 
 def parse_target(text: str) -> float:
