@@ -15,10 +15,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from aqlm_cli.errors import ArtifactError
 from aqlm_cli.events import Emit, silent
 from aqlm_cli.models import ModelSource, ResolvedModel, base_model_of, refuse_other_model
 from aqlm_cli.pipeline.overrides import default_run_directory
 from aqlm_cli.pipeline.preflight import Preflight, preflight, within_limits
+from aqlm_cli.runs.artifact import Artifact
 from aqlm_cli.runs.directory import RunDirectory, open_run, read_run
 from aqlm_cli.runs.log import logged
 from aqlm_cli.spec.config import RunConfig
@@ -83,6 +85,16 @@ class Job:
         """The files of the base model. ArtifactError where the run was made from another model."""
         refuse_other_model(run, self.source)
         return self.source
+
+    def calibration(self, run: RunDirectory) -> Artifact:
+        """The calibration of the run. ArtifactError where there is none, or it was made from another model."""
+        calibration = run.current("calibration")
+        if calibration.manifest.parents["model"] != self.source.identity:
+            raise ArtifactError(
+                f"{calibration.directory} was made from another model than {self.source.name}; "
+                "add --overwrite to redo it"
+            )
+        return calibration
 
     def with_settings(self, **sections: Any) -> Job:
         """The same job with other values of these settings, none of which changes the plan."""

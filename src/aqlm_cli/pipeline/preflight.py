@@ -14,6 +14,8 @@ from torch import nn
 
 from aqlm_cli.data.spec import share_sequences
 from aqlm_cli.errors import ConfigError, PlanError
+from aqlm_cli.export import Layout
+from aqlm_cli.export.writer import checkpoint_bytes
 from aqlm_cli.formatting import readable_bytes
 from aqlm_cli.models import (
     ModelSource,
@@ -58,9 +60,14 @@ class Preflight:
     checkpoint: ModelSource | None
     plan: Plan
     shape: ModelShape
-    packed_bytes: int  # of the safetensors of the packed checkpoint, to the byte
+    layout: Layout  # of the packed checkpoint
     facts: ModelFacts
     expected: Solution | None = None  # what the plan follows, where it is forecast from priors
+
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes of the safetensors of the packed checkpoint, header included."""
+        return checkpoint_bytes(self.layout.tensors)
 
 
 def preflight(
@@ -94,8 +101,8 @@ def preflight(
             expected = expected_solution(config, facts)
             allocated = expected.treatments
         plan = facts.plan(config, allocated or {})
-    packed_bytes = facts.packed_bytes(config, plan)
-    return Preflight(source, checkpoint, plan, model_shape(network, plan), packed_bytes, facts, expected)
+    layout = facts.layout(config, plan)
+    return Preflight(source, checkpoint, plan, model_shape(network, plan), layout, facts, expected)
 
 
 def expected_solution(config: RunConfig, facts: ModelFacts) -> Solution:
@@ -182,7 +189,7 @@ def plan_report(config: RunConfig, known: Preflight) -> PlanReport:
         code_bits=plan.code_bits,
         stored_bits=plan.stored_bits,
         bytes_before=plan.bytes_before,
-        bytes_after=known.facts.layout(config, plan).total_bytes,
+        bytes_after=known.layout.total_bytes,
         kernel="; ".join(sorted({one for scheme in plan.schemes.values() if (one := _kernel(scheme, device))})) or None,
         schemes={path: str(scheme) for path, scheme in plan.schemes.items()},
         skipped=tuple((target.path, target.reason) for target in plan.targets if target.reason is not None),

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aqlm_cli.errors import ArtifactError, PlanError
+from aqlm_cli.errors import PlanError
 from aqlm_cli.events import Advanced, Emit, Noted, StageStarted, Warned
 from aqlm_cli.formatting import plain
 from aqlm_cli.memory import give_back_memory, peak_memory_bytes, reset_peak_memory
@@ -69,11 +69,7 @@ def allocate(job: Job) -> AllocationReport:
     Raises PlanError where no choice of schemes keeps the target.
     """
     config, source, run = job.config, job.source, job.open_run()
-    calibration = run.current("calibration")
-    if calibration.manifest.parents["model"] != source.identity:
-        raise ArtifactError(
-            f"{calibration.directory} was made from another model than {source.name}; add --overwrite to redo it"
-        )
+    calibration = job.calibration(run)
     parents = {"model": source.identity, "calibration": calibration.digest}
     key = StageKey(ALLOCATE, settings_of(config), parents, machine_of(config), job.overwrite)
     existing = run.reusable(key)

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from aqlm_cli.errors import ArtifactError, QuantizationError
+from aqlm_cli.errors import QuantizationError
 from aqlm_cli.events import Advanced, BlockQuantized, Emit, LayerQuantized, Noted, StageStarted, Warned
 from aqlm_cli.formatting import plain
 from aqlm_cli.memory import give_back_memory, peak_memory_bytes, reset_peak_memory
@@ -61,11 +61,7 @@ def quantize(job: Job) -> QuantizeReport:
     job = job.within_limits()
     config, source = job.config, job.source
     run = job.open_run()
-    calibration = run.current("calibration")
-    if calibration.manifest.parents["model"] != source.identity:
-        raise ArtifactError(
-            f"{calibration.directory} was made from another model than {source.name}; add --overwrite to redo it"
-        )
+    calibration = job.calibration(run)
     settings = {**config.quantize.model_dump(mode="json"), "seed": config.seed}
     parents = {"model": source.identity, "calibration": calibration.digest}
     if config.quantize.target.question is not None:
@@ -81,8 +77,9 @@ def quantize(job: Job) -> QuantizeReport:
         layers = tables | {path: measured for block in blocks for path, measured in block["layers"].items()}
         if not layers:
             raise QuantizationError(f"nothing is quantized: {UNREACHED}; add text, or choose other layers")
-        plan = job.preflight.plan
-        plan = plan.leaving(plan.schemes.keys() - layers.keys(), UNREACHED)
+        known = job.preflight
+        plan = known.plan.leaving(known.plan.schemes.keys() - layers.keys(), UNREACHED)
+        layout = known.layout if plan == known.plan else known.facts.layout(config, plan)
         report = QuantizeReport(
             directory=stage.published,
             model=config.model,
@@ -92,7 +89,7 @@ def quantize(job: Job) -> QuantizeReport:
             code_bits=plan.code_bits,
             stored_bits=plan.stored_bits,
             bytes_before=plan.bytes_before,
-            bytes_after=job.preflight.facts.layout(config, plan).total_bytes,
+            bytes_after=layout.total_bytes,
             mean_relative_error=_geometric_mean([layer["relative_error"] for layer in layers.values()]),
             seconds=sum(one["seconds"] for one in (*tables.values(), *blocks)),
             memory_bytes=max([peak_memory_bytes(), *(block["memory_bytes"] for block in blocks)]),
