@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import tiny_models
+from helpers import commands, tiny_models
 from helpers.commands import refused, run
 from helpers.walks import walk_of
 from safetensors.torch import load_file
@@ -24,18 +24,7 @@ from aqlm_cli.runs.artifact import open_artifact
 from aqlm_cli.runs.files import load_tensors
 from aqlm_kernels import CompressedEmbedding, quantized_layers
 
-RUN_FILE = """
-model: tiny
-threads: 1
-calibrate: {data: "builtin:8", sequence_length: 32, statistics_sequences: 2}
-quantize:
-  statistics_sequences: 8
-  scheme: 2x4g8
-  aqlm: {rounds: 1, ldlq_rounds: 1, kmeans_iterations: 1}
-  fit: {epochs: 1, sequences: 4, held_out: 4}
-pack: {format: dense}
-finetune: {steps: 4, batch: 2, micro_batch: 2, sequence_length: 16, held_out: 2, evaluate_every: 2, save_every: 2}
-"""
+RUN_FILE = commands.RUN_FILE + "pack: {format: dense}\n" + commands.FINETUNE
 
 QUANTIZE = "quantize", "--config", "run.yaml", "--out", "run"
 
