@@ -10,8 +10,9 @@ from aqlm_kernels.backends import BACKENDS, Backend, choose, matmul, smallest
 from aqlm_kernels.compressed import CompressedLinear
 from aqlm_kernels.cpu.bandwidth import read_bandwidth
 from aqlm_kernels.cpu.decoder import Decoder, DecoderBlock
+from aqlm_kernels.cpu.head import why_not_head
 from aqlm_kernels.cpu.lm_head import ByteRows, matmul_dense
-from aqlm_kernels.cpu.stacks import DecoderLayer, why_not_compiled
+from aqlm_kernels.cpu.stacks import DecoderLayer, HeadLayer, why_not_compiled
 from aqlm_kernels.embedding import CompressedEmbedding, embedding_scale
 from aqlm_kernels.errors import KernelError
 from aqlm_kernels.experts import SingleExperts, expert_shapes, is_fused, why_not_single
@@ -43,6 +44,7 @@ __all__ = [
     "Decoder",
     "DecoderBlock",
     "DecoderLayer",
+    "HeadLayer",
     "KernelError",
     "Matrix",
     "PackedMatrix",
@@ -70,6 +72,7 @@ __all__ = [
     "to_checkpoint",
     "unpack_bits",
     "why_not_compiled",
+    "why_not_head",
     "why_not_single",
 ]
 

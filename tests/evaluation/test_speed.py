@@ -198,11 +198,10 @@ def shape(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> st
     return "tiny"
 
 
-def measured_shape(shape: str, scheme: str, **settings: Any) -> BenchReport:
+def measured_shape(shape: str, scheme: str, table: str | None = None, **settings: Any) -> BenchReport:
     chosen = BenchConfig.model_validate({"prompt": PROMPT, "tokens": TOKENS, "repeats": 1, **settings})
-    parsed = parse_scheme(scheme)
-    assert isinstance(parsed, AdditiveScheme)
-    return measure_shape(shape, parsed, SpeedSettings(chosen), lambda event: None)
+    other = None if table is None else parse_scheme(table)
+    return measure_shape(shape, parse_scheme(scheme), SpeedSettings(chosen), lambda event: None, other)
 
 
 def test_a_shape_is_measured_with_random_numbers(shape: str) -> None:
@@ -216,6 +215,22 @@ def test_a_shape_is_measured_with_random_numbers(shape: str) -> None:
     others = 258 * 64 * (1 if random_models.SHAPES[shape][-1] else 2) + 5 * 64
     assert report.rows[-1].bytes == blocks // 4 + 2 * (codebooks + outputs) + 2 * others
     assert report.rows[0].bytes == 2 * (blocks + others)
+
+
+@pytest.mark.parametrize("table", ["int4g32", "2x8g8", "3x8g8+int4g32r9"])
+def test_embeddings_and_head_of_a_shape_have_a_scheme_of_their_own(table: str, shape: str) -> None:
+    report, dense = (measured_shape(shape, "1x8g8", one) for one in (table, None))
+    assert (report.model, report.backend) == (f"tiny, 1x8g8, embeddings {table}, random numbers", DECODING)
+    assert 0 < (report.rows[-1].relative_error or 0) < 1e-3
+    stored, count = parse_scheme(table).stored_bits(258, 64) // 8, 1 if random_models.SHAPES[shape][-1] else 2
+    whole = report.rows[-1].bytes - dense.rows[-1].bytes
+    assert whole == pytest.approx(count * (stored - 2 * 258 * 64), abs=16)
+    assert report.rows[-1].read_bytes["head"] == pytest.approx(stored, abs=16)
+
+
+def test_a_width_that_a_scheme_refuses_is_named(shape: str) -> None:
+    with pytest.raises(UsageError, match=r"embed_tokens cannot have the scheme int4g48: .*48"):
+        measured_shape(shape, "1x8g8", "int4g48")
 
 
 def test_a_random_model_holds_numbers_that_sixteen_bits_hold(shape: str) -> None:

@@ -15,8 +15,8 @@ from torch import Tensor
 from aqlm_cli.models import load_network, resolve
 from aqlm_cli.models.blocks import replace_module
 from aqlm_cli.quantization.methods import rtn
-from aqlm_cli.spec.schemes import UniformScheme, parse_scheme
-from aqlm_kernels import AdditiveMatrix, CompressedEmbedding
+from aqlm_cli.spec.schemes import RefinedScheme, UniformScheme, parse_scheme
+from aqlm_kernels import AdditiveMatrix, CompressedEmbedding, RefinedMatrix
 
 MIXES: dict[str, dict[str, str]] = {
     "every layer another": {
@@ -44,6 +44,8 @@ MIXES: dict[str, dict[str, str]] = {
     "embeddings of long codes": {"embed_tokens": "1x10g8", "": "2x8g8"},
     "both, of two schemes": {"embed_tokens": "3x8g16", "lm_head": "2x8g8", "": "2x8g8"},
     "the head alone": {"lm_head": "4x8g8"},
+    "a refined table": {"embed_tokens": "3x8g8+int4g32r40", "": "2x8g8"},
+    "a refined uniform head": {"lm_head": "int3g32+int4g64r7", "": "3x8g8"},
 }
 """Schemes by a part of the paths of their layers: the first that fits, and no other layer is quantized.
 
@@ -71,10 +73,15 @@ def scheme_of(path: str, mix: dict[str, str]) -> str | None:
     return next((word for key, word in mix.items() if key in path and (key or not table)), None)
 
 
-def quantized(weight: Tensor, word: str, bias: Tensor | None) -> torch.nn.Module:
+def quantized(weight: Tensor, word: str, bias: Tensor | None) -> Any:
     """Random codes, in the size of the weights."""
     scheme, draw = parse_scheme(word), torch.Generator().manual_seed(len(weight))
     bias = None if bias is None else bias.detach()
+    if isinstance(scheme, RefinedScheme):
+        index = torch.randperm(len(weight), generator=draw)[: scheme.rows].sort().values.int()
+        base = quantized(weight, str(scheme.base), bias)
+        patch = quantized(0.2 * weight[index], str(scheme.patch), None)
+        return RefinedMatrix(base.matrix(), index, patch.matrix()).module(bias)
     if isinstance(scheme, UniformScheme):
         return rtn.quantize(weight.detach(), None, scheme, draw, None).module(bias)
     assert scheme.codebook_shape is not None

@@ -17,7 +17,7 @@ from typer.testing import Result
 
 from aqlm_cli.pipeline import allocation
 
-TARGET = {"among": ["1x4g8", "2x4g8"], "tables": ["2x4g8", "int4g32"], "mixes": 3, "sequences": 4}
+TARGET = {"among": ["1x4g8", "2x4g8"], "tables": ["2x4g8", "2x4g8+int4g32r8", "int4g32"], "mixes": 3, "sequences": 4}
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from aqlm_cli.errors import QuantizationError
 from aqlm_cli.quantization import tables
 from aqlm_cli.quantization.methods import aqlm, rtn
 from aqlm_cli.quantization.solvers.hessian import LayerStatistics
-from aqlm_cli.quantization.tables import QuantizedTable, TableMoments, TableStatistics, quantize_table
+from aqlm_cli.quantization.tables import QuantizedTable, TableMoments, TableStatistics, quantize_table, rows_to_search
 from aqlm_cli.spec.methods.aqlm import AqlmSettings
 from aqlm_cli.spec.schemes import parse_scheme
 from aqlm_kernels import RefinedMatrix
@@ -94,6 +94,17 @@ def test_a_patch_goes_to_the_rows_whose_errors_cost_most() -> None:
     assert refined.relative_error < 0.65 * base.relative_error
 
 
+def test_a_base_that_there_is_already_is_refined_as_it_is() -> None:
+    weight, statistics = table()
+    base = quantized(weight, statistics, "int3g16")
+    scheme, draw = parse_scheme("int3g16+int4g16r20"), torch.Generator().manual_seed(1)
+    given = quantize_table(weight, statistics, scheme, QUICK, draw, 1, base.matrix)
+    assert same_tensors(given, quantized(weight, statistics, "int3g16+int4g16r20"))
+    other = base.matrix.from_tensors({**base.matrix.tensors(), "zeros": base.matrix.tensors()["zeros"] + 1})
+    refined = quantize_table(weight, statistics, scheme, QUICK, draw, 1, other).matrix
+    assert isinstance(refined, RefinedMatrix) and refined.base is other
+
+
 def test_the_relative_error_is_that_of_the_stored_matrix() -> None:
     weight, statistics = table()
     for scheme in SCHEMES:
@@ -101,6 +112,17 @@ def test_the_relative_error_is_that_of_the_stored_matrix() -> None:
         errors = (statistics.row_weights * row_errors(weight, statistics, found)).sum()
         whole = (statistics.row_weights * (weight @ statistics.metric() * weight).sum(1)).sum()
         assert found.relative_error == pytest.approx(float(errors / whole), rel=1e-3)
+
+
+@pytest.mark.parametrize("scheme", ["2x4g4", "int3g16", "2x4g4+int4g16r20"])
+def test_the_rows_gone_through_end_at_those_that_were_announced(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables, "CHUNK_WEIGHTS", 64 * FEATURES)
+    weight, statistics = table()
+    told: list[int] = []
+    draw = torch.Generator().manual_seed(0)
+    quantize_table(weight, statistics, parse_scheme(scheme), QUICK, draw, done=told.append)
+    assert len(told) > 3 and told == sorted(told)
+    assert told[-1] == rows_to_search(weight, parse_scheme(scheme))
 
 
 # ---------------------------------------------------------------------------------------------------- exact, and equal

@@ -14,7 +14,7 @@ from aqlm_cli.errors import PlanError
 from aqlm_cli.spec.allocation_record import AllocationRecord, Candidate, Mix, of_blocks, single_schemes
 from aqlm_cli.spec.choices import Choice, OpenLayer, open_layers
 from aqlm_cli.spec.plan import Layer
-from aqlm_cli.spec.priors import expected_error, group_of, sensitivity
+from aqlm_cli.spec.priors import expected_divergence, expected_error, group_of, sensitivity
 from aqlm_cli.spec.schemes import parse_scheme
 from aqlm_cli.spec.scores import SIXTEEN_BITS, Effects, Goal, ScoredLayer, ScoredOption, Scores, expected_scores
 from aqlm_cli.spec.selection import Rule, Selection
@@ -150,3 +150,11 @@ def test_priors_fall_with_bits_and_rise_with_depth() -> None:
     scores = expected_scores(layers)
     assert scores.solve(Effects(), Goal("size", 60_000)).bytes <= 60_000
     assert isinstance(layers["model.embed"].choices[0], Choice)
+
+
+@pytest.mark.parametrize(("rows", "share"), [(256, 0.69), (1024, 0.51), (4096, 0.38)])
+def test_refined_rows_lower_the_divergence_that_is_expected_of_a_table(rows: int, share: float) -> None:
+    """As measured on the table of SmolLM2-135M in 3x8g8."""
+    table = OpenLayer("embed_tokens", "table", 49152, 576, 0.0, ())
+    base, refined = (expected_divergence(table, parse_scheme(f"3x8g8{end}")) for end in ("", f"+int4g64r{rows}"))
+    assert refined / base == pytest.approx(share, abs=0.03)

@@ -25,9 +25,10 @@ from torch.nn import functional as F
 
 from aqlm_kernels.cpu.compile import compiled, prange
 from aqlm_kernels.cpu.dequantize import Floats, array
-from aqlm_kernels.cpu.lm_head import ByteRows, matmul_dense
+from aqlm_kernels.cpu.head import head_of
+from aqlm_kernels.cpu.lm_head import ByteRows
 from aqlm_kernels.cpu.rows import rows_of
-from aqlm_kernels.cpu.stacks import FIELDS, INPUTS, DecoderLayer, Integers, Matmuls, matmuls
+from aqlm_kernels.cpu.stacks import FIELDS, INPUTS, DecoderLayer, HeadLayer, Integers, Matmuls, matmuls
 from aqlm_kernels.errors import KernelError
 from aqlm_kernels.matrices.matrix import Matrix
 
@@ -60,7 +61,7 @@ class Decoder:
         blocks: Sequence[DecoderBlock],
         embeddings: Tensor | Matrix,
         norm: Tensor,
-        head: Tensor | ByteRows | DecoderLayer,
+        head: Tensor | ByteRows | HeadLayer,
         angles: tuple[Tensor, Tensor],
         key_heads: int,
         epsilon: float,
@@ -69,7 +70,7 @@ class Decoder:
         cosines, sines = angles
         self._layers, self._blocks = blocks, _Blocks.of(blocks)
         self._embeddings, self._norm = rows_of(embeddings), norm.detach().float()
-        self._head = head if isinstance(head, (Tensor, ByteRows)) else _QuantizedHead.of(head)
+        self._head = head_of(head)
         self._cosines, self._sines = array(cosines), array(sines)
         self._heads = blocks[0].attention_in[0].out_features // cosines.shape[1]
         self._epsilon, self._lut_bytes = epsilon, lut_bytes
@@ -138,9 +139,7 @@ class Decoder:
 
     def _logits(self, hidden: Tensor) -> Tensor:  # [1, d] -> [vocabulary]
         normed = self._normed(hidden, self._norm)
-        if isinstance(self._head, _QuantizedHead):
-            return self._head.logits(normed, self._lut_bytes)
-        return matmul_dense(normed, self._head)[0]
+        return self._head.logits(normed, self._lut_bytes)[0]
 
 
 def _apply(layer: DecoderLayer, x: Tensor) -> Tensor:
@@ -149,19 +148,6 @@ def _apply(layer: DecoderLayer, x: Tensor) -> Tensor:
         return F.linear(x, layer.weight.float(), None if layer.bias is None else layer.bias.float())
     y: Tensor = layer(x)
     return y
-
-
-class _QuantizedHead(NamedTuple):
-    matmuls: Matmuls
-    vocabulary: int
-
-    @classmethod
-    def of(cls, layer: DecoderLayer) -> _QuantizedHead:
-        return cls(Matmuls.of([layer]), layer.out_features)
-
-    def logits(self, hidden: Tensor, lut_bytes: int) -> Tensor:  # [1, d] -> [vocabulary]
-        y = matmuls(array(hidden), self.matmuls.fields, lut_bytes, numba.get_num_threads())
-        return torch.from_numpy(y[0, : self.vocabulary])
 
 
 ATTENTION_IN, ATTENTION_OUT, NETWORK_IN, NETWORK_OUT, SLOTS = 0, 3, 4, 6, 7

@@ -31,8 +31,10 @@ from aqlm_kernels.linear import AdditiveLinear
 from aqlm_kernels.matrices.additive import AdditiveMatrix
 from aqlm_kernels.matrices.uniform import UniformMatrix
 from aqlm_kernels.packed import PackedMatrix
+from aqlm_kernels.refined import RefinedLinear
 
 DecoderLayer: TypeAlias = AdditiveLinear | CompressedLinear | nn.Linear
+HeadLayer: TypeAlias = DecoderLayer | RefinedLinear
 Integers = NDArray[np.int64]
 
 NONE, ADDITIVE, UNIFORM_FLOAT16, UNIFORM_FLOAT32, FLOAT32, BFLOAT16, FLOAT16 = range(7)
@@ -80,7 +82,7 @@ class Matmuls:
         return int(self.fields[:, OUTPUTS].sum())
 
 
-def why_not_compiled(layer: DecoderLayer) -> str | None:
+def why_not_compiled(layer: HeadLayer) -> str | None:
     """Reason why there is no compiled matmul with a layer, or None."""
     if isinstance(layer, AdditiveLinear):
         entries = layer.codebooks.shape[1]

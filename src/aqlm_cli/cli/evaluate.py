@@ -53,6 +53,9 @@ def bench(
         str | None, typer.Option(help="Shape in place of a model, such as llama-3.2-1b, with random weights.")
     ] = None,
     scheme: Annotated[str | None, typer.Option(help="Scheme for --shape, such as 2x8g8.")] = None,
+    embeddings: Annotated[
+        str | None, typer.Option(help="Scheme of embeddings and head for --shape (default: 16 bits).")
+    ] = None,
     tokens: Annotated[int | None, typer.Option(help="Tokens to decode.")] = None,
     prompt: Annotated[int | None, typer.Option(help="Prompt length in tokens.")] = None,
     repeats: Annotated[int | None, typer.Option(help="Number of repetitions.")] = None,

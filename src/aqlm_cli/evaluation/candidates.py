@@ -39,15 +39,20 @@ def load_candidates(
     return _in_every_type(model, ids, settings.prompt)
 
 
-def candidates_of_shape(shape: str, scheme: Scheme, ids: Tensor, settings: BenchConfig, emit: Emit) -> list[Candidate]:
-    """The same for a model of a shape alone, with random weights and codes: the types that fit in half the memory."""
+def candidates_of_shape(
+    shape: str, schemes: tuple[Scheme, Scheme | None], ids: Tensor, settings: BenchConfig, emit: Emit
+) -> list[Candidate]:
+    """The same for a model of a shape alone, with random weights and codes: the types that fit in half the memory.
+
+    The schemes are those of the layers in the blocks, and of embeddings and head, None: 16 bits.
+    """
     length, parameters = len(ids), count_parameters(empty_network(shape))
     free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
     sizes = {name: dtype.itemsize * parameters for name, dtype in DTYPES.items()}
     left_out = [name for position, name in enumerate(sizes) if sum(list(sizes.values())[: position + 1]) > free]
     if left_out:
         emit(Noted(f"{', '.join(left_out)} would take more than half of this machine's memory, and is not measured"))
-    packed = random_packed_network(shape, scheme)
+    packed = random_packed_network(shape, *schemes)
     exact = None
     if "FP32" not in left_out:
         exact = timing.run_pass(decoding_of(dequantized(copy.deepcopy(packed)), length), ids, settings.prompt).logits

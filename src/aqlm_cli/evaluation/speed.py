@@ -70,13 +70,16 @@ class SpeedEvaluation:
         return {"bench.json": report.as_json(), **{f"bench.{kind}": data for kind, data in draw_speed(report).items()}}
 
 
-def measure_shape(shape: str, scheme: Scheme, settings: SpeedSettings, emit: Emit) -> BenchReport:
-    """Measure a model of a shape alone, with random weights and codes."""
+def measure_shape(
+    shape: str, scheme: Scheme, settings: SpeedSettings, emit: Emit, table: Scheme | None = None
+) -> BenchReport:
+    """Measure a model of a shape alone, with random weights and codes; `table` is the scheme of embeddings and head."""
     section = settings.section
     others = llama_candidates(section.llama_bench, section.llama_models)
     ids = _random_ids(empty_network(shape).config.vocab_size, section.prompt + section.tokens, settings.seed)
-    candidates = candidates_of_shape(shape, scheme, ids, section, emit)
-    return _compare(f"{shape}, {scheme}, random numbers", candidates, others, ids, section, emit)
+    candidates = candidates_of_shape(shape, (scheme, table), ids, section, emit)
+    described = f"{scheme}" if table is None else f"{scheme}, embeddings {table}"
+    return _compare(f"{shape}, {described}, random numbers", candidates, others, ids, section, emit)
 
 
 def _random_ids(vocabulary: int, length: int, seed: int) -> torch.Tensor:

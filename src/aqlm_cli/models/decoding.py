@@ -31,12 +31,15 @@ from aqlm_kernels import (
     Decoder,
     DecoderBlock,
     DecoderLayer,
+    HeadLayer,
     KernelError,
+    RefinedLinear,
     choose,
     from_checkpoint,
     quantized_layers,
     smallest,
     why_not_compiled,
+    why_not_head,
 )
 
 FAMILIES = ("llama", "mistral", "qwen2")
@@ -63,7 +66,7 @@ FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 LUT_BYTES = {"cpu-avx512": 2, "cpu-avx512-8bit": 1, "cpu-lut": 0}
 
 
-Quantized: TypeAlias = AdditiveLinear | CompressedLinear
+Quantized: TypeAlias = AdditiveLinear | CompressedLinear | RefinedLinear
 
 
 class Decoding(Protocol):
@@ -199,7 +202,7 @@ class Parts(NamedTuple):
     def linear(self, path: str) -> DecoderLayer:
         """The layer x W^T + bias there; dense weights in 16 bits where that is exact."""
         weight, bias = self.weight(path), self.tensors.get(f"{path}.bias")
-        assert weight is not None
+        assert weight is not None and not isinstance(weight, RefinedLinear)  # which is for tables
         if not isinstance(weight, Tensor):
             return weight
         dense = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
@@ -237,7 +240,8 @@ class _Compiled:
 
 def _backends(parts: Parts, backend: str | None) -> list[str]:
     """Backends of the additive layers, all but a table where rows are looked up alone."""
-    multiplied = [layer for path, layer in parts.layers.items() if path != EMBEDDINGS or layer is parts.weight(HEAD)]
+    layers = [layer for path, layer in parts.layers.items() if path != EMBEDDINGS or layer is parts.weight(HEAD)]
+    multiplied = [layer.base if isinstance(layer, RefinedLinear) else layer for layer in layers]
     kinds = {(layer.codebooks.shape, layer.codes.device) for layer in multiplied if isinstance(layer, AdditiveLinear)}
     return sorted({choose(smallest(*shape), device, backend).name for shape, device in kinds})
 
@@ -290,7 +294,8 @@ def _why_not_linear(parts: Parts, path: str, shape: tuple[int, int]) -> str | No
         return f"needs {shape} weights in {path}"
     if isinstance(weight, Tensor) and weight.dtype not in FLOATING:
         return f"does not support the type of {path}, {weight.dtype}"
-    if isinstance(weight, Quantized) and (reason := why_not_compiled(weight)) is not None:
+    refusal = why_not_head if path == HEAD else why_not_compiled
+    if isinstance(weight, Quantized) and (reason := refusal(weight)) is not None:
         return f"cannot multiply by {path}, which {reason}"
     biased = weight.bias is not None if isinstance(weight, Quantized) else f"{path}.bias" in parts.tensors
     return f"does not support the bias of {path}" if biased and not path.endswith(ATTENTION_IN) else None
@@ -332,7 +337,7 @@ def _decoder(parts: Parts, max_length: int, lut_bytes: int, head: Head) -> Decod
     )
 
 
-def _head(parts: Parts, head: Head) -> Tensor | ByteRows | DecoderLayer:
+def _head(parts: Parts, head: Head) -> Tensor | ByteRows | HeadLayer:
     weight = parts.weight(HEAD)
     assert weight is not None
     if isinstance(weight, Tensor):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -12,8 +11,10 @@ from torch import nn
 from aqlm_cli.errors import UsageError
 from aqlm_cli.models.blocks import find_blocks, linears, replace_module
 from aqlm_cli.models.loading import without_weights
+from aqlm_cli.models.random_matrices import random_matrix
+from aqlm_cli.models.tables import describe_tables, put_table
 from aqlm_cli.spec.schemes import Scheme
-from aqlm_kernels import AdditiveLinear, AdditiveMatrix
+from aqlm_kernels import Matrix
 
 SHAPES: dict[str, tuple[int, int, int, int, int, int, bool]] = {
     # hidden, intermediate, blocks, heads, key heads, vocabulary, tied embeddings
@@ -39,14 +40,20 @@ def random_network(shape: str, dtype: torch.dtype) -> transformers.PreTrainedMod
     return _ready(network)
 
 
-def random_packed_network(shape: str, scheme: Scheme) -> transformers.PreTrainedModel:
-    """A Llama of the shape with random codes in the linear layers of its blocks; float32 elsewhere."""
+def random_packed_network(shape: str, scheme: Scheme, table: Scheme | None = None) -> transformers.PreTrainedModel:
+    """A Llama of the shape with random codes in the linear layers of its blocks; float32 elsewhere.
+
+    `table` is the scheme of embeddings and head. Raises UsageError where a scheme refuses the width of a layer.
+    """
     network = empty_network(shape)
     draw = torch.Generator().manual_seed(0)
     blocks = find_blocks(network)
     for prefix, block in zip(blocks.paths, blocks.modules, strict=True):
         for path, layer in linears(block, prefix).items():
-            replace_module(network, path, _random_layer(layer, scheme, draw))
+            replace_module(network, path, _matrix(path, layer, scheme, draw).module())
+    if table is not None:
+        for one in describe_tables(network):
+            put_table(network, one.path, _matrix(one.path, one, table, draw), "cpu")
     for module in network.modules():
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.is_meta:
@@ -58,14 +65,11 @@ def random_packed_network(shape: str, scheme: Scheme) -> transformers.PreTrained
     return _ready(network)
 
 
-def _random_layer(layer: nn.Linear, scheme: Scheme, draw: torch.Generator) -> AdditiveLinear:
-    assert scheme.codebook_shape is not None
-    num_codebooks, size, group_size = scheme.codebook_shape
-    shape = (layer.out_features, layer.in_features // group_size, num_codebooks)
-    codes = torch.randint(0, size, shape, generator=draw, dtype=torch.uint8 if size <= 256 else torch.int32)
-    codebooks = torch.randn(num_codebooks, size, group_size, generator=draw)
-    scales = torch.full((layer.out_features,), 0.02 / math.sqrt(num_codebooks))
-    return AdditiveLinear(AdditiveMatrix(codes, codebooks, scales))
+def _matrix(path: str, layer: Any, scheme: Scheme, draw: torch.Generator) -> Matrix:
+    refusal = scheme.refuses(layer.out_features, layer.in_features)
+    if refusal is not None:
+        raise UsageError(f"{path} cannot have the scheme {scheme}: {refusal}")
+    return random_matrix(scheme, layer.out_features, layer.in_features, draw)
 
 
 def _ready(network: transformers.PreTrainedModel) -> transformers.PreTrainedModel:

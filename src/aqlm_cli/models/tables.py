@@ -43,10 +43,13 @@ def output_head(network: nn.Module) -> nn.Linear | None:
     return found[1] if found is not None and isinstance(found[1], nn.Linear) else None
 
 
-def put_table(network: nn.Module, path: str, matrix: Matrix) -> None:
-    """Replace the embeddings, the head, or with the path of tied embeddings both, by layers of this matrix."""
+def put_table(network: nn.Module, path: str, matrix: Matrix, device: Any = None) -> None:
+    """Replace the embeddings, the head, or with the path of tied embeddings both, by layers of this matrix.
+
+    They come to the device of the weights before, unless another is given.
+    """
     module: Any = network.get_submodule(path)
-    head, device = _outside(network, "output"), module.weight.device
+    head, device = _outside(network, "output"), device or module.weight.device
     if not isinstance(module, nn.Embedding):
         replace_module(network, path, _layer(matrix, module.bias, device))
         return

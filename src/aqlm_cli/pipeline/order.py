@@ -258,10 +258,9 @@ def compare_speed(target: str, config: RunConfig, emit: Emit, base_model: Resolv
 
 def compare_speed_of_shape(shape: str, config: RunConfig, emit: Emit) -> BenchReport:
     """Speed of a model of this shape with random weights and codes."""
-    scheme = parse_scheme(config.quantize.scheme)
-    if scheme.codebook_shape is None:
-        raise UsageError(f"scheme {scheme} is packed as ordinary weights; choose one such as 2x8g8")
-    return measure_shape(shape, scheme, SpeedSettings(config.bench, config.seed), emit)
+    scheme, table = parse_scheme(config.quantize.scheme), config.quantize.selection.embeddings
+    settings = SpeedSettings(config.bench, config.seed)
+    return measure_shape(shape, scheme, settings, emit, None if table is None else table.scheme)
 
 
 def continue_text(target: str, config: RunConfig, prompt: str, tokens: int, temperature: float, emit: Emit) -> Record:

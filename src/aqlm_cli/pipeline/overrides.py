@@ -49,7 +49,7 @@ def settings_to_bench(target: str | None, shape: str | None, flags: Mapping[str,
     if (target is None) == (shape is None):
         raise UsageError("give a model, a run or --shape, one of them")
     if shape is None and "quantize" in flags:
-        raise UsageError("--scheme goes with --shape; a run has a scheme of its own")
+        raise UsageError("--scheme and --embeddings go with --shape; a run has schemes of its own")
     if shape is not None and not flags.keys().isdisjoint({"revision", "trust_remote_code"}):
         raise UsageError("--revision and --trust-remote-code belong to a model; --shape has neither, leave them out")
     return settings_for(target or str(shape), flags)

@@ -14,11 +14,17 @@ import torch
 from torch import Tensor, nn
 
 from aqlm_cli.errors import ArtifactError
-from aqlm_cli.events import Advanced, Emit, Noted, StageStarted
+from aqlm_cli.events import Advanced, Emit, StageStarted
 from aqlm_cli.models.gradients import embedding_gradients
 from aqlm_cli.models.tables import output_head
 from aqlm_cli.models.walk import Walk
-from aqlm_cli.quantization.tables import QuantizedTable, TableMoments, TableStatistics, quantize_table
+from aqlm_cli.quantization.tables import (
+    QuantizedTable,
+    TableMoments,
+    TableStatistics,
+    quantize_table,
+    rows_to_search,
+)
 from aqlm_cli.runs.artifact import Artifact, rebuild_command
 from aqlm_cli.runs.files import load_tensors, save_tensors, storage_errors
 from aqlm_cli.seeds import generator
@@ -127,8 +133,17 @@ def table_of(
     if target.kind != "head":
         gradients = embedding_metric(walk, ids, work / "gradients", generator(seed, STAGE), emit)
     statistics = read_statistics(calibration, target, gradients)
-    emit(Noted(f"quantizing {target.path}, {target.out_features} x {target.in_features}, to {treatment.scheme}"))
     weight = walk.network.get_submodule(target.path).weight
     assert isinstance(weight, Tensor)
     settings, rng = config.quantize.settings_of(treatment.method), generator(seed, target.path)
-    return quantize_table(weight.detach(), statistics, treatment.scheme, settings, rng, torch.get_num_threads())
+    stage = f"{target.path} to {treatment.scheme}"
+    emit(StageStarted(stage, rows_to_search(weight, treatment.scheme), "row"))
+    return quantize_table(
+        weight.detach(),
+        statistics,
+        treatment.scheme,
+        settings,
+        rng,
+        torch.get_num_threads(),
+        done=lambda rows: emit(Advanced(stage, rows)),
+    )

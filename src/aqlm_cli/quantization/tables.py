@@ -95,17 +95,20 @@ def quantize_table(
     settings: Any,
     rng: torch.Generator,
     workers: int = 1,
+    base: Matrix | None = None,
+    done: Callable[[int], None] = lambda rows: None,
 ) -> QuantizedTable:
     """Quantize a table W `[vocabulary, d]` of any floating type, `workers` chunks of rows at a time.
 
-    Settings are those of the method aqlm; a uniform scheme takes None. The result does not depend on the number of
-    workers. Raises QuantizationError where W or the statistics hold NaN or infinity.
+    Settings are those of the method aqlm; a uniform scheme takes None. `base` is that of a refined scheme, if there is
+    one already. `done` is called with the rows gone through so far, of `rows_to_search`. The result does not depend on
+    the number of workers. Raises QuantizationError where W or the statistics hold NaN or infinity.
     """
     metric = statistics.metric().float()
     if not bool(metric.isfinite().all() and statistics.row_weights.isfinite().all()):
         raise QuantizationError("its inputs hold NaN or infinite values; the model is damaged or overflows")
     with single_threaded_pool(workers) as pool:
-        table = _Table(weight, statistics.row_weights, metric, settings, rng, pool)
+        table = _Table(weight, statistics.row_weights, metric, settings, rng, pool, base, _Count(done))
         if not all(bool(weight[chunk].isfinite().all()) for chunk in table.chunks()):
             raise QuantizationError("the weight holds NaN or infinite values; the model is damaged")
         matrix = FAMILIES[scheme.kind](table, scheme)
@@ -116,6 +119,25 @@ def quantize_table(
 # ------------------------------------------------------------------------------------------------------ kinds of scheme
 
 
+def rows_to_search(weight: Tensor, scheme: Scheme, base: Matrix | None = None) -> int:
+    """Rows that `quantize_table` goes through: those of the table, and those that something is fitted on before."""
+    rows, features = weight.shape
+    if isinstance(scheme, RefinedScheme):
+        return scheme.rows + (rows_to_search(weight, scheme.base) if base is None else 0)
+    return rows + (min(rows, _sample_size(features)) if scheme.codebook_shape is not None else 0)
+
+
+class _Count:
+    """Adds up the rows that are done."""
+
+    def __init__(self, done: Callable[[int], None]) -> None:
+        self._done, self._rows = done, 0
+
+    def add(self, rows: int) -> None:
+        self._rows += rows
+        self._done(self._rows)
+
+
 @dataclass(frozen=True, eq=False)
 class _Table:
     weight: Tensor  # [vocabulary, d]
@@ -124,6 +146,8 @@ class _Table:
     settings: Any
     rng: torch.Generator
     pool: Executor
+    base: Matrix | None
+    count: _Count
 
     def chunks(self) -> Sequence[Tensor]:
         """Indices of the rows that go through the search at once."""
@@ -145,7 +169,13 @@ class _Table:
 
     def encoded(self, code: Callable[[Tensor], Part]) -> list[Part]:
         """Encode rows `[rows, d]` float32 chunk by chunk, each row for itself."""
-        return list(self.pool.map(lambda chunk: code(self.weight[chunk].float()), self.chunks()))
+        parts = []
+        for chunk, part in zip(
+            self.chunks(), self.pool.map(lambda chunk: code(self.weight[chunk].float()), self.chunks()), strict=True
+        ):
+            parts.append(part)
+            self.count.add(len(chunk))
+        return parts
 
 
 def _additive(table: _Table, scheme: AdditiveScheme) -> AdditiveMatrix:
@@ -153,10 +183,12 @@ def _additive(table: _Table, scheme: AdditiveScheme) -> AdditiveMatrix:
     weight, settings = table.weight, table.settings
     unit = max(aqlm.ordinary_unit(weight[chunk].float()) for chunk in table.chunks())
     sweeps = aqlm.Sweeps.of(LayerStatistics(table.metric, 0), scheme.group_size, settings, weight.device)
-    chosen, counts = _sample(table.row_weights**ROW_EXPONENT, max(1, SAMPLE_WEIGHTS // weight.shape[1]), table.rng)
+    size = _sample_size(weight.shape[1])
+    chosen, counts = _sample(table.row_weights**ROW_EXPONENT, size, table.rng)
     # A row counts as the square of its scale: times the root of its weight, it counts weight times as much.
     sample = weight[chosen].float() / unit * counts.sqrt()[:, None]
     codebooks = table.pool.submit(aqlm.fit, sample, sweeps, scheme, table.rng, settings).result().codebooks
+    table.count.add(min(len(weight), size))
 
     def code(rows: Tensor) -> AdditiveMatrix:
         found = aqlm.encode(rows / unit, sweeps, codebooks, settings)
@@ -165,6 +197,11 @@ def _additive(table: _Table, scheme: AdditiveScheme) -> AdditiveMatrix:
     parts = table.encoded(code)
     codes, scales = torch.cat([part.codes for part in parts]), torch.cat([part.scales for part in parts])
     return AdditiveMatrix(codes, codebooks, scales).balanced()
+
+
+def _sample_size(features: int) -> int:
+    """Rows that codebooks are fitted on, at most."""
+    return max(1, SAMPLE_WEIGHTS // features)
 
 
 def _sample(weights: Tensor, size: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -201,7 +238,7 @@ def _uniform(table: _Table, scheme: UniformScheme) -> UniformMatrix:
 
 def _refined(table: _Table, scheme: RefinedScheme) -> RefinedMatrix:
     """The base's error of those rows whose errors cost most, quantized once more."""
-    base = FAMILIES[scheme.base.kind](table, scheme.base)
+    base = table.base if table.base is not None else FAMILIES[scheme.base.kind](table, scheme.base)
     index = table.energies(base).topk(scheme.rows).indices.sort().values
     error = table.weight[index].float() - base.rows(index).stored().dequantize()
     rest = replace(table, weight=error, row_weights=table.row_weights[index])

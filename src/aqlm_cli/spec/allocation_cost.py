@@ -11,7 +11,7 @@ from aqlm_cli.spec.schemes import Scheme, total_bytes
 from aqlm_cli.spec.target import TargetConfig
 from aqlm_cli.spec.time_estimate import Rates
 
-FAST_SHARE = 0.25
+FAST_SHARE = 0.16
 """Time of the fast search, as a share of the whole search for the same scheme."""
 
 PLANS = 3
@@ -26,13 +26,15 @@ def allocation_cost(
 ) -> Cost:
     """The stage `allocate`: seconds, peak resident memory, and bytes on the disk.
 
-    The time of a search grows with the bits of its codes; `rates` are those of the default scheme.
+    The time of a search grows with the bits of its codes; `rates` are those of the default scheme. What a patch adds to
+    a base that is searched anyway is not counted.
     """
     layers = list(layers)
     options = [(layer, one.treatment) for layer in layers for one in layer.choices if one.treatment is not None]
     searches = sum(
         rates.compression(_target(layer, treatment.scheme)) * treatment.scheme.code_bits / default.code_bits
         for layer, treatment in options
+        if treatment.base not in [one.treatment for one in layer.choices if one.treatment is not None]
     )
     tokens = min(target.sequences, work.sequences) * work.length
     inside = sum(block.weights_per_token for block in model.blocks)

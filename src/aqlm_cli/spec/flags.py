@@ -59,7 +59,7 @@ EVAL_PPL: Mapping[str, str] = MappingProxyType(
 BENCH: Mapping[str, str] = MappingProxyType(
     {
         **MODEL,
-        **_section("quantize", "scheme"),
+        **_section("quantize", "scheme", "embeddings"),
         **_section("bench", "tokens", "prompt", "repeats", "batch", "backend", "head", "llama_bench"),
         "llama_model": "bench.llama_models",
     }

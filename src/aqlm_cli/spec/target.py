@@ -33,7 +33,18 @@ class TargetConfig(Section):
     kl: Rate | None = None
     speed: Rate | None = None
     among: Annotated[Names, Field(min_length=1)] = ("1x8g8", "2x8g8", "3x8g8", "4x8g8")
-    tables: Names = ("2x8g8", "3x8g8", "4x8g8", "int4g32", "int5g32", "int6g64", "int8g64")
+    tables: Names = (
+        "2x8g8",
+        "2x8g8+int4g64r4096",
+        "3x8g8",
+        "3x8g8+int4g64r1024",
+        "3x8g8+int4g64r4096",
+        "4x8g8",
+        "int4g64",
+        "int5g64",
+        "int6g64",
+        "int8g64",
+    )
     mixes: Positive = 8
     sequences: Positive = 16
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from aqlm_cli.errors import UsageError
 from aqlm_cli.spec.methods import METHODS
-from aqlm_cli.spec.schemes import Scheme, parse_scheme
+from aqlm_cli.spec.schemes import RefinedScheme, Scheme, parse_scheme
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,13 @@ class Treatment:
 
     def __str__(self) -> str:
         return f"{self.method}:{self.scheme}"
+
+    @property
+    def base(self) -> Treatment | None:
+        """The treatment of the base of a refined scheme; None for any other."""
+        if not isinstance(self.scheme, RefinedScheme):
+            return None
+        return Treatment(method_for(self.scheme.base, self.method), self.scheme.base)
 
 
 def parse_treatment(text: str, preferred: str | None = None) -> Treatment:

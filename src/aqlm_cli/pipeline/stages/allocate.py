@@ -127,8 +127,8 @@ class _Work:
         kept = None if word == SIXTEEN_BITS else self.state.kept(_file(path, word))
         return None if kept is None else kept.matrix
 
-    def missing(self, path: str, treatment: Treatment) -> bool:
-        return self.state.kept(_file(path, str(treatment))) is None
+    def table(self, path: str, treatment: Treatment) -> Matrix | None:
+        return self.matrix(path, str(treatment))
 
     def keep(self, path: str, treatment: Treatment, made: Compressed) -> None:
         self.state.keep(replace(made, path=_file(path, str(treatment))))
@@ -158,7 +158,7 @@ def _measure(job: Job, calibration: Artifact, stage: Stage) -> AllocationRecord:
         target = Target(layer.path, layer.kind, layer.out_features, layer.in_features, None, SIXTEEN_BITS)
         return read_statistics(calibration, target, gradients)
 
-    quantize_tables(network, tables, statistics, config.seed, workers, missing=work.missing, keep=work.keep)
+    quantize_tables(network, tables, statistics, config.seed, workers, kept=work.table, keep=work.keep, emit=work.emit)
     give_back_memory()
     model = MixedModel(network, ids[-work.sequences :], dtype)
     measured = _Divergences(work, model, layers)
