@@ -8,7 +8,7 @@ from aqlm_cli.spec.choices import OpenLayer
 from aqlm_cli.spec.cost import FLOAT, PROCESS, Cost, ModelShape, Work, quantization_memory
 from aqlm_cli.spec.plan import Target
 from aqlm_cli.spec.schemes import Scheme, total_bytes
-from aqlm_cli.spec.target import TargetConfig
+from aqlm_cli.spec.target import WHOLE_MODELS, TargetConfig
 from aqlm_cli.spec.time_estimate import Rates
 
 FAST_SHARE = 0.16
@@ -42,7 +42,9 @@ def allocation_cost(
     moments = sum(block.entries_per_token for block in model.blocks) * rates.moment
     walking = tokens * (2 * inside * rates.forward + moments)
     tables = sum(layer.outside for layer, _ in options)
-    whole = (1 + target.mixes + PLANS + tables) * tokens * (inside + HEADS * head) * rates.quantized_forward
+    whole = (
+        WHOLE_MODELS * (1 + target.mixes + PLANS + tables) * tokens * (inside + HEADS * head) * rates.quantized_forward
+    )
     kept = sum(total_bytes(t.scheme.stored_layouts(layer.out_features, layer.in_features)) for layer, t in options)
     parameters = model.outside + sum(block.parameters for block in model.blocks)
     in_memory = PROCESS + FLOAT * parameters + _largest_mix(layers) + FLOAT * tokens * model.hidden

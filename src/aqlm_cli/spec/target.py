@@ -13,6 +13,9 @@ from aqlm_cli.spec.treatment import Treatment, parse_treatment
 from aqlm_cli.spec.units import parse_bytes
 
 Question: TypeAlias = Literal["size", "bits", "kl", "speed"]
+WHOLE_MODELS = 0.5
+"""Share of the sequences on which whole models are measured: all on the same, so that their differences need few."""
+
 QUESTIONS: tuple[Question, ...] = ("size", "bits", "kl", "speed")
 
 
@@ -24,8 +27,8 @@ class TargetConfig(Section):
     tokens a second, as far as reading the weights bounds it on this machine.
 
     `among` are the schemes for layers in the blocks, and `tables` those for embeddings and head, each with its method
-    before a colon if it is not the first that takes it. `mixes` whole models that differ in their schemes tell what an
-    error in each kind of layer does, on `sequences` of the calibration set; as many measure the Hessians.
+    before a colon if it is not the first that takes it. `sequences` of the calibration set measure the Hessians. On
+    half of them `mixes` whole models, which differ in their schemes, tell what an error in each kind of layer does.
     """
 
     size: str | None = None

@@ -53,6 +53,7 @@ from aqlm_cli.spec.config import RunConfig
 from aqlm_cli.spec.methods.aqlm import FAST
 from aqlm_cli.spec.plan import Target
 from aqlm_cli.spec.scores import SIXTEEN_BITS, Effects, Goal, Question, Scores, Solution, scored
+from aqlm_cli.spec.target import WHOLE_MODELS
 from aqlm_cli.spec.treatment import Treatment
 from aqlm_kernels import Matrix
 
@@ -160,7 +161,7 @@ def _measure(job: Job, calibration: Artifact, stage: Stage) -> AllocationRecord:
 
     quantize_tables(network, tables, statistics, config.seed, workers, kept=work.table, keep=work.keep, emit=work.emit)
     give_back_memory()
-    model = MixedModel(network, ids[-work.sequences :], dtype)
+    model = MixedModel(network, ids[-max(1, round(WHOLE_MODELS * work.sequences)) :], dtype)
     measured = _Divergences(work, model, layers)
     for layer in tables:
         words = [str(choice) for choice in layer.choices if choice.treatment is not None]
