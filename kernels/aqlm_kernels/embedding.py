@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ class CompressedEmbedding(nn.Module):
     """Rows of W `[vocabulary, d]` by token id, differentiable in the learnable tensors of W.
 
     `table` is the quantized layer of W. In a tied model the lm_head is this same module, so that each parameter exists
-    once. Embeddings have the type `dtype`, whatever the type of the parameters.
+    once. Embeddings have the type `dtype`, whatever the type of the parameters; `.to(dtype)` changes it.
     """
 
     table: Any  # nn.Module and QuantizedLayer, with rows(index, dtype)
@@ -49,6 +50,8 @@ class CompressedEmbedding(nn.Module):
         return width
 
     def forward(self, ids: Tensor) -> Tensor:  # [...] -> [..., d]
+        if not ids.numel():  # no kind of matrix is empty
+            return torch.empty(*ids.shape, self.embedding_dim, dtype=self.dtype, device=ids.device)
         rows: Tensor = self.table.rows(ids.flatten(), self.dtype)
         embeddings = rows.view(*ids.shape, self.embedding_dim)
         if self.padding_idx is not None:
@@ -67,6 +70,12 @@ class CompressedEmbedding(nn.Module):
     def balance(self) -> None:
         """Bring the parameters of the table into the range of float16, in place and without a change of W."""
         self.table.balance()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CompressedEmbedding:
+        """A change of the type of all parameters, by `.to` or `.half`, is one of the embeddings, too."""
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def extra_repr(self) -> str:
         padding = "" if self.padding_idx is None else f", padding_idx={self.padding_idx}"

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +21,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from aqlm_kernels.errors import KernelError
+from aqlm_kernels.matrices.matrix import QuantizedLayer
 from aqlm_kernels.native import NATIVE, VERSION, fill, make_room, native_layers, packed_state
 
 if TYPE_CHECKING:
@@ -85,10 +87,13 @@ class NativeQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
         spread = set((getattr(model, "hf_device_map", None) or {}).values())
-        if len(spread) > 1 and spread & {"cpu", "disk"}:
+        if "disk" in spread or (len(spread) > 1 and "cpu" in spread):
             raise KernelError("a quantized model cannot be offloaded; leave cpu and disk out of its device_map")
         fill(model, self.dtype)
         network: Any = model
+        embeddings = network.get_input_embeddings(), network.get_output_embeddings()
+        if any(isinstance(module, QuantizedLayer) for module in embeddings):
+            network.resize_token_embeddings = partial(_unresized, embeddings[0])
         network._weight_conversions = []  # saved under the names of its modules, by which quantized layers are known
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
@@ -102,6 +107,20 @@ class NativeQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         """True: adapters on top of it."""
         return True
+
+
+def _unresized(
+    embeddings: Any, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, *_: Any, **__: Any
+) -> Any:
+    """`resize_token_embeddings` of a model with a quantized table; KernelError for another number of tokens."""
+    tokens = embeddings.num_embeddings
+    wanted = tokens if new_num_tokens is None else new_num_tokens
+    if wanted != tokens or wanted % (pad_to_multiple_of or 1):
+        raise KernelError(
+            f"quantized embeddings and heads cannot be resized from {tokens} tokens; resize the base model, then "
+            "quantize it"
+        )
+    return embeddings
 
 
 def _untie_quantized(model: PreTrainedModel) -> None:

@@ -32,8 +32,7 @@ class RefinedLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """W `[out, in]`, for models that read the weight of a linear layer themselves."""
-        weight: Tensor = self.base.weight
-        return weight.index_add(0, self.index, self.patch.weight)
+        return self.rows(torch.arange(self.out_features, device=self.index.device))
 
     def matrix(self) -> RefinedMatrix:
         """The present values in their stored types."""

@@ -67,6 +67,26 @@ def test_type_and_scale_are_those_asked_for(kind: str) -> None:
     assert torch.equal(embedding(IDS), wanted)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("kind", MATRICES)
+def test_a_network_in_another_type_has_embeddings_of_that_type(kind: str, dtype: torch.dtype) -> None:
+    embedding = CompressedEmbedding(MATRICES[kind].module()).to(dtype)
+    wanted = F.embedding(IDS, MATRICES[kind].dequantize(torch.float64))
+    found = embedding(IDS)
+    assert found.dtype == dtype
+    precision = torch.finfo(torch.bfloat16 if dtype == torch.bfloat16 else torch.float16).eps  # of what is stored
+    assert torch.allclose(found.double(), wanted, rtol=0, atol=4 * precision * float(wanted.abs().max()))
+    assert embedding.to("cpu")(IDS).dtype == dtype
+
+
+@pytest.mark.parametrize("shape", [(0,), (0, 4), (3, 0)])
+@pytest.mark.parametrize("kind", MATRICES)
+def test_no_ids_have_no_embeddings(kind: str, shape: tuple[int, ...]) -> None:
+    ids = torch.zeros(shape, dtype=torch.long)
+    wanted = F.embedding(ids, MATRICES[kind].dequantize())
+    assert CompressedEmbedding(MATRICES[kind].module())(ids).shape == wanted.shape
+
+
 @pytest.mark.parametrize("ids", [-1, VOCABULARY])
 @pytest.mark.parametrize("kind", MATRICES)
 def test_ids_outside_the_vocabulary_are_refused(kind: str, ids: int) -> None:

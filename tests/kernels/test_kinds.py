@@ -178,7 +178,9 @@ def test_packed_tensors_of_another_scheme_are_refused() -> None:
         AdditiveMatrix.from_packed(additive().packed_tensors(), "2x8g8")
     with pytest.raises(KernelError, match="192 values of 4 bits take 96 bytes, found 144"):
         UniformMatrix.from_packed(uniform().packed_tensors(), "int4g8")
-    with pytest.raises(KernelError, match=r"scales \[12, 2\] and scheme 2x8g8 are not those of a uniform matrix"):
+    with pytest.raises(
+        KernelError, match=r"scales \[12, 2\] of torch.float16 and scheme 2x8g8 are not those of a uniform matrix"
+    ):
         UniformMatrix.from_packed(uniform().packed_tensors(), "2x8g8")
     cut = {**additive().packed_tensors(), "codes": torch.zeros(47, dtype=torch.uint8)}
     with pytest.raises(KernelError, match="72 values of 4 bits take 36 bytes, found 47"):
@@ -262,6 +264,11 @@ def test_a_patch_is_added_to_its_rows_alone() -> None:
         torch.testing.assert_close(layer.rows(rows), expected[rows])
 
 
+def test_the_weight_of_a_refined_layer_is_its_matrix() -> None:
+    layer = refined().module()
+    assert torch.equal(layer.weight, refined().dequantize())  # type: ignore[arg-type]
+
+
 def test_a_patch_that_does_not_fit_its_index_is_refused() -> None:
     with pytest.raises(KernelError, match=r"index \[2\] and a patch of 3 x 32 do not fit"):
         RefinedMatrix(additive(), torch.tensor([2, 5], dtype=torch.int32), uniform().rows(torch.arange(3)))
@@ -271,3 +278,38 @@ def test_a_patch_that_does_not_fit_its_index_is_refused() -> None:
         damaged = {**refined().packed_tensors(), "index": torch.tensor(index, dtype=torch.int32)}
         with pytest.raises(KernelError, match="not rising from 0 to below 12"):
             RefinedMatrix.from_packed(damaged, "2x4g8+int3g16r3")
+
+
+@pytest.mark.parametrize("index", [torch.tensor(3, dtype=torch.int32), torch.tensor([2.0, 5.0, 11.0])])
+def test_an_index_of_another_form_is_refused(index: torch.Tensor) -> None:
+    with pytest.raises(KernelError, match=r"the index of a patch is \[3?\] of torch\.\w+, not rows in int32"):
+        RefinedMatrix.from_packed({**refined().packed_tensors(), "index": index}, "2x4g8+int3g16r3")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (
+            {"exponent": torch.tensor([0, 0, 0], dtype=torch.int16)},
+            r"the exponent is \[3\] of torch.int16, not one int16",
+        ),
+        ({"exponent": torch.tensor(0.5)}, r"the exponent is \[\] of torch.float32, not one int16"),
+        ({"scales": torch.ones(12, 2, dtype=torch.int32)}, r"scales \[12, 2\] of torch.int32 and scheme int3g16"),
+    ],
+)
+def test_packed_tensors_of_another_form_are_refused(damage: dict[str, torch.Tensor], message: str) -> None:
+    with pytest.raises(KernelError, match=message):
+        UniformMatrix.from_packed({**uniform().packed_tensors(), **damage}, "int3g16")
+
+
+def test_a_packed_matrix_without_its_exponent_is_refused() -> None:
+    """Its scales would be taken for those of a power of two less, and the weights be wrong in silence."""
+    packed = uniform().packed_tensors()
+    del packed["exponent"]
+    with pytest.raises(KeyError, match="exponent"):
+        UniformMatrix.from_packed(packed, "int3g16")
+
+
+def test_a_scheme_of_endless_digits_is_refused() -> None:
+    with pytest.raises(KernelError, match=r"scheme int4g9{75} are not those of a uniform matrix"):
+        UniformMatrix.from_packed(uniform().packed_tensors(), "int4g" + "9" * 5000)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import warnings
 from pathlib import Path
@@ -165,8 +166,29 @@ def test_a_matrix_of_another_shape_is_refused(tmp_path: Path) -> None:
         load(tmp_path / "packed")
 
 
-def test_offloading_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("device_map", [{"model": "cpu", "lm_head": "disk"}, {"": "disk"}])
+def test_offloading_is_refused(device_map: dict[str, str], tmp_path: Path) -> None:
     original = tiny_models.save("llama", tmp_path / "original")
     native_files.save_native(original, tmp_path / "packed")
     with pytest.raises(KernelError, match="cannot be offloaded"):
-        load(tmp_path / "packed", device_map={"model": "cpu", "lm_head": "disk"}, offload_folder=tmp_path / "disk")
+        load(tmp_path / "packed", device_map=device_map, offload_folder=tmp_path / "disk")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_loaded_model_takes_another_type(checkpoint: tuple[Path, Any], dtype: torch.dtype) -> None:
+    directory, dense = checkpoint
+    network = load(directory).to(dtype)
+    assert logits(network).dtype == dtype
+    assert relative_rms(logits(network).float(), logits(dense)) < 0.05
+
+
+@pytest.mark.parametrize("tables", [{EMBEDDING: "2x4g8"}, {HEAD: "int4g32"}, {EMBEDDING: "int4g32", HEAD: "2x8g8"}])
+def test_a_quantized_table_is_never_resized(tables: dict[str, str], tmp_path: Path) -> None:
+    original = tiny_models.save("llama", tmp_path / "original", tie_word_embeddings=False)
+    native_files.save_native(original, tmp_path / "packed", tables)
+    network = copy.deepcopy(load(tmp_path / "packed"))
+    for size in None, network.config.vocab_size:
+        assert network.resize_token_embeddings(size) is network.get_input_embeddings()
+    for size, multiple in (300, None), (None, 64):
+        with pytest.raises(KernelError, match="cannot be resized from 258 tokens; resize the base model, then quant"):
+            network.resize_token_embeddings(size, multiple)

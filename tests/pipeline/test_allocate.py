@@ -90,6 +90,29 @@ def test_an_interrupted_allocation_resumes_to_the_same_bytes(
     assert Path("out/allocation/scores.json").read_bytes() == resumed
 
 
+def test_damaged_measurements_of_an_interrupted_allocation_are_made_again(
+    target: Path, interrupted_at: Callable[..., Result]
+) -> None:
+    assert interrupted_at("mix-", 4, *quantize(LIMIT)).exit_code == 130
+    first, second, *_ = sorted(Path("out").rglob("mix-*.json"))
+    whole = first.read_bytes(), second.read_bytes()
+    first.write_bytes(whole[0][:9])
+    second.write_bytes(b'{"divergence": "0.1"}')
+    assert interrupted_at("scores.json", 1, *quantize(LIMIT)).exit_code == 130
+    assert (first.read_bytes(), second.read_bytes()) == whole
+
+
+def test_a_damaged_record_is_named_with_the_way_out(target: Path) -> None:
+    assert run(*quantize(LIMIT)).exit_code == 0
+    file, command = Path("out/allocation/scores.json"), ("plan", "--config", "run.yaml", "--out", "out")
+    whole = file.read_bytes()
+    damaged = {b'"size"': b'"sizd"', b"aqlm:1x4g8": b"aqlm:1x5g8", b'"divergence": 0': b'"divergence":"0', b"{": b"["}
+    for before, after in damaged.items():
+        file.write_bytes(whole.replace(before, after, 1))
+        for args in (*command, "--target-size", str(LIMIT - 5000)), quantize(LIMIT):
+            assert re.search(r"scores\.json is damaged \(.*\); `aqlm .*--overwrite", refused(*args)), (before, args)
+
+
 def test_a_plan_for_another_size_is_solved_from_the_scores_of_the_run(target: Path) -> None:
     command = ("plan", "--config", "run.yaml", "--target-size", str(LIMIT), "--out", "out", "--json")
     before = json.loads(run(*command).stdout)["allocation"]
@@ -104,6 +127,47 @@ def test_a_plan_for_another_size_is_solved_from_the_scores_of_the_run(target: Pa
 def test_a_size_that_nothing_keeps_is_refused_before_any_work(target: Path) -> None:
     assert "raise the target" in refused(*quantize(20_000))
     assert not Path("out").exists()
+
+
+def test_the_least_size_of_all_is_kept_and_one_byte_less_refused(target: Path) -> None:
+    line = refused(*quantize(20_000))
+    (least,) = map(int, re.findall(r"makes a file of (\d+) bytes, and 20000 \(20000 bytes\)", line))
+    assert f"makes a file of {least} bytes, and {least - 1} " in refused(*quantize(least - 1))
+    assert run(*quantize(least)).exit_code == 0
+    assert safetensors_bytes(Path("out")) == least
+
+
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        (("--target-size", "1MB"), "the model keeps the target 1MB in 16 bits; ask for less"),
+        (("--target-speed", "1"), "the model keeps the target 1 tokens/s in 16 bits; ask for more"),
+        (("--target", "kl=1e-10"), "the model keeps the target KL 1e-10 in 16 bits alone; raise the target"),
+    ],
+)
+def test_a_target_for_16_bits_is_refused_with_the_way_out(target: Path, flags: tuple[str, ...], line: str) -> None:
+    assert line in refused("plan", "--config", "run.yaml", *flags)
+
+
+def test_a_target_is_kept_by_what_rules_quantize(target: Path) -> None:
+    """The layers that it decides about all stay in 16 bits then."""
+    rule = "--layer", r".*\.(mlp|self_attn)\..*=2x4g8"
+    assert run(*quantize(1_000_000, *rule)).exit_code == 0
+    words = {word for layer in scores()["candidates"] for word in layer["choices"].values()}
+    assert words == {"16 bits"}
+    assert run("verify", "out").exit_code == 0
+
+
+def test_tables_may_be_refined(target: Path) -> None:
+    settings = yaml.safe_load(target.read_text())
+    settings["quantize"]["target"]["tables"] = ["1x4g8+int4g32r40"]
+    target.write_text(yaml.safe_dump(settings))
+    assert run(*quantize(50_000)).exit_code == 0
+    assert safetensors_bytes(Path("out")) <= 50_000
+    layers = json.loads(Path("out/packed/config.json").read_text())["quantization_config"]["layers"]
+    chosen = scores()["candidates"][0]["choices"]
+    assert {"1x4g8+int4g32r40"} == {layers[path]["scheme"] for path in ("model.embed_tokens", "lm_head")}
+    assert chosen["lm_head"] == "aqlm:1x4g8+int4g32r40"
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ from aqlm_cli.spec.run_file import (
     preset_path,
 )
 from aqlm_cli.spec.schemes import AdditiveScheme, UniformScheme
+from aqlm_cli.spec.target import parse_target
 
 SHIPPED = sorted(preset_path("default").parent.glob("*.yaml"))
 
@@ -416,3 +417,16 @@ def test_a_count_that_no_tensor_can_have_is_refused() -> None:
 def test_a_preset_without_settings_for_finetuning_is_no_recipe() -> None:
     with pytest.raises(UsageError, match="preset fast has no settings for finetuning; choose pv-tuning or"):
         build_config(None, None, {"model": "any"}, recipe="fast")
+
+
+@pytest.mark.parametrize(("text", "kl"), [("0.1", 0.1), ("1e-3", 0.001), ("5.", 5.0), (".5", 0.5), ("2E+1", 20.0)])
+def test_the_flag_of_a_divergence_takes_any_positive_number(text: str, kl: float) -> None:
+    assert parse_target(f"kl={text}") == kl
+
+
+@pytest.mark.parametrize(
+    "text", ["kl=", "kl=0", "kl=0e5", "kl=1e", "kl=-1", "kl=nan", "kl=.", "kl=1_0", "KL=1", "1", ""]
+)
+def test_the_flag_of_a_divergence_takes_nothing_else(text: str) -> None:
+    with pytest.raises(UsageError, match=r"write kl=NUMBER such as kl=0\.1"):
+        parse_target(text)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -80,6 +82,43 @@ def test_a_record_survives_being_stored() -> None:
     assert again == record
     assert again.chosen == candidates[1]
     assert again.treatments == {"a": parse_treatment("aqlm:2x8g8")}
+
+
+def record() -> AllocationRecord:
+    scores = Scores({"a": layer("g0", False, [(1, 1, 0.5), (2, 2, 0.1)]), "t": layer("t", True, [(1, 1, 0.2)])})
+    choices = {"a": WORDS[1], "t": WORDS[0]}
+    return AllocationRecord(Goal("size", 9), scores, (Mix({"a": WORDS[0]}, 0.7),), (Candidate(choices, 3, 0.3, 1, 9),))
+
+
+DAMAGES: dict[str, tuple[tuple[str | int, ...], object]] = {
+    "question": (("goal", "question"), "bits"),
+    "limit": (("goal", "limit"), "9"),
+    "no candidate": (("candidates",), []),
+    "no layer": (("layers",), {}),
+    "bytes": (("layers", "a", "options", 0, "bytes"), "1"),
+    "effect": (("layers", "a", "options", 0, "effect"), math.nan),
+    "sensitivity": (("layers", "a", "sensitivity"), None),
+    "divergence": (("candidates", 0, "divergence"), True),
+    "mixes": (("candidates", 0, "mixes"), 2),
+    "mix": (("mixes", 0, "divergence"), math.inf),
+    "unknown choice": (("candidates", 0, "choices", "a"), "aqlm:7x8g8"),
+    "missing choice": (("candidates", 0, "choices"), {"a": WORDS[0]}),
+    "foreign layer": (("mixes", 0, "choices"), {"b": WORDS[0]}),
+    "table in a mix": (("mixes", 0, "choices"), {"a": WORDS[0], "t": WORDS[0]}),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_record_that_does_not_fit_itself_is_refused(damage: str) -> None:
+    stored: Any = json.loads(json.dumps(record().to_json()))
+    assert AllocationRecord.from_json(stored) == record()
+    (*path, last), value = DAMAGES[damage]
+    part = stored
+    for key in path:
+        part = part[key]
+    part[last] = value
+    with pytest.raises(ValueError, match=r"no question|no candidate|finite|is solved from|has no choice|other layers"):
+        AllocationRecord.from_json(stored)
 
 
 def test_a_divergence_takes_the_smallest_plan_that_keeps_it_or_the_nearest() -> None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import signal
+import time
+
 import pytest
 
 from aqlm_cli.errors import AqlmError, PlanError, UsageError
+from aqlm_cli.spec import selection
 from aqlm_cli.spec.config import QuantizeConfig, parse_rule
 from aqlm_cli.spec.flags import QUANTIZE, as_settings
 from aqlm_cli.spec.plan import Layer, Plan, make_plan
@@ -99,6 +103,25 @@ def test_what_was_asked_for_and_cannot_be_is_an_error() -> None:
 def test_a_rule_that_matches_nothing_is_an_error(rule: str) -> None:
     with pytest.raises(PlanError, match=r"--layer '.*' matches no layer; it must match a whole path"):
         planned(TIED, rule)
+
+
+@pytest.mark.parametrize("layers", [TIED, UNTIED])
+def test_a_rule_refines_tables_and_no_layers_of_blocks(layers: list[Layer]) -> None:
+    found = words(planned(layers, "model.embed_tokens|.*q_proj|lm_head=3x8g8+int4g64r512"))
+    outside = {layer.path for layer in layers if layer.kind != "linear"}
+    assert {path for path, word in found.items() if word == "aqlm:3x8g8+int4g64r512"} == outside
+    assert "it is for embeddings and heads" in found["model.layers.0.q_proj"]
+
+
+@pytest.mark.parametrize("flag", ["layer", "skip", "only"])
+def test_a_pattern_that_never_ends_is_refused(flag: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(selection, "MATCHING_SECONDS", 0.1)
+    started = time.process_time()
+    with pytest.raises(UsageError, match=rf"--{flag} '\(\.\*\)\*x' takes too long to match; write it without repeats"):
+        planned(TIED, "(.*)*x=keep") if flag == "layer" else planned(TIED, **{flag: ["(.*)*x"]})
+    assert time.process_time() - started < 5
+    assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0, 0)
+    assert words(planned(TIED, r"(\w+\.)+q_proj=keep"))["model.layers.1.q_proj"] == r"kept by '(\w+\.)+q_proj'"
 
 
 @pytest.mark.parametrize("rule", ["q_proj", "=2x8g8", "q_proj=", ""])

@@ -106,13 +106,13 @@ class RefinedMatrix:
         """The matrix of `packed_tensors`; KernelError where they are not of the scheme, such as 3x8g8+int4g64r512."""
         base_word, plus, rest = word.partition("+")
         patch_word, _, rows = rest.rpartition("r")
-        if not (plus and rows == str(len(tensors["index"]))):
-            raise KernelError(f"an index of {len(tensors['index'])} rows is not that of scheme {word}")
+        index = tensors["index"]
+        if index.ndim != 1 or index.dtype != torch.int32:
+            raise KernelError(f"the index of a patch is {list(index.shape)} of {index.dtype}, not rows in int32")
+        if not (plus and rows == str(len(index))):
+            raise KernelError(f"an index of {len(index)} rows is not that of scheme {word}")
         base, patch = _part(tensors, "base_"), _part(tensors, "patch_")
-        matrix = cls(
-            _kind_of(base).from_packed(base, base_word), tensors["index"], UniformMatrix.from_packed(patch, patch_word)
-        )
-        index = matrix.index.long()
+        matrix = cls(_kind_of(base).from_packed(base, base_word), index, UniformMatrix.from_packed(patch, patch_word))
         if not bool((index.diff() > 0).all() and index[0] >= 0 and index[-1] < matrix.out_features):
             raise KernelError(f"the index of a patch is not rising from 0 to below {matrix.out_features}")
         return matrix

@@ -118,9 +118,13 @@ class UniformMatrix:
     @classmethod
     def from_packed(cls, tensors: Mapping[str, Tensor], word: str) -> UniformMatrix:
         """The matrix of `packed_tensors`; KernelError where they are not of the scheme of the word, such as int4g64."""
-        found, scales = re.fullmatch(r"int([1-8])g(\d+)", word, flags=re.ASCII), tensors["scales"]
-        if found is None or scales.ndim != 2:
-            raise KernelError(f"scales {list(scales.shape)} and scheme {word} are not those of a uniform matrix")
+        found, scales = re.fullmatch(r"int([1-8])g(\d{1,9})", word, flags=re.ASCII), tensors["scales"]
+        exponent = tensors["exponent"]
+        if exponent.shape != () or exponent.dtype != torch.int16:
+            raise KernelError(f"the exponent is {list(exponent.shape)} of {exponent.dtype}, not one int16")
+        if found is None or scales.ndim != 2 or not scales.is_floating_point():
+            described = f"scales {list(scales.shape)} of {scales.dtype} and scheme {word[:80]}"
+            raise KernelError(f"{described} are not those of a uniform matrix")
         bits, group_size = map(int, found.groups())
         (rows, groups), device = scales.shape, scales.device
         return cls(
@@ -128,7 +132,7 @@ class UniformMatrix:
             zeros=unpack_bits(tensors["zeros"], bits, rows * groups).view(rows, groups),
             scales=scales,
             level_bits=torch.tensor(bits, dtype=torch.uint8, device=device),
-            exponent=tensors.get("exponent", torch.tensor(0, dtype=torch.int16, device=device)),
+            exponent=exponent,
         )
 
 

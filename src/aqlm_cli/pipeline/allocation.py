@@ -97,28 +97,34 @@ class ModelFacts:
 
         PlanError where nothing keeps the limit, and where the model in 16 bits does.
         """
+        smallest = self.plan(config, scores.smallest().treatments)
+        decides_all = all(target.path in scores.layers for target in smallest.quantized)
+
+        def in_16_bits(solution: Solution) -> bool:
+            return decides_all and all(treatment is None for treatment in solution.treatments.values())
 
         def solved(limit: float) -> Solution:
             return scores.solve(effects, replace(goal, limit=limit))
 
         def size_of(solution: Solution) -> int:
-            if all(treatment is None for treatment in solution.treatments.values()):
+            if in_16_bits(solution):
                 return solution.bytes + beside
             return self.packed_bytes(config, self.plan(config, solution.treatments))
 
         if goal.question == "size":
-            least = self.packed_bytes(config, self.plan(config, scores.smallest().treatments))
+            least = self.packed_bytes(config, smallest)
             if least > goal.limit:
                 raise PlanError(
-                    f"the smallest choice of schemes makes a file of {readable_bytes(least)}, and "
-                    f"{config.quantize.target} is asked for; raise the target, or name smaller schemes with --among"
+                    f"the smallest choice of schemes makes a file of {least} bytes, and {config.quantize.target} "
+                    f"({goal.limit:.0f} bytes) is asked for; raise the target, or name smaller schemes with --among"
                 )
             beside = least - scores.smallest().bytes
             solution = within_file(solved, size_of, int(goal.limit))
         else:
             solution = solved(goal.limit)
-        if all(treatment is None for treatment in solution.treatments.values()):
-            raise PlanError(f"the model keeps the target {config.quantize.target} in 16 bits; ask for less")
+        if in_16_bits(solution):
+            way_out = {"size": "; ask for less", "speed": "; ask for more", "kl": " alone; raise the target"}
+            raise PlanError(f"the model keeps the target {config.quantize.target} in 16 bits{way_out[goal.question]}")
         return solution
 
     def best_single(self, config: RunConfig, scores: Scores, goal: Goal) -> Solution | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter, defaultdict
 from collections.abc import Mapping
@@ -88,8 +89,11 @@ def single_divergence(record: AllocationRecord) -> float | None:
 def read_record(allocation: Artifact) -> AllocationRecord:
     """The record of an allocation. ArtifactError where it is damaged."""
     with allocation.reading(RECORD) as file:
+        content = file.read_bytes()
+        if hashlib.sha256(content).hexdigest() != allocation.manifest.files[RECORD].sha256:
+            raise ValueError("its digest differs from the manifest")
         try:
-            return AllocationRecord.from_json(json.loads(file.read_bytes()))
+            return AllocationRecord.from_json(json.loads(content))
         except (UsageError, LookupError, TypeError, AttributeError) as error:
             raise ValueError(f"it holds no allocation: {error}") from error
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, get_args
 
-from aqlm_cli.spec.scores import Goal, Scores, Solution
+from aqlm_cli.spec.scores import Goal, Question, Scores, Solution
 from aqlm_cli.spec.treatment import Treatment
 
 
@@ -74,13 +75,45 @@ class AllocationRecord:
 
     @classmethod
     def from_json(cls, stored: Mapping[str, Any]) -> AllocationRecord:
-        """Raises LookupError, TypeError or ValueError for values of another form."""
-        return cls(
+        """Raises LookupError, TypeError or ValueError for values of another form, or that do not fit each other."""
+        record = cls(
             Goal(**stored["goal"]),
             Scores.from_json(stored["layers"]),
             tuple(Mix(**mix) for mix in stored["mixes"]),
             tuple(Candidate(**candidate) for candidate in stored["candidates"]),
         )
+        record._check()
+        return record
+
+    def _check(self) -> None:
+        """Raise ValueError for a question or number that is none, and a choice that is not among those scored."""
+        if self.goal.question not in get_args(Question):
+            raise ValueError(f"there is no question {self.goal.question!r}")
+        if not self.candidates or not self.scores.layers:
+            raise ValueError("no candidate, or no layer")
+        whole, numbers = self.scores.layers.keys(), [self.goal.limit]
+        for layer in self.scores.layers.values():
+            numbers += [layer.sensitivity, *(n for one in layer.options for n in (one.bytes, one.read, one.effect))]
+        for mix in self.mixes:
+            numbers.append(mix.divergence)
+            self._check_choices(mix.choices, {path for path in whole if not self.scores.layers[path].table})
+        for candidate in self.candidates:
+            solved_from = 0 if candidate.mixes is None else candidate.mixes
+            numbers += [candidate.bytes, candidate.divergence, candidate.asked, solved_from]
+            self._check_choices(candidate.choices, whole)
+            if type(solved_from) is not int or not 0 <= solved_from <= len(self.mixes):
+                raise ValueError(f"a candidate is solved from {solved_from!r} of {len(self.mixes)} mixes")
+        for number in numbers:
+            if type(number) not in (int, float) or not math.isfinite(number):
+                raise ValueError(f"{number!r} is no finite number")
+
+    def _check_choices(self, choices: Mapping[str, str], paths: Collection[str]) -> None:
+        """Raise ValueError where the choices are not those of exactly these layers."""
+        if choices.keys() != set(paths):
+            raise ValueError("choices of other layers than those scored")
+        for path, word in choices.items():
+            if word not in [one.word for one in self.scores.layers[path].options]:
+                raise ValueError(f"{path} has no choice {word!r}")
 
 
 def of_blocks(scores: Scores, candidate: Candidate) -> Mix:

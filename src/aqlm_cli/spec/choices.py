@@ -80,7 +80,7 @@ def open_layers(
     tables = target.of_tables(selection.default.method)
     found: dict[str, OpenLayer] = {}
     for layer in layers:
-        if layer.reason or any(pattern.fullmatch(layer.path) for pattern in ruled) or given.get(layer.kind):
+        if layer.reason or any(pattern.matches(layer.path) for pattern in ruled) or given.get(layer.kind):
             continue
         if layer.kind in OUTSIDE:
             usable = [one for one in tables if not one.scheme.refuses(layer.out_features, layer.in_features)]

@@ -10,7 +10,6 @@ is the scheme's, and `bytes_after` is the file's.
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -18,7 +17,7 @@ from typing import Any, TypeAlias
 
 from aqlm_cli.errors import PlanError
 from aqlm_cli.spec.schemes import BITS_PER_FLOAT, RefinedScheme, Scheme, parse_scheme, total_bytes
-from aqlm_cli.spec.selection import HEAD, Selection, compiled
+from aqlm_cli.spec.selection import HEAD, Pattern, Selection, compiled
 from aqlm_cli.spec.treatment import Treatment, method_for
 
 ROUTER = "router"
@@ -215,7 +214,7 @@ def make_plan(layers: Sequence[Layer], parameters: int, selection: Selection) ->
         if layer.kind in OUTSIDE:
             chosen[layer.path] = _outside(layer, selection)
         for pattern, treatment in rules:
-            if pattern.fullmatch(layer.path):
+            if pattern.matches(layer.path):
                 kept = f"kept by '{pattern.pattern}'"
                 chosen[layer.path] = layer.reason or (kept if treatment is None else _fitting(layer, treatment))
                 break
@@ -272,7 +271,7 @@ def _outside(layer: Layer, selection: Selection) -> Choice:
 
 
 def _fitting(layer: Layer, treatment: Treatment) -> Choice:
-    if isinstance(treatment.scheme, RefinedScheme):
+    if isinstance(treatment.scheme, RefinedScheme) and layer.kind not in OUTSIDE:
         return f"{treatment.scheme} refines the rows of the tokens that are used most; it is for embeddings and heads"
     return treatment.scheme.refuses(layer.out_features, layer.in_features) or treatment
 
@@ -294,21 +293,21 @@ def _better_left(layer: Layer, treatment: Treatment) -> str | None:
     return None
 
 
-def _named(choosing: Sequence[re.Pattern[str]], paths: Sequence[str], better_left: Mapping[str, str]) -> set[str]:
+def _named(choosing: Sequence[Pattern], paths: Sequence[str], better_left: Mapping[str, str]) -> set[str]:
     """Paths of `better_left` that are asked for: by a pattern with their last name in it, or that matches no others."""
     named: set[str] = set()
     for pattern in choosing:
-        matched = {path for path in paths if pattern.fullmatch(path)}
+        matched = {path for path in paths if pattern.matches(path)}
         alone = matched <= better_left.keys()
         named |= {path for path in matched if alone or path.rpartition(".")[2] in pattern.pattern}
     return named
 
 
-def _unwanted(path: str, skipping: Sequence[re.Pattern[str]], choosing: Sequence[re.Pattern[str]]) -> str | None:
+def _unwanted(path: str, skipping: Sequence[Pattern], choosing: Sequence[Pattern]) -> str | None:
     for pattern in skipping:
-        if pattern.fullmatch(path):
+        if pattern.matches(path):
             return f"skipped by '{pattern.pattern}'"
-    if choosing and not any(pattern.fullmatch(path) for pattern in choosing):
+    if choosing and not any(pattern.matches(path) for pattern in choosing):
         return "not among those chosen with --only"
     return None
 

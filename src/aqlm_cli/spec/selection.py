@@ -12,7 +12,10 @@ For one layer, in this order, the first that says something counts:
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+import signal
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from aqlm_cli.errors import PlanError, UsageError
@@ -20,6 +23,10 @@ from aqlm_cli.spec.treatment import Treatment
 
 HEAD = "lm_head"
 """The name of the output head in most models: to skip it is right for every model."""
+
+
+MATCHING_SECONDS = 5.0
+"""Processor time for the matches of one pattern: some, such as (.*)*x, would take longer than the universe is old."""
 
 
 @dataclass(frozen=True)
@@ -52,12 +59,48 @@ class Selection:
         return self.embeddings or self.head
 
 
-def compiled(pattern: str, paths: Sequence[str], flag: str) -> re.Pattern[str]:
-    """The expression. UsageError where it is none, PlanError where it matches none of the paths: a misspelling."""
+@dataclass(frozen=True)
+class Pattern:
+    """A regular expression, and those of the paths it was asked about that it matches as a whole."""
+
+    pattern: str
+    matched: frozenset[str]
+
+    def matches(self, path: str) -> bool:
+        return path in self.matched
+
+
+def compiled(pattern: str, paths: Sequence[str], flag: str) -> Pattern:
+    """The pattern and its matches among the paths.
+
+    Raises UsageError where it is no regular expression, or takes longer than MATCHING_SECONDS, and PlanError where it
+    matches none of the paths: a misspelling.
+    """
     try:
         expression = re.compile(pattern)
-    except re.error as error:
+    except (re.error, RecursionError, OverflowError) as error:
         raise UsageError(f"--{flag} '{pattern}' is not a regular expression: {error}") from error
-    if not any(expression.fullmatch(path) for path in paths):
+    with _within(UsageError(f"--{flag} '{pattern}' takes too long to match; write it without repeats inside repeats")):
+        matched = frozenset(path for path in paths if expression.fullmatch(path))
+    if not matched:
         raise PlanError(f"--{flag} '{pattern}' matches no layer; it must match a whole path, such as {paths[0]}")
-    return expression
+    return Pattern(pattern, matched)
+
+
+@contextmanager
+def _within(refusal: UsageError) -> Iterator[None]:
+    """Raise the refusal after MATCHING_SECONDS of processor time; in the main thread, as no other gets signals."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def ring(*_: object) -> None:
+        raise refusal
+
+    before = signal.signal(signal.SIGVTALRM, ring)
+    signal.setitimer(signal.ITIMER_VIRTUAL, MATCHING_SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)

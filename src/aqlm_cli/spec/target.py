@@ -101,6 +101,7 @@ class TargetConfig(Section):
 def parse_target(text: str) -> float:
     """The divergence of the flag `--target kl=0.1`. UsageError for another form."""
     name, _, value = text.partition("=")
-    if name != "kl" or not re.fullmatch(r"[0-9]*\.?[0-9]+", value, flags=re.ASCII) or not float(value):
+    number = r"([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]+)?"
+    if name != "kl" or not re.fullmatch(number, value, flags=re.ASCII | re.IGNORECASE) or not float(value):
         raise UsageError(f"--target {text!r} is not understood; write kl=NUMBER such as kl=0.1, or give --target-size")
     return float(value)

@@ -15,15 +15,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from aqlm_cli.errors import PlanError
+from aqlm_cli.errors import PlanError, QuantizationError
 from aqlm_cli.events import Advanced, Emit, Noted, StageStarted, Warned
 from aqlm_cli.formatting import plain
 from aqlm_cli.memory import give_back_memory, peak_memory_bytes, reset_peak_memory
@@ -244,14 +246,28 @@ class _Divergences:
         """The divergence of the base model with these choices, in nats a token."""
         text = json.dumps(dict(sorted(choices.items()))).encode()
         file = self.work.state.directory / f"mix-{hashlib.sha256(text).hexdigest()[:20]}.json"
-        if not file.exists():
-            matrices = {path: self.work.matrix(path, word) for path, word in choices.items()}
-            found = {path: matrix for path, matrix in matrices.items() if matrix is not None}
-            tables = {path: matrix for path, matrix in found.items() if self.layers[path].outside}
-            inside = {path: matrix for path, matrix in found.items() if path not in tables}
-            divergence = self.model.divergence(inside, tables)
-            write_file(file, json.dumps({"divergence": divergence}).encode())
-        return float(json.loads(file.read_bytes())["divergence"])
+        if (kept := _kept_divergence(file)) is not None:
+            return kept
+        matrices = {path: self.work.matrix(path, word) for path, word in choices.items()}
+        found = {path: matrix for path, matrix in matrices.items() if matrix is not None}
+        tables = {path: matrix for path, matrix in found.items() if self.layers[path].outside}
+        inside = {path: matrix for path, matrix in found.items() if path not in tables}
+        divergence = self.model.divergence(inside, tables)
+        if not math.isfinite(divergence):
+            raise QuantizationError(
+                "the divergence of a quantized model is not finite; the base model is damaged or overflows"
+            )
+        write_file(file, json.dumps({"divergence": divergence}).encode())
+        return divergence
+
+
+def _kept_divergence(file: Path) -> float | None:
+    """The divergence of a mix that was measured before; None where it was not, or the file is damaged."""
+    try:
+        kept = json.loads(file.read_bytes())["divergence"]
+    except (FileNotFoundError, ValueError, LookupError, TypeError):
+        return None
+    return kept if isinstance(kept, float) and math.isfinite(kept) else None
 
 
 def _search(work: _Work, measured: _Divergences, scores: Scores, goal: Goal) -> AllocationRecord:
