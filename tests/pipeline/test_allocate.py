@@ -110,7 +110,10 @@ def test_a_damaged_record_is_named_with_the_way_out(target: Path) -> None:
     for before, after in damaged.items():
         file.write_bytes(whole.replace(before, after, 1))
         for args in (*command, "--target-size", str(LIMIT - 5000)), quantize(LIMIT):
-            assert re.search(r"scores\.json is damaged \(.*\); `aqlm .*--overwrite", refused(*args)), (before, args)
+            assert re.search(r"scores\.json is damaged \(.*\); redo it with `aqlm .*--overwrite", refused(*args)), (
+                before,
+                args,
+            )
 
 
 def test_a_plan_for_another_size_is_solved_from_the_scores_of_the_run(target: Path) -> None:

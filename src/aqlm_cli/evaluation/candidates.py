@@ -110,7 +110,7 @@ def _multiplied(network: nn.Module) -> tuple[AdditiveLinear | CompressedLinear, 
     layers = {
         id(module): module
         for path, module in modules.items()
-        if isinstance(module, AdditiveLinear | CompressedLinear) and not _is_table(modules, path)
+        if isinstance(module, AdditiveLinear | CompressedLinear) and not _inside(modules, path, CompressedEmbedding)
     }
     return tuple(layers.values())
 
@@ -122,13 +122,15 @@ def dequantized(network: nn.Module) -> nn.Module:
         if isinstance(module, CompressedEmbedding):
             rows = module(torch.arange(module.num_embeddings))
             replace_module(network, path, nn.Embedding.from_pretrained(rows, padding_idx=module.padding_idx))
-        elif isinstance(module, QuantizedLayer) and not _is_table(modules, path):
+        elif isinstance(module, QuantizedLayer) and not _inside(modules, path, QuantizedLayer):
             replace_module(network, path, _linear(module))
     return network
 
 
-def _is_table(modules: Mapping[str, nn.Module], path: str) -> bool:
-    return isinstance(modules.get(path.rpartition(".")[0]), CompressedEmbedding)
+def _inside(modules: Mapping[str, nn.Module], path: str, kind: type) -> bool:
+    """True for a part of a module of this kind."""
+    names = path.split(".")
+    return any(isinstance(modules.get(".".join(names[:end])), kind) for end in range(1, len(names)))
 
 
 def _linear(layer: QuantizedLayer) -> nn.Linear:

@@ -59,7 +59,8 @@ def random_packed_network(shape: str, scheme: Scheme, table: Scheme | None = Non
             if parameter.is_meta:
                 values = (0.02 * torch.randn(parameter.shape, generator=draw)).half().float()
                 setattr(module, name, nn.Parameter(values if parameter.ndim > 1 else torch.ones(parameter.shape)))
-    network.tie_weights()
+    if table is None:  # else the two are one layer already
+        network.tie_weights()
     rotary: Any = network.model.rotary_emb
     network.model.rotary_emb = type(rotary)(network.config)  # its angles are buffers, which do not exist yet
     return _ready(network)
