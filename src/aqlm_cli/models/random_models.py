@@ -65,7 +65,10 @@ def _random_layer(layer: nn.Linear, scheme: Scheme, draw: torch.Generator) -> Ad
     codes = torch.randint(0, size, shape, generator=draw, dtype=torch.uint8 if size <= 256 else torch.int32)
     codebooks = torch.randn(num_codebooks, size, group_size, generator=draw)
     scales = torch.full((layer.out_features,), 0.02 / math.sqrt(num_codebooks))
-    return AdditiveLinear(AdditiveMatrix(codes, codebooks, scales))
+    layouts = scheme.stored_layouts(layer.out_features, layer.in_features)
+    bits = {name: torch.tensor(one.values - 1) for name, one in layouts.items() if one.values and not one.shape}
+    tensors = {"codes": codes, "codebooks": codebooks, "scales": scales, **bits}
+    return AdditiveLinear(AdditiveMatrix.from_tensors(tensors))
 
 
 def _ready(network: transformers.PreTrainedModel) -> transformers.PreTrainedModel:
