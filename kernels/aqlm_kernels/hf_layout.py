@@ -6,7 +6,8 @@
 
 A code c of [0, 2^B) is stored as c if c < 2^(B-1), else as c - 2^B, so that it fits the signed type with B bits; a
 reader takes the stored number modulo 2^B. Only for B = 8 and 16 is that a plain reinterpretation of the bits. The unit
-axes stand for groups of several output rows, which the format could hold and nobody uses.
+axes stand for groups of several output rows, which the format could hold and nobody uses. Codebooks of 8 bits are not
+in the format: their entries are float16 numbers, and are stored as such.
 """
 
 from __future__ import annotations
@@ -17,18 +18,19 @@ import torch
 from torch import Tensor
 
 from aqlm_kernels.errors import KernelError
-from aqlm_kernels.matrices.additive import AdditiveMatrix
+from aqlm_kernels.matrices.additive import AdditiveMatrix, rounded_codebooks
 from aqlm_kernels.matrices.balance import to_float16
 
 
 def to_checkpoint(matrix: AdditiveMatrix) -> dict[str, Tensor]:
-    """The three tensors above; codebooks and scales are rounded to float16, and refused where that overflows."""
+    """The three tensors above; codebooks and scales are rounded as `stored` does, and refused where that overflows."""
+    codebooks = rounded_codebooks(matrix.codebooks, matrix.entry_bits)
     size = matrix.codebook_size
     signed = matrix.codes.to(torch.int32)  # [out, n, M]
     signed = torch.where(signed < size // 2, signed, signed - size)
     return {
         "codes": signed.to(torch.int8 if size <= 256 else torch.int16),
-        "codebooks": to_float16(matrix.codebooks, "codebooks").unsqueeze(2),  # [M, K, 1, g]
+        "codebooks": to_float16(codebooks, "codebooks").unsqueeze(2),  # [M, K, 1, g]
         "scales": to_float16(matrix.scales, "scales")[:, None, None, None],  # [out, 1, 1, 1]
     }
 

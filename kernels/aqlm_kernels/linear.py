@@ -45,6 +45,7 @@ class AdditiveLinear(nn.Module):
         self.codebooks = _parameter(matrix.codebooks)
         self.scales = _parameter(matrix.scales)
         self.bias = None if bias is None else _parameter(bias)
+        self.entry_bits = matrix.entry_bits
         self.backend: str | None = None  # of products with a few rows; None: the first that can
         self._key = ops.new_key(self)
 
@@ -78,7 +79,7 @@ class AdditiveLinear(nn.Module):
 
     def matrix(self) -> AdditiveMatrix:
         """The present values; they share memory with the parameters."""
-        return AdditiveMatrix(self.codes, self.codebooks.detach(), self.scales.detach())
+        return AdditiveMatrix(self.codes, self.codebooks.detach(), self.scales.detach(), self.entry_bits)
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """Everything but the codes, by name."""
@@ -121,7 +122,7 @@ class AdditiveLinear(nn.Module):
         self._key = ops.new_key(self)
 
     def extra_repr(self) -> str:
-        scheme = additive.scheme(self.codebooks)
+        scheme = additive.scheme(self.codebooks, self.entry_bits)
         bias = self.bias is not None
         return f"in_features={self.in_features}, out_features={self.out_features}, scheme={scheme}, bias={bias}"
 

@@ -20,7 +20,13 @@ from aqlm_kernels.cpu import dequantize as additive
 from aqlm_kernels.cpu import uniform
 from aqlm_kernels.matrices.matrix import Matrix
 
-COMPILED: Mapping[str, Callable[..., Tensor]] = {"additive": additive.dequantize, "uniform": uniform.dequantize}
+
+def _additive(codes: Tensor, codebooks: Tensor, scales: Tensor, *rest: Any) -> Tensor:
+    """W of an additive matrix; the bits that its codebooks are stored in do not matter to it."""
+    return additive.dequantize(codes, codebooks, scales, rest[-1])
+
+
+COMPILED: Mapping[str, Callable[..., Tensor]] = {"additive": _additive, "uniform": uniform.dequantize}
 """Kinds of matrix that compiled code dequantizes on a CPU: a function of their tensors in order, and the type of W."""
 
 COMPILED_TYPES = (torch.float32, torch.bfloat16, torch.float16)

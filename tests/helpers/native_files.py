@@ -14,7 +14,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-SCHEMES: Mapping[str, str] = {"q_proj": "2x8g8", "o_proj": "3x4g4", "k_proj": "int4g32", "down_proj": "int3g16"}
+SCHEMES: Mapping[str, str] = {
+    "q_proj": "2x8g8",
+    "o_proj": "3x4g4",
+    "k_proj": "int4g32",
+    "down_proj": "int3g16",
+    "gate_proj": "2x5g8c8",
+}
 """A mix, by the last name of a layer: bits that fill bytes and bits that do not."""
 
 
@@ -37,14 +43,21 @@ def random_packed(scheme: str, rows: int, columns: int, seed: int) -> tuple[dict
         exponent = torch.tensor(-2, dtype=torch.int16)
         packed = {"levels": packed_bits(levels, bits), "zeros": packed_bits(zeros, bits), "scales": scales}
         return {**packed, "exponent": exponent}, weight
-    books, rest = scheme.split("x")
+    books, rest = scheme.removesuffix("c8").split("x")
     count, (bits, group) = int(books), map(int, rest.split("g"))
     codes = torch.randint(0, 2**bits, (rows, columns // group, count), generator=draw)
     codebooks = (0.1 * torch.randn(count, 2**bits, group, generator=draw)).half()
+    tables = {"codebooks": codebooks}
+    if scheme.endswith("c8"):
+        levels = torch.randint(-127, 128, codebooks.shape, generator=draw, dtype=torch.int8)
+        levels[:, 0] = 127  # the range of a place is its largest number
+        ranges = (0.1 + 0.2 * torch.rand(count, group, generator=draw)).half()
+        codebooks = (levels.double() * ranges.double()[:, None] / 127).half()
+        tables = {"codebooks": levels, "ranges": ranges}
     scales = (0.5 + torch.rand(rows, generator=draw)).half()
     total = sum(codebooks[m].float()[codes[..., m]] for m in range(count))  # [out, n, g]
     weight = total.flatten(1) * scales.float()[:, None]  # type: ignore[union-attr]
-    return {"codes": packed_bits(codes, bits), "codebooks": codebooks, "scales": scales}, weight
+    return {"codes": packed_bits(codes, bits), **tables, "scales": scales}, weight
 
 
 def save_native(original: Path, directory: Path, tables: Mapping[str, str] | None = None) -> dict[str, Tensor]:

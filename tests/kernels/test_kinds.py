@@ -52,14 +52,25 @@ def refined() -> RefinedMatrix:
     return RefinedMatrix(additive(), torch.tensor([2, 5, 11], dtype=torch.int32), uniform().rows(torch.arange(3)))
 
 
-MATRICES: dict[str, Matrix] = {"additive": additive(), "uniform": uniform(), "refined": refined()}
-GENERAL = sorted(MATRICES.keys() - {"refined"})
+def in_8_bits() -> AdditiveMatrix:
+    """With codebooks that are stored in 8 bits, rounded to them."""
+    return replace(additive(), entry_bits=8).stored()
+
+
+MATRICES: dict[str, Matrix] = {
+    "additive": additive(),
+    "additive, 8 bits": in_8_bits(),
+    "uniform": uniform(),
+    "refined": refined(),
+    "refined, 8 bits": replace(refined(), base=in_8_bits()),
+}
+GENERAL = [name for name, matrix in MATRICES.items() if matrix.kind != "refined"]
 """The kinds that CompressedLinear serves; a sum has a layer of its own."""
 
 
 def test_every_kind_is_tried_here() -> None:
-    assert MATRICES.keys() == MATRIX_KINDS.keys()
-    assert all(type(matrix) is MATRIX_KINDS[kind] for kind, matrix in MATRICES.items())
+    assert {matrix.kind for matrix in MATRICES.values()} == MATRIX_KINDS.keys()
+    assert all(type(matrix) is MATRIX_KINDS[matrix.kind] for matrix in MATRICES.values())
 
 
 @pytest.mark.parametrize("kind", MATRICES)
@@ -122,7 +133,13 @@ def test_rows_are_those_of_the_weight_in_any_order_and_number(kind: str) -> None
             assert len(tensor) == 4 or tensor is matrix.tensors()[name]
 
 
-WORDS = {"additive": "2x4g8", "uniform": "int3g16", "refined": "2x4g8+int3g16r3"}
+WORDS = {
+    "additive": "2x4g8",
+    "additive, 8 bits": "2x4g8c8",
+    "uniform": "int3g16",
+    "refined": "2x4g8+int3g16r3",
+    "refined, 8 bits": "2x4g8c8+int3g16r3",
+}
 
 
 @pytest.mark.parametrize("kind", MATRICES)
@@ -132,6 +149,7 @@ def test_packed_tensors_have_the_bits_of_the_matrix_and_give_it_back(kind: str) 
     bits = 8 * sum(tensor.nbytes for tensor in packed.values())
     assert matrix.bits() <= bits < matrix.bits() + 8 * len(packed)
     again = type(matrix).from_packed(packed, WORDS[kind])
+    assert matrix.scheme == again.scheme == WORDS[kind]
     assert torch.equal(again.dequantize(), matrix.stored().dequantize())
     stored = matrix.stored().tensors()
     for name, tensor in again.tensors().items():

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import Result
 
 from aqlm_cli.errors import PlanError, UsageError
+from aqlm_cli.evaluation import machine
 from aqlm_cli.events import Event, Warned
 from aqlm_cli.models import load_network, resolve
 from aqlm_cli.models import source as model_source
@@ -43,6 +44,7 @@ from aqlm_cli.spec.run_file import build_config
 from aqlm_cli.spec.schemes import parse_scheme
 from aqlm_cli.spec.time_estimate import Rates, quantization_seconds
 from aqlm_cli.spec.units import parse_bytes
+from aqlm_kernels import quantized_layers
 
 QUICK: dict[str, Any] = {
     "threads": 1,
@@ -207,6 +209,13 @@ def test_the_longest_matrix_is_started_first(times: list[float], workers: int, s
     nothing = dict.fromkeys(("forward", "quantized_forward", "step", "moment", "weight", "coupling", "character"), 0.0)
     rates = Rates(**nothing, byte=0.0, matrices=dict(zip(shapes, times, strict=True)))
     assert quantization_seconds(model, work, rates) == seconds
+
+
+@pytest.mark.parametrize("scheme", ["2x4g8", "2x4g8c8", "int3g16"])
+def test_the_block_that_is_timed_has_matrices_of_the_scheme(scheme: str) -> None:
+    block = machine._Block(64, 128)
+    machine._compress_block(block, parse_scheme(scheme), torch.Generator().manual_seed(0))
+    assert {layer.matrix().scheme for layer in quantized_layers(block).values()} == {scheme}
 
 
 # --------------------------------------------------------------------------------------------------------------- limits

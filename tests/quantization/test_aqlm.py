@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -231,6 +232,20 @@ def test_what_is_no_number_is_refused(bad: float, algorithm: str) -> None:
     moment[7, 7] = bad
     with pytest.raises(QuantizationError, match="its inputs hold NaN or infinite values"):
         quantize(weight, LayerStatistics(moment, 1000), settings=settings)
+
+
+# ------------------------------------------------------------------------------------------------ codebooks in 8 bits
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_codes_chosen_for_rounded_codebooks_make_up_for_a_third_of_the_rounding(seed: int) -> None:
+    weight, statistics = layer(seed)
+    sixteen, eight = (quantize(weight, statistics, scheme, QUICK, seed) for scheme in ("3x5g4", "3x5g4c8"))
+    matrices = sixteen, replace(sixteen, entry_bits=8), eight
+    exact, rounded, found = (statistics.relative_error(weight, one.stored().dequantize()) for one in matrices)
+    assert eight.scheme == "3x5g4c8"
+    assert 0 < found - exact < 2 / 3 * (rounded - exact)
+    assert torch.equal(eight.stored().codebooks, eight.codebooks), "they are rounded already"
 
 
 # ------------------------------------------------------------------------------------- weights that float16 cannot hold

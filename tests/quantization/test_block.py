@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
@@ -333,6 +333,18 @@ def test_what_was_fitted_is_brought_into_the_range_of_float16_before_it_is_round
     torch.testing.assert_close(block.first.matrix().dequantize(), wanted, rtol=1e-3, atol=0)
     assert all(torch.equal(tensor, tensor.half().float()) for tensor in tuned_parameters(block).values())
     assert changed(before, state(block)) >= {"first.codebooks", "first.scales"}
+
+
+def test_codebooks_in_8_bits_are_rounded_to_them() -> None:
+    matrix = replace(quantized().first.matrix(), entry_bits=8)
+    block = Block(matrix.module(original().first.bias))
+    block.first.codebooks.data += 0.3 * random(*matrix.codebooks.shape, seed=7)
+    expected = block.first.matrix().stored()
+    round_block(block)
+    assert torch.equal(block.first.codebooks, expected.codebooks)
+    assert block.first.matrix().scheme == "1x2g2c8"
+    steps = block.first.codebooks / block.first.codebooks.abs().amax(1, keepdim=True) * 127
+    torch.testing.assert_close(steps, steps.round(), rtol=0, atol=0.1)
 
 
 def test_fitting_goes_the_same_way_wherever_the_power_of_two_lies() -> None:

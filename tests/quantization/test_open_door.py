@@ -250,7 +250,7 @@ def test_a_new_kind_is_not_fitted_where_the_run_file_says_so() -> None:
         assert torch.equal(matrix.scales, (1.5 * weight.abs().mean(1)).half()), path
 
 
-@pytest.mark.parametrize("scheme", ["2x4g8", "1x9g4", "3x8g16", "int2g16", "int8g64", "sign"])
+@pytest.mark.parametrize("scheme", ["2x4g8", "2x4g8c8", "1x9g4", "3x8g16c8", "3x8g16", "int2g16", "int8g64", "sign"])
 @pytest.mark.usefixtures("sign")
 def test_a_scheme_tells_the_layout_and_the_bits_of_its_matrices(scheme: str) -> None:
     statistics = LayerStatistics(torch.eye(64), 1)

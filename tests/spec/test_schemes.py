@@ -3,11 +3,23 @@ from __future__ import annotations
 import pytest
 
 from aqlm_cli.errors import UsageError
-from aqlm_cli.spec.schemes import AdditiveScheme, UniformScheme, parse_scheme, scheme_for_bits
+from aqlm_cli.spec.schemes import AdditiveScheme, UniformScheme, parse_scheme, scheme_for_bits, total_bytes
 
 
 @pytest.mark.parametrize(
-    "text", ["2x8g8", "1x12g8", "1x16g8", "8x1g64", "int2g64", "int8g128", "3x8g8+int4g64r512", "int3g32+int4g16r7"]
+    "text",
+    [
+        "2x8g8",
+        "1x12g8",
+        "1x16g8",
+        "8x1g64",
+        "2x8g8c8",
+        "int2g64",
+        "int8g128",
+        "3x8g8+int4g64r512",
+        "3x8g8c8+int4g64r512",
+        "int3g32+int4g16r7",
+    ],
 )
 def test_a_scheme_prints_as_it_was_read(text: str) -> None:
     assert str(parse_scheme(text)) == text
@@ -24,6 +36,22 @@ def test_additive_bits_count_codes_codebooks_and_scales() -> None:
         3 * 5 / 4 + 16 * 3 * 2**5 * 4 / (48 * 64) + 16 / 64
     )
     assert scheme.code_bits == 3.75
+
+
+def test_codebooks_in_8_bits_count_half_and_a_range_for_each_place() -> None:
+    scheme, sixteen = parse_scheme("3x5g4c8"), parse_scheme("3x5g4")
+    saved = 3 * 32 * 4 * 8 - 3 * 4 * 16
+    assert sixteen.stored_bits(48, 64) - scheme.stored_bits(48, 64) == saved
+    assert scheme.bits_per_weight(48, 64) == pytest.approx(3 * 5 / 4 + (8 * 2**5 + 16) * 3 * 4 / (48 * 64) + 16 / 64)
+    assert scheme.code_bits == sixteen.code_bits
+    assert 8 * total_bytes(scheme.native_layouts(48, 64)) == scheme.stored_bits(48, 64)
+    assert scheme.packed_layouts(48, 64) == sixteen.packed_layouts(48, 64)
+    assert scheme != sixteen and scheme.codebook_shape == sixteen.codebook_shape
+
+
+def test_codebooks_in_8_bits_save_a_ninth_of_a_small_matrix() -> None:
+    sizes = [parse_scheme(word).stored_bits(192, 576) // 8 for word in ("2x8g8", "2x8g8c8")]
+    assert sizes == [192 * 144 + 2 * 2048 * 2 + 384, 192 * 144 + 2 * 2048 + 2 * 8 * 2 + 384] == [36224, 32160]
 
 
 def test_uniform_bits_count_a_scale_and_a_zero_point_a_group() -> None:
@@ -49,7 +77,9 @@ def test_other_bits_are_refused_with_their_neighbours(bits: float, neighbours: l
     assert all(neighbour in str(error.value) for neighbour in neighbours)
 
 
-@pytest.mark.parametrize("text", ["", "2x8", "2x8g8 ", "x8g8", "int2", "2x8g8g8", "-1x8g8", "INT2g64", "2²x8g8"])
+@pytest.mark.parametrize(
+    "text", ["", "2x8", "2x8g8 ", "x8g8", "int2", "2x8g8g8", "-1x8g8", "INT2g64", "2²x8g8", "2x8g8c4", "2x8g8c16"]
+)
 def test_a_word_that_is_no_scheme_is_a_usage_error(text: str) -> None:
     with pytest.raises(UsageError, match="2x8g8"):
         parse_scheme(text)

@@ -18,6 +18,7 @@ from torch import Tensor
 from aqlm_kernels.errors import KernelError
 from aqlm_kernels.matrices.balance import balanced, to_float16
 from aqlm_kernels.matrices.bitpack import pack_bits, unpack_bits
+from aqlm_kernels.matrices.entries import entries_of, levels_of, round_entries
 from aqlm_kernels.search import choose_codes
 
 if TYPE_CHECKING:
@@ -32,18 +33,22 @@ class AdditiveMatrix:
     """W[o, j*g + i] = scales[o] * sum_m codebooks[m, codes[o, j, m], i].
 
     Codes of any integer type are accepted and kept as uint8 where K <= 256, as int32 otherwise. The floating types of
-    codebooks and scales are kept. On the meta device only shapes and types are checked.
+    codebooks and scales are kept. On the meta device only shapes and types are checked. Codebooks are floats of any
+    value here; `entry_bits`, 16 or 8, is what they are stored in.
     """
 
     codes: Tensor  # [out, in/g, M], integers in [0, K)
     codebooks: Tensor  # [M, K, g]; K is a power of two
     scales: Tensor  # [out]
+    entry_bits: int = 16
 
     kind = "additive"
     learnable = ("codebooks", "scales")
 
     def __post_init__(self) -> None:
         _check(self.codes, self.codebooks, self.scales)
+        if self.entry_bits not in (8, 16):
+            raise KernelError(f"codebooks of {self.entry_bits} bits; choose 8 or 16")
         object.__setattr__(self, "codes", self.codes.to(code_dtype(self.codebook_size)))
 
     @property
@@ -72,7 +77,7 @@ class AdditiveMatrix:
 
     @property
     def scheme(self) -> str:
-        return scheme(self.codebooks)
+        return scheme(self.codebooks, self.entry_bits)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """W [out, in]; see the function `dequantize`."""
@@ -83,9 +88,9 @@ class AdditiveMatrix:
         return replace(self, codes=self.codes.index_select(0, index), scales=self.scales.index_select(0, index))
 
     def stored(self) -> AdditiveMatrix:
-        """The matrix with codebooks and scales rounded to float16, infinite where out of range."""
-        rounded = (tensor.to(torch.float16).to(tensor.dtype) for tensor in (self.codebooks, self.scales))
-        return AdditiveMatrix(self.codes, *rounded)
+        """The matrix with codebooks and scales rounded to what is stored; infinite or NaN where out of range."""
+        scales = self.scales.to(torch.float16).to(self.scales.dtype)
+        return replace(self, codebooks=rounded_codebooks(self.codebooks, self.entry_bits), scales=scales)
 
     def balanced(self) -> AdditiveMatrix:
         """The same matrix with codebooks and scales in the range of float16 (balance.py)."""
@@ -111,30 +116,39 @@ class AdditiveMatrix:
         return AdditiveLinear(self, bias)
 
     def bits(self) -> int:
-        """Stored bits: codes at log2(K) bits each, codebooks and scales at 16."""
-        return self.codes.numel() * self.codebook_bits + 16 * (self.codebooks.numel() + self.scales.numel())
+        """Stored bits: codes at log2(K) bits each, codebooks at 16, or at 8 and their ranges at 16, scales at 16."""
+        codes = self.codes.numel() * self.codebook_bits
+        ranges = self.num_codebooks * self.group_size if self.entry_bits == 8 else 0
+        return codes + self.entry_bits * self.codebooks.numel() + 16 * (ranges + self.scales.numel())
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything to store; `from_tensors` is the inverse."""
-        return {"codes": self.codes, "codebooks": self.codebooks, "scales": self.scales}
+        """Everything to store; `from_tensors` is the inverse. `entry_bits` only where it is not 16."""
+        bits = torch.tensor(self.entry_bits, dtype=torch.uint8, device=self.codes.device)
+        tensors = {"codes": self.codes, "codebooks": self.codebooks, "scales": self.scales}
+        return tensors if self.entry_bits == 16 else {**tensors, "entry_bits": bits}
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> AdditiveMatrix:
-        return cls(codes=tensors["codes"], codebooks=tensors["codebooks"], scales=tensors["scales"])
+        bits = int(tensors["entry_bits"]) if "entry_bits" in tensors else 16
+        return cls(tensors["codes"], tensors["codebooks"], tensors["scales"], bits)
 
     def packed_tensors(self) -> dict[str, Tensor]:
         """All codes in their order in memory at log2(K) bits each, codebooks `[M, K, g]` and scales `[out]` in float16.
+
+        Codebooks in 8 bits are int8 levels, and their ranges `[M, g]` are in float16.
 
         Raises KernelError where float16 cannot hold them, and where out * M codes have fewer than 8 bits: their bytes
         would not tell the number of groups.
         """
         if self.out_features * self.num_codebooks * self.codebook_bits < 8:
-            raise KernelError(
-                f"a matrix of {self.out_features} x {self.in_features} is too small for {scheme(self.codebooks)}"
-            )
+            raise KernelError(f"a matrix of {self.out_features} x {self.in_features} is too small for {self.scheme}")
+        codebooks = {"codebooks": to_float16(self.codebooks, "codebooks")}
+        if self.entry_bits == 8:
+            levels, ranges = levels_of(self.codebooks)
+            codebooks = {"codebooks": levels, "ranges": ranges}
         return {
             "codes": pack_bits(self.codes.flatten(), self.codebook_bits),
-            "codebooks": to_float16(self.codebooks, "codebooks"),
+            **codebooks,
             "scales": to_float16(self.scales, "scales"),
         }
 
@@ -142,13 +156,16 @@ class AdditiveMatrix:
     def from_packed(cls, tensors: Mapping[str, Tensor], word: str) -> AdditiveMatrix:
         """The matrix of `packed_tensors`; KernelError where they are not of the scheme of this word, such as 2x8g8."""
         stored, codebooks, scales = tensors["codes"], tensors["codebooks"], tensors["scales"]
-        if codebooks.ndim != 3 or word != scheme(codebooks):
+        entry_bits = 8 if word.endswith("c8") else 16
+        if entry_bits == 8:
+            codebooks = entries_of(codebooks, tensors["ranges"])
+        if codebooks.ndim != 3 or word != scheme(codebooks, entry_bits):
             raise KernelError(f"codebooks are {list(codebooks.shape)}, which are not those of the scheme {word}")
         num_codebooks, bits = codebooks.shape[0], codebooks.shape[1].bit_length() - 1
         column = max(1, scales.numel() * num_codebooks * bits)  # bits of the codes of one group of all rows
         groups = 8 * stored.numel() // column
         codes = unpack_bits(stored, bits, scales.numel() * groups * num_codebooks)
-        return cls(codes.view(scales.numel(), groups, num_codebooks), codebooks, scales)
+        return cls(codes.view(scales.numel(), groups, num_codebooks), codebooks, scales, entry_bits)
 
 
 def dequantize(codes: Tensor, codebooks: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
@@ -169,10 +186,16 @@ def code_dtype(codebook_size: int) -> torch.dtype:
     return torch.uint8 if codebook_size <= 256 else torch.int32
 
 
-def scheme(codebooks: Tensor) -> str:  # [M, K, g]
-    """The word of the scheme, such as 2x8g8."""
+def rounded_codebooks(codebooks: Tensor, entry_bits: int) -> Tensor:  # [M, K, g]
+    """Codebooks rounded to what is stored of them, in their own type; infinite or NaN where out of range."""
+    return round_entries(codebooks) if entry_bits == 8 else codebooks.to(torch.float16).to(codebooks.dtype)
+
+
+def scheme(codebooks: Tensor, entry_bits: int = 16) -> str:  # [M, K, g]
+    """The word of the scheme, such as 2x8g8, or 2x8g8c8 where codebooks are stored in 8 bits."""
     num_codebooks, codebook_size, group_size = codebooks.shape
-    return f"{num_codebooks}x{codebook_size.bit_length() - 1}g{group_size}"
+    entries = "" if entry_bits == 16 else f"c{entry_bits}"
+    return f"{num_codebooks}x{codebook_size.bit_length() - 1}g{group_size}{entries}"
 
 
 def _check(codes: Tensor, codebooks: Tensor, scales: Tensor) -> None:

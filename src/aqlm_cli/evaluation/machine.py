@@ -165,6 +165,8 @@ def _compress_block(block: _Block, scheme: Scheme, rng: torch.Generator) -> None
 
 def _random(layout: StoredTensor, rng: torch.Generator) -> Tensor:
     dtype: torch.dtype = getattr(torch, layout.dtype)
+    if layout.values is not None and not layout.shape:  # a number of bits: that of the scheme
+        return torch.tensor(layout.values - 1, dtype=dtype)
     if layout.values is not None:
         return torch.randint(layout.values, layout.shape, generator=rng).to(dtype)
     return torch.randn(layout.shape, generator=rng).to(dtype) / max(layout.shape)  # sums in a block stay small

@@ -25,7 +25,8 @@ def _additive(scheme: AdditiveScheme, rows: int, columns: int, draw: torch.Gener
     shape = (rows, columns // group_size, num_codebooks)
     codes = torch.randint(0, size, shape, generator=draw, dtype=torch.uint8 if size <= 256 else torch.int32)
     codebooks = torch.randn(num_codebooks, size, group_size, generator=draw)
-    return AdditiveMatrix(codes, codebooks, torch.full((rows,), SIZE / math.sqrt(num_codebooks)))
+    scales = torch.full((rows,), SIZE / math.sqrt(num_codebooks))
+    return AdditiveMatrix(codes, codebooks, scales, scheme.entry_bits)
 
 
 def _uniform(scheme: UniformScheme, rows: int, columns: int, draw: torch.Generator) -> UniformMatrix:

@@ -192,11 +192,12 @@ def _additive(table: _Table, scheme: AdditiveScheme) -> AdditiveMatrix:
 
     def code(rows: Tensor) -> AdditiveMatrix:
         found = aqlm.encode(rows / unit, sweeps, codebooks, settings)
-        return AdditiveMatrix(found.codes, codebooks, (unit * found.scales).masked_fill((rows == 0).all(dim=1), 0))
+        scales = (unit * found.scales).masked_fill((rows == 0).all(dim=1), 0)
+        return AdditiveMatrix(found.codes, codebooks, scales, scheme.entry_bits)
 
     parts = table.encoded(code)
     codes, scales = torch.cat([part.codes for part in parts]), torch.cat([part.scales for part in parts])
-    return AdditiveMatrix(codes, codebooks, scales).balanced()
+    return AdditiveMatrix(codes, codebooks, scales, scheme.entry_bits).balanced()
 
 
 def _sample_size(features: int) -> int:

@@ -162,16 +162,21 @@ class Plan:
 
     @property
     def is_stock(self) -> bool:
-        """True where the format of the package `aqlm` holds the plan: one scheme of its own, in linear layers alone."""
-        layouts = [
-            target.scheme.packed_layouts(target.out_features, target.in_features)
+        """True where the format of the package `aqlm` holds the plan: one scheme of its own, in linear layers alone.
+
+        A scheme is its own if it has the same tensors there as in the native format.
+        """
+        shapes = [
+            (target.scheme, (target.out_features, target.in_features))
             for target in self.targets
             if target.scheme is not None
         ]
         return (
             len(set(self.schemes.values())) == 1
             and all(target.kind in ("linear", ROUTER) for target in self.quantized)
-            and not any("weight" in one for one in layouts)
+            and all(
+                scheme.packed_layouts(*shape).keys() == scheme.native_layouts(*shape).keys() for scheme, shape in shapes
+            )
         )
 
     @property

@@ -32,8 +32,9 @@ from aqlm_cli.quantization.solvers.hessian import (
 from aqlm_cli.quantization.solvers.kmeans import residual_kmeans
 from aqlm_cli.quantization.solvers.ldlq import Rounder, sweep
 from aqlm_cli.spec.methods.aqlm import AqlmSettings
-from aqlm_cli.spec.schemes import AdditiveScheme
+from aqlm_cli.spec.schemes import BITS_PER_FLOAT, AdditiveScheme
 from aqlm_kernels import AdditiveMatrix, balanced
+from aqlm_kernels.matrices.additive import rounded_codebooks
 
 
 @torch.no_grad()
@@ -52,7 +53,7 @@ def quantize(
     unit = ordinary_unit(weight)
     approximation = algorithm(weight / unit, statistics, scheme, rng, settings)
     scales = (unit * approximation.scales).masked_fill((weight == 0).all(dim=1), 0)
-    return balanced(AdditiveMatrix(codes=approximation.codes, codebooks=approximation.codebooks, scales=scales))
+    return balanced(AdditiveMatrix(approximation.codes, approximation.codebooks, scales, scheme.entry_bits))
 
 
 ORDINARY = 2.0**-10, 2.0**10
@@ -117,6 +118,9 @@ def fit(
             weight, present, sweeps.around, settings.final_beam if final else settings.beam, search
         )
     present = improve_codebooks(weight / present.scales[:, None], metric, present, settings.final_cg_steps, search)
+    if scheme.entry_bits < BITS_PER_FLOAT:  # codes and scales for the codebooks that will be stored
+        present = Approximation(present.codes, rounded_codebooks(present.codebooks, scheme.entry_bits), present.scales)
+        present = _search_around(weight, present, sweeps.around, settings.final_beam, search)
     return improve_scales(weight, metric, present, search)
 
 

@@ -123,13 +123,16 @@ def fit_block(
 
 @torch.no_grad()
 def round_block(block: nn.Module, prefix: str = "") -> None:
-    """Round all trained parameters of the block at `prefix` to the 16 bits in which they are stored.
+    """Round all trained parameters of the block at `prefix` to the bits in which they are stored.
 
     First the codebooks and scales of each layer are brought into the range of float16, which fitting may have left.
     """
     for module in block.modules():
         if isinstance(module, QuantizedLayer):
             module.balance()
+            stored, trained = module.matrix().stored().tensors(), module.trainable()
+            for name in stored.keys() & trained.keys():
+                trained[name].copy_(stored[name])
     round_to_16_bits(tuned_parameters(block, prefix))
 
 
