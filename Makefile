@@ -22,8 +22,10 @@ demo: setup
 	$(BIN)/aqlm generate smollm2-135m --prompt "The capital of France is"
 	$(BIN)/aqlm generate runs/demo --prompt "The capital of France is"
 
+# In so many processes at once; one that has no test left takes some of another's.
+WORKERS ?= 2
 test: setup
-	$(BIN)/pytest -q
+	$(BIN)/pytest -q -n $(WORKERS) --dist worksteal
 
 check: setup
 	$(BIN)/ruff check .

@@ -1,12 +1,21 @@
 """What all tests share: a home of their own, a run to try commands on, a disk that can be made to fail, and how many
 examples a property is tried on."""
 
+# ruff: noqa: E402, the pool of threads is settled before torch is imported
+
 from __future__ import annotations
 
 import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+
+from aqlm_cli.openmp import forbid_nested_loops, share_pool
+
+# As in a command, torch and Numba have one pool of threads. Threads without work sleep: `make test` runs two processes,
+# and a thread that spins takes a core from the other one.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+share_pool()
 
 import numba
 import pytest
@@ -57,6 +66,7 @@ def common_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def threads() -> Iterator[None]:
     """Commands and stages set the threads of the whole process."""
     before = torch.get_num_threads(), numba.get_num_threads()
+    forbid_nested_loops()
     yield
     torch.set_num_threads(before[0])
     numba.set_num_threads(before[1])

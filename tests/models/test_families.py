@@ -2,33 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from concurrent.futures import Future
+import multiprocessing
+from collections.abc import Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
 from helpers import families
-from helpers.examination import Outcome
-from helpers.family_table import examining, head, line_of, lines_of
+from helpers.examination import examine
+from helpers.family_table import head, line_of, lines_of
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 
 
 @pytest.fixture(scope="module")
-def outcomes(request: pytest.FixtureRequest) -> Iterator[Mapping[str, Future[Outcome]]]:
-    """Of the families whose test was chosen."""
-    chosen = [item.callspec.params["family"] for item in request.session.items if "outcomes" in item.fixturenames]
-    with examining(chosen) as found:
-        yield found
+def examiner() -> Iterator[Executor]:
+    """A process of its own: an examination sets the threads and the warnings of the whole process it runs in."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        yield pool
 
 
 @pytest.mark.parametrize("family", families.ALL)
-def test_a_family_is_right_or_refused_and_the_page_of_models_says_so(
-    family: str, outcomes: Mapping[str, Future[Outcome]]
-) -> None:
+def test_a_family_is_right_or_refused_and_the_page_of_models_says_so(family: str, examiner: Executor) -> None:
     """The walk is the network; what is packed is what the codes stand for, whoever loads it, and in either format."""
-    outcome = outcomes[family].result()
+    outcome = examiner.submit(examine, family).result()
     assert outcome.fault is None, outcome.fault
     assert line_of(outcome) in PAGE.read_text().splitlines(), "`make docs-models` writes docs/models.md anew"
 

@@ -1,12 +1,16 @@
-"""In processes of their own: which library of threads a process has is settled when torch is first imported."""
+"""Mostly in processes of their own: which library of threads a process has is settled when torch is first imported."""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
+
+from aqlm_kernels.cpu.dequantize import dequantize
 
 LIBRARIES = """
 import json, sys
@@ -56,6 +60,14 @@ def separate() -> set[str]:
 @pytest.mark.parametrize("before", [SHARED, COMMAND], ids=["function", "command"])
 def test_torch_and_numba_share_one_pool_of_threads(before: str, separate: set[str]) -> None:
     (library,) = libraries(before)
+    assert library in separate
+
+
+def test_tests_compute_in_one_pool_as_commands_do(separate: set[str]) -> None:
+    """With two, one waits on the cores that the other needs, and tests take several times as long."""
+    torch.ones(300, 300) @ torch.ones(300, 300)
+    dequantize(torch.zeros(64, 8, 2, dtype=torch.uint8), torch.ones(2, 256, 8), torch.ones(64), torch.float32)
+    (library,) = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "libgomp" in line}
     assert library in separate
 
 

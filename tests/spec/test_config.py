@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -109,32 +110,46 @@ def values(schema: Mapping[str, Any], sections: Mapping[str, Any]) -> st.SearchS
     }[schema["type"]]
 
 
+SCHEMA = RunConfig.model_json_schema()
+ANY_RUN = values(SCHEMA, SCHEMA["$defs"])
+ADDITIVE = st.builds(AdditiveScheme, st.integers(1, 8), st.integers(1, 16), st.integers(1, 64)).map(str)
+UNIFORM = st.builds(UniformScheme, st.integers(2, 8), st.integers(1, 1024)).map(str)
+ANY_SCHEME = ADDITIVE | UNIFORM
+DEVICES = st.from_regex(r"cpu|cuda(:(0|[1-9][0-9]?))?", fullmatch=True)
+SIZES = st.none() | st.from_regex(r"[1-9][0-9]{0,3}(\.5)?( ?[KMGT]i?B)?", fullmatch=True)
+BUDGETS = st.none() | st.from_regex(r"[1-9][0-9]?h([1-9]m)?", fullmatch=True)
+TARGETS = st.sampled_from(
+    [{}, {"size": "60MB", "among": ["2x8g8"]}, {"bits": 2.5}, {"kl": 0.1, "tables": []}, {"speed": 30.0}]
+)
+
+
+@cache
+def method_settings(method: str) -> st.SearchStrategy[Any]:
+    """The section of the method, under its name. Made once: to make a strategy takes longer than to draw from it."""
+    section = METHODS[method].settings
+    if section is None:
+        return st.just({})
+    schema = section.model_json_schema()
+    return st.fixed_dictionaries({method: values(schema, schema.get("$defs", {}))})
+
+
 @st.composite
 def settings(draw: st.DrawFn) -> dict[str, Any]:
     """What a valid run file may say. Beyond its types: a scheme is one of its method's, and a device,
     a size and a time have their forms."""
-    schema = RunConfig.model_json_schema()
-    drawn: dict[str, Any] = draw(values(schema, schema["$defs"]))
-    drawn["device"] = draw(st.from_regex(r"cpu|cuda(:(0|[1-9][0-9]?))?", fullmatch=True))
-    additive = st.builds(AdditiveScheme, st.integers(1, 8), st.integers(1, 16), st.integers(1, 64))
-    uniform = st.builds(UniformScheme, st.integers(2, 8), st.integers(1, 1024))
+    drawn: dict[str, Any] = draw(ANY_RUN)
+    drawn["device"] = draw(DEVICES)
     method = draw(st.sampled_from(["aqlm", "rtn"]))
-    scheme = str(draw(additive if method == "aqlm" else uniform))
-    words = st.one_of(st.none(), st.one_of(additive, uniform).map(str))
-    tables = {"embeddings": draw(words), "head": draw(words)}
+    scheme = draw(ADDITIVE if method == "aqlm" else UNIFORM)
+    tables = {"embeddings": draw(st.none() | ANY_SCHEME), "head": draw(st.none() | ANY_SCHEME)}
     drawn.get("quantize", {}).pop("target", None)
-    targets = [{}, {"size": "60MB", "among": ["2x8g8"]}, {"bits": 2.5}, {"kl": 0.1, "tables": []}, {"speed": 30.0}]
-    drawn = merge(drawn, {"quantize": {"target": draw(st.sampled_from(targets))}})
-    rules = [{"match": draw(st.text()), "scheme": draw(st.one_of(additive, uniform).map(str))} for _ in "ab"]
+    drawn = merge(drawn, {"quantize": {"target": draw(TARGETS)}})
+    rules = [{"match": draw(st.text()), "scheme": draw(ANY_SCHEME)} for _ in "ab"]
     drawn = merge(drawn, {"quantize": {**tables, "layers": [*rules, {"match": draw(st.text()), "keep": True}]}})
-    section = METHODS[method].settings
-    if section is not None:
-        own = section.model_json_schema()
-        drawn = merge(drawn, {"quantize": {method: draw(values(own, own.get("$defs", {})))}})
-    sizes = st.one_of(st.none(), st.from_regex(r"[1-9][0-9]{0,3}(\.5)?( ?[KMGT]i?B)?", fullmatch=True))
-    limits = {"max_memory": draw(sizes), "max_disk": draw(sizes)}
-    budget = draw(st.one_of(st.none(), st.from_regex(r"[1-9][0-9]?h([1-9]m)?", fullmatch=True)))
-    return merge(drawn, limits, {"quantize": {"method": method, "scheme": scheme}, "finetune": {"time_budget": budget}})
+    drawn = merge(drawn, {"quantize": draw(method_settings(method))})
+    limits = {"max_memory": draw(SIZES), "max_disk": draw(SIZES)}
+    budget = {"time_budget": draw(BUDGETS)}
+    return merge(drawn, limits, {"quantize": {"method": method, "scheme": scheme}, "finetune": budget})
 
 
 @given(settings())

@@ -80,9 +80,9 @@ def halfway(weights: list[list[float]]) -> float:
 
 def within_a_minute(groups: int, crumbs: int) -> Selection:
     weights, costs = model(groups, crumbs=crumbs)
-    limit, started = halfway(weights), time.monotonic()
+    limit, started = halfway(weights), time.process_time()
     chosen = select(weights, costs, limit)
-    assert time.monotonic() - started < 60
+    assert time.process_time() - started < 60
     assert chosen is not None and chosen.weight <= limit
     return chosen
 
