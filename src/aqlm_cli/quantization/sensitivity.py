@@ -1,13 +1,13 @@
 """Sensitivities: the divergence of a whole model from the errors of its layers, learnt from a few whole models.
 
 A mix is the base model with some matrices replaced. Its load in a group of layers, those of one name in a third of the
-depth, is the sum of their prior sensitivities times their relative errors. The divergence of a mix is taken as
+depth, is the sum of their sensitivities, by gradients, times their relative errors. The divergence of a mix is taken as
 
     KL = (sum over groups g of factor_g load_g) ^ (1 / power)        factor_g >= 0
 
 Small effects add up, and the power is 1; where the whole is more than its parts, as at 2 bits, it is less. The factors
 solve a least-squares problem in the relative error of KL^power that draws them towards one common factor: with fewer
-mixes than groups the prior decides what the mixes leave open. Power and draw are those that foretell a mix best that
+mixes than groups the gradients decide what the mixes leave open. Power and draw are those that foretell a mix best that
 was left out of the fit. Whole models are measured near the target, and not layers one by one, since that is where the
 effects have to be known.
 """
@@ -23,10 +23,10 @@ from torch import Tensor
 from aqlm_cli.spec.scores import Effects
 
 POWERS = (1.5, 1.25, 1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
-DRAWS = (1e-3, 1e-2, 1e-1, 1.0)
+DRAWS = (1e-2, 1e-1, 1.0, 10.0)
 """Weights of the squared relative distance to the common factor, beside the squared relative error of each mix."""
 
-CONTRAST = 3.0
+CONTRAST = 2.0
 """Factor by which a mix takes a group for more, or for less, sensitive than it is expected to be."""
 
 
@@ -102,8 +102,8 @@ def nonnegative_least_squares(matrix: Tensor, wanted: Tensor) -> Tensor:
 def contrasts(groups: Sequence[str], mixes: int, rng: torch.Generator) -> list[dict[str, float]]:
     """Factors by which each mix changes the sensitivity that it expects of each group, by draws of its own.
 
-    The first mix expects what the prior says. Of any other, half of the groups are taken for more sensitive, half for
-    less: solved for the same target, such mixes lie near it and differ in where their bits are.
+    The first mix expects what the gradients say. Of any other, half of the groups are taken for more sensitive, half
+    for less: solved for the same target, such mixes lie near it and differ in where their bits are.
     """
     signs = torch.arange(len(groups)) % 2 * 2 - 1
     drawn = [signs[torch.randperm(len(groups), generator=rng)].tolist() for _ in range(mixes - 1)]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from aqlm_cli.errors import ArtifactError
 from aqlm_cli.events import Advanced, Emit, StageStarted
-from aqlm_cli.models.gradients import embedding_gradients
+from aqlm_cli.models.gradients import Watch, embedding_gradients
 from aqlm_cli.models.tables import output_head
 from aqlm_cli.models.walk import Walk
 from aqlm_cli.quantization.tables import (
@@ -93,17 +93,30 @@ def read_statistics(calibration: Artifact, target: Target, gradients: Tensor | N
     )
 
 
-def embedding_metric(walk: Walk, ids: Tensor, directory: Path, rng: torch.Generator, emit: Emit) -> Tensor:
+def gradient_text(ids: Tensor) -> Tensor:
+    """The part of the sequences `[n, L]` on which gradients are measured."""
+    return ids[:GRADIENT_SEQUENCES, :GRADIENT_TOKENS]
+
+
+def embedding_metric(
+    walk: Walk,
+    ids: Tensor,
+    directory: Path,
+    rng: torch.Generator,
+    emit: Emit,
+    watch: Watch = lambda path, block: nullcontext(),
+) -> Tensor:
     """The price of errors of the embeddings `[d, d]`, by the gradients of the base model's loss on some sequences.
 
-    `ids` are all sequences `[n, L]`; `directory` is for states, and is empty afterwards.
+    `ids` are all sequences `[n, L]`, of which `gradient_text` is used; `directory` is for states, and is empty
+    afterwards. `watch` sees the passes through every block.
     """
-    chosen = ids[:GRADIENT_SEQUENCES, :GRADIENT_TOKENS]
+    chosen = gradient_text(ids)
     emit(StageStarted(STAGE, 2 * len(walk.paths), "block"))
     with storage_errors(directory):
         shutil.rmtree(directory, ignore_errors=True)  # what an interruption left
         directory.mkdir(parents=True)
-    found = embedding_gradients(walk, chosen, directory, rng, lambda passed: emit(Advanced(STAGE, passed)))
+    found = embedding_gradients(walk, chosen, directory, rng, lambda passed: emit(Advanced(STAGE, passed)), watch)
     moments = TableMoments(1, found.shape[-1], torch.device("cpu"))
     for one in torch.arange(len(chosen)).split(1):
         moments.add_gradients(found[one].flatten(0, -2))

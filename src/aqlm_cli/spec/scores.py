@@ -183,13 +183,17 @@ def expected_scores(layers: Mapping[str, OpenLayer]) -> Scores:
     return Scores({path: scored(layer, {}) for path, layer in layers.items()})
 
 
-def scored(layer: OpenLayer, effects: Mapping[str, float]) -> ScoredLayer:
-    """The layer with the measured effects of its choices, by word; what is missing there is expected."""
+def scored(layer: OpenLayer, effects: Mapping[str, float], measured: float | None = None) -> ScoredLayer:
+    """The layer with the measured effects of its choices, by word, and its measured sensitivity.
+
+    What is missing there is expected.
+    """
     options = tuple(
         ScoredOption(str(one), one.bytes, one.read, effects.get(str(one), _expected(layer, one.treatment)))
         for one in layer.choices
     )
-    return ScoredLayer(group_of(layer), 0.0 if layer.outside else sensitivity(layer), layer.outside, options)
+    own = 0.0 if layer.outside else sensitivity(layer) if measured is None else measured
+    return ScoredLayer(group_of(layer), own, layer.outside, options)
 
 
 def _expected(layer: OpenLayer, treatment: Treatment | None) -> float:

@@ -48,7 +48,7 @@ class TargetConfig(Section):
         "int6g64",
         "int8g64",
     )
-    mixes: Positive = 8
+    mixes: Positive = 4
     sequences: Positive = 16
 
     @property

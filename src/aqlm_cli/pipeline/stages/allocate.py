@@ -20,50 +20,48 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from aqlm_cli.errors import PlanError, QuantizationError
+from aqlm_cli.errors import QuantizationError
 from aqlm_cli.events import Advanced, Emit, Noted, StageStarted, Warned
 from aqlm_cli.formatting import plain
 from aqlm_cli.memory import give_back_memory, peak_memory_bytes, reset_peak_memory
 from aqlm_cli.models import load_network
 from aqlm_cli.models.blocks import linears
+from aqlm_cli.models.gradients import OutputGradients
 from aqlm_cli.models.hidden_states import compute_dtype
 from aqlm_cli.models.walk import Walk
 from aqlm_cli.pipeline.allocation_report import RECORD, AllocationReport, schemes_by_name, single_divergence
 from aqlm_cli.pipeline.job import Job
 from aqlm_cli.pipeline.preflight import planned_work
 from aqlm_cli.pipeline.stage_reports import restored
+from aqlm_cli.pipeline.whole_models import WholeModels
 from aqlm_cli.quantization.block_inputs import machine_of, mixed_sequences, start_calibration_pass
 from aqlm_cli.quantization.mixed_model import MixedModel
 from aqlm_cli.quantization.parallel import Compressed, Task, compress_all
 from aqlm_cli.quantization.resume import ResumeState
-from aqlm_cli.quantization.sensitivity import contrasts, fit_effects
 from aqlm_cli.quantization.table_scores import quantize_tables
-from aqlm_cli.quantization.table_statistics import STAGE, embedding_metric, read_statistics
+from aqlm_cli.quantization.table_statistics import STAGE, embedding_metric, gradient_text, read_statistics
 from aqlm_cli.quantization.tables import TableStatistics
 from aqlm_cli.runs.artifact import Artifact, Stage
 from aqlm_cli.runs.files import disk_bytes, load_tensors, save_tensors, write_file
 from aqlm_cli.runs.stages import ALLOCATE, StageKey
 from aqlm_cli.seeds import generator
-from aqlm_cli.spec.allocation_record import AllocationRecord, Candidate, Mix, of_blocks
+from aqlm_cli.spec.allocation_record import AllocationRecord
 from aqlm_cli.spec.choices import OpenLayer
 from aqlm_cli.spec.config import RunConfig
 from aqlm_cli.spec.methods.aqlm import FAST
 from aqlm_cli.spec.plan import Target
-from aqlm_cli.spec.scores import SIXTEEN_BITS, Effects, Goal, Question, Scores, Solution, scored
+from aqlm_cli.spec.scores import SIXTEEN_BITS, Scores, scored
 from aqlm_cli.spec.target import WHOLE_MODELS
 from aqlm_cli.spec.treatment import Treatment
 from aqlm_kernels import Matrix
 
-REFINEMENTS: Mapping[Question, int] = {"size": 2, "speed": 2, "kl": 6}
-"""Plans that are solved for and measured, each from all that was measured before."""
-
-NEAR, LARGEST_STEP = 0.95, 4.0
-"""A share of the divergence asked for that is near enough, and the most by which what is asked changes at once."""
+METRIC = "metric"
+"""The metric of the embeddings among the tensors of a file; all others are called as layers are."""
 
 
 def allocate(job: Job) -> AllocationReport:
@@ -159,7 +157,7 @@ def _measure(job: Job, calibration: Artifact, stage: Stage) -> AllocationRecord:
 
     def statistics(layer: OpenLayer) -> TableStatistics:
         target = Target(layer.path, layer.kind, layer.out_features, layer.in_features, None, SIXTEEN_BITS)
-        return read_statistics(calibration, target, gradients)
+        return read_statistics(calibration, target, gradients.metric)
 
     quantize_tables(network, tables, statistics, config.seed, workers, kept=work.table, keep=work.keep, emit=work.emit)
     give_back_memory()
@@ -168,22 +166,25 @@ def _measure(job: Job, calibration: Artifact, stage: Stage) -> AllocationRecord:
     for layer in tables:
         words = [str(choice) for choice in layer.choices if choice.treatment is not None]
         effects[layer.path] = {word: measured.of({layer.path: word}) for word in words}
-    scores = Scores({path: scored(layer, effects.get(path, {})) for path, layer in layers.items()})
-    return _search(work, measured, scores, goal)
+    sensitivities = gradients.sensitivities
+    scores = Scores({path: scored(one, effects.get(path, {}), sensitivities.get(path)) for path, one in layers.items()})
+    return WholeModels(job, measured.of, scores, goal).search()
 
 
 # ----------------------------------------------------------------------------------------------------- errors of layers
 
 
-def _layer_errors(work: _Work, layers: Mapping[str, OpenLayer]) -> tuple[dict[str, dict[str, float]], Tensor | None]:
-    """The relative error of every layer in the blocks by path and treatment; none of a layer that no text reaches.
+class _Gradients(NamedTuple):
+    metric: Tensor  # [d, d]: the price of errors of the embeddings
+    sensitivities: dict[str, float]  # of the layers in the blocks, by path
 
-    Also the metric of the embeddings `[d, d]`, where they are to be decided about.
-    """
+
+def _layer_errors(work: _Work, layers: Mapping[str, OpenLayer]) -> tuple[dict[str, dict[str, float]], _Gradients]:
+    """The relative error of every layer in the blocks by path and treatment; none of a layer that no text reaches."""
     config, state = work.job.config, work.state
     ids = work.ids[: work.sequences]
     states = start_calibration_pass(work.job.source, ids, len(ids), config, state, work.emit)
-    gradients = _embedding_metric(work, states.walk, layers)
+    gradients = _gradients(work, states.walk)
     inside = [path for path, layer in layers.items() if not layer.outside]
     last = states.walk.last(inside) if inside else -1
     work.emit(StageStarted(ALLOCATE.name, last + 1, "block", done=state.blocks))
@@ -219,16 +220,18 @@ def _layer_errors(work: _Work, layers: Mapping[str, OpenLayer]) -> tuple[dict[st
     return found, gradients
 
 
-def _embedding_metric(work: _Work, walk: Walk, layers: Mapping[str, OpenLayer]) -> Tensor | None:
-    """The price of errors of the embeddings, from a file if it was measured before; None where they are decided."""
-    if all(layer.kind not in ("embedding", "table") for layer in layers.values()):
-        return None
-    file = work.state.directory / "embedding_metric.safetensors"
+def _gradients(work: _Work, walk: Walk) -> _Gradients:
+    """What gradients tell, from a file if they were measured before."""
+    file = work.state.directory / "gradients.safetensors"
     if not file.exists():
-        rng = generator(work.job.config.seed, STAGE)
-        metric = embedding_metric(walk, work.ids, work.state.directory / "gradients", rng, work.emit)
-        save_tensors(file, {"metric": metric})
-    return load_tensors(file)["metric"]
+        rng, layers = generator(work.job.config.seed, STAGE), OutputGradients()
+        states = work.state.directory / "gradients"
+        metric = embedding_metric(walk, work.ids, states, rng, work.emit, layers.watch)
+        found = layers.sensitivities(gradient_text(work.ids).numel())
+        tensors = {path: torch.tensor(value, dtype=torch.float64) for path, value in found.items()}
+        save_tensors(file, {METRIC: metric, **tensors})
+    stored = load_tensors(file)
+    return _Gradients(stored.pop(METRIC), {path: float(value) for path, value in stored.items()})
 
 
 # --------------------------------------------------------------------------------------------------------- whole models
@@ -268,75 +271,3 @@ def _kept_divergence(file: Path) -> float | None:
     except (FileNotFoundError, ValueError, LookupError, TypeError):
         return None
     return kept if isinstance(kept, float) and math.isfinite(kept) else None
-
-
-def _search(work: _Work, measured: _Divergences, scores: Scores, goal: Goal) -> AllocationRecord:
-    """Mixes near the target, and the plans that follow from them."""
-    job, target = work.job, work.job.config.quantize.target
-    facts, config = job.preflight.facts, job.config
-    near = _beside_tables(job, scores, goal)
-    total, done = target.mixes + 1 + REFINEMENTS[goal.question], 0
-    stage = f"{ALLOCATE.name}: whole models"
-    job.emit(StageStarted(stage, total, "model"))
-    mixes: list[Mix] = []
-    candidates: list[Candidate] = []
-
-    def advanced(divergence: float) -> None:
-        nonlocal done
-        done += 1
-        job.emit(Advanced(stage, done, f"KL {divergence:.4f}"))
-
-    def add(solution: Solution, solved_from: int | None, asked: float) -> None:
-        divergence = measured.of(solution.choices)
-        candidates.append(Candidate(solution.choices, solution.bytes, divergence, solved_from, asked))
-        mixes.append(of_blocks(scores, candidates[-1]))
-        advanced(divergence)
-
-    single = facts.best_single(config, scores, goal)
-    if single is not None:
-        add(single, None, goal.limit)
-    groups = sorted({layer.group for layer in scores.layers.values() if not layer.table})
-    for contrast in contrasts(groups, target.mixes, generator(config.seed, ALLOCATE.name)) if groups else []:
-        fitted = fit_effects(*_data(scores, mixes))
-        factors = {group: fitted.factor(group) * contrast[group] for group in groups}
-        choices = scores.solve(Effects(factors, fitted.power), near).choices
-        inside = {path: word for path, word in choices.items() if not scores.layers[path].table}
-        if any(mix.choices == inside for mix in mixes):
-            continue
-        mixes.append(Mix(inside, measured.of(inside)))
-        advanced(mixes[-1].divergence)
-    asked = goal.limit
-    for _ in range(REFINEMENTS[goal.question]):
-        effects = fit_effects(*_data(scores, mixes))
-        try:
-            solution = facts.solve(config, scores, effects, replace(goal, limit=asked))
-        except PlanError:
-            if not candidates:
-                raise
-            break
-        if any(candidate.choices == solution.choices for candidate in candidates):
-            break
-        add(solution, len(mixes), asked)
-        if goal.question == "kl":
-            share = candidates[-1].divergence / goal.limit
-            if NEAR <= share <= 1:
-                break
-            asked /= min(max(share, 1 / LARGEST_STEP), LARGEST_STEP)
-    job.emit(Advanced(stage, total))
-    record = AllocationRecord(goal, scores, tuple(mixes), tuple(candidates))
-    if goal.question == "kl" and record.chosen.divergence > goal.limit:
-        job.emit(Warned(f"the best plan has a divergence of {record.chosen.divergence:.4g}, {goal.limit:g} was asked"))
-    return record
-
-
-def _data(scores: Scores, mixes: list[Mix]) -> tuple[list[dict[str, float]], list[float]]:
-    return [scores.loads(mix.choices) for mix in mixes], [mix.divergence for mix in mixes]
-
-
-def _beside_tables(job: Job, scores: Scores, goal: Goal) -> Goal:
-    """The goal of a mix: for a size, without what the file holds beside the layers to decide about."""
-    if goal.question != "size":
-        return goal
-    expected = job.preflight.expected
-    beside = 0 if expected is None else job.preflight.packed_bytes - expected.bytes
-    return Goal("size", goal.limit - beside)
