@@ -23,7 +23,7 @@ from torch import Tensor
 from aqlm_cli.spec.scores import Effects
 
 POWERS = (1.5, 1.25, 1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
-DRAWS = (1e-2, 1e-1, 1.0, 10.0)
+DRAWS = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 """Weights of the squared relative distance to the common factor, beside the squared relative error of each mix."""
 
 CONTRAST = 2.0

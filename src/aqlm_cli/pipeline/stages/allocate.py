@@ -221,7 +221,7 @@ def _layer_errors(work: _Work, layers: Mapping[str, OpenLayer]) -> tuple[dict[st
 
 
 def _gradients(work: _Work, walk: Walk) -> _Gradients:
-    """What gradients tell, from a file if they were measured before."""
+    """The gradients, from a file if they were measured before."""
     file = work.state.directory / "gradients.safetensors"
     if not file.exists():
         rng, layers = generator(work.job.config.seed, STAGE), OutputGradients()
