@@ -16,8 +16,14 @@ from helpers.commands import refused, run
 from typer.testing import Result
 
 from aqlm_cli.pipeline import allocation
+from aqlm_cli.spec.choices import HEADER_LINE
 
-TARGET = {"among": ["1x4g8", "2x4g8"], "tables": ["2x4g8", "2x4g8+int4g32r8", "int4g32"], "mixes": 3, "sequences": 4}
+TARGET = {
+    "among": ["1x4g8", "2x4g8", "2x4g8c8"],
+    "tables": ["2x4g8", "2x4g8+int4g32r8", "int4g32"],
+    "mixes": 3,
+    "sequences": 4,
+}
 
 
 @pytest.fixture
@@ -46,6 +52,18 @@ def test_the_file_has_the_size_that_was_asked_for(target: Path) -> None:
     assert 0.9 * LIMIT <= safetensors_bytes(Path("out")) <= LIMIT
     reports = json.loads(result.stdout)
     assert reports["allocate"]["divergence"] > 0
+
+
+def test_coarser_codebooks_are_scored_by_rounding_those_of_the_search(target: Path) -> None:
+    """They cost a little, and save the same bytes in every layer."""
+    assert run(*quantize(LIMIT)).exit_code == 0
+    for path, layer in scores()["layers"].items():
+        options = {option["word"]: option for option in layer["options"]}
+        if not layer["table"]:
+            fine, coarse = options["aqlm:2x4g8"], options["aqlm:2x4g8c8"]
+            assert coarse["effect"] != fine["effect"] and coarse["effect"] == pytest.approx(fine["effect"], rel=0.1)
+            saved = 2 * 16 * 8 - 2 * (2 * 8)  # a byte of each entry, less the ranges
+            assert fine["bytes"] - coarse["bytes"] == saved - (len(path) + HEADER_LINE)  # of one tensor more
 
 
 def test_finished_work_is_reused_and_replayed(target: Path) -> None:

@@ -94,6 +94,7 @@ class SignScheme:
     group_size = 8
     code_bits = 1.0
     codebook_shape = None
+    finer = None
 
     def __str__(self) -> str:
         return "sign"

@@ -167,8 +167,10 @@ def test_every_choice_is_smaller_than_16_bits_and_ordered_by_its_bits() -> None:
     for one in opened().values():
         *quantized, kept = one.choices
         assert kept.treatment is None and str(kept) == SIXTEEN_BITS
-        additive = [choice.bytes for choice in quantized if choice.treatment.scheme.kind == "additive"]  # type: ignore[union-attr]
+        sizes = {choice.treatment: choice.bytes for choice in quantized if choice.treatment is not None}
+        additive = [size for one_of, size in sizes.items() if one_of.scheme.kind == "additive" and not one_of.finer]
         assert additive == sorted(additive)
+        assert all(size < sizes[coarse.finer] for coarse, size in sizes.items() if coarse.finer)
         assert one.outside or one.depth == float(one.path.split(".")[2]) / 2
 
 

@@ -27,14 +27,14 @@ def allocation_cost(
     """The stage `allocate`: seconds, peak resident memory, and bytes on the disk.
 
     The time of a search grows with the bits of its codes; `rates` are those of the default scheme. What a patch adds to
-    a base that is searched anyway is not counted.
+    a base that is searched anyway is not counted, nor is what coarser codebooks take.
     """
     layers = list(layers)
     options = [(layer, one.treatment) for layer in layers for one in layer.choices if one.treatment is not None]
     searches = sum(
         rates.compression(_target(layer, treatment.scheme)) * treatment.scheme.code_bits / default.code_bits
         for layer, treatment in options
-        if treatment.base not in [one.treatment for one in layer.choices if one.treatment is not None]
+        if not {treatment.base, treatment.finer} & {one.treatment for one in layer.choices if one.treatment}
     )
     tokens = min(target.sequences, work.sequences) * work.length
     inside = sum(block.weights_per_token for block in model.blocks)

@@ -35,7 +35,7 @@ class TargetConfig(Section):
     bits: Rate | None = None
     kl: Rate | None = None
     speed: Rate | None = None
-    among: Annotated[Names, Field(min_length=1)] = ("1x8g8", "2x8g8", "3x8g8", "4x8g8")
+    among: Annotated[Names, Field(min_length=1)] = ("1x8g8", "2x8g8c8", "2x8g8", "3x8g8c8", "3x8g8", "4x8g8c8", "4x8g8")
     tables: Names = (
         "2x8g8",
         "2x8g8+int4g64r4096",

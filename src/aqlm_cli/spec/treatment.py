@@ -28,6 +28,11 @@ class Treatment:
         return f"{self.method}:{self.scheme}"
 
     @property
+    def finer(self) -> Treatment | None:
+        """The treatment that this one is with coarser codebooks; None for any other."""
+        return None if self.scheme.finer is None else Treatment(self.method, self.scheme.finer)
+
+    @property
     def base(self) -> Treatment | None:
         """The treatment of the base of a refined scheme; None for any other."""
         if not isinstance(self.scheme, RefinedScheme):

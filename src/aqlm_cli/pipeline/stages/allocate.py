@@ -40,9 +40,11 @@ from aqlm_cli.pipeline.preflight import planned_work
 from aqlm_cli.pipeline.stage_reports import restored
 from aqlm_cli.pipeline.whole_models import WholeModels
 from aqlm_cli.quantization.block_inputs import machine_of, mixed_sequences, start_calibration_pass
+from aqlm_cli.quantization.methods import aqlm
 from aqlm_cli.quantization.mixed_model import MixedModel
 from aqlm_cli.quantization.parallel import Compressed, Task, compress_all
 from aqlm_cli.quantization.resume import ResumeState
+from aqlm_cli.quantization.solvers.hessian import LayerStatistics
 from aqlm_cli.quantization.table_scores import quantize_tables
 from aqlm_cli.quantization.table_statistics import STAGE, embedding_metric, gradient_text, read_statistics
 from aqlm_cli.quantization.tables import TableStatistics
@@ -192,23 +194,9 @@ def _layer_errors(work: _Work, layers: Mapping[str, OpenLayer]) -> tuple[dict[st
         block, prefix = states.walk.load(index), states.path
         chosen = {path: layer for path, layer in linears(block, "").items() if f"{prefix}.{path}" in layers}
         statistics = states.measure(block, chosen)
-        errors: dict[str, dict[str, float]] = {}
-        tasks = []
-        for path in chosen.keys() & statistics.keys():
-            full = f"{prefix}.{path}"
-            errors[full] = {}
-            for treatment in (choice.treatment for choice in layers[full].choices):
-                if treatment is None:
-                    continue
-                kept = state.kept(_file(full, str(treatment)))
-                if kept is not None:
-                    errors[full][str(treatment)] = kept.relative_error
-                    continue
-                task = Task(_file(full, str(treatment)), chosen[path].weight.detach(), statistics[path], treatment)
-                tasks.append((full, task))
-        made = compress_all([task for _, task in tasks], {"aqlm": FAST}.get, config.seed, work.workers, state.keep)
-        for full, task in tasks:
-            errors[full][str(task.treatment)] = made[task.path].relative_error
+        reached = chosen.keys() & statistics.keys()
+        weights = {f"{prefix}.{path}": chosen[path].weight.detach() for path in reached}
+        errors = _errors(work, layers, weights, {f"{prefix}.{path}": statistics[path] for path in reached})
         states.advance(block)
         state.record(index, errors)
         states = states.next()
@@ -218,6 +206,41 @@ def _layer_errors(work: _Work, layers: Mapping[str, OpenLayer]) -> tuple[dict[st
     for index in range(last + 1):
         found |= state.recorded(index)
     return found, gradients
+
+
+def _errors(
+    work: _Work,
+    layers: Mapping[str, OpenLayer],
+    weights: Mapping[str, Tensor],
+    statistics: Mapping[str, LayerStatistics],
+) -> dict[str, dict[str, float]]:
+    """The relative errors of these layers by path and treatment; every matrix is kept.
+
+    Where a treatment is another with coarser codebooks, its matrix is that one's, rounded.
+    """
+    state = work.state
+    options = {path: [one.treatment for one in layers[path].choices if one.treatment is not None] for path in weights}
+    every = [(path, one) for path, found in options.items() for one in found]
+    missing = [(path, one) for path, one in every if state.kept(_file(path, str(one))) is None]
+    tasks = [
+        Task(_file(path, str(one)), weights[path], statistics[path], one)
+        for path, one in missing
+        if one.finer not in options[path]
+    ]
+    compress_all(tasks, {"aqlm": FAST}.get, work.job.config.seed, work.workers, state.keep)
+    for path, one in missing:
+        if one.finer in options[path]:
+            finer = state.kept(_file(path, str(one.finer)))
+            assert finer is not None
+            matrix = aqlm.with_coarser_codebooks(finer.matrix, one.scheme)
+            error = statistics[path].relative_error(weights[path], matrix.stored().dequantize())
+            work.keep(path, one, replace(finer, matrix=matrix, relative_error=error))
+    errors: dict[str, dict[str, float]] = {path: {} for path in weights}
+    for path, one in every:
+        kept = state.kept(_file(path, str(one)))
+        assert kept is not None
+        errors[path][str(one)] = kept.relative_error
+    return errors
 
 
 def _gradients(work: _Work, walk: Walk) -> _Gradients:

@@ -12,7 +12,8 @@ aqlm_original.py) this leaves a third less error in a twentieth of the time.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,6 +55,12 @@ def quantize(
     approximation = algorithm(weight / unit, statistics, scheme, rng, settings)
     scales = (unit * approximation.scales).masked_fill((weight == 0).all(dim=1), 0)
     return balanced(AdditiveMatrix(approximation.codes, approximation.codebooks, scales, scheme.entry_bits))
+
+
+def with_coarser_codebooks(matrix: Any, scheme: Any) -> AdditiveMatrix:
+    """The additive matrix with its codebooks in the bits of this additive scheme; codes and scales stay."""
+    coarser: AdditiveMatrix = replace(matrix, entry_bits=scheme.entry_bits)
+    return coarser
 
 
 ORDINARY = 2.0**-10, 2.0**10

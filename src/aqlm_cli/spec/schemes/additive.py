@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from aqlm_cli.spec.schemes.base import BITS_PER_FLOAT, StoredTensor, check_range, packed_integers, uneven_groups
 
@@ -50,6 +50,11 @@ class AdditiveScheme:
     def codebook_shape(self) -> tuple[int, int, int]:
         """Codebooks, entries of each, inputs a group."""
         return self.num_codebooks, self.codebook_size, self.group_size
+
+    @property
+    def finer(self) -> AdditiveScheme | None:
+        """The scheme with codebooks in 16 bits; None where they have them."""
+        return None if self.entry_bits == BITS_PER_FLOAT else replace(self, entry_bits=BITS_PER_FLOAT)
 
     @property
     def codebook_size(self) -> int:

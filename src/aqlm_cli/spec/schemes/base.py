@@ -48,6 +48,10 @@ class Scheme(Protocol):
     def codebook_shape(self) -> tuple[int, int, int] | None:
         """Codebooks, entries of each and inputs a group, as the compiled products take them; None: torch multiplies."""
 
+    @property
+    def finer(self) -> Scheme | None:
+        """The same codes with finer codebooks, where there is such a scheme."""
+
     def stored_bits(self, out_features: int, in_features: int) -> int:
         """Bits of one matrix, with its tables, scales and indices."""
 

@@ -24,6 +24,7 @@ class RefinedScheme:
     kind = "refined"
     form = "BASE+PATCHrROWS such as 3x8g8+int4g64r512"
     codebook_shape = None
+    finer = None
 
     def __post_init__(self) -> None:
         check_range(self, "rows of the patch", self.rows, 1, 2**20)

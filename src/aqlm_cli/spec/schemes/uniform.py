@@ -18,6 +18,7 @@ class UniformScheme:
     kind = "uniform"
     form = "intBITSgGROUP such as int2g64"
     codebook_shape = None
+    finer = None
 
     def __post_init__(self) -> None:
         check_range(self, "bits a weight", self.bits, 2, 8)
