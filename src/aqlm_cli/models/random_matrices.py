@@ -16,7 +16,7 @@ SIZE = 0.02
 
 
 def random_matrix(scheme: Scheme, out_features: int, in_features: int, draw: torch.Generator) -> Matrix:
-    """A matrix `[out, in]` of random codes in numbers that float16 holds. UsageError where the scheme refuses it."""
+    """A matrix `[out, in]`, of a shape that the scheme takes, with random codes in numbers that float16 holds."""
     return KINDS[scheme.kind](scheme, out_features, in_features, draw)
 
 

@@ -221,25 +221,26 @@ def _errors(
     state = work.state
     options = {path: [one.treatment for one in layers[path].choices if one.treatment is not None] for path in weights}
     every = [(path, one) for path, found in options.items() for one in found]
-    missing = [(path, one) for path, one in every if state.kept(_file(path, str(one))) is None]
-    tasks = [
-        Task(_file(path, str(one)), weights[path], statistics[path], one)
+    kept = {(path, one): state.kept(_file(path, str(one))) for path, one in every}
+    missing = [pair for pair, one in kept.items() if one is None]
+    searched = {
+        (path, one): Task(_file(path, str(one)), weights[path], statistics[path], one)
         for path, one in missing
         if one.finer not in options[path]
-    ]
-    compress_all(tasks, {"aqlm": FAST}.get, work.job.config.seed, work.workers, state.keep)
+    }
+    made = compress_all([*searched.values()], {"aqlm": FAST}.get, work.job.config.seed, work.workers, state.keep)
+    kept |= {pair: made[task.path] for pair, task in searched.items()}
     for path, one in missing:
-        if one.finer in options[path]:
-            finer = state.kept(_file(path, str(one.finer)))
-            assert finer is not None
+        finer = None if one.finer is None else kept.get((path, one.finer))
+        if finer is not None:
             matrix = aqlm.with_coarser_codebooks(finer.matrix, one.scheme)
             error = statistics[path].relative_error(weights[path], matrix.stored().dequantize())
-            work.keep(path, one, replace(finer, matrix=matrix, relative_error=error))
+            kept[path, one] = rounded = replace(finer, matrix=matrix, relative_error=error)
+            work.keep(path, one, rounded)
     errors: dict[str, dict[str, float]] = {path: {} for path in weights}
-    for path, one in every:
-        kept = state.kept(_file(path, str(one)))
-        assert kept is not None
-        errors[path][str(one)] = kept.relative_error
+    for (path, one), result in kept.items():
+        assert result is not None
+        errors[path][str(one)] = result.relative_error
     return errors
 
 
