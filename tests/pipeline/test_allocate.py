@@ -120,6 +120,13 @@ def test_damaged_measurements_of_an_interrupted_allocation_are_made_again(
     assert (first.read_bytes(), second.read_bytes()) == whole
 
 
+def test_a_matrix_that_is_gone_does_not_count_as_16_bits(target: Path, interrupted_at: Callable[..., Result]) -> None:
+    assert interrupted_at("mix-", 1, *quantize(LIMIT)).exit_code == 130
+    for file in Path("out").rglob("model.layers.*@*.safetensors"):
+        file.unlink()
+    assert re.search(r"model\.layers.*safetensors is missing; remove .*work to start again", refused(*quantize(LIMIT)))
+
+
 def test_a_damaged_record_is_named_with_the_way_out(target: Path) -> None:
     assert run(*quantize(LIMIT)).exit_code == 0
     file, command = Path("out/allocation/scores.json"), ("plan", "--config", "run.yaml", "--out", "out")

@@ -180,12 +180,10 @@ def test_an_embedding_reads_one_row_for_a_token() -> None:
     assert all(choice.read <= choice.bytes / 900 for choice in found["embed"].choices)
 
 
-def test_priors_fall_with_bits_and_rise_with_depth() -> None:
+def test_priors_fall_with_bits_and_differ_by_kind() -> None:
     errors = [expected_error(parse_scheme(word)) for word in ("1x8g8", "2x8g8", "3x8g8", "4x8g8")]
     assert errors == sorted(errors, reverse=True)
     layers = opened()
-    rising = [sensitivity(layers[f"model.layers.{n}.v_proj"]) for n in range(3)]
-    assert rising == sorted(rising)
     assert sensitivity(layers["model.layers.0.v_proj"]) > sensitivity(layers["model.layers.0.o_proj"])
     assert group_of(layers["model.layers.2.v_proj"]) == "v_proj 2"
     scores = expected_scores(layers)

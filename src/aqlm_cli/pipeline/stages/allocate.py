@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from aqlm_cli.errors import QuantizationError
+from aqlm_cli.errors import ArtifactError, QuantizationError
 from aqlm_cli.events import Advanced, Emit, Noted, StageStarted, Warned
 from aqlm_cli.formatting import plain
 from aqlm_cli.memory import give_back_memory, peak_memory_bytes, reset_peak_memory
@@ -126,8 +126,8 @@ class _Work:
         return min(self.job.config.quantize.target.sequences, len(self.ids))
 
     def matrix(self, path: str, word: str) -> Matrix | None:
-        """The matrix of a layer in this treatment, as the fast search made it; None: 16 bits, or it is not finished."""
-        kept = None if word == SIXTEEN_BITS else self.state.kept(_file(path, word))
+        """The matrix of a layer in this treatment, as the fast search made it, if it was finished."""
+        kept = self.state.kept(_file(path, word))
         return None if kept is None else kept.matrix
 
     def table(self, path: str, treatment: Treatment) -> Matrix | None:
@@ -275,8 +275,7 @@ class _Divergences:
         file = self.work.state.directory / f"mix-{hashlib.sha256(text).hexdigest()[:20]}.json"
         if (kept := _kept_divergence(file)) is not None:
             return kept
-        matrices = {path: self.work.matrix(path, word) for path, word in choices.items()}
-        found = {path: matrix for path, matrix in matrices.items() if matrix is not None}
+        found = {path: self._matrix(path, word) for path, word in choices.items() if word != SIXTEEN_BITS}
         tables = {path: matrix for path, matrix in found.items() if self.layers[path].outside}
         inside = {path: matrix for path, matrix in found.items() if path not in tables}
         divergence = self.model.divergence(inside, tables)
@@ -286,6 +285,15 @@ class _Divergences:
             )
         write_file(file, json.dumps({"divergence": divergence}).encode())
         return divergence
+
+    def _matrix(self, path: str, word: str) -> Matrix:
+        matrix = self.work.matrix(path, word)
+        if matrix is None:  # its block is finished: without its inputs it cannot be made again
+            directory = self.work.state.directory
+            raise ArtifactError(
+                f"{directory / _file(path, word)}.safetensors is missing; remove {directory} to start again"
+            )
+        return matrix
 
 
 def _kept_divergence(file: Path) -> float | None:
