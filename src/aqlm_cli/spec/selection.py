@@ -83,7 +83,8 @@ def compiled(pattern: str, paths: Sequence[str], flag: str) -> Pattern:
     with _within(UsageError(f"--{flag} '{pattern}' takes too long to match; write it without repeats inside repeats")):
         matched = frozenset(path for path in paths if expression.fullmatch(path))
     if not matched:
-        raise PlanError(f"--{flag} '{pattern}' matches no layer; it must match a whole path, such as {paths[0]}")
+        tied = " (a tied head goes by the name of the embeddings)" if expression.fullmatch(HEAD) else ""
+        raise PlanError(f"--{flag} '{pattern}' matches no layer; it must match a whole path, such as {paths[0]}{tied}")
     return Pattern(pattern, matched)
 
 

@@ -13,19 +13,15 @@ Every finished matrix and every measured divergence is on the disk: after an int
 
 from __future__ import annotations
 
-import hashlib
 import json
-import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from aqlm_cli.errors import ArtifactError, QuantizationError
 from aqlm_cli.events import Advanced, Emit, Noted, StageStarted, Warned
 from aqlm_cli.formatting import plain
 from aqlm_cli.memory import give_back_memory, peak_memory_bytes, reset_peak_memory
@@ -36,6 +32,7 @@ from aqlm_cli.models.hidden_states import compute_dtype
 from aqlm_cli.models.walk import Walk
 from aqlm_cli.pipeline.allocation_report import RECORD, AllocationReport, schemes_by_name, single_divergence
 from aqlm_cli.pipeline.job import Job
+from aqlm_cli.pipeline.measured_mixes import MeasuredMixes, file_name
 from aqlm_cli.pipeline.preflight import planned_work
 from aqlm_cli.pipeline.stage_reports import restored
 from aqlm_cli.pipeline.whole_models import WholeModels
@@ -125,20 +122,12 @@ class _Work:
     def sequences(self) -> int:
         return min(self.job.config.quantize.target.sequences, len(self.ids))
 
-    def matrix(self, path: str, word: str) -> Matrix | None:
-        """The matrix of a layer in this treatment, as the fast search made it, if it was finished."""
-        kept = self.state.kept(_file(path, word))
+    def table(self, path: str, treatment: Treatment) -> Matrix | None:
+        kept = self.state.kept(file_name(path, str(treatment)))
         return None if kept is None else kept.matrix
 
-    def table(self, path: str, treatment: Treatment) -> Matrix | None:
-        return self.matrix(path, str(treatment))
-
     def keep(self, path: str, treatment: Treatment, made: Compressed) -> None:
-        self.state.keep(replace(made, path=_file(path, str(treatment))))
-
-
-def _file(path: str, word: str) -> str:
-    return f"{path}@{word.replace(':', '-')}"
+        self.state.keep(replace(made, path=file_name(path, str(treatment))))
 
 
 def _measure(job: Job, calibration: Artifact, stage: Stage) -> AllocationRecord:
@@ -164,10 +153,8 @@ def _measure(job: Job, calibration: Artifact, stage: Stage) -> AllocationRecord:
     quantize_tables(network, tables, statistics, config.seed, workers, kept=work.table, keep=work.keep, emit=work.emit)
     give_back_memory()
     model = MixedModel(network, ids[-max(1, round(WHOLE_MODELS * work.sequences)) :], dtype)
-    measured = _Divergences(work, model, layers)
-    for layer in tables:
-        words = [str(choice) for choice in layer.choices if choice.treatment is not None]
-        effects[layer.path] = {word: measured.of({layer.path: word}) for word in words}
+    measured = MeasuredMixes(work.state, model, layers)
+    effects |= measured.of_tables(job.emit)
     sensitivities = gradients.sensitivities
     scores = Scores({path: scored(one, effects.get(path, {}), sensitivities.get(path)) for path, one in layers.items()})
     return WholeModels(job, measured.of, scores, goal).search()
@@ -221,10 +208,10 @@ def _errors(
     state = work.state
     options = {path: [one.treatment for one in layers[path].choices if one.treatment is not None] for path in weights}
     every = [(path, one) for path, found in options.items() for one in found]
-    kept = {(path, one): state.kept(_file(path, str(one))) for path, one in every}
+    kept = {(path, one): state.kept(file_name(path, str(one))) for path, one in every}
     missing = [pair for pair, one in kept.items() if one is None]
     searched = {
-        (path, one): Task(_file(path, str(one)), weights[path], statistics[path], one)
+        (path, one): Task(file_name(path, str(one)), weights[path], statistics[path], one)
         for path, one in missing
         if one.finer not in options[path]
     }
@@ -256,50 +243,3 @@ def _gradients(work: _Work, walk: Walk) -> _Gradients:
         save_tensors(file, {METRIC: metric, **tensors})
     stored = load_tensors(file)
     return _Gradients(stored.pop(METRIC), {path: float(value) for path, value in stored.items()})
-
-
-# --------------------------------------------------------------------------------------------------------- whole models
-
-
-@dataclass(frozen=True, eq=False)
-class _Divergences:
-    """Measured divergences of mixes, each kept in a file of its own."""
-
-    work: _Work
-    model: MixedModel
-    layers: Mapping[str, OpenLayer]
-
-    def of(self, choices: Mapping[str, str]) -> float:
-        """The divergence of the base model with these choices, in nats a token."""
-        text = json.dumps(dict(sorted(choices.items()))).encode()
-        file = self.work.state.directory / f"mix-{hashlib.sha256(text).hexdigest()[:20]}.json"
-        if (kept := _kept_divergence(file)) is not None:
-            return kept
-        found = {path: self._matrix(path, word) for path, word in choices.items() if word != SIXTEEN_BITS}
-        tables = {path: matrix for path, matrix in found.items() if self.layers[path].outside}
-        inside = {path: matrix for path, matrix in found.items() if path not in tables}
-        divergence = self.model.divergence(inside, tables)
-        if not math.isfinite(divergence):
-            raise QuantizationError(
-                "the divergence of a quantized model is not finite; the base model is damaged or overflows"
-            )
-        write_file(file, json.dumps({"divergence": divergence}).encode())
-        return divergence
-
-    def _matrix(self, path: str, word: str) -> Matrix:
-        matrix = self.work.matrix(path, word)
-        if matrix is None:  # its block is finished: without its inputs it cannot be made again
-            directory = self.work.state.directory
-            raise ArtifactError(
-                f"{directory / _file(path, word)}.safetensors is missing; remove {directory} to start again"
-            )
-        return matrix
-
-
-def _kept_divergence(file: Path) -> float | None:
-    """The divergence of a mix that was measured before; None where it was not, or the file is damaged."""
-    try:
-        kept = json.loads(file.read_bytes())["divergence"]
-    except (FileNotFoundError, ValueError, LookupError, TypeError):
-        return None
-    return kept if isinstance(kept, float) and math.isfinite(kept) else None
