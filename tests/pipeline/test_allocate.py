@@ -74,6 +74,22 @@ def test_finished_work_is_reused_and_replayed(target: Path) -> None:
     assert report["replayed"] == len(scores()["layers"])
 
 
+def test_the_gradients_of_an_allocation_serve_the_quantization(target: Path) -> None:
+    assert run(*quantize(LIMIT)).exit_code == 0
+    logs = {name: Path(f"out/logs/{name}.jsonl").read_text() for name in ("allocate", "quantize")}
+    assert "gradients of the embeddings" in logs["allocate"] and "gradients of the embeddings" not in logs["quantize"]
+    table = next(Path("out/quantized").rglob("tables.safetensors")).read_bytes()
+    Path("out/allocation/embedding_metric.safetensors").unlink()
+    manifest = json.loads(Path("out/allocation/manifest.json").read_text())
+    del manifest["files"]["embedding_metric.safetensors"]
+    Path("out/allocation/manifest.json").write_text(json.dumps(manifest))
+    for stage in "quantized", "packed":
+        shutil.rmtree(Path("out") / stage)
+    assert run(*quantize(LIMIT)).exit_code == 0
+    assert "gradients of the embeddings" in Path("out/logs/quantize.jsonl").read_text()
+    assert next(Path("out/quantized").rglob("tables.safetensors")).read_bytes() == table
+
+
 def scores() -> dict[str, Any]:
     stored: dict[str, Any] = json.loads(Path("out/allocation/scores.json").read_text())
     return stored

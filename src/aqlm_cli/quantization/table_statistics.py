@@ -33,6 +33,9 @@ from aqlm_cli.spec.plan import Target
 
 FILE = "table_statistics.safetensors"
 
+METRIC_FILE, METRIC = "embedding_metric.safetensors", "metric"
+"""Where an allocation leaves what `embedding_metric` gave it."""
+
 STAGE = "gradients of the embeddings"
 
 GRADIENT_SEQUENCES, GRADIENT_TOKENS = 8, 1024
@@ -93,6 +96,14 @@ def read_statistics(calibration: Artifact, target: Target, gradients: Tensor | N
     )
 
 
+def known_metric(allocation: Artifact | None) -> Tensor | None:
+    """What `embedding_metric` gave an allocation for the same sequences; None where there is no such file."""
+    if allocation is None or METRIC_FILE not in allocation.manifest.files:
+        return None
+    with allocation.reading(METRIC_FILE) as file:
+        return load_tensors(file)[METRIC]
+
+
 def gradient_text(ids: Tensor) -> Tensor:
     """The part of the sequences `[n, L]` on which gradients are measured."""
     return ids[:GRADIENT_SEQUENCES, :GRADIENT_TOKENS]
@@ -134,16 +145,16 @@ def table_of(
     config: RunConfig,
     work: Path,
     emit: Emit,
+    gradients: Tensor | None = None,
 ) -> QuantizedTable:
     """Quantize embeddings or a head of the walk's network, which are still those of the base model.
 
     `ids` are the sequences `[n, L]` of the calibration. The result depends on nothing else: not on threads, nor on
-    what else is quantized.
+    what else is quantized. `gradients` are what `embedding_metric` gives for them, if that is known.
     """
     treatment, seed = target.treatment, config.seed
     assert treatment is not None
-    gradients = None
-    if target.kind != "head":
+    if target.kind != "head" and gradients is None:
         gradients = embedding_metric(walk, ids, work / "gradients", generator(seed, STAGE), emit)
     statistics = read_statistics(calibration, target, gradients)
     weight = walk.network.get_submodule(target.path).weight

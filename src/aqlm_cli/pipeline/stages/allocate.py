@@ -43,7 +43,14 @@ from aqlm_cli.quantization.parallel import Compressed, Task, compress_all
 from aqlm_cli.quantization.resume import ResumeState
 from aqlm_cli.quantization.solvers.hessian import LayerStatistics
 from aqlm_cli.quantization.table_scores import quantize_tables
-from aqlm_cli.quantization.table_statistics import STAGE, embedding_metric, gradient_text, read_statistics
+from aqlm_cli.quantization.table_statistics import (
+    METRIC,
+    METRIC_FILE,
+    STAGE,
+    embedding_metric,
+    gradient_text,
+    read_statistics,
+)
 from aqlm_cli.quantization.tables import TableStatistics
 from aqlm_cli.runs.artifact import Artifact, Stage
 from aqlm_cli.runs.files import disk_bytes, load_tensors, save_tensors, write_file
@@ -58,9 +65,6 @@ from aqlm_cli.spec.scores import SIXTEEN_BITS, Scores, scored
 from aqlm_cli.spec.target import WHOLE_MODELS
 from aqlm_cli.spec.treatment import Treatment
 from aqlm_kernels import Matrix
-
-METRIC = "metric"
-"""The metric of the embeddings among the tensors of a file; all others are called as layers are."""
 
 
 def allocate(job: Job) -> AllocationReport:
@@ -79,7 +83,8 @@ def allocate(job: Job) -> AllocationReport:
     reset_peak_memory()
     started = time.monotonic()
     with run.resumed_stage(key) as stage:
-        record = _measure(job, calibration, stage)
+        record, gradients = _measure(job, calibration, stage)
+        save_tensors(stage.directory / METRIC_FILE, {METRIC: gradients.metric})
         write_file(stage.directory / RECORD, json.dumps(record.to_json(), indent=1).encode())
         report = AllocationReport(
             directory=stage.published,
@@ -130,7 +135,7 @@ class _Work:
         self.state.keep(replace(made, path=file_name(path, str(treatment))))
 
 
-def _measure(job: Job, calibration: Artifact, stage: Stage) -> AllocationRecord:
+def _measure(job: Job, calibration: Artifact, stage: Stage) -> tuple[AllocationRecord, _Gradients]:
     config, facts = job.config, job.preflight.facts
     ids, _ = mixed_sequences(config, calibration)
     workers = planned_work(config, job.preflight.shape).workers
@@ -157,7 +162,7 @@ def _measure(job: Job, calibration: Artifact, stage: Stage) -> AllocationRecord:
     effects |= measured.of_tables(job.emit)
     sensitivities = gradients.sensitivities
     scores = Scores({path: scored(one, effects.get(path, {}), sensitivities.get(path)) for path, one in layers.items()})
-    return WholeModels(job, measured.of, scores, goal).search()
+    return WholeModels(job, measured.of, scores, goal).search(), gradients
 
 
 # ----------------------------------------------------------------------------------------------------- errors of layers

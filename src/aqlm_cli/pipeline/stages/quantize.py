@@ -37,11 +37,11 @@ from aqlm_cli.quantization.block_files import TABLES, block_file, put_matrix, sa
 from aqlm_cli.quantization.block_inputs import CalibrationPass, machine_of, mixed_sequences, start_calibration_pass
 from aqlm_cli.quantization.parallel import Compressed, Task, compress_all
 from aqlm_cli.quantization.resume import ResumeState
-from aqlm_cli.quantization.table_statistics import table_of
+from aqlm_cli.quantization.table_statistics import known_metric, table_of
 from aqlm_cli.quantization.training.block import BlockData, fit_block, round_block
 from aqlm_cli.runs.artifact import Artifact, Stage
 from aqlm_cli.runs.files import disk_bytes
-from aqlm_cli.runs.stages import QUANTIZE, StageKey
+from aqlm_cli.runs.stages import ALLOCATE, QUANTIZE, StageKey
 from aqlm_cli.seeds import generator
 from aqlm_cli.spec.config import RunConfig
 from aqlm_cli.spec.plan import Target
@@ -140,7 +140,8 @@ def _quantize_all(
     tables: dict[str, dict[str, float]] = {}
 
     def outside(walk: Walk) -> None:
-        tables.update(_quantize_tables(work, walk, ids, preflight.plan.tables, calibration))
+        known = known_metric(job.run.artifact(ALLOCATE.kind)) if config.quantize.target.question else None
+        tables.update(_quantize_tables(work, walk, ids, preflight.plan.tables, calibration, known))
 
     states = start_calibration_pass(job.source, ids, measured, config, resume_state, emit, outside)
     inside = treatments.keys() - tables.keys()
@@ -162,19 +163,25 @@ def _quantize_all(
 
 
 def _quantize_tables(
-    work: _Work, walk: Walk, ids: Tensor, targets: Sequence[Target], calibration: Artifact
+    work: _Work,
+    walk: Walk,
+    ids: Tensor,
+    targets: Sequence[Target],
+    calibration: Artifact,
+    gradients: Tensor | None,
 ) -> dict[str, dict[str, float]]:
     """Quantize the embeddings and the head, put them into the network, and return what was measured of each.
 
-    `ids` are the sequences `[n, L]` of the calibration.
+    `ids` are the sequences `[n, L]` of the calibration, `gradients` the metric of the embeddings, where it is known.
     """
+    directory = work.resume_state.directory
     measured: dict[str, dict[str, float]] = {}
     matrices: dict[str, Matrix] = {}
     for target in targets:
         one = work.resume_state.kept_table(target.path)
         if one is None:
             started = time.monotonic()
-            made = table_of(target, walk, ids, calibration, work.config, work.resume_state.directory, work.emit)
+            made = table_of(target, walk, ids, calibration, work.config, directory, work.emit, gradients)
             seconds = time.monotonic() - started
             one = Compressed(target.path, target.weights, made.matrix.stored(), made.relative_error, seconds)
             work.resume_state.keep_table(one)
