@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from aqlm_cli.errors import AqlmError, ArtifactError, DataError, ModelError
 from aqlm_cli.evaluation import PerplexityReport, PerplexitySettings
-from aqlm_cli.evaluation.perplexity import perplexity
+from aqlm_cli.evaluation.perplexity import estimate
 from aqlm_cli.events import Event, Noted, StageStarted
 from aqlm_cli.models import find_subject
 from aqlm_cli.pipeline.stages.evaluate import evaluate
@@ -38,9 +38,10 @@ def measure(
     dtype: str = "float32",
     sequences: int | None = WINDOWS,
     length: int = LENGTH,
+    divergence: bool = False,
 ) -> PerplexityReport:
     emit = ([] if events is None else events).append
-    settings = PerplexitySettings(text, length, sequences, dtype=dtype)
+    settings = PerplexitySettings(text, length, sequences, dtype=dtype, divergence=divergence)
     report = evaluate(find_subject(str(target)), "ppl", settings, "cpu", emit)
     assert isinstance(report, PerplexityReport)
     return report
@@ -71,13 +72,13 @@ def test_logits_longer_than_a_chunk_are_scored_whole(
     tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     directory = tiny_models.save("llama", tmp_path / "model")
-    monkeypatch.setattr("aqlm_cli.evaluation.perplexity.ROWS_PER_CHUNK", 10)
+    monkeypatch.setattr("aqlm_cli.evaluation.scoring.ROWS_PER_CHUNK", 10)
     assert measure(directory, text).perplexity == pytest.approx(by_transformers(directory, text), rel=1e-5)
 
 
 def test_the_standard_error_is_the_spread_that_repeated_measurements_show() -> None:
     losses = 3 + 0.2 * torch.randn(1000, 50, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    measured = [perplexity(sample) for sample in losses]
+    measured = [estimate(7 * sample, torch.full((50,), 7.0)) for sample in losses]
     spread = torch.tensor([result.perplexity for result in measured]).std().item()
     claimed = sum(result.stderr for result in measured) / len(measured)
     assert claimed == pytest.approx(spread, rel=0.07)  # a spread of 1000 samples is itself known to 2 %
@@ -123,6 +124,15 @@ def test_a_run_is_measured_beside_its_original_which_is_measured_once(tmp_path: 
     events.clear()
     assert measure(run.path, text, events) == report
     assert measured_models(events) == 1
+
+
+def test_a_run_and_its_original_are_read_together_for_their_divergence(tmp_path: Path, text: str) -> None:
+    run, events = packed_run(tmp_path / "run", tiny_models.save("llama", tmp_path / "model")), []
+    report, alone = measure(run.path, text, events, divergence=True), measure(run.path, text)
+    assert report.divergence is not None and 0 < report.divergence.mean < report.divergence.maximum
+    assert report.divergence.agreement == 1  # the head is a multiple of the original's
+    assert (report.base_model, report.ratio) == (alone.base_model, alone.ratio)
+    assert [event.stage for event in events if isinstance(event, StageStarted)] == ["eval-ppl run beside its base"]
 
 
 def test_an_original_measured_otherwise_is_measured_again(tmp_path: Path, text: str) -> None:
@@ -179,5 +189,5 @@ def test_weights_that_are_not_numbers_give_no_perplexity(tmp_path: Path, text: s
     weights = load_file(directory / "model.safetensors")
     weights["model.norm.weight"][0] = math.nan
     save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ModelError, match="sequence 0 is not finite"):
+    with pytest.raises(ModelError, match="window 0 is not finite"):
         measure(directory, text)

@@ -232,7 +232,7 @@ def pack(
 
 
 app.command()(finetune.finetune)
-for measuring in (evaluate.eval_ppl, evaluate.bench, evaluate.generate):
+for measuring in (evaluate.eval_ppl, evaluate.evaluate, evaluate.bench, evaluate.generate):
     app.command()(measuring)
 
 

@@ -8,8 +8,10 @@ import typer
 
 from aqlm_cli.cli import options
 from aqlm_cli.cli.console import Screen
+from aqlm_cli.errors import UsageError
 from aqlm_cli.formatting import PROMPT, command_line
-from aqlm_cli.spec.flags import BENCH, EVAL_PPL, GENERATE, as_settings
+from aqlm_cli.records import Record
+from aqlm_cli.spec.flags import BENCH, EVAL_PPL, EVALUATE, GENERATE, as_settings
 
 
 def eval_ppl(
@@ -17,6 +19,12 @@ def eval_ppl(
     data: Annotated[str | None, typer.Option(help="Text: wikitext2, c4, builtin or a file.")] = None,
     sequence_length: options.SequenceLength = None,
     bos: options.Bos = None,
+    protocol: Annotated[
+        str | None, typer.Option(help="Protocol, such as llamacpp-512, in place of length and BOS.")
+    ] = None,
+    divergence: Annotated[
+        bool | None, typer.Option("--divergence/--no-divergence", help="Divergence from the base model (default: on).")
+    ] = None,
     sequences: Annotated[int | None, typer.Option(min=2, help="Number of sequences (default: all).")] = None,
     dtype: Annotated[str | None, typer.Option(help="Compute type: float32, bfloat16 or float16.")] = None,
     revision: options.Revision = None,
@@ -27,17 +35,19 @@ def eval_ppl(
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
 ) -> None:
-    """Measure perplexity; of a run, beside that of its base model.
+    """Measure perplexity; of a run, beside that of its base model, and the divergence from it.
 
-    The protocol is GPTQ's: sequences without overlap, every token but the first of each scored. Where the tokenizer
-    puts a BOS token before a text, each sequence starts with one, unlike in GPTQ: use --no-bos to compare with
-    published figures.
+    Without --protocol it is GPTQ's: sequences without overlap, every token but the first of each scored. Where the
+    tokenizer puts a BOS token before a text, each sequence starts with one, unlike in GPTQ: use --no-bos to compare
+    with published figures.
 
     \b
     Example:
       aqlm eval-ppl runs/SmolLM2-135M-Instruct-2bit --data wikitext2 --sequence-length 2048
     """
     flags = dict(locals())
+    if protocol is not None and (sequence_length is not None or bos is not None):
+        raise UsageError("--protocol has a length and a beginning of its own; leave --sequence-length and --bos out")
     from aqlm_cli.pipeline import order
 
     settings = order.settings_for(target, as_settings({**flags, "data": data and [data]}, EVAL_PPL))
@@ -45,6 +55,41 @@ def eval_ppl(
         order.use_machine(settings)
         reports = order.measure(target, settings, sequences, screen.emit)
         screen.finish(reports, following=command_line("bench", target))
+
+
+def evaluate(
+    targets: Annotated[list[str], typer.Argument(metavar="TARGET...", help="Run directories or models.")],
+    kind: Annotated[str | None, typer.Option(help="Kinds of evaluation, such as ppl,gate (default: ppl).")] = None,
+    data: Annotated[str | None, typer.Option(help="Text: wikitext2, c4, builtin or a file.")] = None,
+    protocol: Annotated[str | None, typer.Option(help="Protocol of perplexity, such as llamacpp-512.")] = None,
+    sequences: Annotated[int | None, typer.Option(min=2, help="Number of sequences (default: all).")] = None,
+    revision: options.Revision = None,
+    trust_remote_code: options.RemoteCode = None,
+    device: options.Device = None,
+    threads: options.Threads = None,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
+) -> None:
+    """Judge models, one after the other, in every way that is asked for.
+
+    \b
+    Example:
+      aqlm evaluate runs/SmolLM2-135M-Instruct-2bit --kind ppl --data builtin
+    """
+    flags = dict(locals())
+    from aqlm_cli.pipeline import order
+
+    kinds = kind and [word.strip() for word in kind.split(",")]
+    given = as_settings({**flags, "data": data and [data], "kinds": kinds}, EVALUATE)
+    with Screen(json, quiet, verbose) as screen:
+        reports: dict[str, Record] = {}
+        for target in targets:
+            settings = order.settings_for(target, given)
+            order.use_machine(settings)
+            found = order.evaluate_model(target, settings, sequences, screen.emit)
+            reports |= found if len(targets) == 1 else {f"{target}: {name}": one for name, one in found.items()}
+        screen.finish(reports, following=command_line("bench", targets[0]))
 
 
 def bench(

@@ -204,7 +204,7 @@ def evaluation_sequences(
     texts = documents(name, "evaluation", emit=emit)
     if name == "c4":
         return _cuts_of_long_documents(name, texts, sequence_length, tokenizer, opening)
-    tokens = _evaluated(texts, tokenizer, special=not opening)
+    tokens = evaluation_tokens(texts, tokenizer, special=not opening)
     ids = _cut(tokens, sequence_length, opening)
     if not len(ids):
         raise DataError(
@@ -213,8 +213,8 @@ def evaluation_sequences(
     return ids
 
 
-def _evaluated(texts: Sequence[Document], tokenizer: TextTokenizer, special: bool) -> list[int]:
-    """Tokens of all documents; special tokens, if any, once for the whole text."""
+def evaluation_tokens(texts: Sequence[Document], tokenizer: TextTokenizer, special: bool) -> list[int]:
+    """Tokens of all documents, joined by two newlines; special tokens, if any, once for the whole text."""
     if any(isinstance(text, Chat) for text in texts):
         texts = [text for text in texts if text != ""]
     tokens: list[int] = []

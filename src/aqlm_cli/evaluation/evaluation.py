@@ -15,11 +15,11 @@ from aqlm_cli.records import Record
 
 Settings = TypeVar("Settings", contravariant=True)
 
-Remember: TypeAlias = Callable[[Mapping[str, Any], Callable[[], dict[str, float]]], dict[str, float]]
-"""All that a figure depends on, and a function that computes it -> the figure, which may have been kept."""
+Remember: TypeAlias = Callable[[Mapping[str, Any], Callable[[], dict[str, Any]]], dict[str, Any]]
+"""All that figures depend on, and a function that computes them -> the figures, which may have been kept: JSON."""
 
 
-def compute_again(facts: Mapping[str, Any], compute: Callable[[], dict[str, float]]) -> dict[str, float]:
+def compute_again(facts: Mapping[str, Any], compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """The Remember that keeps nothing."""
     return compute()
 

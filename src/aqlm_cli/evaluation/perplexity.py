@@ -1,52 +1,58 @@
-"""Perplexity of a model on a text: exp of the mean negative log likelihood of its tokens, as GPTQ measures it.
+"""Perplexity of a model on a text, beside its base model's, and its divergence from that.
 
-The text is cut into sequences without overlap, each read on its own, and every token but a sequence's first is scored.
-So a model does better with longer sequences, and figures compare only at equal data, tokenizer and sequence length.
+A perplexity is exp(sum a / sum b): a unit of the text, mostly a window, has the loss a and counts b, in tokens, words
+or bytes (protocols.py). Its standard error takes the n units for independent: by the delta method exp(r), with
+r = sum a / sum b, is uncertain by exp(r) times sqrt(n / (n-1) sum (a - r b)^2) / sum b. Not covered: that neighbouring
+windows of one document are alike. Of two models on the same windows the same formula holds for the difference of their
+losses, which is far more certain than each of them: so the ratio of their perplexities has an error of its own.
 
-With `bos` a sequence of L tokens is the opening b, of p tokens (mostly p = 1), and L - p tokens t of the text, all of
-which are scored: its loss is -1/(L - p) * sum_i log P(t_i | b, t_1 ... t_{i-1}). Without, b is the sequence's own first
-token. Models that were trained with a BOS token, Gemma above all, say little without it.
+The divergence is KL(base || model) in nats, of the predictions at every scored token.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
-from torch import Tensor, nn
+from torch import Tensor
 
 from aqlm_cli.arguments import check_fields
-from aqlm_cli.data.sequences import evaluation_sequences, opening_tokens
+from aqlm_cli.data.sequences import opening_tokens
 from aqlm_cli.errors import DataError, ModelError, UsageError
 from aqlm_cli.evaluation.evaluation import Remember, compute_again
 from aqlm_cli.evaluation.model import EvaluatedModel
+from aqlm_cli.evaluation.passport import Passport, passport_of
+from aqlm_cli.evaluation.protocols import PROTOCOLS, TOKEN, Cut, gptq
+from aqlm_cli.evaluation.scoring import Reader, Scored, score
 from aqlm_cli.events import Advanced, Emit, Noted, StageStarted
-from aqlm_cli.formatting import text_name
+from aqlm_cli.formatting import facts, text_name
 from aqlm_cli.records import Record
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-# Rows of logits that are in float32 at a time: with a vocabulary of 50,000 they take 50 MB.
-ROWS_PER_CHUNK = 256
-
 
 @dataclass(frozen=True)
 class PerplexitySettings:
-    """`data` is a source of `data.documents`. `sequences`: only the first so many; None: all. `bos` None: as the
-    tokenizer starts a text. Weights and matmuls are in `dtype`, the log-softmax in float32."""
+    """`data` is a source of `data.documents`. `protocol` is a name of PROTOCOLS, None: GPTQ's at `sequence_length`.
+
+    `sequences`: only the first so many windows, or documents; None: all. `bos` None: as the tokenizer starts a text.
+    Weights and matmuls are in `dtype`, the log-softmax in float32. `divergence`: also that from the base model.
+    """
 
     data: str
     sequence_length: int = 2048
     sequences: int | None = None
     bos: bool | None = None
     dtype: str = "float32"
+    protocol: str | None = None
+    divergence: bool = True
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -56,25 +62,44 @@ class PerplexitySettings:
             raise UsageError(f"sequences of {self.sequence_length} tokens score none; raise --sequence-length")
         if self.dtype not in DTYPES:
             raise UsageError(f"there is no type {self.dtype!r} to compute in; choose {', '.join(DTYPES)}")
+        if self.protocol is not None and self.protocol not in PROTOCOLS:
+            raise UsageError(f"there is no protocol {self.protocol!r}; choose {', '.join(PROTOCOLS)}")
 
 
 @dataclass(frozen=True)
 class Perplexity:
-    """exp(mean negative log likelihood), with the standard error that the spread over the sequences gives it."""
+    """A perplexity, or a ratio of two, with the standard error that the spread over the units gives it."""
 
     perplexity: float
     stderr: float
 
 
 @dataclass(frozen=True)
-class PerplexityReport(Record):
-    """Perplexity of `model` on `data`; `ratio` is to the base model's on the same sequences, where there is one.
+class Divergence:
+    """KL(base || model) over the scored tokens, in nats: its mean with a standard error, quantiles and maximum.
 
-    `bos`: each sequence begins with the BOS token. Figures with and without it do not compare.
+    `agreement`: the share of tokens for which both models hold the same one for the likeliest.
+    """
+
+    mean: float
+    stderr: float
+    median: float
+    percentile_99: float
+    maximum: float
+    agreement: float
+
+
+@dataclass(frozen=True)
+class PerplexityReport(Record):
+    """Perplexity of `model` on `data`; `ratio` is to the base model's on the same windows, where there is one.
+
+    `others` are perplexities by another count than that of the protocol: `bits_per_byte` among them. `bos`: each
+    sequence begins with the BOS token. `losses` has the sum of every unit in nats, `counts` what it is divided by.
     """
 
     model: str
     data: str
+    protocol: str
     perplexity: float
     stderr: float
     sequences: int
@@ -82,13 +107,19 @@ class PerplexityReport(Record):
     dtype: str
     base_model: Perplexity | None
     ratio: float | None
-    bos: bool = False
-    version: int = 1
+    ratio_stderr: float | None
+    divergence: Divergence | None
+    others: dict[str, float]
+    bos: bool
+    passport: Passport
+    losses: tuple[float, ...] = field(repr=False)
+    counts: tuple[float, ...] = field(repr=False)
+    version: int = 2
 
-    def table(self) -> Table:
+    def table(self) -> Group:
         columns = ("model", "data", "sequences x tokens", "type", "perplexity", "ratio")
         table = Table(*columns, title="perplexity", title_justify="left")
-        ratio = "" if self.ratio is None else f"{self.ratio:.4f}"
+        ratio = "" if self.ratio is None else f"{self.ratio:.4f} ± {self.ratio_stderr:.4f}"
         rows = [(self.model, Perplexity(self.perplexity, self.stderr), ratio)]
         if self.base_model is not None:
             rows.insert(0, ("base", self.base_model, "1"))
@@ -101,7 +132,24 @@ class PerplexityReport(Record):
                 f"{measured.perplexity:.3f} ± {measured.stderr:.3f}",
                 ratio,
             )
-        return table
+        about = [
+            ("protocol", self.protocol),
+            *((name.replace("_", " "), f"{v:.4f}") for name, v in self.others.items()),
+        ]
+        return Group(
+            table, facts("", about) if self.others else Text(f"protocol: {self.protocol}"), *self._divergence()
+        )
+
+    def _divergence(self) -> list[Table]:
+        found = self.divergence
+        if found is None:
+            return []
+        rows = [
+            ("mean", f"{found.mean:.4f} ± {found.stderr:.4f} nats a token"),
+            ("median, 99 %, maximum", f"{found.median:.4f}, {found.percentile_99:.3f}, {found.maximum:.2f}"),
+            ("same likeliest token", f"{found.agreement:.2%}"),
+        ]
+        return [facts("divergence from the base model", rows)]
 
 
 class PerplexityEvaluation:
@@ -115,94 +163,140 @@ class PerplexityEvaluation:
         emit: Emit,
         remember: Remember = compute_again,
     ) -> PerplexityReport:
-        ids, opening = _sequences(model, settings, emit)
-        measured = measure(model, ids, opening, settings.dtype, emit)
-        compared = None
-        if base is not None:
-            facts = {
-                "model": base.identity,
-                "dtype": settings.dtype,
-                "sequences": list(ids.shape),
-                "ids": hashlib.sha256(ids.numpy().tobytes()).hexdigest(),
-            }
-            kept = remember(facts, lambda: _as_dict(measure(base, ids, opening, settings.dtype, emit)))
-            compared = Perplexity(kept["perplexity"], kept["stderr"])
+        protocol, cut, bos = _cut(model, settings, emit)
+        passport = passport_of(protocol, cut, model, settings.dtype)
+        main = PROTOCOLS[protocol].main if protocol in PROTOCOLS else TOKEN
+        counts = cut.counts[main]
+        base_losses, divergence = None, None
+        if base is not None and settings.divergence:
+            (base_losses, losses), scores = _measure([base, model], cut, settings.dtype, emit)
+            divergence = _divergence_of(scores)
+        else:
+            (losses,), _ = _measure([model], cut, settings.dtype, emit)
+            if base is not None:
+                base_losses = _of_base(base, cut, passport, emit, remember)
+        measured = estimate(losses, counts)
+        base_model = None if base_losses is None else estimate(base_losses, counts)
+        paired = None if base_losses is None else estimate(losses - base_losses, counts)
         return PerplexityReport(
             model=model.name,
             data=settings.data,
+            protocol=protocol,
             perplexity=measured.perplexity,
             stderr=measured.stderr,
-            sequences=len(ids),
-            sequence_length=settings.sequence_length,
+            sequences=cut.units,
+            sequence_length=cut.longest,
             dtype=settings.dtype,
-            base_model=compared,
-            ratio=None if compared is None else measured.perplexity / compared.perplexity,
-            bos=opening > 0,
+            base_model=base_model,
+            ratio=None if base_model is None else measured.perplexity / base_model.perplexity,
+            ratio_stderr=None if paired is None else paired.stderr,
+            divergence=divergence,
+            others=_others(losses, cut, main),
+            bos=bos,
+            passport=passport,
+            losses=tuple(losses.tolist()),
+            counts=tuple(counts.tolist()),
         )
 
     def files(self, report: PerplexityReport) -> Mapping[str, Mapping[str, Any] | bytes]:
-        """eval-ppl-wikitext2-148x2048-float32.json, with -bos where sequences begin so; of a path only its name."""
+        """eval-ppl-wikitext2-148x2048-float32.json, with -bos where sequences begin so; of a path only its name. The
+        name of a protocol takes the place of the length where one was asked for."""
         text = re.sub(r"[^\w.-]+", "_", text_name(report.data))
-        size = f"{report.sequences}x{report.sequence_length}"
+        plain = report.protocol.startswith("gptq-")
+        size = f"{report.sequences}x" + (str(report.sequence_length) if plain else report.protocol.replace("/", "-"))
         return {f"eval-ppl-{text}-{size}-{report.dtype}{'-bos' if report.bos else ''}.json": report.as_json()}
 
 
-def perplexity(losses: Tensor) -> Perplexity:  # losses [n]
-    """exp(m) for the mean m of the sequences' mean losses, which is the mean over tokens, as lengths are equal.
-
-    By the delta method exp(m) is uncertain by exp(m) times the uncertainty of m, the sequences' standard deviation over
-    the root of their number. Not covered: that neighbouring sequences of one document are alike.
-    """
-    mean = math.exp(losses.mean().item())
-    return Perplexity(mean, mean * losses.std().item() / math.sqrt(len(losses)))
-
-
-@torch.inference_mode()
-def sequence_losses(network: nn.Module, ids: Tensor, given: int = 1) -> Iterator[float]:  # ids [n, L]
-    """Mean negative log likelihood, in nats, of all tokens but the `given` first, of one sequence after the other.
-
-    One sequence's logits are the only large tensor: each chunk of them becomes float32 on its own.
-    """
-    for sequence in ids:
-        logits = network(sequence[None], use_cache=False).logits[0, given - 1 : -1]  # [L - given, vocabulary]
-        total = 0.0
-        for chunk, following in zip(logits.split(ROWS_PER_CHUNK), sequence[given:].split(ROWS_PER_CHUNK), strict=True):
-            total += nn.functional.cross_entropy(chunk.float(), following, reduction="sum").item()
-        yield total / len(logits)
+def estimate(losses: Tensor, counts: Tensor) -> Perplexity:
+    """exp(sum a / sum b) of losses a `[units]` in nats and counts b `[units]`, with its standard error."""
+    units, total = len(losses), counts.sum()
+    mean = losses.sum() / total
+    spread = (losses - mean * counts).square().sum() * units / (units - 1)
+    perplexity = math.exp(mean)
+    return Perplexity(perplexity, perplexity * float(spread.sqrt() / total))
 
 
-def measure(model: EvaluatedModel, ids: Tensor, opening: int, dtype: str, emit: Emit) -> Perplexity:  # ids [n, L]
-    """Perplexity on these sequences, the first `opening` tokens of which are no text."""
-    stage = f"eval-ppl {model.short_name}"
-    network = model.network(DTYPES[dtype])
-    device = next(network.parameters()).device
-    emit(StageStarted(stage, len(ids), "sequence"))
-    losses: list[float] = []
-    for loss in sequence_losses(network, ids.to(device), max(1, opening)):
-        if not math.isfinite(loss):
-            raise ModelError(
-                f"{model.name}: the loss on sequence {len(losses)} is not finite in {dtype}; the weights hold NaN, or "
-                f"activations overflow: try --dtype float32"
-            )
-        losses.append(loss)
-        emit(Advanced(stage, len(losses), f"perplexity {math.exp(sum(losses) / len(losses)):.2f}"))
-    return perplexity(torch.tensor(losses, dtype=torch.float64))
+def _of_base(base: EvaluatedModel, cut: Cut, passport: Passport, emit: Emit, remember: Remember) -> Tensor:
+    """The losses `[units]` of the base model, which may have been kept."""
+
+    def compute() -> dict[str, Any]:
+        (losses,), _ = _measure([base], cut, passport.dtype, emit)
+        return {"losses": losses.tolist()}
+
+    kept = remember({"column": list(passport.column), "model": base.identity}, compute)
+    return torch.tensor(kept["losses"], dtype=torch.float64)
 
 
-def _sequences(model: EvaluatedModel, settings: PerplexitySettings, emit: Emit) -> tuple[Tensor, int]:
-    """Token ids `[n, L]`, and how many at the start of each are no text."""
-    length, data = settings.sequence_length, settings.data
-    model.refuse_length(length, "--sequence-length", stated=True)
-    tokenizer = model.tokenizer()
-    opening = opening_tokens(tokenizer, settings.bos)
-    if opening and settings.bos is None:
-        emit(Noted("every sequence begins as the tokenizer begins a text; published figures mostly need --no-bos"))
-    ids = evaluation_sequences(data, length, tokenizer, opening=opening, emit=emit)[: settings.sequences]
-    if len(ids) < 2:
+def _measure(models: Sequence[EvaluatedModel], cut: Cut, dtype: str, emit: Emit) -> tuple[list[Tensor], list[Scored]]:
+    """The losses `[units]` of each of one or two models in nats, and what was told of every window."""
+    model = models[-1]
+    stage = f"eval-ppl {model.short_name}" + (" beside its base" if len(models) > 1 else "")
+    networks = [one.network(DTYPES[dtype]) for one in models]
+    device = next(networks[-1].parameters()).device
+    emit(StageStarted(stage, len(cut.windows), "window"))
+    losses = [torch.zeros(cut.units, dtype=torch.float64) for _ in models]
+    scores: list[Scored] = []
+    counted = 0.0
+    with torch.inference_mode():
+        readers = [Reader(network) for network in networks]
+    for number, (window, scored) in enumerate(zip(cut.windows, score(readers, cut.windows, device), strict=True), 1):
+        for one, total, found in zip(models, losses, scored.losses, strict=True):
+            if not bool(found.isfinite().all()):
+                raise ModelError(
+                    f"{one.name}: the loss on window {number - 1} is not finite in {dtype}; the weights hold NaN, or "
+                    f"activations overflow: try --dtype float32"
+                )
+            total[window.unit] += window.weight * found.mean()
+        counted += window.weight
+        scores.append(scored)
+        emit(Advanced(stage, number, f"perplexity {math.exp(losses[-1].sum() / counted):.2f}"))
+    return losses, scores
+
+
+def _divergence_of(scores: Sequence[Scored]) -> Divergence:
+    parts = [scored.divergence for scored in scores if scored.divergence is not None]
+    agreed = torch.cat([scored.agreed for scored in scores if scored.agreed is not None])
+    tokens = torch.cat(parts)
+    sums = torch.stack([part.sum() for part in parts])
+    counts = torch.tensor([len(part) for part in parts], dtype=torch.float64)
+    mean = sums.sum() / counts.sum()
+    spread = (sums - mean * counts).square().sum() * len(parts) / (len(parts) - 1)
+    ordered = tokens.sort().values
+    return Divergence(
+        mean=float(mean),
+        stderr=float(spread.sqrt() / counts.sum()),
+        median=float(ordered[(len(ordered) - 1) // 2]),
+        percentile_99=float(ordered[math.ceil(0.99 * len(ordered)) - 1]),
+        maximum=float(ordered[-1]),
+        agreement=float(agreed.double().mean()),
+    )
+
+
+def _others(losses: Tensor, cut: Cut, main: str) -> dict[str, float]:
+    found = {f"{name}_perplexity": estimate(losses, count).perplexity for name, count in cut.counts.items()}
+    if "byte" in cut.counts:
+        found["bits_per_byte"] = math.log2(found["byte_perplexity"])
+    found.pop(f"{main}_perplexity")
+    return found
+
+
+_FLAGS = {False: "--sequence-length", True: "the length that --protocol names"}
+"""What a user lowers where windows are too long for a model."""
+
+
+def _cut(model: EvaluatedModel, settings: PerplexitySettings, emit: Emit) -> tuple[str, Cut, bool]:
+    """The name of the protocol, the windows, and whether each begins with an opening of its own."""
+    tokenizer, data = model.tokenizer(), settings.data
+    opening: tuple[int, ...] = ()
+    protocol = None if settings.protocol is None else PROTOCOLS[settings.protocol]
+    if protocol is None:
+        opening = opening_tokens(tokenizer, settings.bos)
+        if opening and settings.bos is None:
+            emit(Noted("every sequence begins as the tokenizer begins a text; published figures mostly need --no-bos"))
+        protocol = gptq(settings.sequence_length, bool(opening))
+    model.refuse_length(protocol.length, _FLAGS[settings.protocol is not None], stated=True)
+    cut = protocol.cut(data, tokenizer, emit).first(settings.sequences)
+    if cut.units < 2:
         raise DataError(f"one sequence of {data} gives no standard error; lower --sequence-length or raise --sequences")
-    model.refuse_tokens(ids)
-    return ids, len(opening)
-
-
-def _as_dict(measured: Perplexity) -> dict[str, float]:
-    return {"perplexity": measured.perplexity, "stderr": measured.stderr}
+    model.refuse_tokens(torch.cat([window.ids for window in cut.windows]))
+    return protocol.name + ("-bos" if opening else ""), cut, bool(opening)

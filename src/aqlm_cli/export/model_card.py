@@ -151,7 +151,13 @@ def model_card(facts: CardFacts, loading: str, tags: Sequence[str] = ()) -> str:
 def _perplexity_row(report: Mapping[str, Any]) -> str:
     length = f"{report['sequences']} sequences of {report['sequence_length']} tokens"
     length += ", each with a beginning token" if report.get("bos") else ""
+    length += f", protocol {report['protocol']}" if "protocol" in report else ""
     measured = f"{report['perplexity']:.2f} ± {report['stderr']:.2f}"
     base = report["base_model"]
     beside = f", base model {base['perplexity']:.2f} ± {base['stderr']:.2f}" if base else ""
-    return f"| perplexity, {text_name(report['data'])}, {length} | {measured}{beside} |\n"
+    row = f"| perplexity, {text_name(report['data'])}, {length} | {measured}{beside} |\n"
+    kl = report.get("divergence")
+    if kl:
+        told = f"KL {kl['mean']:.3f} ± {kl['stderr']:.3f} nats a token, {kl['agreement']:.1%} the same likeliest token"
+        row += f"| divergence from the base model, same text | {told} |\n"
+    return row

@@ -7,9 +7,10 @@ earlier one runs first.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import numba
 import torch
@@ -65,6 +66,7 @@ __all__ = [
     "continue_text",
     "doctor",
     "dry_run",
+    "evaluate_model",
     "find_device",
     "finetune_run",
     "forecast_run",
@@ -234,17 +236,53 @@ def _pack(job: Job) -> PackReport:
         return pack(logged)
 
 
+def evaluate_model(
+    target: str, config: RunConfig, sequences: int | None, emit: Emit, base_model: ResolvedModel | None = None
+) -> dict[str, Record]:
+    """Every kind of evaluation that the settings name.
+
+    Raises UsageError for a kind that there is none of.
+    """
+    kinds = config.evaluate.kinds
+    for unknown in set(kinds) - SETTINGS.keys():
+        raise UsageError(f"there is no evaluation {unknown!r}; choose {', '.join(SETTINGS)}")
+    subject = _subject(target, config, emit, base_model)
+    reports: dict[str, Record] = {}
+    with _logged_of(subject, "evaluate", emit) as both:
+        for kind in kinds:
+            for name, settings in SETTINGS[kind](config, sequences).items():
+                reports[name] = evaluate(subject, kind, settings, config.device, both)
+    return reports
+
+
+def _perplexities(config: RunConfig, sequences: int | None) -> dict[str, PerplexitySettings]:
+    section = config.eval_ppl
+    return {
+        text: PerplexitySettings(
+            text,
+            section.sequence_length,
+            sequences,
+            section.bos,
+            section.dtype,
+            section.protocol,
+            section.divergence,
+        )
+        for text in section.data
+    }
+
+
+SETTINGS: Mapping[str, Callable[[RunConfig, int | None], Mapping[str, Any]]] = {"ppl": _perplexities}
+"""The settings of each evaluation that `evaluate` can do, by the name of its report, from those of a run file."""
+
+
 def measure(
     target: str, config: RunConfig, sequences: int | None, emit: Emit, base_model: ResolvedModel | None = None
 ) -> dict[str, Record]:
     """Perplexity on every text of the settings."""
-    subject, section = _subject(target, config, emit, base_model), config.eval_ppl
+    subject = _subject(target, config, emit, base_model)
     with _logged_of(subject, "eval-ppl", emit) as both:
-        settings = [
-            PerplexitySettings(text, section.sequence_length, sequences, section.bos, section.dtype)
-            for text in section.data
-        ]
-        return {one.data: evaluate(subject, "ppl", one, config.device, both) for one in settings}
+        found = _perplexities(config, sequences)
+        return {name: evaluate(subject, "ppl", one, config.device, both) for name, one in found.items()}
 
 
 def compare_speed(target: str, config: RunConfig, emit: Emit, base_model: ResolvedModel | None = None) -> BenchReport:

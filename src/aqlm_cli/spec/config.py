@@ -320,13 +320,26 @@ class PackConfig(Section):
     format: PackFormat = "auto"
 
 
+ProtocolName: TypeAlias = Literal["gptq-2048", "aqlm-4096", "llama3-8192", "llamacpp-512", "strided-2048/512", "word"]
+"""Names of the protocols, which lie where torch may be imported: `evaluation.protocols.PROTOCOLS`."""
+
+
 class EvalConfig(Section):
-    """`bos` as in `calibrate`; false is what GPTQ does."""
+    """`bos` as in `calibrate`; false is what GPTQ does. A `protocol` has a length and a beginning of its own, which
+    count instead. `divergence` from the base model is measured in the same pass."""
 
     data: Annotated[Names, Field(min_length=1)] = ("wikitext2",)
     sequence_length: Annotated[int, Field(ge=2, le=LARGEST)] = 2048
     bos: bool | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    protocol: ProtocolName | None = None
+    divergence: bool = True
+
+
+class EvaluateConfig(Section):
+    """What `evaluate` measures beside perplexity: `kinds` are names of evaluations."""
+
+    kinds: Annotated[Names, Field(min_length=1)] = ("ppl",)
 
 
 Head = Literal["exact", "int8"]
@@ -363,6 +376,7 @@ class RunConfig(Section):
     finetune: FinetuneConfig = FinetuneConfig()
     pack: PackConfig = PackConfig()
     eval_ppl: EvalConfig = EvalConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
     bench: BenchConfig = BenchConfig()
 
     @field_validator("max_memory", "max_disk")

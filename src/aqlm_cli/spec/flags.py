@@ -53,8 +53,10 @@ FINETUNE: Mapping[str, str] = MappingProxyType(
 )
 
 EVAL_PPL: Mapping[str, str] = MappingProxyType(
-    {**MODEL, **_section("eval_ppl", "data", "sequence_length", "bos", "dtype")}
+    {**MODEL, **_section("eval_ppl", "data", "sequence_length", "bos", "dtype", "protocol", "divergence")}
 )
+
+EVALUATE: Mapping[str, str] = MappingProxyType({**EVAL_PPL, **_section("evaluate", "kinds")})
 
 BENCH: Mapping[str, str] = MappingProxyType(
     {

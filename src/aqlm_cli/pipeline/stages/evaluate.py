@@ -45,7 +45,7 @@ def evaluate(subject: Subject, kind: str, settings: Any, device: str, emit: Emit
 def _in_reports(run: RunDirectory) -> Remember:
     """Keep figures of the base model in `reports/`, under a digest of all that they depend on."""
 
-    def remember(facts: Mapping[str, Any], compute: Callable[[], dict[str, float]]) -> dict[str, float]:
+    def remember(facts: Mapping[str, Any], compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
         kept = run.reports / f"base-model-{digest[:16]}.json"
         if kept.exists():

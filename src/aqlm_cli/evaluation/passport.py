@@ -1,0 +1,74 @@
+"""Passport: everything that a figure depends on. Figures compare where their passports agree in all but the model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, fields
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from aqlm_cli.evaluation.model import EvaluatedModel
+from aqlm_cli.evaluation.protocols import Cut
+
+PACKAGES = ("aqlm-cli", "torch", "transformers")
+"""The distributions whose versions a passport names."""
+
+
+@dataclass(frozen=True)
+class Passport:
+    """`text` and `tokenizer` are digests, `model` the identity of the model. `scored` counts tokens, `windows` what was
+    read at once."""
+
+    protocol: str
+    text: str
+    tokenizer: str
+    model: str
+    windows: int
+    scored: int
+    dtype: str
+    versions: dict[str, str]
+
+    @property
+    def column(self) -> tuple[str, ...]:
+        """Equal for two figures that compare: all of the passport but model and versions."""
+        names = [field.name for field in fields(self) if field.name not in ("model", "versions")]
+        return tuple(str(getattr(self, name)) for name in names)
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def passport_of(protocol: str, cut: Cut, model: EvaluatedModel, dtype: str) -> Passport:
+    """The passport of a figure of this model on this cut."""
+    digest = hashlib.sha256()
+    for window in cut.windows:
+        digest.update(f"{window.first} of {len(window.ids)};".encode() + _bytes(window.ids))
+    return Passport(
+        protocol=protocol,
+        text=digest.hexdigest()[:16],
+        tokenizer=tokenizer_digest(model.tokenizer()),
+        model=model.identity,
+        windows=len(cut.windows),
+        scored=cut.scored,
+        dtype=dtype,
+        versions={name: version(name) for name in PACKAGES},
+    )
+
+
+def tokenizer_digest(tokenizer: Any) -> str:
+    """The same for tokenizers that make the same tokens of a text: of its file without the limits of a batch, or of
+    its vocabulary where it has no file."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        stored: dict[str, Any] = dict(tokenizer.get_vocab())
+    else:
+        stored = {**json.loads(backend.to_str()), "truncation": None, "padding": None}
+    return hashlib.sha256(json.dumps(stored, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _bytes(ids: Tensor) -> bytes:
+    return ids.to(torch.int64).numpy().tobytes()

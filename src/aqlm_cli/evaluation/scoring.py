@@ -1,0 +1,97 @@
+"""Losses of a model on the windows of a text, and its divergence from another one that reads them beside it.
+
+The logits of a window never exist as a whole: head, softmax and sums go through its tokens in chunks. For two models
+that is done for the same chunk one after the other, so that nothing of either is kept but a few numbers a token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from aqlm_cli.errors import ModelError
+from aqlm_cli.evaluation.protocols import Window
+from aqlm_cli.models import halves_of
+
+ROWS_PER_CHUNK = 128
+"""Rows of logits that exist at a time: with a vocabulary of 50,000 they take 25 MB in float32."""
+
+
+@dataclass(frozen=True, eq=False)
+class Scored:
+    """Of every scored token of a window the negative log likelihood, in nats, by each model. With two models, the first
+    being the base, also KL(base || other), and whether both hold the same token for the likeliest."""
+
+    losses: tuple[Tensor, ...]  # [m] float64 each
+    divergence: Tensor | None = None  # [m] float64
+    agreed: Tensor | None = None  # [m] bool
+
+
+class Reader:
+    """A network that tells the logits of some positions of a window in chunks."""
+
+    def __init__(self, network: Any) -> None:
+        self._network = network
+        self._halves: Any = None
+        with suppress(ModelError):  # a head that is not separate gives all logits at once
+            self._halves = halves_of(network)
+
+    def chunks(self, ids: Tensor, first: int) -> Iterator[Tensor]:
+        """The logits `[chunk, vocabulary]` of the tokens `ids[first:]`, each given those before it."""
+        if self._halves is None:
+            logits = self._network(ids[None], use_cache=False).logits[0, first - 1 : -1]
+            yield from logits.split(ROWS_PER_CHUNK)
+        else:
+            for states in self._halves.states(ids[None])[0, first - 1 : -1].split(ROWS_PER_CHUNK):
+                yield self._halves.logits(states)
+
+
+@torch.inference_mode()
+def score(readers: Sequence[Reader], windows: Sequence[Window], device: torch.device) -> Iterator[Scored]:
+    """The scores of one window after the other, by one model or by two."""
+    for window in windows:
+        ids = window.ids.to(device)
+        parts = []
+        following = ids[window.first :].split(ROWS_PER_CHUNK)
+        for tokens, *logits in zip(following, *(reader.chunks(ids, window.first) for reader in readers), strict=True):
+            parts.append(_scored([_log_probabilities(one) for one in logits], tokens))
+        yield _joined(parts)
+
+
+def _log_probabilities(logits: Tensor) -> Tensor:
+    """log softmax in float32, or in the type of the logits where that is wider."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(1)
+
+
+def _scored(found: list[Tensor], tokens: Tensor) -> Scored:
+    losses = tuple(-one.gather(1, tokens[:, None])[:, 0].double() for one in found)
+    if len(found) == 1:
+        return Scored(losses)
+    base, other = found
+    if base.shape != other.shape:
+        raise ModelError(
+            f"the model has {other.shape[1]} logits and its base model {base.shape[1]}; "
+            "measure without the divergence: --no-divergence"
+        )
+    agreed = base.argmax(1) == other.argmax(1)
+    weights = base.exp()
+    terms = base.sub(other).mul_(weights)
+    if not bool(base.isfinite().all()):  # a token that is impossible for both adds nothing
+        terms = terms.masked_fill_(weights == 0, 0)
+    return Scored(losses, terms.sum(1, dtype=torch.float64), agreed)
+
+
+def _joined(parts: Sequence[Scored]) -> Scored:
+    losses = tuple(torch.cat([part.losses[model] for part in parts]).cpu() for model in range(len(parts[0].losses)))
+    if parts[0].divergence is None:
+        return Scored(losses)
+    return Scored(
+        losses,
+        torch.cat([part.divergence for part in parts if part.divergence is not None]).cpu(),
+        torch.cat([part.agreed for part in parts if part.agreed is not None]).cpu(),
+    )
