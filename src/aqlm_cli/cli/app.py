@@ -232,7 +232,7 @@ def pack(
 
 
 app.command()(finetune.finetune)
-for measuring in (evaluate.eval_ppl, evaluate.evaluate, evaluate.bench, evaluate.generate):
+for measuring in (evaluate.eval_ppl, evaluate.evaluate, evaluate.compare, evaluate.bench, evaluate.generate):
     app.command()(measuring)
 
 
@@ -264,5 +264,5 @@ def run(
         screen.finish(reports, following=command_line("generate", job.directory, "--prompt", PROMPT))
 
 
-for looking in (inspect.status, inspect.verify, inspect.doctor):
+for looking in (inspect.status, inspect.report, inspect.verify, inspect.doctor):
     app.command()(looking)

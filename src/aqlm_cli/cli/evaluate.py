@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -62,6 +63,9 @@ def evaluate(
     kind: Annotated[str | None, typer.Option(help="Kinds of evaluation, such as ppl,gate (default: ppl).")] = None,
     data: Annotated[str | None, typer.Option(help="Text: wikitext2, c4, builtin or a file.")] = None,
     protocol: Annotated[str | None, typer.Option(help="Protocol of perplexity, such as llamacpp-512.")] = None,
+    way: Annotated[str | None, typer.Option(help="attribution: swap each layer in, or out (default: in).")] = None,
+    unit: Annotated[str | None, typer.Option(help="attribution: by layer or by block (default: layer).")] = None,
+    budget_minutes: Annotated[float | None, typer.Option(help="attribution: take about so many minutes.")] = None,
     sequences: Annotated[int | None, typer.Option(min=2, help="Number of sequences (default: all).")] = None,
     revision: options.Revision = None,
     trust_remote_code: options.RemoteCode = None,
@@ -73,9 +77,12 @@ def evaluate(
 ) -> None:
     """Judge models, one after the other, in every way that is asked for.
 
+    ppl is perplexity and divergence, gate compares texts with the base model's, attribution is the divergence that each
+    layer causes. Exit status 3: a model collapsed at the gate.
+
     \b
     Example:
-      aqlm evaluate runs/SmolLM2-135M-Instruct-2bit --kind ppl --data builtin
+      aqlm evaluate runs/SmolLM2-135M-Instruct-2bit --kind ppl,gate --data builtin
     """
     flags = dict(locals())
     from aqlm_cli.pipeline import order
@@ -90,6 +97,43 @@ def evaluate(
             found = order.evaluate_model(target, settings, sequences, screen.emit)
             reports |= found if len(targets) == 1 else {f"{target}: {name}": one for name, one in found.items()}
         screen.finish(reports, following=command_line("bench", targets[0]))
+    if any(getattr(report, "collapsed", False) for report in reports.values()):
+        raise typer.Exit(3)
+
+
+def compare(
+    study: Annotated[Path, typer.Argument(metavar="STUDY", help="File of a study in YAML.")],
+    out: Annotated[Path | None, typer.Option(help="Directory of the runs (default: runs/STUDY).")] = None,
+    overwrite: options.Overwrite = False,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
+    md: Annotated[bool, typer.Option("--md", help="Print a Markdown table on stdout, all else on stderr.")] = False,
+    csv: Annotated[
+        bool, typer.Option("--csv", help="Print comma-separated values on stdout, all else on stderr.")
+    ] = False,
+) -> None:
+    """Quantize a model in many ways, and judge all of them alike.
+
+    Each cell of the study becomes a run directory; complete ones are reused, so that the command goes on after its last
+    cell when it was interrupted.
+
+    \b
+    Example:
+      aqlm compare configs/studies/methods-3bit.yaml
+    """
+    from aqlm_cli.pipeline import compare as comparing
+    from aqlm_cli.pipeline import order
+    from aqlm_cli.spec.study import load_study
+
+    found = load_study(study)
+    directory = Path("runs") / found.name if out is None else out
+    with Screen(json, quiet, verbose, md=md, csv=csv) as screen:
+        order.use_machine(found.cells[0].config)
+        report = comparing.compare(found, directory, screen.emit, overwrite)
+        screen.finish({"compare": report}, following=command_line("evaluate", directory / found.cells[0].name))
+    if md or csv:
+        print(report.as_markdown() if md else report.as_csv())
 
 
 def bench(

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
 from aqlm_cli.cli import options
 from aqlm_cli.cli.console import Screen
 from aqlm_cli.formatting import command_line
@@ -27,6 +32,25 @@ def status(run: options.Run, json: options.Json = False) -> None:
             if any(stage.stage == "finetune" and stage.state != "finished" for stage in report.stages):
                 following = command_line("finetune", run)
         screen.finish({"status": report}, following=following)
+
+
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run directories; the page is about the first.")],
+    out: Annotated[Path | None, typer.Option(help="File of the page (default: RUN/reports/report.html).")] = None,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
+) -> None:
+    """Write one HTML page about a run, beside others, from all that was measured of them.
+
+    \b
+    Example:
+      aqlm report runs/SmolLM2-135M-Instruct-2bit
+    """
+    from aqlm_cli.pipeline.stages.report import report as write
+
+    with Screen(json, quiet, verbose) as screen:
+        screen.finish({"report": write(runs, out)}, following=command_line("evaluate", runs[0], "--kind", "ppl,gate"))
 
 
 def verify(

@@ -11,7 +11,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from aqlm_cli.evaluation.attribution import AttributionEvaluation, AttributionSettings
 from aqlm_cli.evaluation.evaluation import Evaluation
+from aqlm_cli.evaluation.gate import GateEvaluation, GateReport, GateSettings
 from aqlm_cli.evaluation.generation import GenerationEvaluation, GenerationReport, GenerationSettings
 from aqlm_cli.evaluation.model import EvaluatedModel, LoadedModel, StoredModel
 from aqlm_cli.evaluation.perplexity import Perplexity, PerplexityEvaluation, PerplexityReport, PerplexitySettings
@@ -20,9 +22,12 @@ from aqlm_cli.evaluation.speed_report import BenchReport
 
 __all__ = [
     "EVALUATIONS",
+    "AttributionSettings",
     "BenchReport",
     "EvaluatedModel",
     "Evaluation",
+    "GateReport",
+    "GateSettings",
     "GenerationReport",
     "GenerationSettings",
     "LoadedModel",
@@ -35,6 +40,8 @@ __all__ = [
 
 EVALUATIONS: Mapping[str, Evaluation[Any]] = {
     "ppl": PerplexityEvaluation(),
+    "gate": GateEvaluation(),
+    "attribution": AttributionEvaluation(),
     "generation": GenerationEvaluation(),
     "speed": SpeedEvaluation(),
 }

@@ -35,6 +35,9 @@ from aqlm_cli.events import Advanced, Emit, Noted, StageStarted
 from aqlm_cli.formatting import facts, text_name
 from aqlm_cli.records import Record
 
+EDGES = tuple(10 ** (exponent / 2) for exponent in range(-12, 4))
+"""Edges of the histogram of divergences, in nats: half decades."""
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -78,7 +81,8 @@ class Perplexity:
 class Divergence:
     """KL(base || model) over the scored tokens, in nats: its mean with a standard error, quantiles and maximum.
 
-    `agreement`: the share of tokens for which both models hold the same one for the likeliest.
+    `agreement`: the share of tokens for which both models hold the same one for the likeliest. `histogram`: tokens
+    below EDGES[0], between each edge and the next, and from the last on.
     """
 
     mean: float
@@ -87,6 +91,7 @@ class Divergence:
     percentile_99: float
     maximum: float
     agreement: float
+    histogram: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -269,6 +274,9 @@ def _divergence_of(scores: Sequence[Scored]) -> Divergence:
         percentile_99=float(ordered[math.ceil(0.99 * len(ordered)) - 1]),
         maximum=float(ordered[-1]),
         agreement=float(agreed.double().mean()),
+        histogram=tuple(
+            torch.bucketize(tokens, torch.tensor(EDGES), right=True).bincount(minlength=len(EDGES) + 1).tolist()
+        ),
     )
 
 

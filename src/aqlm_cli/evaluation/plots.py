@@ -35,7 +35,7 @@ def draw_speed(report: BenchReport) -> dict[str, bytes]:
     axes.grid(color="0.9")
     axes.set_title(_title(report), fontsize=9)
     figure.legend(fontsize=8, loc="outside lower left")
-    return {name: _rendered(figure, name) for name in FORMATS}
+    return {name: rendered(figure, name) for name in FORMATS}
 
 
 def draw_curve(curve: Sequence[Mapping[str, float]]) -> dict[str, bytes]:
@@ -47,7 +47,7 @@ def draw_curve(curve: Sequence[Mapping[str, float]]) -> dict[str, bytes]:
     axes.plot([point["seconds"] / 60 for point in curve], [point["held_out"] for point in curve], marker="o")
     axes.set(xlabel="minutes", ylabel="held-out KL, nats a token")
     axes.grid(color="0.9")
-    return {name: _rendered(figure, name) for name in FORMATS}
+    return {name: rendered(figure, name) for name in FORMATS}
 
 
 def _point(axes: Any, row: BenchRow, megabytes: float, color: str) -> None:
@@ -61,7 +61,8 @@ def _title(report: BenchReport) -> str:
     return f"{report.model}: decoding with {threads}; the line is {report.read_bandwidth / 1e9:.1f} GB/s of memory"
 
 
-def _rendered(figure: Any, name: str) -> bytes:
+def rendered(figure: Any, name: str) -> bytes:
+    """The content of a file of this format."""
     from matplotlib import rc_context
 
     buffer = io.BytesIO()

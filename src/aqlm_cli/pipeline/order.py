@@ -17,7 +17,14 @@ import torch
 
 from aqlm_cli.data.spec import sampled_sequences
 from aqlm_cli.errors import PlanError, UsageError
-from aqlm_cli.evaluation import BenchReport, GenerationSettings, PerplexitySettings, SpeedSettings
+from aqlm_cli.evaluation import (
+    AttributionSettings,
+    BenchReport,
+    GateSettings,
+    GenerationSettings,
+    PerplexitySettings,
+    SpeedSettings,
+)
 from aqlm_cli.evaluation.speed import measure_shape
 from aqlm_cli.events import Emit, Noted, Warned
 from aqlm_cli.formatting import clock, readable_bytes
@@ -156,15 +163,20 @@ def _foretold(job: Job) -> tuple[Job, dict[str, Record]]:
     return job, {"allocation": report}
 
 
-def quantize_and_pack(job: Job) -> dict[str, Record]:
-    """Quantize the model and pack the result; complete work with the same settings is reused."""
+def quantize_and_pack(job: Job, forecasting: bool = True) -> dict[str, Record]:
+    """Quantize the model and pack the result; complete work with the same settings is reused.
+
+    Before it starts it tells what it will take, for which this machine is timed, unless `forecasting` is False.
+    """
     with _in_use(job.directory):
         if job.config.quantize.import_from is None:
             if find_artifact(job.directory, CALIBRATE.kind) is None:
                 job.emit(Noted("calibration is missing; it runs first"))
-            job = dataclasses.replace(job, planned=_planned(job))
+            if forecasting:
+                job = dataclasses.replace(job, planned=_planned(job))
             _calibrate(job)
-            keep_costs(job.run, job.config, job.planned)
+            if forecasting:
+                keep_costs(job.run, job.config, job.planned)
         job, reports = _allocated(job)
         return {**reports, QUANTIZE.name: _quantize(job), PACK.name: _pack(job)}
 
@@ -261,7 +273,7 @@ def _perplexities(config: RunConfig, sequences: int | None) -> dict[str, Perplex
         text: PerplexitySettings(
             text,
             section.sequence_length,
-            sequences,
+            section.sequences if sequences is None else sequences,
             section.bos,
             section.dtype,
             section.protocol,
@@ -271,7 +283,25 @@ def _perplexities(config: RunConfig, sequences: int | None) -> dict[str, Perplex
     }
 
 
-SETTINGS: Mapping[str, Callable[[RunConfig, int | None], Mapping[str, Any]]] = {"ppl": _perplexities}
+def _gate(config: RunConfig, sequences: int | None) -> dict[str, GateSettings]:
+    return {"gate": GateSettings(config.evaluate.gate)}
+
+
+def _attribution(config: RunConfig, sequences: int | None) -> dict[str, AttributionSettings]:
+    section = config.evaluate.attribution
+    count = section.sequences if sequences is None else sequences
+    return {
+        "attribution": AttributionSettings(
+            config.eval_ppl.data[0], section.way, section.unit, count, section.sequence_length, section.budget_minutes
+        )
+    }
+
+
+SETTINGS: Mapping[str, Callable[[RunConfig, int | None], Mapping[str, Any]]] = {
+    "ppl": _perplexities,
+    "gate": _gate,
+    "attribution": _attribution,
+}
 """The settings of each evaluation that `evaluate` can do, by the name of its report, from those of a run file."""
 
 

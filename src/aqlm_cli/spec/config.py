@@ -325,10 +325,12 @@ ProtocolName: TypeAlias = Literal["gptq-2048", "aqlm-4096", "llama3-8192", "llam
 
 
 class EvalConfig(Section):
-    """`bos` as in `calibrate`; false is what GPTQ does. A `protocol` has a length and a beginning of its own, which
-    count instead. `divergence` from the base model is measured in the same pass."""
+    """`sequences`: only the first so many; None: all. `bos` as in `calibrate`; false is what GPTQ does. A `protocol`
+    has a length and a beginning of its own, which count instead. `divergence` from the base model is measured in the
+    same pass."""
 
     data: Annotated[Names, Field(min_length=1)] = ("wikitext2",)
+    sequences: Annotated[int, Field(ge=2)] | None = None
     sequence_length: Annotated[int, Field(ge=2, le=LARGEST)] = 2048
     bos: bool | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -336,10 +338,37 @@ class EvalConfig(Section):
     divergence: bool = True
 
 
+class GateConfig(Section):
+    """When a model has collapsed: `prompts` (none: the fixed ones) are continued by up to `tokens` tokens.
+
+    Limits are of means over the prompts: tokens before the first other than the base model's; the share of 3-grams
+    that are new, below the base model's; and nats a token, by the base model, above those of its own text.
+    """
+
+    prompts: Names = ()
+    tokens: Positive = 64
+    least_agreement: Annotated[float, Field(strict=False, ge=0)] = 0.0
+    most_repetition: Annotated[float, Field(strict=False, ge=0)] = 0.3
+    most_surprise: Annotated[float, Field(strict=False, ge=0)] = 1.5
+
+
+class AttributionConfig(Section):
+    """Layers or blocks, swapped into the base model or out of the quantized one, on the first `sequences` of the text
+    of `eval_ppl`. `budget_minutes`: about so long, with fewer and shorter sequences; None: no limit."""
+
+    way: Literal["in", "out"] = "in"
+    unit: Literal["layer", "block"] = "layer"
+    sequences: Positive = 4
+    sequence_length: Annotated[int, Field(ge=2, le=LARGEST)] = 512
+    budget_minutes: Annotated[float, Field(strict=False, gt=0)] | None = None
+
+
 class EvaluateConfig(Section):
-    """What `evaluate` measures beside perplexity: `kinds` are names of evaluations."""
+    """What `evaluate` measures: `kinds` are names of evaluations."""
 
     kinds: Annotated[Names, Field(min_length=1)] = ("ppl",)
+    gate: GateConfig = GateConfig()
+    attribution: AttributionConfig = AttributionConfig()
 
 
 Head = Literal["exact", "int8"]

@@ -56,7 +56,9 @@ EVAL_PPL: Mapping[str, str] = MappingProxyType(
     {**MODEL, **_section("eval_ppl", "data", "sequence_length", "bos", "dtype", "protocol", "divergence")}
 )
 
-EVALUATE: Mapping[str, str] = MappingProxyType({**EVAL_PPL, **_section("evaluate", "kinds")})
+EVALUATE: Mapping[str, str] = MappingProxyType(
+    {**EVAL_PPL, **_section("evaluate", "kinds"), **_section("evaluate.attribution", "way", "unit", "budget_minutes")}
+)
 
 BENCH: Mapping[str, str] = MappingProxyType(
     {

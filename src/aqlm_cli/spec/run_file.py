@@ -105,6 +105,13 @@ def parse_yaml(text: str) -> Any:
 
 def load_run_file(path: Path) -> dict[str, Any]:
     """Read one file, checked for unknown keys only: its values are checked when all layers are merged."""
+    settings = read_mapping(path)
+    check_keys(settings, path)
+    return settings
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """The keys and values of a file in YAML; ConfigError where it has none."""
     try:
         with open(path, "rb") as file:
             content = file.read(LARGEST_RUN_FILE + 1)
@@ -120,6 +127,11 @@ def load_run_file(path: Path) -> dict[str, Any]:
         return {}
     if not isinstance(settings, dict):
         raise ConfigError(f"{path} must hold keys and values, such as `model: smollm2-135m`")
+    return settings
+
+
+def check_keys(settings: dict[str, Any], path: object) -> None:
+    """Raise ConfigError for a key that no run file has; `path` names the file, or the part of one."""
     valid = tuple(_valid_keys(RunConfig))
     without_settings = _sections_without_settings(settings) - set(valid)
     found = [(shortened(key), value) for key, value in _leaves(settings)]
@@ -133,7 +145,6 @@ def load_run_file(path: Path) -> dict[str, Any]:
             raise ConfigError(f"{path}: the value {value} of `{key}` is now called `{new}`; rename it there")
         if key not in valid and without_settings.isdisjoint(sections):
             raise ConfigError(f"{path}: unknown key `{key}`; nearest valid key is `{_nearest(key, valid)}`")
-    return settings
 
 
 def merge(*layers: Mapping[str, Any]) -> dict[str, Any]:
@@ -166,6 +177,11 @@ def build_config(
             raise UsageError(f"preset {recipe} has no settings for finetuning; choose {' or '.join(FINETUNE_PRESETS)}")
         layers[f"preset {path}"] = {"finetune": section}
     layers["flags"] = _given(flags)
+    return config_of(layers)
+
+
+def config_of(layers: Mapping[str, dict[str, Any]]) -> RunConfig:
+    """The settings of partial run files by their names, the later ones winning key by key."""
     layers = _without_methods_replaced(layers)
     try:
         return RunConfig.model_validate(merge(*layers.values()))

@@ -97,7 +97,8 @@ def quantize(job: Job) -> QuantizeReport:
             planned=plain(job.planned.get(QUANTIZE.name)),
         )
         about = {"model": {"name": source.name, "identity": source.identity}, "machine": machine_of(config)}
-        stage.publish({"plan": plan.to_json(), "layers": layers, **about, "report": report.results()})
+        fitted = {one["path"]: {name: one[name] for name in ("error", "gain")} for one in blocks if "path" in one}
+        stage.publish({"plan": plan.to_json(), "layers": layers, "blocks": fitted, **about, "report": report.results()})
     return report
 
 
@@ -152,10 +153,10 @@ def _quantize_all(
     started += sum(table["seconds"] for table in tables.values()) if not resume_state.blocks else 0
     for index in range(states.index, blocks):
         block = states.walk.load(index)
-        layers = _quantize_block(work, states, block)
+        measured_there = _quantize_block(work, states, block)
         seconds = time.monotonic() - started
         taken = {"memory_bytes": peak_memory_bytes(), "disk_bytes": disk_bytes(stage.directory.parent)}
-        resume_state.record(index, {"layers": layers, "seconds": seconds, **taken})
+        resume_state.record(index, {**measured_there, "seconds": seconds, **taken})
         states, started = states.next(), started + seconds
         resume_state.forget_matrices()
         emit(Advanced(QUANTIZE.name, index + 1))
@@ -197,8 +198,8 @@ def _quantize_tables(
     return measured
 
 
-def _quantize_block(work: _Work, states: CalibrationPass, block: nn.Module) -> dict[str, dict[str, float]]:
-    """One block, start to end, and what was measured of its layers."""
+def _quantize_block(work: _Work, states: CalibrationPass, block: nn.Module) -> dict[str, Any]:
+    """One block, start to end, and what was measured of it and of its layers."""
     started = time.monotonic()
     compressed = _compress(work, states, block)
     give_back_memory()
@@ -212,9 +213,10 @@ def _quantize_block(work: _Work, states: CalibrationPass, block: nn.Module) -> d
         save_block(work.stage.directory / block_file(states.index), states.path, block, matrices)
         work.emit(BlockQuantized(states.index, error, gain, time.monotonic() - started))
     give_back_memory()
-    return {
+    layers = {
         path: {"relative_error": one.relative_error, "seconds": one.seconds} for path, one in sorted(compressed.items())
     }
+    return {"path": states.path, "layers": layers, "error": error, "gain": gain}
 
 
 def _compress(work: _Work, states: CalibrationPass, block: nn.Module) -> dict[str, Compressed]:

@@ -1,0 +1,133 @@
+"""Comparison of the runs of a study: every cell is quantized and judged, in a run directory of its own.
+
+    runs/STUDY/
+        NAME/                  the run of a cell, with reports/compared.json: its row
+        comparison.json, .md, .csv, .png, .svg
+
+All cells share one calibration where their settings for it agree. What is complete is reused, so that a comparison that
+was killed goes on after its last cell.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from aqlm_cli.errors import ConfigError
+from aqlm_cli.evaluation.comparison import ComparisonReport, Row, compared, draw, figure_of
+from aqlm_cli.events import Advanced, Emit, Noted, StageStarted
+from aqlm_cli.formatting import plain
+from aqlm_cli.pipeline import order
+from aqlm_cli.pipeline.job import Job, make_job
+from aqlm_cli.pipeline.stage_reports import QuantizeReport
+from aqlm_cli.runs.directory import find_artifact, read_run
+from aqlm_cli.runs.files import storage_errors, write_file
+from aqlm_cli.runs.stages import CALIBRATE, FINETUNE, PACK
+from aqlm_cli.spec.run_file import differences
+from aqlm_cli.spec.study import Cell, Study
+
+ROW = "compared.json"
+STAGE = "compare"
+
+
+def compare(study: Study, directory: Path, emit: Emit, overwrite: bool = False) -> ComparisonReport:
+    """Run what is missing of a study, and write its table and picture to `directory`.
+
+    Every cell is planned before the first is begun, so that one that cannot be made is refused at once. Raises
+    ConfigError where a cell has another model, or no evaluation of perplexity.
+    """
+    jobs = _jobs(study, directory, emit, overwrite)
+    emit(StageStarted(STAGE, len(jobs), "cell"))
+    rows: list[Row] = []
+    for number, (cell, job) in enumerate(zip(study.cells, jobs, strict=True), 1):
+        emit(Noted(f"cell {number} of {len(jobs)}: {cell.name}"))
+        _share_calibration(job, [one.directory for one in jobs[: number - 1]])
+        rows.append(_row(cell, job))
+        report = compared(study.name, jobs[0].source.name, rows)
+        _write(report, directory)
+        emit(Advanced(STAGE, number, cell.name))
+    return report
+
+
+def _jobs(study: Study, directory: Path, emit: Emit, overwrite: bool) -> list[Job]:
+    jobs: list[Job] = []
+    for cell in study.cells:
+        if "ppl" not in cell.config.evaluate.kinds:
+            raise ConfigError(f"cell {cell.name} is not judged by ppl; add it to evaluate.kinds")
+        known = jobs[0].model if jobs else None
+        job = make_job(cell.config, directory / cell.name, overwrite=overwrite, emit=emit, resolved=known)
+        if jobs and job.source.identity != jobs[0].source.identity:
+            raise ConfigError(f"cell {cell.name} has another model than the first; compare models in two studies")
+        jobs.append(order.prepare(job)[0])
+    return jobs
+
+
+def _share_calibration(job: Job, others: Sequence[Path]) -> None:
+    """Link the calibration of another cell into the run, if it has none and theirs has the same settings."""
+    wanted = job.directory / CALIBRATE.directory
+    if job.config.quantize.import_from is not None or wanted.exists():
+        return
+    for other in others:
+        found = find_artifact(other, CALIBRATE.kind)
+        if found is not None and not any(
+            differences(read_run(other).config, job.config, section) for section in CALIBRATE.sections
+        ):
+            job.open_run()
+            partial = wanted.with_name(f"{wanted.name}.linked")
+            with storage_errors(wanted):
+                shutil.rmtree(partial, ignore_errors=True)  # what an interruption left
+                shutil.copytree(found, partial, copy_function=_linked)
+                partial.rename(wanted)
+            return
+
+
+def _linked(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without links
+        shutil.copy2(source, target)
+
+
+def _row(cell: Cell, job: Job) -> Row:
+    """The row of a cell, which is made and judged where that is missing."""
+    reports = order.quantize_and_pack(job, forecasting=False)  # cells are many, and differ little
+    if FINETUNE.name in job.config.model_fields_set:
+        reports |= order.finetune_run(str(job.directory), job)
+    quantized = reports["quantize"]
+    assert isinstance(quantized, QuantizeReport)
+    run = read_run(job.directory)
+    facts = {
+        "packed": run.current(PACK.kind).digest,
+        "eval_ppl": job.config.eval_ppl.model_dump(mode="json"),
+        "evaluate": job.config.evaluate.model_dump(mode="json"),
+    }
+    kept: dict[str, Any] = run.read_report(ROW) if (run.reports / ROW).exists() else {}
+    if kept.get("facts") == facts:
+        job.emit(Noted(f"{job.directory} is judged already"))
+        return Row.from_json(kept["row"])
+    judged = order.evaluate_model(str(job.directory), job.config, None, job.emit, job.model)
+    figures = tuple(figure_of(judged[text].as_json()) for text in job.config.eval_ppl.data)
+    row = Row(
+        name=cell.name,
+        method=quantized.method,
+        scheme=quantized.scheme,
+        stored_bits=quantized.stored_bits,
+        bytes=quantized.bytes_after,
+        seconds=quantized.seconds or 0.0,
+        memory_bytes=quantized.memory_bytes or 0,
+        figures=figures,
+    )
+    run.write_report(ROW, {"facts": facts, "row": plain(row)})
+    return row
+
+
+def _write(report: ComparisonReport, directory: Path) -> None:
+    write_file(directory / "comparison.json", json.dumps(report.as_json(), indent=1).encode())
+    write_file(directory / "comparison.md", report.as_markdown().encode())
+    write_file(directory / "comparison.csv", report.as_csv().encode())
+    for kind, content in draw(report).items():
+        write_file(directory / f"comparison.{kind}", content)

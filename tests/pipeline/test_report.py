@@ -1,0 +1,124 @@
+"""The page about a run: it has the figures of the run's own reports, loads nothing, and says what is missing."""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+from collections import Counter
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers.commands import refused, run
+
+
+class Page(HTMLParser):
+    """Ids, tags and addresses of a page; every tag is closed."""
+
+    VOID = ("meta", "br", "link", "img", "input", "hr")
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.ids: list[str] = []
+        self.addresses: list[str] = []
+        self.open: list[str] = []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        found = dict(attrs)
+        self.ids += [value for value in [found.get("id")] if value]
+        self.addresses += [value for name in ("src", "href", "xlink:href") if (value := found.get(name))]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in self.VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+SHORT = """
+evaluate:
+  gate: {tokens: 12, prompts: [One two, x = ]}
+  attribution: {sequences: 2, sequence_length: 32}
+"""
+
+
+@pytest.fixture
+def made(run_file: Path) -> Path:
+    run_file.write_text(run_file.read_text() + SHORT)
+    for name, scheme in ("first", "2x4g8"), ("second", "1x4g8"):
+        assert run("quantize", "--config", "run.yaml", "--scheme", scheme, "--out", name).exit_code == 0
+    return Path("first")
+
+
+def figures(name: str) -> dict[str, Any]:
+    stored: dict[str, Any] = json.loads(next(Path("first/reports").glob(name)).read_text())
+    return stored
+
+
+def test_a_page_has_the_figures_of_the_reports(made: Path) -> None:
+    assert run("evaluate", "first", "--kind", "ppl,gate,attribution").exit_code in (0, 3)
+    assert run("eval-ppl", "second").exit_code == 0
+    result = run("report", "first", "second", "--json")
+    assert result.exit_code == 0, result.output
+    told = json.loads(result.stdout)
+    assert told["missing"] == ["speed"] and told["runs"] == 2
+    text = (made / "reports/report.html").read_text()
+    assert told["bytes"] == len(text.encode()) < 2e6
+    page = Page(text)
+    assert not page.open and max(Counter(page.ids).values()) == 1
+    outside = [address for address in page.addresses if not address.startswith(("#", "data:"))]
+    inside = {address[1:] for address in page.addresses if address.startswith("#")}
+    assert not outside and inside <= set(page.ids)
+    measured, gate, attribution = figures("eval-ppl-*"), figures("eval-gate.json"), figures("eval-attribution-*")
+    assert f"{measured['perplexity']:.3f} ± {measured['stderr']:.3f}" in text
+    assert f"{measured['divergence']['mean']:.4f} ± {measured['divergence']['stderr']:.4f}" in text
+    assert html.escape(gate["samples"][0]["prompt"]) in html.unescape(text)
+    assert f"{max(attribution['effects'].values()):.5f}" in text
+    manifest = json.loads((made / "quantized/manifest.json").read_text())
+    for path, block in manifest["results"]["blocks"].items():
+        assert f'<th scope="row">{path}</th><td>{block["error"] / (1 - block["gain"]):.4g}</td>' in text
+    assert "scheme: 2x4g8" in text and "aqlm bench first" in text
+
+
+def test_the_parts_of_the_file_add_up_to_it(made: Path) -> None:
+    from aqlm_cli.pipeline.stages.report import _parts
+
+    parts = _parts(made / "packed", set())
+    assert sum(parts.values()) == sum(path.stat().st_size for path in (made / "packed").glob("*.safetensors"))
+    weights = json.loads((made / "quantized/manifest.json").read_text())["results"]["plan"]
+    assert parts["codes"] > 0 and parts["codebooks"] > 0 and 0 < parts["headers"] < 2**14
+    assert weights
+
+
+def test_text_of_a_model_is_escaped(made: Path) -> None:
+    assert run("evaluate", "first", "--kind", "gate").exit_code in (0, 3)
+    file = made / "reports/eval-gate.json"
+    stored = json.loads(file.read_text())
+    stored["samples"][0]["model"]["text"] = "<script>alert(1)</script>"
+    file.write_text(json.dumps(stored))
+    assert run("report", "first").exit_code == 0
+    text = (made / "reports/report.html").read_text()
+    assert "<script" not in text and "&lt;script&gt;alert(1)" in text
+
+
+def test_reports_on_an_earlier_model_of_the_run_are_left_out(made: Path) -> None:
+    assert run("eval-ppl", "first").exit_code == 0
+    file = next((made / "reports").glob("eval-ppl-*"))
+    file.write_text(json.dumps({**json.loads(file.read_text()), "quantized": "that of another"}))
+    assert run("report", "first").exit_code == 0
+    text = (made / "reports/report.html").read_text()
+    assert re.search("Perplexity has not been measured; `aqlm eval-ppl first` does it", text)
+
+
+def test_a_run_that_is_not_packed_is_refused(run_file: Path) -> None:
+    assert run("calibrate", "--config", "run.yaml", "--out", "begun").exit_code == 0
+    assert "no complete quantized and packed model" in refused("report", "begun")
+    assert "is not a run" in refused("report", "nowhere")
