@@ -84,7 +84,7 @@ def test_a_page_has_the_figures_of_the_reports(made: Path) -> None:
     assert f"{max(attribution['effects'].values()):.5f}" in text
     manifest = json.loads((made / "quantized/manifest.json").read_text())
     for path, block in manifest["results"]["blocks"].items():
-        assert f'<th scope="row">{path}</th><td>{block["error"] / (1 - block["gain"]):.4g}</td>' in text
+        assert f'<th scope="row">{path}</th><td class="short">{block["error"] / (1 - block["gain"]):.4g}</td>' in text
     assert "scheme: 2x4g8" in text and "aqlm bench first" in text
 
 
@@ -115,7 +115,7 @@ def test_reports_on_an_earlier_model_of_the_run_are_left_out(made: Path) -> None
     file.write_text(json.dumps({**json.loads(file.read_text()), "quantized": "that of another"}))
     assert run("report", "first").exit_code == 0
     text = (made / "reports/report.html").read_text()
-    assert re.search("Perplexity has not been measured; `aqlm eval-ppl first` does it", text)
+    assert re.search("Perplexity has not been measured; <code>aqlm eval-ppl first</code> does it", text)
 
 
 def test_a_run_that_is_not_packed_is_refused(run_file: Path) -> None:

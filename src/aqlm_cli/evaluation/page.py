@@ -6,13 +6,15 @@ measured says the command that does it.
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jinja2
+from markupsafe import Markup, escape
 
 from aqlm_cli.evaluation import charts
 from aqlm_cli.evaluation.perplexity import EDGES
@@ -73,7 +75,6 @@ class Section:
     text: str = ""
     summary: str = ""
     open: bool = False
-    extra: Mapping[str, Any] = field(default_factory=dict)
 
 
 def page(runs: Sequence[RunFacts]) -> str:
@@ -92,6 +93,7 @@ def page(runs: Sequence[RunFacts]) -> str:
         Section("run-file", "Run file", text=first.run_file, summary="The complete settings of this run"),
     ]
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    environment.filters["code"] = _with_code
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         title=first.name,
         about=f"{first.model}, {first.method} {first.scheme}",
@@ -99,6 +101,11 @@ def page(runs: Sequence[RunFacts]) -> str:
         sections=sections,
         footer=", ".join(f"{name} {version}" for name, version in first.versions.items()),
     )
+
+
+def _with_code(text: str) -> Markup:
+    """Text in which what stands between backticks is code."""
+    return Markup(re.sub("`([^`]*)`", r"<code>\1</code>", str(escape(text))))
 
 
 def _tiles(run: RunFacts) -> list[tuple[str, str, str]]:
