@@ -148,16 +148,16 @@ class GateEvaluation:
             raise UsageError(f"{model.name} has no base model to compare with; give a run directory")
         limits = settings.limits
         prompts = [_ids(model, prompt) for prompt in limits.prompts or PROMPTS]
-        written = {one: _written(one, prompts, limits.tokens, emit) for one in (base, model)}
-        surprises = _surprises(base, prompts, [written[base], written[model]], emit)
+        of_base, own = (_written(one, prompts, limits.tokens, emit) for one in (base, model))
+        surprises = _surprises(base, prompts, [of_base, own])
         samples = tuple(
-            _sample(model, prompt, (written[base][number], written[model][number]), pair)
+            _sample(model, prompt, (of_base[number], own[number]), pair)
             for number, (prompt, pair) in enumerate(zip(limits.prompts or PROMPTS, surprises, strict=True))
         )
         report = _judged(model.name, limits, samples)
         if not report.collapsed:
             return report
-        block, divergence = _worst_block(model, base, prompts, written[base], emit)
+        block, divergence = _worst_block(model, base, prompts, of_base, emit)
         emit(Warned(f"{model.name} collapsed: {'; '.join(report.reasons)}; {block} is the worst of its blocks"))
         return GateReport(**{**vars(report), "block": block, "block_divergence": divergence})
 
@@ -227,7 +227,7 @@ def _written(model: EvaluatedModel, prompts: Sequence[list[int]], tokens: int, e
 
 
 def _surprises(
-    base: EvaluatedModel, prompts: Sequence[list[int]], written: Sequence[Sequence[list[int]]], emit: Emit
+    base: EvaluatedModel, prompts: Sequence[list[int]], written: Sequence[Sequence[list[int]]]
 ) -> list[tuple[float, ...]]:
     """Mean negative log likelihood by the base model of what each model wrote after each prompt."""
     network = base.network(torch.float32)

@@ -266,7 +266,7 @@ def _divergence_of(scores: Sequence[Scored]) -> Divergence:
     counts = torch.tensor([len(part) for part in parts], dtype=torch.float64)
     mean = sums.sum() / counts.sum()
     spread = (sums - mean * counts).square().sum() * len(parts) / (len(parts) - 1)
-    ordered = tokens.sort().values
+    ordered, edges = tokens.sort().values, torch.tensor(EDGES, dtype=torch.float64)
     return Divergence(
         mean=float(mean),
         stderr=float(spread.sqrt() / counts.sum()),
@@ -274,9 +274,7 @@ def _divergence_of(scores: Sequence[Scored]) -> Divergence:
         percentile_99=float(ordered[math.ceil(0.99 * len(ordered)) - 1]),
         maximum=float(ordered[-1]),
         agreement=float(agreed.double().mean()),
-        histogram=tuple(
-            torch.bucketize(tokens, torch.tensor(EDGES), right=True).bincount(minlength=len(EDGES) + 1).tolist()
-        ),
+        histogram=tuple(torch.bucketize(tokens, edges, right=True).bincount(minlength=len(EDGES) + 1).tolist()),
     )
 
 
