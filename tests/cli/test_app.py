@@ -197,6 +197,7 @@ def test_json_is_one_object_on_stdout_and_nothing_else(run_file: Path) -> None:
     keys = [
         "model",
         "data",
+        "protocol",
         "perplexity",
         "stderr",
         "sequences",
@@ -204,7 +205,14 @@ def test_json_is_one_object_on_stdout_and_nothing_else(run_file: Path) -> None:
         "dtype",
         "base_model",
         "ratio",
+        "ratio_stderr",
+        "divergence",
+        "others",
         "bos",
+        "passport",
+        "losses",
+        "counts",
+        "formats",
         "version",
     ]
     assert list(single) == keys and list(single["base_model"]) == ["perplexity", "stderr"]

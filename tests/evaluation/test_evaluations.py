@@ -21,6 +21,7 @@ from aqlm_cli.evaluation import (
     GenerationSettings,
     LoadedModel,
     PerplexitySettings,
+    ProbeSettings,
     SpeedSettings,
     StoredModel,
 )
@@ -28,6 +29,7 @@ from aqlm_cli.events import silent
 from aqlm_cli.models import resolve
 from aqlm_cli.models.blocks import find_blocks, linears, replace_module
 from aqlm_cli.spec.config import BenchConfig
+from aqlm_cli.spec.probe import ProbeConfig
 from aqlm_kernels import AdditiveLinear, AdditiveMatrix
 
 
@@ -42,6 +44,7 @@ def settings(tmp_path: Path) -> Mapping[str, Any]:
     return {
         "ppl": PerplexitySettings(str(tmp_path / "text.txt"), sequence_length=64, sequences=2),
         "generation": GenerationSettings("2 times 2", max_new_tokens=4),
+        "probe": ProbeSettings(ProbeConfig(data=str(tmp_path / "text.txt"), sequence_length=64, sequences=2)),
         "speed": SpeedSettings(BenchConfig(prompt=8, tokens=2, repeats=1)),
     }
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from aqlm_cli.errors import AqlmError, ArtifactError, DataError, ModelError
 from aqlm_cli.evaluation import PerplexityReport, PerplexitySettings
-from aqlm_cli.evaluation.perplexity import estimate
+from aqlm_cli.evaluation.estimates import estimate
 from aqlm_cli.events import Event, Noted, StageStarted
 from aqlm_cli.models import find_subject
 from aqlm_cli.pipeline.stages.evaluate import evaluate

@@ -122,6 +122,12 @@ TARGETS = st.sampled_from(
     [{}, {"size": "60MB", "among": ["2x8g8"]}, {"bits": 2.5}, {"kl": 0.1, "tables": []}, {"speed": 30.0}]
 )
 
+FORMATS = [
+    {"activations": activations, "cache": cache, "sort_keys": sort_keys}
+    for activations in (None, "int8t", "bfp6g16")
+    for cache, sort_keys in ((None, False), ("bfp4g32", False), ("bfp4g32", True))
+]
+
 
 @cache
 def method_settings(method: str) -> st.SearchStrategy[Any]:
@@ -149,6 +155,7 @@ def settings(draw: st.DrawFn) -> dict[str, Any]:
     drawn = merge(drawn, {"quantize": draw(method_settings(method))})
     limits = {"max_memory": draw(SIZES), "max_disk": draw(SIZES)}
     budget = {"time_budget": draw(BUDGETS)}
+    drawn = merge(drawn, {"eval_ppl": draw(st.sampled_from(FORMATS))})
     return merge(drawn, limits, {"quantize": {"method": method, "scheme": scheme}, "finetune": budget})
 
 

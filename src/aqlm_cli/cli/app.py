@@ -232,7 +232,14 @@ def pack(
 
 
 app.command()(finetune.finetune)
-for measuring in (evaluate.eval_ppl, evaluate.evaluate, evaluate.compare, evaluate.bench, evaluate.generate):
+for measuring in (
+    evaluate.eval_ppl,
+    evaluate.evaluate,
+    evaluate.probe,
+    evaluate.compare,
+    evaluate.bench,
+    evaluate.generate,
+):
     app.command()(measuring)
 
 

@@ -12,7 +12,7 @@ from aqlm_cli.cli.console import Screen
 from aqlm_cli.errors import UsageError
 from aqlm_cli.formatting import PROMPT, command_line
 from aqlm_cli.records import Record
-from aqlm_cli.spec.flags import BENCH, EVAL_PPL, EVALUATE, GENERATE, as_settings
+from aqlm_cli.spec.flags import BENCH, EVAL_PPL, EVALUATE, GENERATE, PROBE, as_settings
 
 
 def eval_ppl(
@@ -26,6 +26,9 @@ def eval_ppl(
     divergence: Annotated[
         bool | None, typer.Option("--divergence/--no-divergence", help="Divergence from the base model (default: on).")
     ] = None,
+    activations: options.Activations = None,
+    cache: options.Cache = None,
+    sort_keys: options.SortKeys = None,
     sequences: Annotated[int | None, typer.Option(min=2, help="Number of sequences (default: all).")] = None,
     dtype: Annotated[str | None, typer.Option(help="Compute type: float32, bfloat16 or float16.")] = None,
     revision: options.Revision = None,
@@ -63,6 +66,9 @@ def evaluate(
     kind: Annotated[str | None, typer.Option(help="Kinds of evaluation, such as ppl,gate (default: ppl).")] = None,
     data: Annotated[str | None, typer.Option(help="Text: wikitext2, c4, builtin or a file.")] = None,
     protocol: Annotated[str | None, typer.Option(help="Protocol of perplexity, such as llamacpp-512.")] = None,
+    activations: options.Activations = None,
+    cache: options.Cache = None,
+    sort_keys: options.SortKeys = None,
     way: Annotated[str | None, typer.Option(help="attribution: swap each layer in, or out (default: in).")] = None,
     unit: Annotated[str | None, typer.Option(help="attribution: by layer or by block (default: layer).")] = None,
     budget_minutes: Annotated[float | None, typer.Option(help="attribution: take about so many minutes.")] = None,
@@ -87,7 +93,7 @@ def evaluate(
     flags = dict(locals())
     from aqlm_cli.pipeline import order
 
-    kinds = kind and [word.strip() for word in kind.split(",")]
+    kinds = kind and _listed(kind)
     given = as_settings({**flags, "data": data and [data], "kinds": kinds}, EVALUATE)
     with Screen(json, quiet, verbose) as screen:
         reports: dict[str, Record] = {}
@@ -134,6 +140,59 @@ def compare(
         screen.finish({"compare": report}, following=command_line("evaluate", directory / found.cells[0].name))
     if md or csv:
         print(report.as_markdown() if md else report.as_csv())
+
+
+def probe(
+    target: options.Target,
+    noise: Annotated[str | None, typer.Option(help="Noise: gaussian, rademacher, uniform; several by comma.")] = None,
+    correlate: Annotated[
+        str | None, typer.Option(help="Noise is none: equal, up: as large as weights, down: largest on the smallest.")
+    ] = None,
+    strength: Annotated[
+        str | None, typer.Option(help="Norms of the noise as shares of those of the weights, such as 0.01,0.1.")
+    ] = None,
+    clip: Annotated[
+        str | None, typer.Option(help="Shares of the largest weights to clip, such as 0.001; several by comma.")
+    ] = None,
+    data: Annotated[str | None, typer.Option(help="Text: wikitext2, c4, builtin or a file.")] = None,
+    sequences: Annotated[int | None, typer.Option(min=2, help="Number of sequences (default: 8).")] = None,
+    sequence_length: options.SequenceLength = None,
+    bos: options.Bos = None,
+    dtype: Annotated[str | None, typer.Option(help="Compute type: float32, bfloat16 or float16.")] = None,
+    seed: options.Seed = None,
+    revision: options.Revision = None,
+    trust_remote_code: options.RemoteCode = None,
+    device: options.Device = None,
+    threads: options.Threads = None,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
+    md: Annotated[bool, typer.Option("--md", help="Print Markdown tables on stdout, all else on stderr.")] = False,
+) -> None:
+    """Measure what noise on the weights, and clipping of the largest, do to a model.
+
+    All noise of one strength has one norm; it differs in its distribution and in which weights it falls on. Perplexity
+    and divergence are those from the same model without noise, on a few sequences.
+
+    \b
+    Example:
+      aqlm probe smollm2-135m --noise gaussian,rademacher --strength 0.03,0.1 --data builtin
+    """
+    flags = dict(locals())
+    from aqlm_cli.pipeline import order
+
+    lists = {name: flags[name] and _listed(flags[name]) for name in ("noise", "correlate", "strength", "clip")}
+    settings = order.settings_for(target, as_settings({**flags, **lists}, PROBE))
+    with Screen(json, quiet, verbose, md=md) as screen:
+        order.use_machine(settings)
+        report = order.probe_model(target, settings, screen.emit)
+        screen.finish({"probe": report}, following=command_line("eval-ppl", target))
+    if md:
+        print(report.as_markdown())
+
+
+def _listed(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",")]
 
 
 def bench(

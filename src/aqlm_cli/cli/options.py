@@ -114,6 +114,18 @@ Bos = Annotated[
     ),
 ]
 
+Activations = Annotated[
+    str | None,
+    typer.Option(metavar="FORMAT", help="Round inputs of linear layers: int8t or block float such as bfp6g16."),
+]
+Cache = Annotated[
+    str | None, typer.Option(metavar="FORMAT", help="Round keys and values: block float such as bfp4g32.")
+]
+SortKeys = Annotated[
+    bool | None,
+    typer.Option("--sort-keys", help="Order features of keys by size, for --cache.", show_default=False),
+]
+
 Seed = Annotated[int | None, typer.Option(help="Random seed.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:NUMBER.")]
 Threads = Annotated[int | None, typer.Option(help="CPU threads (default: all).")]

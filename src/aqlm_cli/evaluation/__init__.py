@@ -12,11 +12,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from aqlm_cli.evaluation.attribution import AttributionEvaluation, AttributionSettings
+from aqlm_cli.evaluation.estimates import Perplexity
 from aqlm_cli.evaluation.evaluation import Evaluation
 from aqlm_cli.evaluation.gate import GateEvaluation, GateReport, GateSettings
 from aqlm_cli.evaluation.generation import GenerationEvaluation, GenerationReport, GenerationSettings
 from aqlm_cli.evaluation.model import EvaluatedModel, LoadedModel, StoredModel
-from aqlm_cli.evaluation.perplexity import Perplexity, PerplexityEvaluation, PerplexityReport, PerplexitySettings
+from aqlm_cli.evaluation.perplexity import PerplexityEvaluation, PerplexityReport, PerplexitySettings
+from aqlm_cli.evaluation.probe import ProbeEvaluation, ProbeReport, ProbeSettings
 from aqlm_cli.evaluation.speed import SpeedEvaluation, SpeedSettings
 from aqlm_cli.evaluation.speed_report import BenchReport
 
@@ -34,6 +36,8 @@ __all__ = [
     "Perplexity",
     "PerplexityReport",
     "PerplexitySettings",
+    "ProbeReport",
+    "ProbeSettings",
     "SpeedSettings",
     "StoredModel",
 ]
@@ -44,5 +48,6 @@ EVALUATIONS: Mapping[str, Evaluation[Any]] = {
     "attribution": AttributionEvaluation(),
     "generation": GenerationEvaluation(),
     "speed": SpeedEvaluation(),
+    "probe": ProbeEvaluation(),
 }
 """Evaluations by name of their kind."""

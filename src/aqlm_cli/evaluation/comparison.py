@@ -146,9 +146,11 @@ def figure_of(report: Mapping[str, Any]) -> Figure:
     """The figure of a report of perplexity beside a base model, in JSON."""
     kl, passport = report["divergence"] or {}, report["passport"]
     column = "/".join(str(passport[name]) for name in sorted(passport) if name not in ("model", "versions"))
+    formats = f", {passport['formats']}" if passport.get("formats") else ""
     return Figure(
         column=column,
-        title=f"{text_name(report['data'])}, {report['protocol']}, {report['sequences']} x {report['sequence_length']}",
+        title=f"{text_name(report['data'])}, {report['protocol']}, {report['sequences']} x {report['sequence_length']}"
+        + formats,
         perplexity=report["perplexity"],
         stderr=report["stderr"],
         ratio=report["ratio"],

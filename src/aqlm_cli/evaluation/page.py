@@ -17,7 +17,7 @@ import jinja2
 from markupsafe import Markup, escape
 
 from aqlm_cli.evaluation import charts
-from aqlm_cli.evaluation.perplexity import EDGES
+from aqlm_cli.evaluation.estimates import EDGES
 from aqlm_cli.formatting import clock, readable_bytes, text_name
 
 TEMPLATE = Path(__file__).with_name("report.html")
@@ -166,6 +166,8 @@ def _perplexities(runs: Sequence[RunFacts]) -> Section:
     for run in runs:
         for report in run.perplexities:
             kl, data, protocol = report.get("divergence"), text_name(report["data"]), report.get("protocol", "gptq")
+            passport = report.get("passport", {})
+            protocol += f", {passport['formats']}" if passport.get("formats") else ""
             title = f"{data}, {protocol}, {report['sequences']} x {report['sequence_length']}"
             rows.append(
                 (

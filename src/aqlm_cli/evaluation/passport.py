@@ -21,7 +21,7 @@ PACKAGES = ("aqlm-cli", "torch", "transformers")
 @dataclass(frozen=True)
 class Passport:
     """`text` and `tokenizer` are digests, `model` the identity of the model. `scored` counts tokens, `windows` what was
-    read at once."""
+    read at once. `formats` are those of activations and cache, empty where both are in `dtype`."""
 
     protocol: str
     text: str
@@ -31,6 +31,7 @@ class Passport:
     scored: int
     dtype: str
     versions: dict[str, str]
+    formats: str = ""
 
     @property
     def column(self) -> tuple[str, ...]:
@@ -42,7 +43,7 @@ class Passport:
         return asdict(self)
 
 
-def passport_of(protocol: str, cut: Cut, model: EvaluatedModel, dtype: str) -> Passport:
+def passport_of(protocol: str, cut: Cut, model: EvaluatedModel, dtype: str, formats: str = "") -> Passport:
     """The passport of a figure of this model on this cut."""
     digest = hashlib.sha256()
     for window in cut.windows:
@@ -56,6 +57,7 @@ def passport_of(protocol: str, cut: Cut, model: EvaluatedModel, dtype: str) -> P
         scored=cut.scored,
         dtype=dtype,
         versions={name: version(name) for name in PACKAGES},
+        formats=formats,
     )
 
 

@@ -1,12 +1,7 @@
-"""Perplexity of a model on a text, beside its base model's, and its divergence from that.
+"""Perplexity of a model on a text, beside its base model's, and its divergence from that (estimates.py).
 
-A perplexity is exp(sum a / sum b): a unit of the text, mostly a window, has the loss a and counts b, in tokens, words
-or bytes (protocols.py). Its standard error takes the n units for independent: by the delta method exp(r), with
-r = sum a / sum b, is uncertain by exp(r) times sqrt(n / (n-1) sum (a - r b)^2) / sum b. Not covered: that neighbouring
-windows of one document are alike. Of two models on the same windows the same formula holds for the difference of their
-losses, which is far more certain than each of them: so the ratio of their perplexities has an error of its own.
-
-The divergence is KL(base || model) in nats, of the predictions at every scored token.
+The divergence is KL(base || model) in nats, of the predictions at every scored token. The model may compute in formats
+of activations and cache (formats.py); its base model never does.
 """
 
 from __future__ import annotations
@@ -14,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -26,7 +21,9 @@ from torch import Tensor
 from aqlm_cli.arguments import check_fields
 from aqlm_cli.data.sequences import opening_tokens
 from aqlm_cli.errors import DataError, ModelError, UsageError
+from aqlm_cli.evaluation.estimates import Divergence, Perplexity, divergence_of, estimate
 from aqlm_cli.evaluation.evaluation import Remember, compute_again
+from aqlm_cli.evaluation.formats import applied
 from aqlm_cli.evaluation.model import EvaluatedModel
 from aqlm_cli.evaluation.passport import Passport, passport_of
 from aqlm_cli.evaluation.protocols import PROTOCOLS, TOKEN, Cut, gptq
@@ -34,9 +31,7 @@ from aqlm_cli.evaluation.scoring import Reader, Scored, score
 from aqlm_cli.events import Advanced, Emit, Noted, StageStarted
 from aqlm_cli.formatting import facts, text_name
 from aqlm_cli.records import Record
-
-EDGES = tuple(10 ** (exponent / 2) for exponent in range(-12, 4))
-"""Edges of the histogram of divergences, in nats: half decades."""
+from aqlm_cli.spec.formats import AS_COMPUTED, Formats
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -47,6 +42,7 @@ class PerplexitySettings:
 
     `sequences`: only the first so many windows, or documents; None: all. `bos` None: as the tokenizer starts a text.
     Weights and matmuls are in `dtype`, the log-softmax in float32. `divergence`: also that from the base model.
+    `formats` are those of the model, not of its base model.
     """
 
     data: str
@@ -56,6 +52,7 @@ class PerplexitySettings:
     dtype: str = "float32"
     protocol: str | None = None
     divergence: bool = True
+    formats: Formats = AS_COMPUTED
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -67,31 +64,6 @@ class PerplexitySettings:
             raise UsageError(f"there is no type {self.dtype!r} to compute in; choose {', '.join(DTYPES)}")
         if self.protocol is not None and self.protocol not in PROTOCOLS:
             raise UsageError(f"there is no protocol {self.protocol!r}; choose {', '.join(PROTOCOLS)}")
-
-
-@dataclass(frozen=True)
-class Perplexity:
-    """A perplexity, or a ratio of two, with the standard error that the spread over the units gives it."""
-
-    perplexity: float
-    stderr: float
-
-
-@dataclass(frozen=True)
-class Divergence:
-    """KL(base || model) over the scored tokens, in nats: its mean with a standard error, quantiles and maximum.
-
-    `agreement`: the share of tokens for which both models hold the same one for the likeliest. `histogram`: tokens
-    below EDGES[0], between each edge and the next, and from the last on.
-    """
-
-    mean: float
-    stderr: float
-    median: float
-    percentile_99: float
-    maximum: float
-    agreement: float
-    histogram: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -119,12 +91,14 @@ class PerplexityReport(Record):
     passport: Passport
     losses: tuple[float, ...] = field(repr=False)
     counts: tuple[float, ...] = field(repr=False)
+    formats: Formats = AS_COMPUTED
     version: int = 2
 
     def table(self) -> Group:
         columns = ("model", "data", "sequences x tokens", "type", "perplexity", "ratio")
         table = Table(*columns, title="perplexity", title_justify="left")
         ratio = "" if self.ratio is None else f"{self.ratio:.4f} ± {self.ratio_stderr:.4f}"
+        formats = str(self.formats)
         rows = [(self.model, Perplexity(self.perplexity, self.stderr), ratio)]
         if self.base_model is not None:
             rows.insert(0, ("base", self.base_model, "1"))
@@ -133,7 +107,7 @@ class PerplexityReport(Record):
                 Text(name),
                 Text(text_name(self.data)),
                 f"{self.sequences} x {self.sequence_length}" + (", bos" if self.bos else ""),
-                self.dtype,
+                self.dtype + (f", {formats}" if formats and measured is not self.base_model else ""),
                 f"{measured.perplexity:.3f} ± {measured.stderr:.3f}",
                 ratio,
             )
@@ -168,18 +142,18 @@ class PerplexityEvaluation:
         emit: Emit,
         remember: Remember = compute_again,
     ) -> PerplexityReport:
-        protocol, cut, bos = _cut(model, settings, emit)
-        passport = passport_of(protocol, cut, model, settings.dtype)
+        protocol, cut, bos = cut_for(model, settings, emit)
+        passport = passport_of(protocol, cut, model, settings.dtype, str(settings.formats))
         main = PROTOCOLS[protocol].main if protocol in PROTOCOLS else TOKEN
         counts = cut.counts[main]
         base_losses, divergence = None, None
         if base is not None and settings.divergence:
-            (base_losses, losses), scores = _measure([base, model], cut, settings.dtype, emit)
-            divergence = _divergence_of(scores)
+            (base_losses, losses), scores = _measure([base, model], cut, settings.dtype, emit, settings.formats)
+            divergence = divergence_of(scores)
         else:
-            (losses,), _ = _measure([model], cut, settings.dtype, emit)
+            (losses,), _ = _measure([model], cut, settings.dtype, emit, settings.formats)
             if base is not None:
-                base_losses = _of_base(base, cut, passport, emit, remember)
+                base_losses = _of_base(base, cut, replace(passport, formats=""), emit, remember)
         measured = estimate(losses, counts)
         base_model = None if base_losses is None else estimate(base_losses, counts)
         paired = None if base_losses is None else estimate(losses - base_losses, counts)
@@ -201,24 +175,17 @@ class PerplexityEvaluation:
             passport=passport,
             losses=tuple(losses.tolist()),
             counts=tuple(counts.tolist()),
+            formats=settings.formats,
         )
 
     def files(self, report: PerplexityReport) -> Mapping[str, Mapping[str, Any] | bytes]:
         """eval-ppl-wikitext2-148x2048-float32.json, with -bos where sequences begin so; of a path only its name. The
-        name of a protocol takes the place of the length where one was asked for."""
+        name of a protocol takes the place of the length where one was asked for. Formats come last."""
         text = re.sub(r"[^\w.-]+", "_", text_name(report.data))
         plain = report.protocol.startswith("gptq-")
         size = f"{report.sequences}x" + (str(report.sequence_length) if plain else report.protocol.replace("/", "-"))
-        return {f"eval-ppl-{text}-{size}-{report.dtype}{'-bos' if report.bos else ''}.json": report.as_json()}
-
-
-def estimate(losses: Tensor, counts: Tensor) -> Perplexity:
-    """exp(sum a / sum b) of losses a `[units]` in nats and counts b `[units]`, with its standard error."""
-    units, total = len(losses), counts.sum()
-    mean = losses.sum() / total
-    spread = (losses - mean * counts).square().sum() * units / (units - 1)
-    perplexity = math.exp(mean)
-    return Perplexity(perplexity, perplexity * float(spread.sqrt() / total))
+        ending = ("-bos" if report.bos else "") + report.formats.suffix
+        return {f"eval-ppl-{text}-{size}-{report.dtype}{ending}.json": report.as_json()}
 
 
 def _of_base(base: EvaluatedModel, cut: Cut, passport: Passport, emit: Emit, remember: Remember) -> Tensor:
@@ -232,8 +199,11 @@ def _of_base(base: EvaluatedModel, cut: Cut, passport: Passport, emit: Emit, rem
     return torch.tensor(kept["losses"], dtype=torch.float64)
 
 
-def _measure(models: Sequence[EvaluatedModel], cut: Cut, dtype: str, emit: Emit) -> tuple[list[Tensor], list[Scored]]:
-    """The losses `[units]` of each of one or two models in nats, and what was told of every window."""
+def _measure(
+    models: Sequence[EvaluatedModel], cut: Cut, dtype: str, emit: Emit, formats: Formats = AS_COMPUTED
+) -> tuple[list[Tensor], list[Scored]]:
+    """The losses `[units]` of each of one or two models in nats, and what was told of every window; the last of them
+    computes in `formats`."""
     model = models[-1]
     stage = f"eval-ppl {model.short_name}" + (" beside its base" if len(models) > 1 else "")
     networks = [one.network(DTYPES[dtype]) for one in models]
@@ -242,40 +212,22 @@ def _measure(models: Sequence[EvaluatedModel], cut: Cut, dtype: str, emit: Emit)
     losses = [torch.zeros(cut.units, dtype=torch.float64) for _ in models]
     scores: list[Scored] = []
     counted = 0.0
-    with torch.inference_mode():
-        readers = [Reader(network) for network in networks]
-    for number, (window, scored) in enumerate(zip(cut.windows, score(readers, cut.windows, device), strict=True), 1):
-        for one, total, found in zip(models, losses, scored.losses, strict=True):
-            if not bool(found.isfinite().all()):
-                raise ModelError(
-                    f"{one.name}: the loss on window {number - 1} is not finite in {dtype}; the weights hold NaN, or "
-                    f"activations overflow: try --dtype float32"
-                )
-            total[window.unit] += window.weight * found.mean()
-        counted += window.weight
-        scores.append(scored)
-        emit(Advanced(stage, number, f"perplexity {math.exp(losses[-1].sum() / counted):.2f}"))
+    with applied(networks[-1], formats, cut.windows[0].ids.to(device), emit):
+        with torch.inference_mode():
+            readers = [Reader(network) for network in networks]
+        found = score(readers, cut.windows, device)
+        for number, (window, scored) in enumerate(zip(cut.windows, found, strict=True), 1):
+            for one, total, loss in zip(models, losses, scored.losses, strict=True):
+                if not bool(loss.isfinite().all()):
+                    raise ModelError(
+                        f"{one.name}: the loss on window {number - 1} is not finite in {dtype}; the weights hold NaN, "
+                        f"or activations overflow: try --dtype float32"
+                    )
+                total[window.unit] += window.weight * loss.mean()
+            counted += window.weight
+            scores.append(scored)
+            emit(Advanced(stage, number, f"perplexity {math.exp(losses[-1].sum() / counted):.2f}"))
     return losses, scores
-
-
-def _divergence_of(scores: Sequence[Scored]) -> Divergence:
-    parts = [scored.divergence for scored in scores if scored.divergence is not None]
-    agreed = torch.cat([scored.agreed for scored in scores if scored.agreed is not None])
-    tokens = torch.cat(parts)
-    sums = torch.stack([part.sum() for part in parts])
-    counts = torch.tensor([len(part) for part in parts], dtype=torch.float64)
-    mean = sums.sum() / counts.sum()
-    spread = (sums - mean * counts).square().sum() * len(parts) / (len(parts) - 1)
-    ordered, edges = tokens.sort().values, torch.tensor(EDGES, dtype=torch.float64)
-    return Divergence(
-        mean=float(mean),
-        stderr=float(spread.sqrt() / counts.sum()),
-        median=float(ordered[(len(ordered) - 1) // 2]),
-        percentile_99=float(ordered[math.ceil(0.99 * len(ordered)) - 1]),
-        maximum=float(ordered[-1]),
-        agreement=float(agreed.double().mean()),
-        histogram=tuple(torch.bucketize(tokens, edges, right=True).bincount(minlength=len(EDGES) + 1).tolist()),
-    )
 
 
 def _others(losses: Tensor, cut: Cut, main: str) -> dict[str, float]:
@@ -290,7 +242,7 @@ _FLAGS = {False: "--sequence-length", True: "the length that --protocol names"}
 """What a user lowers where windows are too long for a model."""
 
 
-def _cut(model: EvaluatedModel, settings: PerplexitySettings, emit: Emit) -> tuple[str, Cut, bool]:
+def cut_for(model: EvaluatedModel, settings: PerplexitySettings, emit: Emit) -> tuple[str, Cut, bool]:
     """The name of the protocol, the windows, and whether each begins with an opening of its own."""
     tokenizer, data = model.tokenizer(), settings.data
     opening: tuple[int, ...] = ()

@@ -51,6 +51,31 @@ class Reader:
                 yield self._halves.logits(states)
 
 
+class KeptReader(Reader):
+    """A reader that tells the logits which a network had of some sequences, whatever its blocks have become since.
+
+    It keeps the hidden states that enter the head. ModelError for a network whose head is not separate.
+    """
+
+    def __init__(self, reader: Reader) -> None:
+        self._network, self._halves = reader._network, halves_of(reader._network)
+        self._kept: dict[bytes, Tensor] = {}  # [L, d] each
+
+    @torch.inference_mode()
+    def keep(self, ids: Tensor) -> None:
+        """Read a sequence `[L]` with the network as it is now."""
+        self._kept[_key(ids)] = self._halves.states(ids[None])[0]
+
+    def chunks(self, ids: Tensor, first: int) -> Iterator[Tensor]:
+        for states in self._kept[_key(ids)][first - 1 : -1].split(ROWS_PER_CHUNK):
+            yield self._halves.logits(states)
+
+
+def _key(ids: Tensor) -> bytes:
+    content: bytes = ids.cpu().numpy().tobytes()
+    return content
+
+
 @torch.inference_mode()
 def score(readers: Sequence[Reader], windows: Sequence[Window], device: torch.device) -> Iterator[Scored]:
     """The scores of one window after the other, by one model or by two."""

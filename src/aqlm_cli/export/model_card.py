@@ -152,6 +152,8 @@ def _perplexity_row(report: Mapping[str, Any]) -> str:
     length = f"{report['sequences']} sequences of {report['sequence_length']} tokens"
     length += ", each with a beginning token" if report.get("bos") else ""
     length += f", protocol {report['protocol']}" if "protocol" in report else ""
+    formats = report.get("passport", {}).get("formats")
+    length += f", {formats}" if formats else ""
     measured = f"{report['perplexity']:.2f} ± {report['stderr']:.2f}"
     base = report["base_model"]
     beside = f", base model {base['perplexity']:.2f} ± {base['stderr']:.2f}" if base else ""

@@ -11,18 +11,25 @@ r query heads share one key head.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
+from aqlm_cli.errors import ModelError
 from aqlm_cli.models.loading import quiet
 
 NAME = "blockwise"
 
 Attention: TypeAlias = Callable[..., tuple[Tensor, None]]
 """Signature in transformers: module, queries, keys, values and a mask -> the output `[b, L, heads, e]`."""
+
+Change: TypeAlias = Callable[[nn.Module, Tensor, Tensor], tuple[Tensor, Tensor]]
+"""An attention layer, its keys `[b, key heads, L, d]` after rotation and its values `[b, key heads, L, e]` -> keys and
+values of the same shapes."""
 
 QUERIES = 64  # queries in a block
 
@@ -121,3 +128,65 @@ def torchs_attention(*tensors: Any, **options: Any) -> tuple[Tensor, None]:
     torchs: Any = AttentionInterface()["sdpa"]
     output: tuple[Tensor, None] = torchs(*tensors, **options)
     return output
+
+
+# ------------------------------------------------------------------------------------------------ other keys and values
+
+
+@contextmanager
+def attend_to(network: nn.Module, change: Change) -> Iterator[None]:
+    """Let attention of the network read what `change` returns in the place of keys and values, while open.
+
+    Layers that do not go through transformers' table of attention functions stay as they are: see `attention_layers`.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    model: Any = network
+    before, name = model.config._attn_implementation, f"aqlm_{id(change)}"
+    functions: Any = AttentionInterface
+    masks: Any = AttentionMaskInterface
+
+    def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *rest: Any, **options: Any) -> Any:
+        own = _eager(module) if before == "eager" else functions()[before]
+        return own(module, query, *change(module, key, value), *rest, **options)
+
+    functions.register(name, attention)
+    masks.register(name, masks()[before])
+    try:
+        with quiet():
+            model.set_attn_implementation(name)
+        yield
+    finally:
+        with quiet():
+            model.set_attn_implementation(before)
+        for table in (functions, masks):  # which have no method that takes an entry out
+            del table._global_mapping[name]
+
+
+def _eager(module: nn.Module) -> Callable[..., Any]:
+    """The attention function of a layer's own module, which is in no table."""
+    forward: Any = inspect.unwrap(type(module).forward)
+    found: Callable[..., Any] | None = forward.__globals__.get("eager_attention_forward")
+    if found is None:
+        raise ModelError(f"{type(module).__name__} has an attention of its own, whose cache cannot be changed")
+    return found
+
+
+@torch.no_grad()
+def attention_layers(network: nn.Module) -> dict[nn.Module, str]:
+    """Layers whose keys and values `attend_to` changes, with their paths. ModelError where there is none."""
+    called: set[nn.Module] = set()
+
+    def watch(module: nn.Module, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        called.add(module)
+        return keys, values
+
+    model: Any = network
+    with attend_to(network, watch):
+        model(input_ids=torch.arange(4, device=model.device)[None], use_cache=False)
+    if not called:
+        raise ModelError(
+            f"attention of {type(network).__name__} does not go through transformers' table of attention functions, so "
+            "that its keys and values cannot be changed; leave --cache out"
+        )
+    return {module: path for path, module in network.named_modules() if module in called}

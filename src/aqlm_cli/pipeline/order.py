@@ -23,6 +23,8 @@ from aqlm_cli.evaluation import (
     GateSettings,
     GenerationSettings,
     PerplexitySettings,
+    ProbeReport,
+    ProbeSettings,
     SpeedSettings,
 )
 from aqlm_cli.evaluation.speed import measure_shape
@@ -81,6 +83,7 @@ __all__ = [
     "measure",
     "pack_run",
     "prepare",
+    "probe_model",
     "quantize_and_pack",
     "run_all",
     "settings_for",
@@ -278,6 +281,7 @@ def _perplexities(config: RunConfig, sequences: int | None) -> dict[str, Perplex
             section.dtype,
             section.protocol,
             section.divergence,
+            section.formats,
         )
         for text in section.data
     }
@@ -297,10 +301,16 @@ def _attribution(config: RunConfig, sequences: int | None) -> dict[str, Attribut
     }
 
 
+def _probe(config: RunConfig, sequences: int | None) -> dict[str, ProbeSettings]:
+    section = config.probe if sequences is None else config.probe.model_copy(update={"sequences": sequences})
+    return {"probe": ProbeSettings(section, config.seed)}
+
+
 SETTINGS: Mapping[str, Callable[[RunConfig, int | None], Mapping[str, Any]]] = {
     "ppl": _perplexities,
     "gate": _gate,
     "attribution": _attribution,
+    "probe": _probe,
 }
 """The settings of each evaluation that `evaluate` can do, by the name of its report, from those of a run file."""
 
@@ -313,6 +323,15 @@ def measure(
     with _logged_of(subject, "eval-ppl", emit) as both:
         found = _perplexities(config, sequences)
         return {name: evaluate(subject, "ppl", one, config.device, both) for name, one in found.items()}
+
+
+def probe_model(target: str, config: RunConfig, emit: Emit) -> ProbeReport:
+    """Perplexity and divergence of the target under perturbations of its weights."""
+    subject = _subject(target, config, emit, None)
+    with _logged_of(subject, "probe", emit) as both:
+        report = evaluate(subject, "probe", _probe(config, None)["probe"], config.device, both)
+    assert isinstance(report, ProbeReport)
+    return report
 
 
 def compare_speed(target: str, config: RunConfig, emit: Emit, base_model: ResolvedModel | None = None) -> BenchReport:

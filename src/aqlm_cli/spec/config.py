@@ -11,7 +11,9 @@ from pydantic import ConfigDict, Field, ValidationError, create_model, field_val
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from aqlm_cli.errors import UsageError
+from aqlm_cli.spec.formats import BlockFloat, Formats, parse_activations
 from aqlm_cli.spec.methods import METHODS
+from aqlm_cli.spec.probe import ProbeConfig
 from aqlm_cli.spec.schemes import parse_scheme
 from aqlm_cli.spec.section import LARGEST, Beam, Count, Names, Positive, Rate, Section, understood
 from aqlm_cli.spec.selection import Rule, Selection
@@ -327,7 +329,8 @@ ProtocolName: TypeAlias = Literal["gptq-2048", "aqlm-4096", "llama3-8192", "llam
 class EvalConfig(Section):
     """`sequences`: only the first so many; None: all. `bos` as in `calibrate`; false is what GPTQ does. A `protocol`
     has a length and a beginning of its own, which count instead. `divergence` from the base model is measured in the
-    same pass."""
+    same pass. `activations`, `cache` and `sort_keys` are formats of the model that is evaluated, not of its base model
+    (spec/formats.py)."""
 
     data: Annotated[Names, Field(min_length=1)] = ("wikitext2",)
     sequences: Annotated[int, Field(ge=2)] | None = None
@@ -336,6 +339,31 @@ class EvalConfig(Section):
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     protocol: ProtocolName | None = None
     divergence: bool = True
+    activations: str | None = None
+    cache: str | None = None
+    sort_keys: bool = False
+
+    @property
+    def formats(self) -> Formats:
+        return Formats(self.activations, self.cache, self.sort_keys)
+
+    @field_validator("activations")
+    @classmethod
+    def _is_format(cls, word: str | None) -> str | None:
+        return word if word is None else understood(parse_activations, word)
+
+    @field_validator("cache")
+    @classmethod
+    def _is_block_float(cls, word: str | None) -> str | None:
+        return word if word is None else understood(BlockFloat.parse, word)
+
+    @model_validator(mode="after")
+    def _sorts_a_cache(self) -> EvalConfig:
+        try:
+            _ = self.formats
+        except UsageError as error:
+            raise ValueError(str(error)) from error
+        return self
 
 
 class GateConfig(Section):
@@ -406,6 +434,7 @@ class RunConfig(Section):
     pack: PackConfig = PackConfig()
     eval_ppl: EvalConfig = EvalConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    probe: ProbeConfig = ProbeConfig()
     bench: BenchConfig = BenchConfig()
 
     @field_validator("max_memory", "max_disk")

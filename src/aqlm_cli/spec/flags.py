@@ -53,11 +53,23 @@ FINETUNE: Mapping[str, str] = MappingProxyType(
 )
 
 EVAL_PPL: Mapping[str, str] = MappingProxyType(
-    {**MODEL, **_section("eval_ppl", "data", "sequence_length", "bos", "dtype", "protocol", "divergence")}
+    {
+        **MODEL,
+        **_section("eval_ppl", "data", "sequence_length", "bos", "dtype", "protocol", "divergence"),
+        **_section("eval_ppl", "activations", "cache", "sort_keys"),
+    }
 )
 
 EVALUATE: Mapping[str, str] = MappingProxyType(
     {**EVAL_PPL, **_section("evaluate", "kinds"), **_section("evaluate.attribution", "way", "unit", "budget_minutes")}
+)
+
+PROBE: Mapping[str, str] = MappingProxyType(
+    {
+        **MODEL,
+        **_section("probe", "noise", "correlate", "strength", "clip"),
+        **_section("probe", "data", "sequences", "sequence_length", "bos", "dtype"),
+    }
 )
 
 BENCH: Mapping[str, str] = MappingProxyType(
