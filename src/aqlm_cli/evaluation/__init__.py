@@ -19,6 +19,7 @@ from aqlm_cli.evaluation.model import EvaluatedModel, LoadedModel, StoredModel
 from aqlm_cli.evaluation.perplexity import Perplexity, PerplexityEvaluation, PerplexityReport, PerplexitySettings
 from aqlm_cli.evaluation.speed import SpeedEvaluation, SpeedSettings
 from aqlm_cli.evaluation.speed_report import BenchReport
+from aqlm_cli.evaluation.tasks import TasksEvaluation, TasksReport, TasksSettings
 
 __all__ = [
     "EVALUATIONS",
@@ -36,6 +37,8 @@ __all__ = [
     "PerplexitySettings",
     "SpeedSettings",
     "StoredModel",
+    "TasksReport",
+    "TasksSettings",
 ]
 
 EVALUATIONS: Mapping[str, Evaluation[Any]] = {
@@ -44,5 +47,6 @@ EVALUATIONS: Mapping[str, Evaluation[Any]] = {
     "attribution": AttributionEvaluation(),
     "generation": GenerationEvaluation(),
     "speed": SpeedEvaluation(),
+    "tasks": TasksEvaluation(),
 }
 """Evaluations by name of their kind."""
