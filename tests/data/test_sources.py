@@ -259,3 +259,25 @@ def test_a_stream_is_read_up_to_the_limit_in_the_shares_of_its_parts(monkeypatch
 
 def test_the_shares_of_redpajama_are_a_whole() -> None:
     assert sum(files.share for files in sources.HUB["redpajama"]["calibration"]) == pytest.approx(1)
+
+
+def test_other_code_reads_the_cache_alone_where_the_hub_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+    import huggingface_hub
+
+    def offline() -> tuple[bool, bool]:
+        return datasets.config.HF_HUB_OFFLINE, huggingface_hub.constants.HF_HUB_OFFLINE
+
+    before = offline()
+    monkeypatch.setattr(sources, "_answers", lambda _: False)
+    with sources.reading_hub("arc_easy"):
+        assert offline() == (True, True)
+    assert offline() == before
+    with (
+        pytest.raises(
+            DataError, match="arc_easy could not be read: gone; it is not in the cache, and the hub does not"
+        ),
+        sources.reading_hub("arc_easy"),
+    ):
+        raise ConnectionError("gone")
+    assert offline() == before

@@ -24,6 +24,7 @@ from aqlm_cli.evaluation import (
     ProbeSettings,
     SpeedSettings,
     StoredModel,
+    TasksSettings,
 )
 from aqlm_cli.events import silent
 from aqlm_cli.models import resolve
@@ -36,6 +37,8 @@ from aqlm_kernels import AdditiveLinear, AdditiveMatrix
 @pytest.fixture
 def directory(tmp_path: Path) -> Path:
     (tmp_path / "text.txt").write_text("".join(f"{number} times {number} is {number**2}. " for number in range(15)))
+    lines = [{"question": f"{n} times {n} is", "choices": [f"{n**2}", "nothing"], "answer": 0} for n in range(4)]
+    (tmp_path / "questions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return tiny_models.save("llama", tmp_path / "model")
 
 
@@ -46,6 +49,7 @@ def settings(tmp_path: Path) -> Mapping[str, Any]:
         "generation": GenerationSettings("2 times 2", max_new_tokens=4),
         "probe": ProbeSettings(ProbeConfig(data=str(tmp_path / "text.txt"), sequence_length=64, sequences=2)),
         "speed": SpeedSettings(BenchConfig(prompt=8, tokens=2, repeats=1)),
+        "tasks": TasksSettings(str(tmp_path / "questions.jsonl")),
     }
 
 
@@ -137,6 +141,8 @@ def test_a_text_needs_a_tokenizer(directory: Path, settings: Mapping[str, Any]) 
         (lambda: GenerationSettings("2", max_new_tokens=0), "0 new tokens are none"),
         (lambda: GenerationSettings("2", temperature=float("nan")), "temperature nan is not possible"),
         (lambda: GenerationSettings("2", head="nope"), "`head` takes Head, not 'nope'"),  # type: ignore[arg-type]
+        (lambda: TasksSettings("q.jsonl", questions=1), "1 questions give no standard error; ask at least 2, or all"),
+        (lambda: TasksSettings("q.jsonl", dtype="int8"), "there is no type 'int8' to compute in; choose float32"),
         (lambda: SpeedSettings(None), "SpeedSettings: `section` takes BenchConfig, not None"),  # type: ignore[arg-type]
     ],
 )

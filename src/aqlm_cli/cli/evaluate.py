@@ -72,7 +72,15 @@ def evaluate(
     way: Annotated[str | None, typer.Option(help="attribution: swap each layer in, or out (default: in).")] = None,
     unit: Annotated[str | None, typer.Option(help="attribution: by layer or by block (default: layer).")] = None,
     budget_minutes: Annotated[float | None, typer.Option(help="attribution: take about so many minutes.")] = None,
-    sequences: Annotated[int | None, typer.Option(min=2, help="Number of sequences (default: all).")] = None,
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FILE_OR_NAME", help="Questions: a .jsonl file, or a task of lm-evaluation-harness; repeatable."
+        ),
+    ] = None,
+    sequences: Annotated[
+        int | None, typer.Option(min=2, help="Number of sequences, or of questions of a task (default: all).")
+    ] = None,
     revision: options.Revision = None,
     trust_remote_code: options.RemoteCode = None,
     device: options.Device = None,
@@ -81,14 +89,15 @@ def evaluate(
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
 ) -> None:
-    """Judge models, one after the other, in every way that is asked for.
+    """Evaluate models in every way that is asked for. Several are measured one after the other.
 
     ppl is perplexity and divergence, gate compares texts with the base model's, attribution is the divergence that each
-    layer causes. Exit status 3: a model collapsed at the gate.
+    layer causes, tasks is the accuracy on questions. Exit status 3: a model collapsed at the gate.
 
     \b
     Example:
       aqlm evaluate runs/SmolLM2-135M-Instruct-2bit --kind ppl,gate --data builtin
+      aqlm evaluate runs/SmolLM2-135M-Instruct-2bit --kind tasks --tasks questions.jsonl
     """
     flags = dict(locals())
     from aqlm_cli.pipeline import order
@@ -99,6 +108,8 @@ def evaluate(
         reports: dict[str, Record] = {}
         for target in targets:
             settings = order.settings_for(target, given)
+            if tasks and "tasks" not in settings.evaluate.kinds:
+                raise UsageError("--tasks has the questions of the kind tasks; add it to --kind")
             order.use_machine(settings)
             found = order.evaluate_model(target, settings, sequences, screen.emit)
             reports |= found if len(targets) == 1 else {f"{target}: {name}": one for name, one in found.items()}

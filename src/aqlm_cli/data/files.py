@@ -56,7 +56,7 @@ def read_texts(path: Path, emit: Emit = silent) -> list[Document]:
     if kind == ".parquet" and unpack is None:
         documents = _from_parquet(path)
     elif kind in (".txt", ".json", ".jsonl"):
-        text = _decoded(path, kind, unpack)
+        text = decoded(path, kind, unpack)
         documents = [text] if kind == ".txt" else _from_json(path, text)
     else:
         raise DataError(f"{path} is not a supported text file; its name must end in {FILE_KINDS}")
@@ -68,7 +68,8 @@ def read_texts(path: Path, emit: Emit = silent) -> list[Document]:
     return ["" if document is None else document for document in documents]
 
 
-def _decoded(path: Path, kind: str, unpack: Callable[[bytes], bytes] | None) -> str:
+def decoded(path: Path, kind: str, unpack: Callable[[bytes], bytes] | None) -> str:
+    """The text of a file in UTF-8, after `unpack`; DataError where it cannot be read as `kind`."""
     try:
         content = path.read_bytes()
         # Some tools on Windows start a file with a byte order mark.

@@ -10,6 +10,7 @@ import os
 import urllib.error
 import urllib.request
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -131,6 +132,36 @@ def _from_hub(name: str, split: Split, characters: int | None) -> list[str]:
             reason = " ".join(str(error).split())
             raise DataError(f"{name} could not be read: {reason}; fix it or choose {NO_CONNECTION_NEEDED}") from error
     return texts
+
+
+@contextmanager
+def reading_hub(name: str) -> Iterator[None]:
+    """Let other code read data sets of the hub: from the cache alone where the hub does not answer.
+
+    Without this `datasets` asks for each of them again, for half a minute. Raises DataError for what cannot be read;
+    `name` is what the user asked for.
+    """
+    import datasets
+    import huggingface_hub
+
+    bars = not datasets.are_progress_bars_disabled()
+    configs: tuple[Any, ...] = (datasets.config, huggingface_hub.constants)
+    before = [config.HF_HUB_OFFLINE for config in configs]
+    offline = any(before) or not _answers(datasets.config.HF_ENDPOINT)
+    try:
+        datasets.disable_progress_bars()
+        for config in configs:
+            config.HF_HUB_OFFLINE = offline
+        yield
+    except (OSError, datasets.exceptions.DatasetsError) as error:
+        reason = " ".join(str(error).split())
+        fix = "it is not in the cache, and the hub does not answer: check the connection" if offline else "fix it"
+        raise DataError(f"{name} could not be read: {reason}; {fix}") from error
+    finally:
+        for config, value in zip(configs, before, strict=True):
+            config.HF_HUB_OFFLINE = value
+        if bars:
+            datasets.enable_progress_bars()
 
 
 def _text_of(name: str, row: Mapping[str, Any]) -> str:

@@ -21,6 +21,7 @@ from aqlm_cli.evaluation.perplexity import PerplexityEvaluation, PerplexityRepor
 from aqlm_cli.evaluation.probe import ProbeEvaluation, ProbeReport, ProbeSettings
 from aqlm_cli.evaluation.speed import SpeedEvaluation, SpeedSettings
 from aqlm_cli.evaluation.speed_report import BenchReport
+from aqlm_cli.evaluation.tasks import TasksEvaluation, TasksReport, TasksSettings
 
 __all__ = [
     "EVALUATIONS",
@@ -40,6 +41,8 @@ __all__ = [
     "ProbeSettings",
     "SpeedSettings",
     "StoredModel",
+    "TasksReport",
+    "TasksSettings",
 ]
 
 EVALUATIONS: Mapping[str, Evaluation[Any]] = {
@@ -49,5 +52,6 @@ EVALUATIONS: Mapping[str, Evaluation[Any]] = {
     "generation": GenerationEvaluation(),
     "speed": SpeedEvaluation(),
     "probe": ProbeEvaluation(),
+    "tasks": TasksEvaluation(),
 }
 """Evaluations by name of their kind."""

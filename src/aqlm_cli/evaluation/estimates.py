@@ -74,6 +74,8 @@ def divergence_of(scores: Sequence[Scored]) -> Divergence:
         maximum=float(ordered[-1]),
         agreement=float(agreed.double().mean()),
         histogram=tuple(
-            torch.bucketize(tokens, torch.tensor(EDGES), right=True).bincount(minlength=len(EDGES) + 1).tolist()
+            torch.bucketize(tokens, torch.tensor(EDGES, dtype=tokens.dtype), right=True)
+            .bincount(minlength=len(EDGES) + 1)
+            .tolist()
         ),
     )

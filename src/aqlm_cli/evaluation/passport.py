@@ -56,9 +56,14 @@ def passport_of(protocol: str, cut: Cut, model: EvaluatedModel, dtype: str, form
         windows=len(cut.windows),
         scored=cut.scored,
         dtype=dtype,
-        versions={name: version(name) for name in PACKAGES},
+        versions=versions_of(*PACKAGES),
         formats=formats,
     )
+
+
+def versions_of(*names: str) -> dict[str, str]:
+    """The versions of these distributions."""
+    return {name: version(name) for name in names}
 
 
 def tokenizer_digest(tokenizer: Any) -> str:

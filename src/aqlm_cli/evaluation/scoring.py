@@ -43,11 +43,18 @@ class Reader:
 
     def chunks(self, ids: Tensor, first: int) -> Iterator[Tensor]:
         """The logits `[chunk, vocabulary]` of the tokens `ids[first:]`, each given those before it."""
+        yield from self._rows(ids, slice(first - 1, -1))
+
+    def following(self, ids: Tensor, first: int) -> Iterator[Tensor]:
+        """The logits `[chunk, vocabulary]` of the tokens that follow each of `ids[first:]`, the last one included."""
+        yield from self._rows(ids, slice(first, None))
+
+    def _rows(self, ids: Tensor, places: slice) -> Iterator[Tensor]:
         if self._halves is None:
-            logits = self._network(ids[None], use_cache=False).logits[0, first - 1 : -1]
+            logits = self._network(ids[None], use_cache=False).logits[0, places]
             yield from logits.split(ROWS_PER_CHUNK)
         else:
-            for states in self._halves.states(ids[None])[0, first - 1 : -1].split(ROWS_PER_CHUNK):
+            for states in self._halves.states(ids[None])[0, places].split(ROWS_PER_CHUNK):
                 yield self._halves.logits(states)
 
 
@@ -84,11 +91,11 @@ def score(readers: Sequence[Reader], windows: Sequence[Window], device: torch.de
         parts = []
         following = ids[window.first :].split(ROWS_PER_CHUNK)
         for tokens, *logits in zip(following, *(reader.chunks(ids, window.first) for reader in readers), strict=True):
-            parts.append(_scored([_log_probabilities(one) for one in logits], tokens))
+            parts.append(_scored([log_probabilities(one) for one in logits], tokens))
         yield _joined(parts)
 
 
-def _log_probabilities(logits: Tensor) -> Tensor:
+def log_probabilities(logits: Tensor) -> Tensor:
     """log softmax in float32, or in the type of the logits where that is wider."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(1)
 

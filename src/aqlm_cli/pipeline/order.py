@@ -26,8 +26,10 @@ from aqlm_cli.evaluation import (
     ProbeReport,
     ProbeSettings,
     SpeedSettings,
+    TasksSettings,
 )
 from aqlm_cli.evaluation.speed import measure_shape
+from aqlm_cli.evaluation.tasks import open_task
 from aqlm_cli.events import Emit, Noted, Warned
 from aqlm_cli.formatting import clock, readable_bytes
 from aqlm_cli.models import ResolvedModel, Subject, find_subject, refuse_too_long
@@ -261,12 +263,14 @@ def evaluate_model(
     kinds = config.evaluate.kinds
     for unknown in set(kinds) - SETTINGS.keys():
         raise UsageError(f"there is no evaluation {unknown!r}; choose {', '.join(SETTINGS)}")
+    settings = {kind: SETTINGS[kind](config, sequences) for kind in kinds}  # refused before anything is measured
     subject = _subject(target, config, emit, base_model)
     reports: dict[str, Record] = {}
     with _logged_of(subject, "evaluate", emit) as both:
-        for kind in kinds:
-            for name, settings in SETTINGS[kind](config, sequences).items():
-                reports[name] = evaluate(subject, kind, settings, config.device, both)
+        for kind, named in settings.items():
+            for name, one in named.items():
+                key = f"{kind}: {name}" if name in reports else name
+                reports[key] = evaluate(subject, kind, one, config.device, both)
     return reports
 
 
@@ -306,11 +310,23 @@ def _probe(config: RunConfig, sequences: int | None) -> dict[str, ProbeSettings]
     return {"probe": ProbeSettings(section, config.seed)}
 
 
+def _tasks(config: RunConfig, questions: int | None) -> dict[str, TasksSettings]:
+    """The settings of each task. Raises UsageError where none is named, and for files and names as `open_task` does."""
+    names = config.evaluate.tasks
+    if not names:
+        raise UsageError("the kind tasks asks questions; name them with --tasks FILE_OR_NAME, or as evaluate.tasks")
+    found = {name: TasksSettings(name, questions, config.eval_ppl.dtype) for name in names}
+    for settings in found.values():
+        open_task(settings)
+    return found
+
+
 SETTINGS: Mapping[str, Callable[[RunConfig, int | None], Mapping[str, Any]]] = {
     "ppl": _perplexities,
     "gate": _gate,
     "attribution": _attribution,
     "probe": _probe,
+    "tasks": _tasks,
 }
 """The settings of each evaluation that `evaluate` can do, by the name of its report, from those of a run file."""
 

@@ -392,9 +392,14 @@ class AttributionConfig(Section):
 
 
 class EvaluateConfig(Section):
-    """What `evaluate` measures: `kinds` are names of evaluations."""
+    """The measurements of `evaluate`: `kinds` are names of evaluations.
+
+    `tasks` are files of questions, or names of tasks of lm-evaluation-harness, for the kind tasks, which computes in
+    `eval_ppl.dtype`.
+    """
 
     kinds: Annotated[Names, Field(min_length=1)] = ("ppl",)
+    tasks: Names = ()
     gate: GateConfig = GateConfig()
     attribution: AttributionConfig = AttributionConfig()
 

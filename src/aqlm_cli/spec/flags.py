@@ -61,7 +61,11 @@ EVAL_PPL: Mapping[str, str] = MappingProxyType(
 )
 
 EVALUATE: Mapping[str, str] = MappingProxyType(
-    {**EVAL_PPL, **_section("evaluate", "kinds"), **_section("evaluate.attribution", "way", "unit", "budget_minutes")}
+    {
+        **EVAL_PPL,
+        **_section("evaluate", "kinds", "tasks"),
+        **_section("evaluate.attribution", "way", "unit", "budget_minutes"),
+    }
 )
 
 PROBE: Mapping[str, str] = MappingProxyType(
