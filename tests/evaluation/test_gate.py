@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from aqlm_cli.errors import ModelError, UsageError
 from aqlm_cli.evaluation import EVALUATIONS, AttributionSettings, GateSettings, LoadedModel
-from aqlm_cli.evaluation.gate import common_start, distinct_share, longest_loop
+from aqlm_cli.evaluation.repetition import common_start, distinct_share, longest_loop
 from aqlm_cli.events import silent
 from aqlm_cli.models.blocks import find_blocks, linears, replace_module
 from aqlm_cli.spec.config import GateConfig

@@ -30,6 +30,7 @@ from aqlm_cli.evaluation.attribution import AttributionSettings, attribute
 from aqlm_cli.evaluation.evaluation import Remember, compute_again
 from aqlm_cli.evaluation.model import EvaluatedModel
 from aqlm_cli.evaluation.protocols import Window
+from aqlm_cli.evaluation.repetition import common_start, distinct_share, longest_loop
 from aqlm_cli.evaluation.scoring import Reader, score
 from aqlm_cli.events import Advanced, Emit, StageStarted, Warned
 from aqlm_cli.formatting import facts
@@ -51,9 +52,6 @@ PROMPTS = (
     "The most important thing to remember about money is",
 )
 """Texts that are continued, unless the run file has others."""
-
-NGRAM = 3
-LARGEST_PERIOD = 32
 
 ROW = 128
 """Tokens of a sequence, when blocks are judged on what the base model wrote."""
@@ -164,38 +162,6 @@ class GateEvaluation:
     def files(self, report: GateReport) -> Mapping[str, Mapping[str, Any] | bytes]:
         """eval-gate.json."""
         return {"eval-gate.json": report.as_json()}
-
-
-# ----------------------------------------------------------------------------------------------------------- measures
-
-
-def distinct_share(ids: Sequence[int], n: int = NGRAM) -> float:
-    """The share of n-grams that are not among those before them; 1 for a text without any."""
-    grams = [tuple(ids[start : start + n]) for start in range(len(ids) - n + 1)]
-    return len(set(grams)) / len(grams) if grams else 1.0
-
-
-def longest_loop(ids: Sequence[int], largest: int = LARGEST_PERIOD) -> int:
-    """The most tokens in a row of which each is that `period` before it, for a period of at most `largest`.
-
-    A repetition counts from its second round, and only where that is complete.
-    """
-    best = 0
-    for period in range(1, min(largest, len(ids) // 2) + 1):
-        run = 0
-        for place in range(period, len(ids)):
-            run = run + 1 if ids[place] == ids[place - period] else 0
-            if run >= period:
-                best = max(best, run)
-    return best
-
-
-def common_start(one: Sequence[int], other: Sequence[int]) -> int:
-    """Tokens before the first difference."""
-    for number, (mine, theirs) in enumerate(zip(one, other, strict=False)):
-        if mine != theirs:
-            return number
-    return min(len(one), len(other))
 
 
 # ------------------------------------------------------------------------------------------------------------- running

@@ -21,7 +21,7 @@ from aqlm_cli.errors import ConfigError
 from aqlm_cli.evaluation.comparison import ComparisonReport, Row, compared, draw, figure_of
 from aqlm_cli.events import Advanced, Emit, Noted, StageStarted
 from aqlm_cli.formatting import plain
-from aqlm_cli.pipeline import order
+from aqlm_cli.pipeline import judging, order
 from aqlm_cli.pipeline.job import Job, make_job
 from aqlm_cli.pipeline.stage_reports import QuantizeReport
 from aqlm_cli.runs.directory import find_artifact, read_run
@@ -109,7 +109,7 @@ def _row(cell: Cell, job: Job) -> Row:
     if kept.get("facts") == facts:
         job.emit(Noted(f"{job.directory} is judged already"))
         return Row.from_json(kept["row"])
-    judged = order.evaluate_model(str(job.directory), job.config, None, job.emit, job.model)
+    judged = judging.evaluate_model(str(job.directory), job.config, None, job.emit, job.model)
     figures = tuple(figure_of(judged[text].as_json()) for text in job.config.eval_ppl.data)
     row = Row(
         name=cell.name,

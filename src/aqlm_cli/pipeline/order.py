@@ -7,38 +7,23 @@ earlier one runs first.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
 
 import numba
 import torch
 
 from aqlm_cli.data.spec import sampled_sequences
 from aqlm_cli.errors import PlanError, UsageError
-from aqlm_cli.evaluation import (
-    AttributionSettings,
-    BenchReport,
-    GateSettings,
-    GenerationSettings,
-    PerplexitySettings,
-    ProbeReport,
-    ProbeSettings,
-    SpeedSettings,
-    TasksSettings,
-)
-from aqlm_cli.evaluation.speed import measure_shape
-from aqlm_cli.evaluation.tasks import open_task
 from aqlm_cli.events import Emit, Noted, Warned
 from aqlm_cli.formatting import clock, readable_bytes
-from aqlm_cli.models import ResolvedModel, Subject, find_subject, refuse_too_long
+from aqlm_cli.models import ResolvedModel, refuse_too_long
 from aqlm_cli.openmp import forbid_nested_loops
 from aqlm_cli.pipeline.allocation_report import AllocationForecast, read_record, same_layers, schemes_by_name
 from aqlm_cli.pipeline.forecast_cache import keep_costs, kept_costs
 from aqlm_cli.pipeline.job import Job, make_job
 from aqlm_cli.pipeline.overrides import (
-    refuse_lengths,
     settings_for,
     settings_of_run,
     settings_to_bench,
@@ -49,7 +34,6 @@ from aqlm_cli.pipeline.stage_reports import CalibrationReport, ImportReport, Pac
 from aqlm_cli.pipeline.stages.allocate import allocate
 from aqlm_cli.pipeline.stages.calibrate import calibrate
 from aqlm_cli.pipeline.stages.doctor import doctor
-from aqlm_cli.pipeline.stages.evaluate import evaluate
 from aqlm_cli.pipeline.stages.finetune import finetune
 from aqlm_cli.pipeline.stages.import_checkpoint import fitting_network, import_checkpoint
 from aqlm_cli.pipeline.stages.pack import pack
@@ -63,31 +47,23 @@ from aqlm_cli.quantization.training.distributed import World, joined, own_device
 from aqlm_cli.records import Record
 from aqlm_cli.runs.directory import find_artifact, is_run, read_run, refuse_other_directory
 from aqlm_cli.runs.lock import exclusive
-from aqlm_cli.runs.log import logged
 from aqlm_cli.runs.stages import ALLOCATE, CALIBRATE, FINETUNE, PACK, QUANTIZE, SAMPLE
 from aqlm_cli.spec.config import PackConfig, RunConfig
 from aqlm_cli.spec.cost import Cost
-from aqlm_cli.spec.schemes import parse_scheme
 from aqlm_cli.spec.scores import expected_scores
 
 __all__ = [
     "calibrate_run",
-    "compare_speed",
-    "compare_speed_of_shape",
-    "continue_text",
     "doctor",
     "dry_run",
-    "evaluate_model",
     "find_device",
     "finetune_run",
     "forecast_run",
     "make_job",
-    "measure",
+    "pack_first",
     "pack_run",
     "prepare",
-    "probe_model",
     "quantize_and_pack",
-    "run_all",
     "settings_for",
     "settings_of_run",
     "settings_to_bench",
@@ -253,126 +229,6 @@ def _pack(job: Job) -> PackReport:
         return pack(logged)
 
 
-def evaluate_model(
-    target: str, config: RunConfig, sequences: int | None, emit: Emit, base_model: ResolvedModel | None = None
-) -> dict[str, Record]:
-    """Every kind of evaluation that the settings name.
-
-    Raises UsageError for a kind that there is none of.
-    """
-    kinds = config.evaluate.kinds
-    for unknown in set(kinds) - SETTINGS.keys():
-        raise UsageError(f"there is no evaluation {unknown!r}; choose {', '.join(SETTINGS)}")
-    settings = {kind: SETTINGS[kind](config, sequences) for kind in kinds}  # refused before anything is measured
-    subject = _subject(target, config, emit, base_model)
-    reports: dict[str, Record] = {}
-    with _logged_of(subject, "evaluate", emit) as both:
-        for kind, named in settings.items():
-            for name, one in named.items():
-                key = f"{kind}: {name}" if name in reports else name
-                reports[key] = evaluate(subject, kind, one, config.device, both)
-    return reports
-
-
-def _perplexities(config: RunConfig, sequences: int | None) -> dict[str, PerplexitySettings]:
-    section = config.eval_ppl
-    return {
-        text: PerplexitySettings(
-            text,
-            section.sequence_length,
-            section.sequences if sequences is None else sequences,
-            section.bos,
-            section.dtype,
-            section.protocol,
-            section.divergence,
-            section.formats,
-        )
-        for text in section.data
-    }
-
-
-def _gate(config: RunConfig, sequences: int | None) -> dict[str, GateSettings]:
-    return {"gate": GateSettings(config.evaluate.gate)}
-
-
-def _attribution(config: RunConfig, sequences: int | None) -> dict[str, AttributionSettings]:
-    section = config.evaluate.attribution
-    count = section.sequences if sequences is None else sequences
-    return {
-        "attribution": AttributionSettings(
-            config.eval_ppl.data[0], section.way, section.unit, count, section.sequence_length, section.budget_minutes
-        )
-    }
-
-
-def _probe(config: RunConfig, sequences: int | None) -> dict[str, ProbeSettings]:
-    section = config.probe if sequences is None else config.probe.model_copy(update={"sequences": sequences})
-    return {"probe": ProbeSettings(section, config.seed)}
-
-
-def _tasks(config: RunConfig, questions: int | None) -> dict[str, TasksSettings]:
-    """The settings of each task. Raises UsageError where none is named, and for files and names as `open_task` does."""
-    names = config.evaluate.tasks
-    if not names:
-        raise UsageError("the kind tasks asks questions; name them with --tasks FILE_OR_NAME, or as evaluate.tasks")
-    found = {name: TasksSettings(name, questions, config.eval_ppl.dtype) for name in names}
-    for settings in found.values():
-        open_task(settings)
-    return found
-
-
-SETTINGS: Mapping[str, Callable[[RunConfig, int | None], Mapping[str, Any]]] = {
-    "ppl": _perplexities,
-    "gate": _gate,
-    "attribution": _attribution,
-    "probe": _probe,
-    "tasks": _tasks,
-}
-"""The settings of each evaluation that `evaluate` can do, by the name of its report, from those of a run file."""
-
-
-def measure(
-    target: str, config: RunConfig, sequences: int | None, emit: Emit, base_model: ResolvedModel | None = None
-) -> dict[str, Record]:
-    """Perplexity on every text of the settings."""
-    subject = _subject(target, config, emit, base_model)
-    with _logged_of(subject, "eval-ppl", emit) as both:
-        found = _perplexities(config, sequences)
-        return {name: evaluate(subject, "ppl", one, config.device, both) for name, one in found.items()}
-
-
-def probe_model(target: str, config: RunConfig, emit: Emit) -> ProbeReport:
-    """Perplexity and divergence of the target under perturbations of its weights."""
-    subject = _subject(target, config, emit, None)
-    with _logged_of(subject, "probe", emit) as both:
-        report = evaluate(subject, "probe", _probe(config, None)["probe"], config.device, both)
-    assert isinstance(report, ProbeReport)
-    return report
-
-
-def compare_speed(target: str, config: RunConfig, emit: Emit, base_model: ResolvedModel | None = None) -> BenchReport:
-    """Speed of the target, beside its base model where it is a run."""
-    subject = _subject(target, config, emit, base_model)
-    with _logged_of(subject, "bench", emit) as both:
-        report = evaluate(subject, "speed", SpeedSettings(config.bench, config.seed), "cpu", both)
-    assert isinstance(report, BenchReport)
-    return report
-
-
-def compare_speed_of_shape(shape: str, config: RunConfig, emit: Emit) -> BenchReport:
-    """Speed of a model of this shape with random weights and codes."""
-    scheme, table = parse_scheme(config.quantize.scheme), config.quantize.selection.embeddings
-    settings = SpeedSettings(config.bench, config.seed)
-    return measure_shape(shape, scheme, settings, emit, None if table is None else table.scheme)
-
-
-def continue_text(target: str, config: RunConfig, prompt: str, tokens: int, temperature: float, emit: Emit) -> Record:
-    """Text that the target generates after the prompt."""
-    subject, section = _subject(target, config, emit, None), config.bench
-    settings = GenerationSettings(prompt, tokens, temperature, config.seed, section.backend, section.head)
-    return evaluate(subject, "generation", settings, config.device, emit)
-
-
 def finetune_run(target: str, job: Job) -> dict[str, Record]:
     """Fine-tune a quantized run by distillation from its base model, and pack it again; what is missing runs first.
 
@@ -391,7 +247,7 @@ def finetune_run(target: str, job: Job) -> dict[str, Record]:
 def _finetune_and_pack(target: str, job: Job, world: World) -> dict[str, Record]:
     section, begins = job.config.finetune, job.directory != Path(target)
     if begins:
-        _pack_first(target, job.emit, job.model)
+        pack_first(target, job.emit, job.model)
         if job.overwrite or not is_run(job.directory):
             fitting_network(job)  # or it is refused before anything is written
     with _in_use(job.directory):
@@ -430,24 +286,7 @@ def verify_run(job: Job) -> VerifyReport:
         return verify(logged)
 
 
-def run_all(job: Job) -> dict[str, Record]:
-    """Every stage in order; `finetune` where the settings have a section of that name."""
-    config, target = job.config, str(job.directory)
-    refuse_lengths(config, job.source)
-    reports = quantize_and_pack(job)
-    if FINETUNE.name in config.model_fields_set:
-        reports |= finetune_run(target, job)
-    reports |= measure(target, config, None, job.emit, job.model)
-    return {**reports, "bench": compare_speed(target, config, job.emit, job.model)}
-
-
-def _subject(target: str, config: RunConfig, emit: Emit, base_model: ResolvedModel | None) -> Subject:
-    """The model at `target`; where it is a run without a checkpoint, the missing stages run first."""
-    base_model = _pack_first(target, emit, base_model)
-    return find_subject(target, config.revision, config.trust_remote_code, base_model)
-
-
-def _pack_first(target: str, emit: Emit, base_model: ResolvedModel | None) -> ResolvedModel | None:
+def pack_first(target: str, emit: Emit, base_model: ResolvedModel | None) -> ResolvedModel | None:
     """The base model of a run at `target`, which is packed from here on; None for what is no run."""
     if not is_run(Path(target)):
         return None
@@ -458,11 +297,6 @@ def _pack_first(target: str, emit: Emit, base_model: ResolvedModel | None) -> Re
     job = make_job(run.config, run.path, emit=emit, resolved=base_model)
     pack_run(job)
     return job.model
-
-
-def _logged_of(subject: Subject, stage: str, emit: Emit) -> AbstractContextManager[Emit]:
-    """An `emit` that also writes the log of the run, where the subject is one."""
-    return nullcontext(emit) if subject.run is None else logged(subject.run.path, stage, emit)
 
 
 def _in_use(run_directory: Path) -> AbstractContextManager[None]:
