@@ -146,10 +146,13 @@ def as_yaml(value: Any) -> str:
 
 
 def comments_of(text: str) -> dict[str, str]:
-    """Dotted key -> the comment behind it in a YAML file, with the lines of comment alone that follow."""
+    """Dotted key -> the comment behind it in a YAML file, with the lines of comment alone that follow.
+
+    Sections that are themselves a comment, as they belong to another method than the default one, count too.
+    """
     found: dict[str, str] = {}
     path: list[str] = []
-    for line in text.splitlines():
+    for line in re.sub(r"(?m)^  # ( *)(?=\S)", r"  \1", text).splitlines():
         key = re.match(r"( *)([a-z_0-9]+):", line)
         comment = line.partition("#")[2].strip() if "#" in line else ""
         if key:

@@ -30,6 +30,7 @@ from aqlm_cli.pipeline.stages import plan as stage
 from aqlm_cli.runs import digests
 from aqlm_cli.runs.files import load_tensors
 from aqlm_cli.spec.cost import (
+    PROCESS,
     BlockShape,
     ModelShape,
     Work,
@@ -242,6 +243,19 @@ def test_a_limit_is_kept_by_doing_less_at_a_time() -> None:
     assert within_memory(shape, work, whole) == work
 
 
+def test_the_factorisation_of_a_method_counts_for_the_limit_and_no_other_methods() -> None:
+    shape, work = shape_and_work()
+    work = replace(work, batch=1)  # a pass then needs less than a search
+
+    def peak(method: str, scheme: str) -> int:
+        targets = (replace(t, method=method, scheme=parse_scheme(scheme)) for t in shape.blocks[0].targets)
+        return peak_memory(replace(shape, blocks=(replace(shape.blocks[0], targets=tuple(targets)),)), work)
+
+    hessians, factors = 4 * (8192**2 + 2048**2), 2 * 8 * 8192**2  # in float32, and in float64 while it is factored
+    assert peak("rtn", "int4g64") < PROCESS + hessians + factors < peak("gptq", "int4g64")
+    assert peak("aqlm", "2x8g8") == peak_memory(shape, work)
+
+
 def test_a_block_that_stays_in_16_bits_hides_none_of_the_others() -> None:
     shape, work = shape_and_work()
     plain = replace(
@@ -253,7 +267,9 @@ def test_a_block_that_stays_in_16_bits_hides_none_of_the_others() -> None:
         within_memory(replace(shape, blocks=(plain, *shape.blocks)), work, 10**8)
 
 
-@pytest.mark.parametrize("flags", [("--scheme", "1x4g24"), ("--method", "rtn", "--scheme", "int2g192")])
+@pytest.mark.parametrize(
+    "flags", [("--scheme", "1x4g24"), *(("--method", name, "--scheme", "int2g192") for name in ("rtn", "gptq"))]
+)
 @pytest.mark.usefixtures("benchmark")
 def test_groups_of_any_size_are_timed_for_matrices_of_any_size(tmp_path: Path, flags: tuple[str, ...]) -> None:
     config = {**LLAMA_3_70B, "hidden_size": 960, "intermediate_size": 1920, "num_hidden_layers": 1, "vocab_size": 100}

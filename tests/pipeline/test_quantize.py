@@ -168,7 +168,7 @@ def test_a_model_goes_from_text_to_a_checkpoint_that_computes_alike(
     assert events[-1] == Advanced("quantize", len(blocks.paths))
 
 
-@pytest.mark.parametrize(("method", "scheme"), [("aqlm", "1x4g16"), ("rtn", "int2g16")])
+@pytest.mark.parametrize(("method", "scheme"), [("aqlm", "1x4g16"), ("rtn", "int2g16"), ("gptq", "int2g16")])
 def test_every_method_is_served(method: str, scheme: str, tmp_path: Path) -> None:
     model = tiny_models.save("llama", tmp_path / "model")
     report = run(settings(model, method=method, scheme=scheme))

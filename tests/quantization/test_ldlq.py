@@ -8,7 +8,7 @@ from torch import Tensor
 
 from aqlm_cli.quantization.solvers import ldlq
 from aqlm_cli.quantization.solvers.hessian import Feedback, block_ldl, damped, diagonal_blocks
-from aqlm_cli.quantization.solvers.ldlq import sweep
+from aqlm_cli.quantization.solvers.ldlq import sweep, sweep_columns
 
 GROUP, GROUPS, ROWS = 4, 10, 6
 FEATURES = GROUP * GROUPS
@@ -138,3 +138,46 @@ def test_a_rounder_that_need_not_round_leaves_no_error(forward: bool) -> None:
     rounded, state = sweep(torch.zeros_like(weight), weight, ways, minimiser)
     torch.testing.assert_close(rounded, weight, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(state, torch.zeros_like(state), rtol=0, atol=1e-3)
+
+
+class Recorder:
+    """Rounds every other span to integers, and keeps what it sees."""
+
+    span = 2 * GROUP
+
+    def __init__(self) -> None:
+        self.entered: list[Tensor] = []
+        self.aims: list[Tensor] = []
+
+    def enter(self, first: int, values: Tensor) -> None:
+        assert first == self.span * len(self.entered)
+        self.entered.append(values.clone())
+
+    def column(self, i: int, values: Tensor) -> Tensor:
+        assert i == len(self.aims)
+        self.aims.append(values.clone())
+        return values.round() if i // self.span % 2 == 0 else values
+
+
+@pytest.mark.usefixtures("lazy_columns")
+def test_a_span_begins_with_the_values_that_its_columns_have_if_none_of_them_is_rounded() -> None:
+    moment, weight, recorder = correlated(), random(ROWS, FEATURES), Recorder()
+    rounded = sweep_columns(weight, block_ldl(moment, 1, 1e-4), recorder)
+    aims, entered = torch.stack(recorder.aims, 1), torch.cat(recorder.entered, 1)
+    odd = torch.arange(FEATURES) // recorder.span % 2 == 1
+    torch.testing.assert_close(entered[:, odd], aims[:, odd], rtol=1e-5, atol=1e-5)
+    assert (entered[:, ~odd] - aims[:, ~odd]).abs().max() > 0.1  # where columns are rounded, those behind them move
+    assert torch.equal(recorder.entered[0], weight[:, : recorder.span]) and torch.equal(aims[:, 0], weight[:, 0])
+    assert torch.equal(rounded, torch.where(odd, aims, aims.round()))
+
+
+@pytest.mark.usefixtures("lazy_columns")
+def test_single_columns_are_rounded_as_groups_of_one() -> None:
+    class Nearest(Recorder):
+        def column(self, i: int, values: Tensor) -> Tensor:
+            return values.round()
+
+    moment, weight = correlated(), 2 * random(ROWS, FEATURES)
+    feedback = block_ldl(moment, 1, 1e-4)
+    expected, _ = sweep(torch.zeros_like(weight), weight, feedback, nearest)
+    assert torch.equal(sweep_columns(weight, feedback, Nearest()), expected)

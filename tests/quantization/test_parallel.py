@@ -14,6 +14,8 @@ from aqlm_cli.quantization.parallel import Compressed, Task, compress_all
 from aqlm_cli.quantization.solvers.hessian import LayerStatistics
 from aqlm_cli.seeds import generator
 from aqlm_cli.spec.methods.aqlm import AqlmSettings
+from aqlm_cli.spec.methods.gptq import GptqSettings
+from aqlm_cli.spec.section import Section
 from aqlm_cli.spec.treatment import parse_treatment
 from aqlm_kernels import MATRIX_KINDS
 
@@ -32,8 +34,9 @@ def task(path: str, weight: Tensor | None = None, scheme: str = "2x4g8") -> Task
 TASKS = [task(path) for path in SHAPES]
 
 
-def settings_of(method: str) -> AqlmSettings | None:
-    return SETTINGS if method == "aqlm" else None
+def settings_of(method: str) -> Section | None:
+    settings: dict[str, Section] = {"aqlm": SETTINGS, "gptq": GptqSettings()}
+    return settings.get(method)
 
 
 def compress(tasks: list[Task], seed: int = 0, threads: int = 1) -> Mapping[str, Compressed]:
@@ -116,7 +119,7 @@ def test_every_layer_is_reported_once_from_the_callers_thread() -> None:
 
 
 @pytest.mark.parametrize("size", [1.0, 1e-7, 1e-12, 3e-14, 6e4])
-@pytest.mark.parametrize(("method", "scheme"), [("aqlm", "2x4g8"), ("rtn", "int2g16")])
+@pytest.mark.parametrize(("method", "scheme"), [("aqlm", "2x4g8"), ("rtn", "rtn:int2g16"), ("gptq", "gptq:int2g16")])
 def test_the_error_reported_is_that_of_the_matrix_in_16_bits(size: float, method: str, scheme: str) -> None:
     tasks = [Task(one.path, size * one.weight, one.statistics, parse_treatment(scheme)) for one in TASKS]
     for layer, one in zip(tasks, (compress(tasks)[layer.path] for layer in tasks), strict=True):
@@ -135,7 +138,7 @@ def test_weights_that_no_pair_of_float16_numbers_reaches_are_refused_by_name() -
         compress([task("q", 1e12 * TASKS[0].weight)])
 
 
-@pytest.mark.parametrize(("method", "scheme"), [("aqlm", "2x4g8"), ("rtn", "int2g16")])
+@pytest.mark.parametrize(("method", "scheme"), [("aqlm", "2x4g8"), ("rtn", "rtn:int2g16"), ("gptq", "gptq:int2g16")])
 def test_every_method_returns_a_matrix_of_a_kind_that_can_be_stored(method: str, scheme: str) -> None:
     matrix = compress([task("q", scheme=scheme)])["block.q"].matrix
     again = MATRIX_KINDS[matrix.kind].from_tensors(matrix.tensors())
@@ -143,7 +146,7 @@ def test_every_method_returns_a_matrix_of_a_kind_that_can_be_stored(method: str,
 
 
 def test_every_method_has_a_case_above() -> None:
-    assert METHODS.keys() == {"aqlm", "rtn"}
+    assert METHODS.keys() == {"aqlm", "rtn", "gptq"}
 
 
 def test_the_callers_number_of_threads_is_as_it_was_after_a_refusal_too() -> None:
@@ -158,9 +161,8 @@ def test_the_callers_number_of_threads_is_as_it_was_after_a_refusal_too() -> Non
 # ------------------------------------------------------------------------------------------------------------ refusals
 
 
-@pytest.mark.parametrize("method", ["aqlm", "rtn"])
-def test_a_weight_of_nan_is_refused_with_the_name_of_its_layer(method: str) -> None:
-    scheme = "2x4g8" if method == "aqlm" else "int2g16"
+@pytest.mark.parametrize("scheme", ["aqlm:2x4g8", "rtn:int2g16", "gptq:int2g16"])
+def test_a_weight_of_nan_is_refused_with_the_name_of_its_layer(scheme: str) -> None:
     tasks = [task(path, scheme=scheme) for path in SHAPES]
     tasks[1] = task("k", torch.full((16, 64), torch.nan), scheme)
     with pytest.raises(QuantizationError, match=r"^block\.k: the weight holds NaN"):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -48,6 +49,14 @@ def leaves(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def test_the_default_preset_writes_out_every_default() -> None:
     defaults = RunConfig(model="any").model_dump(mode="json")
     assert {"model": "any", **load_run_file(preset_path("default"))} == defaults
+
+
+def test_its_comments_write_out_the_defaults_of_the_other_methods() -> None:
+    text = preset_path("default").read_text()
+    sections = yaml.safe_load(re.sub(r"(?m)^  # (?= *\S)", "  ", text))["quantize"]
+    methods = {name: method.settings for name, method in METHODS.items() if method.settings is not None}
+    assert {name: sections[name] for name in methods} == {name: kind().model_dump() for name, kind in methods.items()}
+    assert len(methods) > 1
 
 
 @pytest.mark.parametrize("name", [name for name in PRESETS if name != "default"])
@@ -145,7 +154,7 @@ def settings(draw: st.DrawFn) -> dict[str, Any]:
     a size and a time have their forms."""
     drawn: dict[str, Any] = draw(ANY_RUN)
     drawn["device"] = draw(DEVICES)
-    method = draw(st.sampled_from(["aqlm", "rtn"]))
+    method = draw(st.sampled_from(["aqlm", "rtn", "gptq"]))
     scheme = draw(ADDITIVE if method == "aqlm" else UNIFORM)
     tables = {"embeddings": draw(st.none() | ANY_SCHEME), "head": draw(st.none() | ANY_SCHEME)}
     drawn.get("quantize", {}).pop("target", None)
@@ -236,8 +245,13 @@ def test_a_value_of_an_earlier_version_is_refused_with_its_new_name(tmp_path: Pa
             "`quantize.aqlm`: settings of method aqlm, but quantize.method is rtn; remove them",
         ),
         ("{aqlm: {beam: 3}}", "`quantize.aqlm.beam`: Input should be 2, 4, 8, 16, 32, 64, 128 or 256, found 3"),
+        (
+            "{method: gptq, scheme: int4g64, gptq: {order: groups}}",
+            "`quantize.gptq.order`: Input should be 'active' or 'none', found 'groups'",
+        ),
+        ("{gptq: {}}", "`quantize.gptq`: settings of method gptq, but quantize.method is aqlm; remove them"),
         ("{aqlm: 3}", "`quantize.aqlm`: needs a section of keys and values, or {}, found 3"),
-        ("{method: gptq}", "`quantize.method`: there is no method 'gptq'; choose aqlm or rtn"),
+        ("{method: awq}", "`quantize.method`: there is no method 'awq'; choose aqlm or rtn or gptq"),
         ("{beam: 4}", "unknown key `quantize.beam`; nearest valid key is `quantize.aqlm.beam`"),
     ],
 )
@@ -281,6 +295,8 @@ def test_a_method_is_fitted_as_it_says_or_as_the_run_file_says() -> None:
         ("quantize: {aqlm: {damping: .nan}}", ["quantize.aqlm.damping"]),
         ("quantize: {scheme: 2x8}", ["quantize.scheme", "2x8g8"]),
         ("quantize: {method: rtn}", ["method rtn", "int2g64", "not 2x8g8"]),
+        ("quantize: {method: gptq}", ["method gptq", "int4g64", "not 2x8g8"]),
+        ("quantize: {method: gptq, scheme: int4g64, gptq: {damping: 0}}", ["quantize.gptq.damping", "greater than 0"]),
         ("quantize: {scheme: int2g64}", ["method aqlm", "additive", "not int2g64"]),
         ("quantize: 3", ["quantize", "section", "found 3"]),
         ("bench:", ["bench", "section"]),
@@ -408,8 +424,8 @@ def test_all_keys_of_an_earlier_version_are_named_at_once_and_a_section_that_mov
     [
         ("{method: [aqlm]}", "`quantize.method`: Input should be a valid string, found ['aqlm']"),
         ("{method: null, aqlm: {beam: 8}}", "`quantize.method`: Input should be a valid string, found None"),
-        ("{method: gptq, gptq: {bits: 3}}", "`quantize.method`: there is no method 'gptq'; choose aqlm or rtn"),
-        ("{method: fit, fit: {epochs: 1}}", "`quantize.method`: there is no method 'fit'; choose aqlm or rtn"),
+        ("{method: awq, awq: {bits: 3}}", "`quantize.method`: there is no method 'awq'; choose aqlm or rtn or gptq"),
+        ("{method: fit, fit: {epochs: 1}}", "`quantize.method`: there is no method 'fit'; choose aqlm or rtn or gptq"),
         ("{method: rtn, scheme: int2g64, rtn: {}}", "`quantize.rtn`: method rtn has no settings; remove the section"),
         ("{rtn: {}}", "`quantize.rtn`: settings of method rtn, but quantize.method is aqlm; remove them"),
         ("{aqlm.beam: 8}", "`quantize.aqlm.beam`: is no setting and no method; remove it, or write a key of a section"),

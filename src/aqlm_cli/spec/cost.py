@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from aqlm_cli.errors import PlanError
 from aqlm_cli.spec.calibration_split import split_sequences
 from aqlm_cli.spec.config import FitConfig, RunConfig
+from aqlm_cli.spec.methods import METHODS
 from aqlm_cli.spec.plan import EXPERT, Target
 from aqlm_cli.spec.schemes import total_bytes
 
@@ -167,9 +168,16 @@ def _measuring(block: BlockShape, work: Work) -> int:
 
 def _compressing(block: BlockShape, work: Work) -> int:
     moments = FLOAT * block.hessian_entries
-    peaks = (t.scheme.peak_bytes(t.out_features, t.in_features) for t in block.quantized if t.scheme is not None)
-    largest = sorted(peaks, reverse=True)[: work.workers]
+    largest = sorted(map(_searching, block.quantized), reverse=True)[: work.workers]
     return FLOAT * block.parameters + moments + sum(largest)
+
+
+def _searching(target: Target) -> int:
+    """Memory that quantizing one matrix takes at most, beside the weight and the Hessian."""
+    assert target.scheme is not None
+    shape = target.out_features, target.in_features
+    own = None if target.method is None else METHODS[target.method].peak_bytes
+    return max(target.scheme.peak_bytes(*shape), 0 if own is None else own(*shape))
 
 
 def _fitting(block: BlockShape, work: Work) -> int:

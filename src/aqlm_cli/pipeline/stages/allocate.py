@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -59,9 +59,11 @@ from aqlm_cli.seeds import generator
 from aqlm_cli.spec.allocation_record import AllocationRecord
 from aqlm_cli.spec.choices import OpenLayer
 from aqlm_cli.spec.config import RunConfig
+from aqlm_cli.spec.methods import METHODS
 from aqlm_cli.spec.methods.aqlm import FAST
 from aqlm_cli.spec.plan import Target
 from aqlm_cli.spec.scores import SIXTEEN_BITS, Scores, scored
+from aqlm_cli.spec.section import Section
 from aqlm_cli.spec.target import WHOLE_MODELS
 from aqlm_cli.spec.treatment import Treatment
 from aqlm_kernels import Matrix
@@ -102,11 +104,21 @@ def allocate(job: Job) -> AllocationReport:
     return report
 
 
+SEARCHES: Mapping[str, Section] = {"aqlm": FAST}
+"""Settings that a method scores layers with, where they are not those of the run."""
+
+
 def settings_of(config: RunConfig) -> dict[str, Any]:
     """All settings that an allocation depends on."""
-    names = ("method", "target", "layers", "embeddings", "head", "skip", "only", "batch")
+    names = ["method", "target", "layers", "embeddings", "head", "skip", "only", "batch"]
     section = config.quantize.model_dump(mode="json")
+    names += [name for name in METHODS if name in section and name not in SEARCHES]
     return {**{name: section[name] for name in names}, "format": config.pack.format, "seed": config.seed}
+
+
+def _scoring(config: RunConfig) -> Callable[[str], Section | None]:
+    """Settings of a method, by its name, for the errors that layers are scored by."""
+    return lambda method: SEARCHES.get(method) or config.quantize.settings_of(method)
 
 
 @dataclass(frozen=True, eq=False)
@@ -220,7 +232,8 @@ def _errors(
         for path, one in missing
         if one.finer not in options[path]
     }
-    made = compress_all([*searched.values()], {"aqlm": FAST}.get, work.job.config.seed, work.workers, state.keep)
+    config = work.job.config
+    made = compress_all([*searched.values()], _scoring(config), config.seed, work.workers, state.keep)
     kept |= {pair: made[task.path] for pair, task in searched.items()}
     for path, one in missing:
         finer = None if one.finer is None else kept.get((path, one.finer))

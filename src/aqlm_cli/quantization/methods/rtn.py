@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from aqlm_cli.errors import QuantizationError
+from aqlm_cli.quantization.solvers import grids
 from aqlm_cli.quantization.solvers.hessian import LayerStatistics
 from aqlm_cli.spec.schemes import UniformScheme
 from aqlm_kernels import UniformMatrix
@@ -20,12 +21,9 @@ def quantize(
         raise QuantizationError("the weight holds NaN or infinite values")
     top = 2**scheme.bits - 1
     groups = weight.view(len(weight), -1, scheme.group_size)  # [out, n, g]
-    low, high = groups.amin(2).clamp_max(0), groups.amax(2).clamp_min(0)  # zero stays exact
-    wanted = (high - low) / top  # [out, n]
-    exponent = grid_exponent(wanted)
-    scales = torch.ldexp(wanted, -exponent).half()
-    step = torch.ldexp(scales.float(), exponent)
-    step = torch.where(scales > 0, step, 1.0)  # what is too small for a float16 scale becomes zero
-    zeros = (-low / step).round().clamp(0, top).to(torch.uint8)
+    low, high = grids.extremes(groups)
+    exponent = grid_exponent((high - low) / top)
+    steps, zeros = grids.shrunk(groups, top, exponent, grids.WHOLE)
+    scales = torch.ldexp(steps, -exponent).half()
     levels, bits = torch.zeros_like(weight, dtype=torch.uint8), torch.tensor(scheme.bits, dtype=torch.uint8)
-    return UniformMatrix(levels, zeros, scales, bits, exponent).nearest(weight)
+    return UniformMatrix(levels, zeros.to(torch.uint8), scales, bits, exponent).nearest(weight)

@@ -13,6 +13,7 @@ Shapes: `[rows, in]`, n = in/g groups. A row's result depends on that row alone.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -23,6 +24,11 @@ from aqlm_cli.quantization.solvers.ldlq import Rounder, sweep
 
 SHRINKS = tuple(1 - 0.02 * step for step in range(25))
 """Sizes of a grid that are tried, as shares of the group's range."""
+
+WHOLE = (1.0,)
+"""The size of a grid from the least to the largest weight of its group."""
+
+LARGEST = torch.finfo(torch.float16).max
 
 ROUNDS = 4
 """Rounds of scales and levels in turn."""
@@ -71,7 +77,9 @@ class Grids:
 def fit(weight: Tensor, bits: int, group: int, sweeps: ColumnSweeps, exponent: Tensor) -> Grids:
     """Grids and levels for W `[rows, in]`; steps are float16 numbers times 2^exponent."""
     top = 2**bits - 1
-    present = _shrunk(weight.view(len(weight), -1, group), sweeps.prices.view(-1, group), top, exponent)
+    groups = weight.view(len(weight), -1, group)
+    steps, zeros = shrunk(groups, top, exponent, SHRINKS, sweeps.prices.view(-1, group))
+    present = Grids(divisor(steps), zeros, _nearest(groups, divisor(steps), zeros, top).flatten(1))
     present = _ahead(weight, present, sweeps, top)
     present = _around(weight, present, sweeps, top)
     for _ in range(ROUNDS):
@@ -80,26 +88,49 @@ def fit(weight: Tensor, bits: int, group: int, sweeps: ColumnSweeps, exponent: T
     return present
 
 
-def _shrunk(groups: Tensor, prices: Tensor, top: int, exponent: Tensor) -> Grids:  # [rows, n, g], [n, g]
-    """Choose the grid of least error among all sizes, group by group, and its nearest levels."""
-    low, high = groups.amin(2).clamp_max(0), groups.amax(2).clamp_min(0)  # zero stays exact
+def extremes(groups: Tensor) -> tuple[Tensor, Tensor]:
+    """The least and the largest weight of each group `[rows, n, g]`, and zero, which stays exact: `[rows, n]` both."""
+    return groups.amin(2).clamp_max(0), groups.amax(2).clamp_min(0)
+
+
+def shrunk(
+    groups: Tensor,
+    top: int,
+    exponent: Tensor,
+    shares: Sequence[float],
+    prices: Tensor | None = None,
+    power: float = 2.0,
+) -> tuple[Tensor, Tensor]:
+    """Steps and zeros `[rows, n]` of the grids of least sum_i prices_i |w_i - v_i|^power, of these shares of the range.
+
+    `groups` are `[rows, n, g]`, `prices` `[n, g]`, all 1 where None. Steps are float16 numbers times 2^exponent, and 0
+    where these are too small. Errors are in units of a power of two near the range, or they might leave float32.
+    """
+    low, high = extremes(groups)
+    unit = -(high - low).frexp().exponent.clamp(-126, 126)
+    ordinary = torch.ldexp(groups, unit[..., None])
     least = torch.full_like(low, torch.inf)
-    steps, zeros = torch.ones_like(low), torch.zeros_like(low)
-    for share in SHRINKS:
+    steps, zeros = torch.zeros_like(low), torch.zeros_like(low)
+    for share in shares:
         step = _storable(share * (high - low) / top, exponent)
-        zero = (-share * low / step).round().clamp_(0, top)
-        error = _nearest(groups, step, zero, top).sub_(zero[..., None]).mul_(step[..., None]).sub_(groups)
-        error = (error.square_() * prices).sum(2)
+        zero = (-share * low / divisor(step)).round().clamp_(0, top)
+        error = _nearest(groups, divisor(step), zero, top).sub_(zero[..., None])
+        error = error.mul_(torch.ldexp(step, unit)[..., None]).sub_(ordinary).abs_().pow_(power)
+        error = (error if prices is None else error.mul_(prices)).sum(2)
         better = error < least
         least = torch.where(better, error, least)
         steps, zeros = torch.where(better, step, steps), torch.where(better, zero, zeros)
-    return Grids(steps, zeros, _nearest(groups, steps, zeros, top).flatten(1))
+    return steps, zeros
 
 
 def _storable(steps: Tensor, exponent: Tensor) -> Tensor:
-    """Rounded to what float16 holds; 1 where that is nothing, as such a group is zero."""
-    stored = torch.ldexp(torch.ldexp(steps, -exponent).half().float(), exponent)
-    return torch.where(stored > 0, stored, 1.0)
+    """Rounded to what float16 holds, at most its largest number."""
+    return torch.ldexp(torch.ldexp(steps, -exponent).clamp_max(LARGEST).half().float(), exponent)
+
+
+def divisor(steps: Tensor) -> Tensor:
+    """The steps, and 1 where there is none, as such a group is zero."""
+    return torch.where(steps > 0, steps, 1.0)
 
 
 def _nearest(groups: Tensor, steps: Tensor, zeros: Tensor, top: int) -> Tensor:
@@ -148,7 +179,7 @@ def _scaled(weight: Tensor, present: Grids, metric: Tensor, exponent: Tensor) ->
         image = q @ metric[inside]  # [rows, in]
         bottom = (image[:, inside] * q).sum(1)
         step = steps[:, j] + (pull[:, inside] * q).sum(1) / bottom.clamp_min(1e-30)
-        step = torch.where((bottom > 0) & (step > 0), _storable(step, exponent), steps[:, j])
+        step = torch.where((bottom > 0) & (step > 0), divisor(_storable(step, exponent)), steps[:, j])
         pull -= (step - steps[:, j])[:, None] * image
         steps[:, j] = step
     return replace(present, steps=steps)

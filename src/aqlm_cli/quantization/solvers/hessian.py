@@ -141,6 +141,13 @@ def most_active_first(second_moment: Tensor, group: int) -> Tensor:
     return second_moment.diagonal().view(-1, group).sum(1).argsort(descending=True, stable=True)
 
 
+def columns_most_active_first(second_moment: Tensor, group: int) -> Tensor:
+    """Inputs `[in]`: groups by falling energy, and in each of them its inputs likewise, so that groups stay whole."""
+    order = most_active_first(second_moment, group)  # [n]
+    inside = second_moment.diagonal().view(-1, group)[order].argsort(dim=1, descending=True, stable=True)
+    return (order[:, None] * group + inside).flatten()
+
+
 LDL_GROUPS = 64
 """Groups that are brought into the form of a feedback at once."""
 

@@ -5,9 +5,10 @@ A new method is its settings here, one row in `METHODS`, and the function of the
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from aqlm_cli.spec.methods import gptq
 from aqlm_cli.spec.methods.aqlm import AqlmSettings
 from aqlm_cli.spec.section import Section
 
@@ -19,6 +20,8 @@ class MethodSpec:
     families: tuple[str, ...]  # of schemes that it can quantize to
     scheme: str  # an example of one
     epochs: int  # of block fitting, where the run file leaves that to the method
+    # Memory that quantizing an [out, in] matrix takes at most, beside weight and Hessian; None: what its scheme says.
+    peak_bytes: Callable[[int, int], int] | None = None
 
 
 METHODS: Mapping[str, MethodSpec] = {
@@ -26,4 +29,12 @@ METHODS: Mapping[str, MethodSpec] = {
     "rtn": MethodSpec(
         "round to nearest, the baseline", None, ("uniform", "refined"), "int2g64", epochs=0
     ),  # fitted only if asked
+    "gptq": MethodSpec(
+        "uniform grids with error feedback",
+        gptq.GptqSettings,
+        ("uniform", "refined"),
+        "int4g64",
+        epochs=0,
+        peak_bytes=gptq.peak_bytes,
+    ),
 }
