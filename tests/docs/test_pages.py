@@ -13,6 +13,7 @@ from helpers import pages
 from aqlm_cli.cli.app import app
 from aqlm_cli.export import EXPORTERS
 from aqlm_cli.spec.run_file import RENAMED, build_config, load_run_file
+from aqlm_cli.spec.study import load_study
 
 GROUP = typer.main.get_command(app)
 RESULTS = sorted((pages.ROOT / "configs" / "results").rglob("*.yaml"))
@@ -45,7 +46,10 @@ def test_settings_shown_are_valid(page: Path, tmp_path: Path) -> None:
     for number, block in enumerate(pages.blocks(page, "yaml")):
         path = tmp_path / f"{number}.yaml"
         path.write_text(block)
-        build_config(None, path, {"model": "tiny"})
+        if "cells:" in block:
+            load_study(path)
+        else:
+            build_config(None, path, {"model": "tiny"})
 
 
 @pytest.mark.parametrize("page", pages.PAGES, ids=_name)

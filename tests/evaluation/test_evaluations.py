@@ -18,6 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from aqlm_cli.errors import ModelError, UsageError
 from aqlm_cli.evaluation import (
     EVALUATIONS,
+    AttributionSettings,
+    GateSettings,
     GenerationSettings,
     LoadedModel,
     PerplexitySettings,
@@ -29,7 +31,7 @@ from aqlm_cli.evaluation import (
 from aqlm_cli.events import silent
 from aqlm_cli.models import resolve
 from aqlm_cli.models.blocks import find_blocks, linears, replace_module
-from aqlm_cli.spec.config import BenchConfig
+from aqlm_cli.spec.config import BenchConfig, GateConfig
 from aqlm_cli.spec.probe import ProbeConfig
 from aqlm_kernels import AdditiveLinear, AdditiveMatrix
 
@@ -46,6 +48,8 @@ def directory(tmp_path: Path) -> Path:
 def settings(tmp_path: Path) -> Mapping[str, Any]:
     return {
         "ppl": PerplexitySettings(str(tmp_path / "text.txt"), sequence_length=64, sequences=2),
+        "gate": GateSettings(GateConfig(prompts=("2 times 2", "x = "), tokens=8)),
+        "attribution": AttributionSettings(str(tmp_path / "text.txt"), sequences=2, sequence_length=32),
         "generation": GenerationSettings("2 times 2", max_new_tokens=4),
         "probe": ProbeSettings(ProbeConfig(data=str(tmp_path / "text.txt"), sequence_length=64, sequences=2)),
         "speed": SpeedSettings(BenchConfig(prompt=8, tokens=2, repeats=1)),

@@ -189,5 +189,5 @@ def test_weights_that_are_not_numbers_give_no_perplexity(tmp_path: Path, text: s
     weights = load_file(directory / "model.safetensors")
     weights["model.norm.weight"][0] = math.nan
     save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ModelError, match="window 0 is not finite"):
+    with pytest.raises(ModelError, match="sequence 0 is not finite"):
         measure(directory, text)

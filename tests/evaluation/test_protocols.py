@@ -263,7 +263,7 @@ def test_a_chat_and_a_short_text_are_refused(model: Model, tmp_path: Path, monke
     name = put(monkeypatch, protocols.word(32))
     with pytest.raises(DataError, match="a chat has no words"):
         measured(model, data=str(chat), protocol=name)
-    with pytest.raises(DataError, match="fewer than one window of 32; choose another protocol"):
+    with pytest.raises(DataError, match="fewer than one sequence of 32; choose another protocol"):
         measured(model, data=str(short), protocol=put(monkeypatch, protocols.llama_cpp(32)))
     with pytest.raises(ModelError, match="lower the length that --protocol names"):
         measured(model, data=str(short), protocol="gptq-2048")

@@ -111,7 +111,7 @@ def test_a_likelihood_is_the_sum_over_a_plain_forward_pass(
     tokens = sum(len(f" {choice}".encode()) for question in QUESTIONS for choice in question["choices"])
     assert report.passport.scored == tokens + 3 + 2 * 2  # the spaces that end a question are the choices'
     # Letters follow the same tokens, which are read once.
-    assert report.passport.windows == sum(len(question["choices"]) for question in QUESTIONS) - 2
+    assert report.passport.sequences == sum(len(question["choices"]) for question in QUESTIONS) - 2
 
 
 @pytest.mark.parametrize("family", ["llama", "opt"])
@@ -326,7 +326,7 @@ def test_the_harness_finds_the_same_accuracies(
     notes = [event.message for event in events if isinstance(event, Noted)]
     assert "local_questions: mcc is no mean over two questions or more, and is left out" in notes
     assert capsys.readouterr().out == "" and model.loaded_tokenizer.pad_token is None
-    assert theirs.passport.windows == sum(len(question["choices"]) for question in questions)
+    assert theirs.passport.sequences == sum(len(question["choices"]) for question in questions)
     first = asked(other, str(task), questions=4)
     assert {score.questions for score in first.scores} == {4}
     assert list(TasksEvaluation().files(first)) == ["eval-tasks-task.yaml-first4.json"]

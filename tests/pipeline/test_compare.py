@@ -51,7 +51,7 @@ def test_every_cell_is_a_run_with_a_row(study: Path) -> None:
     assert len(set(shared)) == 1
     lines = list(csv.DictReader(Path("runs/study/comparison.csv").read_text().splitlines()))
     assert [float(line["perplexity"]) for line in lines] == [row["figures"][0]["perplexity"] for row in rows]
-    assert Path("runs/study/comparison.md").read_text().count("\n| ") == 4
+    assert Path("runs/study/comparison.md").read_text().count("\n| ") == 5  # head, rule, three rows
     assert Path("runs/study/comparison.svg").read_bytes()[:5] == b"<?xml"
 
 
@@ -62,7 +62,7 @@ def test_a_killed_comparison_goes_on_after_its_last_cell(study: Path, interrupte
     assert interrupted_at("twice/quantized.partial", 1, "compare", "study.yaml").exit_code == 130
     assert len(comparison()["rows"]) == 2
     result = run("compare", "study.yaml", "--verbose")
-    assert result.exit_code == 0 and result.output.count("is judged already") == 2
+    assert result.exit_code == 0 and result.output.count("is evaluated already") == 2
     whole = json.loads(Path("whole/comparison.json").read_text())
     assert [row["figures"] for row in comparison()["rows"]] == [row["figures"] for row in whole["rows"]]
 

@@ -9,6 +9,8 @@ import pytest
 from rich.console import Console
 
 from aqlm_cli.evaluation import GenerationReport, Perplexity, PerplexityReport
+from aqlm_cli.evaluation.estimates import Divergence
+from aqlm_cli.evaluation.passport import Passport
 from aqlm_cli.evaluation.speed_report import BenchReport, BenchRow, MatmulRow
 from aqlm_cli.formatting import readable_bytes
 from aqlm_cli.pipeline.stage_reports import CalibrationReport, PackReport, PlanReport, QuantizeReport
@@ -18,6 +20,7 @@ from aqlm_cli.records import Record
 PERPLEXITY = PerplexityReport(
     model="runs/tiny-2bit",
     data="wikitext2",
+    protocol="gptq-2048",
     perplexity=24.5,
     stderr=0.25,
     sequences=148,
@@ -25,6 +28,13 @@ PERPLEXITY = PerplexityReport(
     dtype="float32",
     base_model=Perplexity(21.5, 0.2),
     ratio=24.5 / 21.5,
+    ratio_stderr=0.01,
+    divergence=Divergence(0.25, 0.01, 0.125, 1.5, 9.0, 0.75, (1, 2)),
+    others={},
+    bos=False,
+    passport=Passport("gptq-2048", "a1", "b2", "c3", 148, 302956, "float32", {"torch": "2"}),
+    losses=(3.0, 4.0),
+    counts=(2047.0, 2047.0),
 )
 RECORDS: list[Record] = [
     PERPLEXITY,
@@ -131,6 +141,7 @@ def test_a_perplexity_is_exactly_the_object_that_programs_expect() -> None:
     assert PERPLEXITY.as_json() == {
         "model": "runs/tiny-2bit",
         "data": "wikitext2",
+        "protocol": "gptq-2048",
         "perplexity": 24.5,
         "stderr": 0.25,
         "sequences": 148,
@@ -138,14 +149,48 @@ def test_a_perplexity_is_exactly_the_object_that_programs_expect() -> None:
         "dtype": "float32",
         "base_model": {"perplexity": 21.5, "stderr": 0.2},
         "ratio": 24.5 / 21.5,
+        "ratio_stderr": 0.01,
+        "divergence": {
+            "mean": 0.25,
+            "stderr": 0.01,
+            "median": 0.125,
+            "percentile_99": 1.5,
+            "maximum": 9.0,
+            "agreement": 0.75,
+            "histogram": [1, 2],
+        },
+        "others": {},
         "bos": False,
-        "version": 1,
+        "passport": {
+            "protocol": "gptq-2048",
+            "text": "a1",
+            "tokenizer": "b2",
+            "model": "c3",
+            "sequences": 148,
+            "scored": 302956,
+            "dtype": "float32",
+            "versions": {"torch": "2"},
+            "formats": "",
+        },
+        "formats": {"activations": None, "cache": None, "sort_keys": False},
+        "losses": [3.0, 4.0],
+        "counts": [2047.0, 2047.0],
+        "version": 2,
     }
 
 
 def test_a_perplexity_is_printed_with_all_that_it_depends_on() -> None:
     text = printed(PERPLEXITY)
-    for fact in ("wikitext2", "148 x 2048", "float32", "24.500 ± 0.250", "21.500 ± 0.200", "1.1395"):
+    for fact in (
+        "wikitext2",
+        "148 x 2048",
+        "float32",
+        "24.500 ± 0.250",
+        "21.500 ± 0.200",
+        "1.1395",
+        "0.2500 ± 0.0100",
+        "75.00%",
+    ):
         assert fact in text
 
 

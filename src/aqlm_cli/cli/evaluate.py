@@ -39,7 +39,7 @@ def eval_ppl(
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
 ) -> None:
-    """Measure perplexity; of a run, beside that of its base model, and the divergence from it.
+    """Measure perplexity, and the divergence from the base model.
 
     Without --protocol it is GPTQ's: sequences without overlap, every token but the first of each scored. Where the
     tokenizer puts a BOS token before a text, each sequence starts with one, unlike in GPTQ: use --no-bos to compare
@@ -130,10 +130,10 @@ def compare(
         bool, typer.Option("--csv", help="Print comma-separated values on stdout, all else on stderr.")
     ] = False,
 ) -> None:
-    """Quantize a model in many ways, and judge all of them alike.
+    """Quantize a model in many ways, and evaluate all of them alike.
 
-    Each cell of the study becomes a run directory; complete ones are reused, so that the command goes on after its last
-    cell when it was interrupted.
+    Each cell of the study becomes a run directory; complete ones are reused, so that an interrupted command continues
+    after its last cell.
 
     \b
     Example:
@@ -180,7 +180,7 @@ def probe(
     verbose: options.Verbose = False,
     md: Annotated[bool, typer.Option("--md", help="Print Markdown tables on stdout, all else on stderr.")] = False,
 ) -> None:
-    """Measure what noise on the weights, and clipping of the largest, do to a model.
+    """Measure the harm of noise and of clipping on the weights.
 
     All noise of one strength has one norm; it differs in its distribution and in which weights it falls on. Perplexity
     and divergence are those from the same model without noise, on a few sequences.

@@ -41,7 +41,7 @@ def report(
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
 ) -> None:
-    """Write one HTML page about a run, beside others, from all that was measured of them.
+    """Write one HTML page about runs, from all that was measured.
 
     \b
     Example:

@@ -56,7 +56,9 @@ class AttributionSettings:
     def __post_init__(self) -> None:
         check_fields(self)
         if self.sequences < 1 or self.sequence_length < 2:
-            raise UsageError(f"{self.sequences} sequences of {self.sequence_length} tokens have no prediction to judge")
+            raise UsageError(
+                f"{self.sequences} sequences of {self.sequence_length} tokens have no prediction to evaluate"
+            )
         if self.budget_minutes is not None and not self.budget_minutes > 0:
             raise UsageError(f"--budget-minutes {self.budget_minutes} leaves no time; give more than 0")
 
@@ -202,7 +204,7 @@ def _units(paths: list[str], unit: Unit) -> dict[str, set[str]]:
 
 
 def _within_budget(ids: Tensor, settings: AttributionSettings, units: int, measure: Any, emit: Emit) -> Tensor:
-    """As much of the sequences as the time allows, by the time of the first."""
+    """The sequences, or the part of them that the time allows, by the time of the first."""
     if settings.budget_minutes is None:
         return ids
     started = time.monotonic()

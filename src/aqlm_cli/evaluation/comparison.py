@@ -22,7 +22,7 @@ from aqlm_cli.records import Record
 
 @dataclass(frozen=True)
 class Figure:
-    """What a model has on one text by one protocol. `column` tells which figures compare."""
+    """Figures of a model on one text by one protocol. `column` tells which figures compare."""
 
     column: str
     title: str

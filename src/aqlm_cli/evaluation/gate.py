@@ -54,7 +54,7 @@ PROMPTS = (
 """Texts that are continued, unless the run file has others."""
 
 ROW = 128
-"""Tokens of a sequence, when blocks are judged on what the base model wrote."""
+"""Tokens of a sequence, when blocks are evaluated on what the base model wrote."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class GateSettings:
 
 @dataclass(frozen=True)
 class Continuation:
-    """What one model wrote after one prompt."""
+    """The text of one model after one prompt."""
 
     text: str
     tokens: int

@@ -25,7 +25,7 @@ TEMPLATE = Path(__file__).with_name("report.html")
 
 @dataclass(frozen=True)
 class RunFacts:
-    """What a run directory says about itself, as plain values.
+    """Facts of a run directory about itself, as plain values.
 
     `layers` has the relative error of every layer, `blocks` the error of a block's output and the share of it that
     fitting removed, `parts` the bytes of the file; `perplexities`, `gate`, `attribution`, `bench` are reports in JSON.

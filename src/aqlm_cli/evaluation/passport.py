@@ -20,14 +20,14 @@ PACKAGES = ("aqlm-cli", "torch", "transformers")
 
 @dataclass(frozen=True)
 class Passport:
-    """`text` and `tokenizer` are digests, `model` the identity of the model. `scored` counts tokens, `windows` what was
-    read at once. `formats` are those of activations and cache, empty where both are in `dtype`."""
+    """`text` and `tokenizer` are digests, `model` the identity of the model. `scored` counts tokens, `sequences` what
+    was read at once. `formats` are those of activations and cache, empty where both are in `dtype`."""
 
     protocol: str
     text: str
     tokenizer: str
     model: str
-    windows: int
+    sequences: int
     scored: int
     dtype: str
     versions: dict[str, str]
@@ -53,7 +53,7 @@ def passport_of(protocol: str, cut: Cut, model: EvaluatedModel, dtype: str, form
         text=digest.hexdigest()[:16],
         tokenizer=tokenizer_digest(model.tokenizer()),
         model=model.identity,
-        windows=len(cut.windows),
+        sequences=len(cut.windows),
         scored=cut.scored,
         dtype=dtype,
         versions=versions_of(*PACKAGES),

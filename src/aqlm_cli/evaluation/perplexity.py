@@ -40,7 +40,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 class PerplexitySettings:
     """`data` is a source of `data.documents`. `protocol` is a name of PROTOCOLS, None: GPTQ's at `sequence_length`.
 
-    `sequences`: only the first so many windows, or documents; None: all. `bos` None: as the tokenizer starts a text.
+    `sequences`: only the first so many sequences, or documents; None: all. `bos` None: as the tokenizer starts a text.
     Weights and matmuls are in `dtype`, the log-softmax in float32. `divergence`: also that from the base model.
     `formats` are those of the model, not of its base model.
     """
@@ -68,7 +68,7 @@ class PerplexitySettings:
 
 @dataclass(frozen=True)
 class PerplexityReport(Record):
-    """Perplexity of `model` on `data`; `ratio` is to the base model's on the same windows, where there is one.
+    """Perplexity of `model` on `data`; `ratio` is to the base model's on the same sequences, where there is one.
 
     `others` are perplexities by another count than that of the protocol: `bits_per_byte` among them. `bos`: each
     sequence begins with the BOS token. `losses` has the sum of every unit in nats, `counts` what it is divided by.
@@ -202,7 +202,7 @@ def _of_base(base: EvaluatedModel, cut: Cut, passport: Passport, emit: Emit, rem
 def _measure(
     models: Sequence[EvaluatedModel], cut: Cut, dtype: str, emit: Emit, formats: Formats = AS_COMPUTED
 ) -> tuple[list[Tensor], list[Scored]]:
-    """The losses `[units]` of each of one or two models in nats, and what was told of every window; the last of them
+    """The losses `[units]` of each of one or two models in nats, and what was told of every sequence; the last of them
     computes in `formats`."""
     model = models[-1]
     stage = f"eval-ppl {model.short_name}" + (" beside its base" if len(models) > 1 else "")
@@ -220,8 +220,8 @@ def _measure(
             for one, total, loss in zip(models, losses, scored.losses, strict=True):
                 if not bool(loss.isfinite().all()):
                     raise ModelError(
-                        f"{one.name}: the loss on window {number - 1} is not finite in {dtype}; the weights hold NaN, "
-                        f"or activations overflow: try --dtype float32"
+                        f"{one.name}: the loss on sequence {number - 1} is not finite in {dtype}; the weights hold "
+                        f"NaN, or activations overflow: try --dtype float32"
                     )
                 total[window.unit] += window.weight * loss.mean()
             counted += window.weight
@@ -239,11 +239,11 @@ def _others(losses: Tensor, cut: Cut, main: str) -> dict[str, float]:
 
 
 _FLAGS = {False: "--sequence-length", True: "the length that --protocol names"}
-"""What a user lowers where windows are too long for a model."""
+"""Flags that a user lowers where sequences are too long for a model."""
 
 
 def cut_for(model: EvaluatedModel, settings: PerplexitySettings, emit: Emit) -> tuple[str, Cut, bool]:
-    """The name of the protocol, the windows, and whether each begins with an opening of its own."""
+    """The name of the protocol, the sequences, and whether each begins with an opening of its own."""
     tokenizer, data = model.tokenizer(), settings.data
     opening: tuple[int, ...] = ()
     protocol = None if settings.protocol is None else PROTOCOLS[settings.protocol]

@@ -1,20 +1,20 @@
 """Protocols: which tokens of a text a model reads together, and which of them are scored.
 
-A text of n tokens t becomes windows; of each the tokens from `first` on are scored, given all before them in the
-window. With l the negative log likelihoods, in nats, of the m scored tokens of a window:
+A text of n tokens t becomes sequences; of each the tokens from `first` on are scored, given all before them in the
+sequence. With l the negative log likelihoods, in nats, of the m scored tokens of a sequence:
 
-- gptq-L: windows t[iL : (i+1)L], all complete ones, scored from the second token on; exp(mean l). aqlm-4096 and
+- gptq-L: sequences t[iL : (i+1)L], all complete ones, scored from the second token on; exp(mean l). aqlm-4096 and
   llama3-8192 are the same at the lengths of those papers;
-- llamacpp-512: windows as those of gptq at L = 512, the first token replaced by BOS where the tokenizer puts one
+- llamacpp-512: sequences as those of gptq at L = 512, the first token replaced by BOS where the tokenizer puts one
   before a text; scored are the last 255 tokens of each; exp(mean l);
-- strided-2048/512: windows t[512i : 512i + 2048], until one reaches the end of the text; scored is what no window
+- strided-2048/512: sequences t[512i : 512i + 2048], until one reaches the end of the text; scored is what no sequence
   before it has; exp(sum (m-1) mean(l) / sum (m-1)), where m counts the first token of the text, too;
-- word: every document by itself, after a BOS token: windows t[2048i : 2048(i+1)], given the token before them; the
+- word: every document by itself, after a BOS token: sequences t[2048i : 2048(i+1)], given the token before them; the
   last one is given as much as 2048 tokens allow; exp(sum l / words), and the same for bytes.
 
-Sources: gptq, github.com/IST-DASLab/gptq (datautils.py, and its loop over windows of 2048); llamacpp-512,
+Sources: gptq, github.com/IST-DASLab/gptq (datautils.py, and its loop over sequences of 2048); llamacpp-512,
 `llama-perplexity` of llama.cpp; strided, "Perplexity of fixed-length models" in the documentation of transformers,
-whose weight of a window is one less than its tokens; word, `loglikelihood_rolling` of lm-evaluation-harness with
+whose weight of a sequence is one less than its tokens; word, `loglikelihood_rolling` of lm-evaluation-harness with
 max_length=2048: words are what white space separates, bytes those of UTF-8.
 """
 
@@ -40,7 +40,7 @@ from aqlm_cli.errors import DataError
 from aqlm_cli.events import Emit
 
 TOKEN, WORD, BYTE = "token", "word", "byte"
-"""What a perplexity is counted by."""
+"""Units that a perplexity is counted by."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,12 +50,12 @@ class Window:
     ids: Tensor  # [L]
     first: int
     weight: float
-    unit: int  # the window or document that it is, or is part of: standard errors take these for independent
+    unit: int  # the sequence or document that it is, or is part of: standard errors take these for independent
 
 
 @dataclass(frozen=True, eq=False)
 class Cut:
-    """The windows of a text, in order of their units; `counts` are the tokens, words or bytes of each unit."""
+    """The sequences of a text, in order of their units; `counts` are the tokens, words or bytes of each unit."""
 
     windows: tuple[Window, ...]
     counts: Mapping[str, Tensor]  # [units] float64 each
@@ -91,16 +91,16 @@ class Protocol:
     main: str = TOKEN
 
 
-# --------------------------------------------------------------------------------------------------------- the windows
+# ------------------------------------------------------------------------------------------------------- the sequences
 
 
 def rows(ids: Tensor, first: int) -> Cut:  # ids [n, L]
-    """Windows of one length, each a unit, scored from token `first` on."""
+    """Sequences of one length, each a unit, scored from token `first` on."""
     return _by_tokens([Window(row, first, len(row) - first, unit) for unit, row in enumerate(ids)])
 
 
 def sliding(tokens: Sequence[int], length: int, stride: int) -> Cut:
-    """Windows that start every `stride` tokens; each scores what comes after the one before it."""
+    """Sequences that start every `stride` tokens; each scores what comes after the one before it."""
     windows: list[Window] = []
     ids, scored = torch.tensor(tokens, dtype=torch.int64), 0
     for start in range(0, len(tokens), stride):
@@ -115,7 +115,7 @@ def sliding(tokens: Sequence[int], length: int, stride: int) -> Cut:
 
 
 def rolling(tokens: Sequence[int], before: int, length: int, unit: int) -> list[Window]:
-    """Windows of a document in which every token is scored, the first given the token `before`."""
+    """Sequences of a document in which every token is scored, the first given the token `before`."""
     ids, scored = torch.tensor([before, *tokens], dtype=torch.int64), 1
     windows: list[Window] = []
     while scored < len(ids):
@@ -135,7 +135,7 @@ def _by_tokens(windows: Sequence[Window]) -> Cut:
 
 
 def gptq(length: int, bos: bool | None = False) -> Protocol:
-    """GPTQ's protocol; with `bos` each window starts as the tokenizer starts a text (None: where it does so)."""
+    """GPTQ's protocol; with `bos` each sequence starts as the tokenizer starts a text (None: where it does so)."""
 
     def cut(data: str, tokenizer: TextTokenizer, emit: Emit) -> Cut:
         opening = opening_tokens(tokenizer, bos)
@@ -201,7 +201,7 @@ def _plain(text: Document) -> str:
 
 def _refuse_none(windows: Sequence[object] | Tensor, data: str, tokens: int, length: int) -> None:
     if not len(windows):
-        raise DataError(f"{data} has {tokens} tokens, fewer than one window of {length}; choose another protocol")
+        raise DataError(f"{data} has {tokens} tokens, fewer than one sequence of {length}; choose another protocol")
 
 
 PROTOCOLS: Mapping[str, Protocol] = {

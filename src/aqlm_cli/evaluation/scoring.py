@@ -1,6 +1,6 @@
-"""Losses of a model on the windows of a text, and its divergence from another one that reads them beside it.
+"""Losses of a model on the sequences of a text, and its divergence from another one that reads them beside it.
 
-The logits of a window never exist as a whole: head, softmax and sums go through its tokens in chunks. For two models
+The logits of a sequence never exist as a whole: head, softmax and sums go through its tokens in chunks. For two models
 that is done for the same chunk one after the other, so that nothing of either is kept but a few numbers a token.
 """
 
@@ -24,7 +24,7 @@ ROWS_PER_CHUNK = 128
 
 @dataclass(frozen=True, eq=False)
 class Scored:
-    """Of every scored token of a window the negative log likelihood, in nats, by each model. With two models, the first
+    """Negative log likelihoods of every scored token of a sequence, in nats, by each model. With two models, the first
     being the base, also KL(base || other), and whether both hold the same token for the likeliest."""
 
     losses: tuple[Tensor, ...]  # [m] float64 each
@@ -33,7 +33,7 @@ class Scored:
 
 
 class Reader:
-    """A network that tells the logits of some positions of a window in chunks."""
+    """A network that tells the logits of some positions of a sequence in chunks."""
 
     def __init__(self, network: Any) -> None:
         self._network = network
@@ -85,7 +85,7 @@ def _key(ids: Tensor) -> bytes:
 
 @torch.inference_mode()
 def score(readers: Sequence[Reader], windows: Sequence[Window], device: torch.device) -> Iterator[Scored]:
-    """The scores of one window after the other, by one model or by two."""
+    """The scores of one sequence after the other, by one model or by two."""
     for window in windows:
         ids = window.ids.to(device)
         parts = []

@@ -109,7 +109,7 @@ class TasksReport(Record):
                 cells.append(f"{score.difference.mean:+.4f} ± {score.difference.stderr:.4f}")
             table.add_row(Text(score.task), Text(score.metric), str(score.questions), *cells)
         cut = f"; {self.cut} cut from the left" if self.cut else ""
-        return Group(table, Text(f"{self.dtype}; {self.passport.windows} sequences{cut}"))
+        return Group(table, Text(f"{self.dtype}; {self.passport.sequences} sequences{cut}"))
 
 
 class TasksEvaluation:
@@ -130,7 +130,7 @@ class TasksEvaluation:
             text=answers.digest,
             tokenizer=tokenizer_digest(tokenizer),
             model=model.identity,
-            windows=answers.sequences,
+            sequences=answers.sequences,
             scored=answers.tokens,
             dtype=settings.dtype,
             versions=versions_of(*PACKAGES, *task.packages),

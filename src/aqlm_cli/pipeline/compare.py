@@ -1,11 +1,11 @@
-"""Comparison of the runs of a study: every cell is quantized and judged, in a run directory of its own.
+"""Comparison of the runs of a study: every cell is quantized and evaluated, in a run directory of its own.
 
     runs/STUDY/
         NAME/                  the run of a cell, with reports/compared.json: its row
         comparison.json, .md, .csv, .png, .svg
 
 All cells share one calibration where their settings for it agree. What is complete is reused, so that a comparison that
-was killed goes on after its last cell.
+was killed continues after its last cell.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ STAGE = "compare"
 def compare(study: Study, directory: Path, emit: Emit, overwrite: bool = False) -> ComparisonReport:
     """Run what is missing of a study, and write its table and picture to `directory`.
 
-    Every cell is planned before the first is begun, so that one that cannot be made is refused at once. Raises
+    Every cell is planned before the first is started, so that one that cannot be made is refused at once. Raises
     ConfigError where a cell has another model, or no evaluation of perplexity.
     """
     jobs = _jobs(study, directory, emit, overwrite)
@@ -57,7 +57,7 @@ def _jobs(study: Study, directory: Path, emit: Emit, overwrite: bool) -> list[Jo
     jobs: list[Job] = []
     for cell in study.cells:
         if "ppl" not in cell.config.evaluate.kinds:
-            raise ConfigError(f"cell {cell.name} is not judged by ppl; add it to evaluate.kinds")
+            raise ConfigError(f"cell {cell.name} is not evaluated by ppl; add it to evaluate.kinds")
         known = jobs[0].model if jobs else None
         job = make_job(cell.config, directory / cell.name, overwrite=overwrite, emit=emit, resolved=known)
         if jobs and job.source.identity != jobs[0].source.identity:
@@ -93,21 +93,22 @@ def _linked(source: str, target: str) -> None:
 
 
 def _row(cell: Cell, job: Job) -> Row:
-    """The row of a cell, which is made and judged where that is missing."""
+    """The row of a cell, which is made and evaluated where that is missing."""
     reports = order.quantize_and_pack(job, forecasting=False)  # cells are many, and differ little
     if FINETUNE.name in job.config.model_fields_set:
         reports |= order.finetune_run(str(job.directory), job)
     quantized = reports["quantize"]
     assert isinstance(quantized, QuantizeReport)
     run = read_run(job.directory)
+    packed = run.current(PACK.kind)
     facts = {
-        "packed": run.current(PACK.kind).digest,
+        "packed": packed.digest,
         "eval_ppl": job.config.eval_ppl.model_dump(mode="json"),
         "evaluate": job.config.evaluate.model_dump(mode="json"),
     }
     kept: dict[str, Any] = run.read_report(ROW) if (run.reports / ROW).exists() else {}
     if kept.get("facts") == facts:
-        job.emit(Noted(f"{job.directory} is judged already"))
+        job.emit(Noted(f"{job.directory} is evaluated already"))
         return Row.from_json(kept["row"])
     judged = judging.evaluate_model(str(job.directory), job.config, None, job.emit, job.model)
     figures = tuple(figure_of(judged[text].as_json()) for text in job.config.eval_ppl.data)
@@ -116,7 +117,7 @@ def _row(cell: Cell, job: Job) -> Row:
         method=quantized.method,
         scheme=quantized.scheme,
         stored_bits=quantized.stored_bits,
-        bytes=quantized.bytes_after,
+        bytes=sum(path.stat().st_size for path in packed.directory.glob("*.safetensors")),
         seconds=quantized.seconds or 0.0,
         memory_bytes=quantized.memory_bytes or 0,
         figures=figures,

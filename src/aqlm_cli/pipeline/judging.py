@@ -1,4 +1,4 @@
-"""Judging: every kind of evaluation of a model, or of what a run has packed, with the settings of a run file."""
+"""Every kind of evaluation of a model, or of what a run has packed, with the settings of a run file."""
 
 from __future__ import annotations
 

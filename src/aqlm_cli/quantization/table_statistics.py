@@ -34,7 +34,7 @@ from aqlm_cli.spec.plan import Target
 FILE = "table_statistics.safetensors"
 
 METRIC_FILE, METRIC = "embedding_metric.safetensors", "metric"
-"""Where an allocation leaves what `embedding_metric` gave it."""
+"""File and tensor in which an allocation keeps the result of `embedding_metric`."""
 
 STAGE = "gradients of the embeddings"
 
@@ -97,7 +97,7 @@ def read_statistics(calibration: Artifact, target: Target, gradients: Tensor | N
 
 
 def known_metric(allocation: Artifact | None) -> Tensor | None:
-    """What `embedding_metric` gave an allocation for the same sequences; None where there is no such file."""
+    """Result of `embedding_metric` that an allocation keeps, for the same sequences; None where there is none."""
     if allocation is None or METRIC_FILE not in allocation.manifest.files:
         return None
     with allocation.reading(METRIC_FILE) as file:

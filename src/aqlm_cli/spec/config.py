@@ -367,7 +367,7 @@ class EvalConfig(Section):
 
 
 class GateConfig(Section):
-    """When a model has collapsed: `prompts` (none: the fixed ones) are continued by up to `tokens` tokens.
+    """Limits of a model that has not collapsed. `prompts` (none: the fixed ones) get up to `tokens` more tokens each.
 
     Limits are of means over the prompts: tokens before the first other than the base model's; the share of 3-grams
     that are new, below the base model's; and nats a token, by the base model, above those of its own text.

@@ -1,4 +1,4 @@
-"""A study: many runs of one model on one calibration set, judged alike.
+"""A study: many runs of one model on one calibration set, evaluated alike.
 
     model: smollm2-135m
     calibrate: {data: "builtin:80"}

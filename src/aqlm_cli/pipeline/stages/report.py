@@ -85,7 +85,7 @@ def _facts_of(run: RunDirectory) -> RunFacts:
         scheme=made["scheme"],
         method=made["method"],
         stored_bits=made["stored_bits"],
-        bytes=made["bytes_after"],
+        bytes=sum(path.stat().st_size for path in packed.directory.glob("*.safetensors")),
         base_bytes=made["bytes_before"],
         made_from=_made_from(run, quantized),
         parts=_parts(packed.directory, {one["path"] for one in plan["targets"] if one["kind"] in _OUTSIDE}),
