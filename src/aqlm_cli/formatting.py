@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import timedelta
@@ -55,6 +56,11 @@ def some(paths: Sequence[str]) -> str:
 def text_name(source: str) -> str:
     """The name of a text source without its folder, which means something on this machine only."""
     return PurePath(source.strip()).name
+
+
+def file_word(text: str) -> str:
+    """The text as a part of a file's name."""
+    return re.sub(r"[^\w.-]+", "_", text)
 
 
 def facts(title: str, rows: Iterable[tuple[str, str]]) -> Table:

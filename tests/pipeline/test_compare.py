@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -114,3 +115,9 @@ def test_figures_of_another_passport_have_columns_of_their_own() -> None:
     head, first, second = report.cells()
     assert len(head) == 4 + 2 * 5 + 2 and report.front == {"one": ("a",), "two": ("b",)}
     assert first[4] and not first[9] and second[9] and not second[4]
+
+
+def test_a_row_without_a_divergence_has_the_log_of_its_ratio() -> None:
+    assert row("a", 10, None).loss("one") == pytest.approx(math.log(1.5))
+    assert row("a", 10, 0.25).loss("one") == 0.25
+    assert row("a", 10, 0.25).loss("two") is None

@@ -125,10 +125,8 @@ def compare(
     json: options.Json = False,
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
-    md: Annotated[bool, typer.Option("--md", help="Print a Markdown table on stdout, all else on stderr.")] = False,
-    csv: Annotated[
-        bool, typer.Option("--csv", help="Print comma-separated values on stdout, all else on stderr.")
-    ] = False,
+    md: options.Markdown = False,
+    csv: options.Csv = False,
 ) -> None:
     """Quantize a model in many ways, and evaluate all of them alike.
 
@@ -178,7 +176,7 @@ def probe(
     json: options.Json = False,
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
-    md: Annotated[bool, typer.Option("--md", help="Print Markdown tables on stdout, all else on stderr.")] = False,
+    md: options.Markdown = False,
 ) -> None:
     """Measure the harm of noise and of clipping on the weights.
 
@@ -230,10 +228,8 @@ def bench(
     json: options.Json = False,
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
-    md: Annotated[bool, typer.Option("--md", help="Print Markdown tables on stdout, all else on stderr.")] = False,
-    csv: Annotated[
-        bool, typer.Option("--csv", help="Print comma-separated values on stdout, all else on stderr.")
-    ] = False,
+    md: options.Markdown = False,
+    csv: options.Csv = False,
 ) -> None:
     """Measure tokens per second; of a run, beside its base model.
 

@@ -137,4 +137,6 @@ Out = Annotated[Path | None, typer.Option(help="Run directory (default: runs/NAM
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Overwrite existing results.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print results, warnings and errors only.")]
 Verbose = Annotated[bool, typer.Option("--verbose", help="Print every step, with the time of day.")]
+Markdown = Annotated[bool, typer.Option("--md", help="Print Markdown tables on stdout, all else on stderr.")]
+Csv = Annotated[bool, typer.Option("--csv", help="Print comma-separated values on stdout, all else on stderr.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, all else on stderr.")]

@@ -22,10 +22,10 @@ from torch import Tensor
 from aqlm_cli.arguments import check_fields
 from aqlm_cli.data.sequences import evaluation_sequences
 from aqlm_cli.errors import ModelError, UsageError
-from aqlm_cli.evaluation.evaluation import Remember, compute_again
+from aqlm_cli.evaluation.evaluation import Remember, compute_again, needed
 from aqlm_cli.evaluation.model import EvaluatedModel
 from aqlm_cli.events import Advanced, Emit, Noted, StageStarted
-from aqlm_cli.formatting import facts, text_name
+from aqlm_cli.formatting import facts, file_word, text_name
 from aqlm_cli.quantization.mixed_model import MixedModel
 from aqlm_cli.records import Record
 from aqlm_kernels import CompressedEmbedding, Matrix, quantized_layers
@@ -126,8 +126,7 @@ class AttributionEvaluation:
         emit: Emit,
         remember: Remember = compute_again,
     ) -> AttributionReport:
-        if base is None:
-            raise UsageError(f"{model.name} has no base model to compare with; give a run directory")
+        base = needed(base, model)
         model.refuse_length(settings.sequence_length, "the length of the sequences", stated=True)
         ids = evaluation_sequences(settings.data, settings.sequence_length, model.tokenizer(), emit=emit)
         ids = ids[: settings.sequences]
@@ -136,7 +135,7 @@ class AttributionEvaluation:
 
     def files(self, report: AttributionReport) -> Mapping[str, Mapping[str, Any] | bytes]:
         """eval-attribution-wikitext2-in-layer.json."""
-        text = re.sub(r"[^\w.-]+", "_", text_name(report.data))
+        text = file_word(text_name(report.data))
         return {f"eval-attribution-{text}-{report.way}-{report.unit}.json": report.as_json()}
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from aqlm_cli.evaluation.perplexity import PerplexityReport
 from aqlm_cli.formatting import clock, readable_bytes, text_name
 from aqlm_cli.records import Record
 
@@ -52,7 +54,9 @@ class Row:
     def loss(self, column: str) -> float | None:
         """The divergence in a column, or the log of the ratio where none was measured."""
         figure = next((one for one in self.figures if one.column == column), None)
-        return None if figure is None else figure.ratio if figure.divergence is None else figure.divergence
+        if figure is None:
+            return None
+        return math.log(figure.ratio) if figure.divergence is None else figure.divergence
 
     @classmethod
     def from_json(cls, stored: Mapping[str, Any]) -> Row:
@@ -139,36 +143,39 @@ _OF_FIGURE = tuple(name for name in Figure.__dataclass_fields__ if name != "colu
 def compared(study: str, model: str, rows: Sequence[Row]) -> ComparisonReport:
     """The comparison of these rows."""
     columns = dict.fromkeys(figure.column for row in rows for figure in row.figures)
-    return ComparisonReport(study, model, tuple(rows), {column: _front(rows, column) for column in columns})
+    front = {
+        column: front_of({row.name: (row.bytes, loss) for row in rows if (loss := row.loss(column)) is not None})
+        for column in columns
+    }
+    return ComparisonReport(study, model, tuple(rows), front)
 
 
-def figure_of(report: Mapping[str, Any]) -> Figure:
-    """The figure of a report of perplexity beside a base model, in JSON."""
-    kl, passport = report["divergence"] or {}, report["passport"]
-    column = "/".join(str(passport[name]) for name in sorted(passport) if name not in ("model", "versions"))
-    formats = f", {passport['formats']}" if passport.get("formats") else ""
+def figure_of(report: PerplexityReport) -> Figure:
+    """The figure of a perplexity that was measured beside a base model."""
+    kl, formats = report.divergence, report.passport.formats
+    assert report.base_model is not None and report.ratio is not None and report.ratio_stderr is not None
+    title = f"{text_name(report.data)}, {report.protocol}, {report.sequences} x {report.sequence_length}"
     return Figure(
-        column=column,
-        title=f"{text_name(report['data'])}, {report['protocol']}, {report['sequences']} x {report['sequence_length']}"
-        + formats,
-        perplexity=report["perplexity"],
-        stderr=report["stderr"],
-        ratio=report["ratio"],
-        ratio_stderr=report["ratio_stderr"],
-        divergence=kl.get("mean"),
-        divergence_stderr=kl.get("stderr"),
-        agreement=kl.get("agreement"),
-        base=report["base_model"]["perplexity"],
+        column="/".join(report.passport.column),
+        title=f"{title}, {formats}" if formats else title,
+        perplexity=report.perplexity,
+        stderr=report.stderr,
+        ratio=report.ratio,
+        ratio_stderr=report.ratio_stderr,
+        divergence=None if kl is None else kl.mean,
+        divergence_stderr=None if kl is None else kl.stderr,
+        agreement=None if kl is None else kl.agreement,
+        base=report.base_model.perplexity,
     )
 
 
-def _front(rows: Sequence[Row], column: str) -> tuple[str, ...]:
-    points = [(row.name, row.bytes, loss) for row in rows if (loss := row.loss(column)) is not None]
+def front_of(places: Mapping[str, tuple[float, float]]) -> tuple[str, ...]:
+    """Names of those that no other beats: none has at most their size and at most their loss, and less of one."""
 
-    def beaten(size: int, loss: float) -> bool:
-        return any(b <= size and k <= loss and (b, k) != (size, loss) for _, b, k in points)
+    def beaten(size: float, loss: float) -> bool:
+        return any(b <= size and k <= loss and (b, k) != (size, loss) for b, k in places.values())
 
-    return tuple(name for name, size, loss in points if not beaten(size, loss))
+    return tuple(name for name, place in places.items() if not beaten(*place))
 
 
 def draw(report: ComparisonReport) -> dict[str, bytes]:

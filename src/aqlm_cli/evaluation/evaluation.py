@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol, TypeAlias, TypeVar
 
+from aqlm_cli.errors import UsageError
 from aqlm_cli.evaluation.model import EvaluatedModel
 from aqlm_cli.events import Emit
 from aqlm_cli.records import Record
@@ -22,6 +23,13 @@ Remember: TypeAlias = Callable[[Mapping[str, Any], Callable[[], dict[str, Any]]]
 def compute_again(facts: Mapping[str, Any], compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """The Remember that keeps nothing."""
     return compute()
+
+
+def needed(base: EvaluatedModel | None, model: EvaluatedModel) -> EvaluatedModel:
+    """The base model. Raises UsageError where there is none."""
+    if base is None:
+        raise UsageError(f"{model.name} has no base model to compare with; give a run directory")
+    return base
 
 
 class Evaluation(Protocol[Settings]):

@@ -27,7 +27,7 @@ from rich.text import Text
 from aqlm_cli.arguments import check_fields
 from aqlm_cli.errors import UsageError
 from aqlm_cli.evaluation.attribution import AttributionSettings, attribute
-from aqlm_cli.evaluation.evaluation import Remember, compute_again
+from aqlm_cli.evaluation.evaluation import Remember, compute_again, needed
 from aqlm_cli.evaluation.model import EvaluatedModel
 from aqlm_cli.evaluation.protocols import Window
 from aqlm_cli.evaluation.repetition import common_start, distinct_share, longest_loop
@@ -142,8 +142,7 @@ class GateEvaluation:
         emit: Emit,
         remember: Remember = compute_again,
     ) -> GateReport:
-        if base is None:
-            raise UsageError(f"{model.name} has no base model to compare with; give a run directory")
+        base = needed(base, model)
         limits = settings.limits
         prompts = [_ids(model, prompt) for prompt in limits.prompts or PROMPTS]
         of_base, own = (_written(one, prompts, limits.tokens, emit) for one in (base, model))

@@ -17,6 +17,7 @@ import jinja2
 from markupsafe import Markup, escape
 
 from aqlm_cli.evaluation import charts
+from aqlm_cli.evaluation.comparison import front_of
 from aqlm_cli.evaluation.estimates import EDGES
 from aqlm_cli.formatting import clock, readable_bytes, text_name
 
@@ -143,7 +144,7 @@ def _bytes(runs: Sequence[RunFacts]) -> Section:
 def _errors(run: RunFacts) -> Section:
     cells: dict[str, dict[str, float]] = defaultdict(dict)
     for path, error in run.layers.items():
-        block, _, kind = _place(path)
+        block, kind = _place(path)
         cells[block][kind] = max(error, cells[block].get(kind, 0.0))
     svg = charts.heat_map(cells, "relative error", "relative error of every layer")
     drawn = [Chart(svg, "Relative error of each layer's output, before its block is fitted")] if svg else []
@@ -186,13 +187,12 @@ def _perplexities(runs: Sequence[RunFacts]) -> Section:
                 groups[title]["base model"] = run.base_bytes / 1e6, base["perplexity"], base["stderr"]
     if not rows:
         return Section("perplexity", "Perplexity", _missing("Perplexity has", runs[0], "eval-ppl {run}"))
-    drawn = [
-        Chart(
-            charts.points(found, ("MB of the file", "perplexity"), f"perplexity over size: {title}", _front(found)),
-            f"{title}: perplexity over size, with standard errors; the line joins what nothing smaller beats",
-        )
-        for title, found in groups.items()
-    ]
+    drawn = []
+    for title, found in groups.items():
+        front = front_of({name: (x, y) for name, (x, y, _) in found.items()})
+        svg = charts.points(found, ("MB of the file", "perplexity"), f"perplexity over size: {title}", front)
+        caption = f"{title}: perplexity over size, with standard errors; the line joins what nothing smaller beats"
+        drawn.append(Chart(svg, caption))
     return Section(
         "perplexity", "Perplexity", charts=drawn, tables=[Rows("Perplexity beside the base model", rows, head)]
     )
@@ -202,16 +202,6 @@ def _with_error(value: float | None, error: float | None, digits: int) -> str:
     if value is None:
         return ""
     return f"{value:.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
-
-
-def _front(found: Mapping[str, tuple[float, float, float]]) -> list[str]:
-    """Names of those that no other beats in size and perplexity."""
-    places = {name: (x, y) for name, (x, y, _) in found.items()}
-    return [
-        name
-        for name, (x, y) in places.items()
-        if not any(a <= x and b <= y and (a, b) != (x, y) for a, b in places.values())
-    ]
 
 
 def _divergences(runs: Sequence[RunFacts]) -> Section:
@@ -243,7 +233,7 @@ def _attribution(run: RunFacts) -> Section:
     effects = run.attribution["effects"]
     cells: dict[str, dict[str, float]] = defaultdict(dict)
     for path, effect in effects.items():
-        block, _, kind = _place(path)
+        block, kind = _place(path)
         cells[block][kind] = effect
     svg = charts.heat_map(cells, "KL, nats a token", "divergence that each layer causes alone")
     worst = sorted(effects.items(), key=lambda one: -one[1])[:10]
@@ -298,10 +288,7 @@ def _costs(run: RunFacts) -> Section:
     return Section("costs", "What it took", tables=[Rows("Planned and actual cost of each stage", rows, head)])
 
 
-def _place(path: str) -> tuple[str, str, str]:
-    """Block, inner path and name of a layer: ("3", "mlp.up_proj", "up_proj"); "" for the block of one outside."""
+def _place(path: str) -> tuple[str, str]:
+    """Number of the block and name of a layer: ("3", "up_proj"), or "outside" in place of the number."""
     parts = path.split(".")
-    number = next((place for place, part in enumerate(parts) if part.isdigit()), None)
-    if number is None:
-        return "outside", path, parts[-1]
-    return parts[number], ".".join(parts[number + 1 :]), parts[-1]
+    return next((part for part in parts if part.isdigit()), "outside"), parts[-1]

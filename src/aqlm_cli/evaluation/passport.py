@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from importlib.metadata import version
 from typing import Any
 
@@ -38,9 +38,6 @@ class Passport:
         """Equal for two figures that compare: all of the passport but model and versions."""
         names = [field.name for field in fields(self) if field.name not in ("model", "versions")]
         return tuple(str(getattr(self, name)) for name in names)
-
-    def as_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def passport_of(protocol: str, cut: Cut, model: EvaluatedModel, dtype: str, formats: str = "") -> Passport:

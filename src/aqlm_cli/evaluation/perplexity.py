@@ -7,7 +7,6 @@ of activations and cache (formats.py); its base model never does.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -29,7 +28,7 @@ from aqlm_cli.evaluation.passport import Passport, passport_of
 from aqlm_cli.evaluation.protocols import PROTOCOLS, TOKEN, Cut, gptq
 from aqlm_cli.evaluation.scoring import Reader, Scored, score
 from aqlm_cli.events import Advanced, Emit, Noted, StageStarted
-from aqlm_cli.formatting import facts, text_name
+from aqlm_cli.formatting import facts, file_word, text_name
 from aqlm_cli.records import Record
 from aqlm_cli.spec.formats import AS_COMPUTED, Formats
 
@@ -181,7 +180,7 @@ class PerplexityEvaluation:
     def files(self, report: PerplexityReport) -> Mapping[str, Mapping[str, Any] | bytes]:
         """eval-ppl-wikitext2-148x2048-float32.json, with -bos where sequences begin so; of a path only its name. The
         name of a protocol takes the place of the length where one was asked for. Formats come last."""
-        text = re.sub(r"[^\w.-]+", "_", text_name(report.data))
+        text = file_word(text_name(report.data))
         plain = report.protocol.startswith("gptq-")
         size = f"{report.sequences}x" + (str(report.sequence_length) if plain else report.protocol.replace("/", "-"))
         ending = ("-bos" if report.bos else "") + report.formats.suffix

@@ -7,7 +7,6 @@ draw of the noise gives other figures; give another seed.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -28,7 +27,7 @@ from aqlm_cli.evaluation.perturb import Clipping, Noise, Perturbation, Perturbed
 from aqlm_cli.evaluation.protocols import TOKEN, Cut
 from aqlm_cli.evaluation.scoring import KeptReader, Reader, Scored, score
 from aqlm_cli.events import Advanced, Emit, StageStarted
-from aqlm_cli.formatting import text_name
+from aqlm_cli.formatting import file_word, text_name
 from aqlm_cli.records import Record
 from aqlm_cli.spec.probe import ProbeConfig
 
@@ -160,7 +159,7 @@ class ProbeEvaluation:
 
     def files(self, report: ProbeReport) -> Mapping[str, Mapping[str, Any] | bytes]:
         """probe-wikitext2-8x512-float32.json; of a path only its name."""
-        text = re.sub(r"[^\w.-]+", "_", text_name(report.data))
+        text = file_word(text_name(report.data))
         return {f"probe-{text}-{report.sequences}x{report.sequence_length}-{report.dtype}.json": report.as_json()}
 
 

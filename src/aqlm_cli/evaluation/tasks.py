@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +22,7 @@ from aqlm_cli.evaluation.model import EvaluatedModel
 from aqlm_cli.evaluation.passport import PACKAGES, Passport, tokenizer_digest, versions_of
 from aqlm_cli.evaluation.perplexity import DTYPES
 from aqlm_cli.events import Emit
-from aqlm_cli.formatting import text_name
+from aqlm_cli.formatting import file_word, text_name
 from aqlm_cli.records import Record
 
 
@@ -158,5 +157,5 @@ class TasksEvaluation:
 
     def files(self, report: TasksReport) -> Mapping[str, Mapping[str, Any] | bytes]:
         """eval-tasks-arc_easy.json, with -first100 where only so many questions were asked; of a path only its name."""
-        name = re.sub(r"[^\w.-]+", "_", text_name(report.task))
+        name = file_word(text_name(report.task))
         return {f"eval-tasks-{name}{f'-first{report.first}' if report.first else ''}.json": report.as_json()}

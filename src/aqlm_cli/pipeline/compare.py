@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from aqlm_cli.errors import ConfigError
+from aqlm_cli.evaluation import PerplexityReport
 from aqlm_cli.evaluation.comparison import ComparisonReport, Row, compared, draw, figure_of
 from aqlm_cli.events import Advanced, Emit, Noted, StageStarted
 from aqlm_cli.formatting import plain
@@ -111,7 +112,8 @@ def _row(cell: Cell, job: Job) -> Row:
         job.emit(Noted(f"{job.directory} is evaluated already"))
         return Row.from_json(kept["row"])
     judged = judging.evaluate_model(str(job.directory), job.config, None, job.emit, job.model)
-    figures = tuple(figure_of(judged[text].as_json()) for text in job.config.eval_ppl.data)
+    measured = [judged[text] for text in job.config.eval_ppl.data]
+    figures = tuple(figure_of(one) for one in measured if isinstance(one, PerplexityReport))
     row = Row(
         name=cell.name,
         method=quantized.method,

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from rich.table import Table
 
 from aqlm_cli.errors import ArtifactError
 from aqlm_cli.evaluation.page import RunFacts, page
+from aqlm_cli.evaluation.passport import PACKAGES, versions_of
 from aqlm_cli.formatting import facts, readable_bytes
 from aqlm_cli.models import tensor_index
 from aqlm_cli.records import Record
@@ -78,6 +78,7 @@ def _facts_of(run: RunDirectory) -> RunFacts:
         raise ArtifactError(f"{run.path} has no complete quantized and packed model; make it with `aqlm quantize`")
     results = quantized.manifest.results
     made, plan = results["report"], results["plan"]
+    parts = _parts(packed.directory, {one["path"] for one in plan["targets"] if one["kind"] in _OUTSIDE})
     current = {name: stored for name, stored in _reports(run).items() if _of(stored, packed)}
     return RunFacts(
         name=str(run.path),
@@ -85,10 +86,10 @@ def _facts_of(run: RunDirectory) -> RunFacts:
         scheme=made["scheme"],
         method=made["method"],
         stored_bits=made["stored_bits"],
-        bytes=sum(path.stat().st_size for path in packed.directory.glob("*.safetensors")),
+        bytes=sum(parts.values()),
         base_bytes=made["bytes_before"],
         made_from=_made_from(run, quantized),
-        parts=_parts(packed.directory, {one["path"] for one in plan["targets"] if one["kind"] in _OUTSIDE}),
+        parts=parts,
         layers={path: one["relative_error"] for path, one in results["layers"].items()},
         blocks=results.get("blocks", {}),
         perplexities=[one for name, one in current.items() if name.startswith("eval-ppl-")],
@@ -97,7 +98,7 @@ def _facts_of(run: RunDirectory) -> RunFacts:
         bench=next((one for name, one in current.items() if name.startswith("bench")), None),
         costs=_costs(run),
         run_file=dump_yaml(run.config),
-        versions={name: version(name) for name in ("aqlm-cli", "torch", "transformers")},
+        versions=versions_of(*PACKAGES),
     )
 
 
