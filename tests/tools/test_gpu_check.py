@@ -20,8 +20,8 @@ ROOT = Path(__file__).parents[2]
 WITH_TRANSFORMERS = {"numpy", "torch", "transformers", "tokenizers", "safetensors", "huggingface_hub", "numba"}
 """What a machine must have."""
 
-LEFT_OUT = {"datasets", "pyarrow", "matplotlib"}
-"""Read texts of the hub and Parquet, and draw the curve of a distillation; too large to be carried."""
+LEFT_OUT = {"datasets", "pyarrow", "matplotlib", "jinja2"}
+"""Read texts of the hub and Parquet, draw, and write the page of a report: too large to be carried, or not needed."""
 
 
 @pytest.fixture
