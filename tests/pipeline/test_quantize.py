@@ -333,6 +333,27 @@ def test_the_errors_told_are_those_of_the_states(
         assert 0 < event.gain < 1
 
 
+def test_the_errors_of_layers_after_fitting_are_those_of_what_is_stored(
+    llama: Path, in_float32: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spy = Spy(monkeypatch)
+    run(settings(llama, fit={**FIT, "epochs": 4}))
+    original, stored = load_network(resolve(str(llama)), torch.float32), matrices()
+    told = quantized().result("layers")
+    assert told.keys() == stored.keys()
+    assert any(abs(one["fitted_relative_error"] / one["relative_error"] - 1) > 1e-4 for one in told.values())
+    for index, block in enumerate(find_blocks(original).paths):
+        for path, statistics in spy.statistics[index].items():
+            name = f"{block}.{path}"
+            weight, moment = original.get_parameter(f"{name}.weight").double(), statistics.second_moment.double()
+            difference = stored[name].dequantize().double() - weight
+            error = float((difference @ moment * difference).sum() / (weight @ moment * weight).sum())
+            assert told[name]["fitted_relative_error"] == pytest.approx(error, rel=1e-4)
+    run(settings(llama, fit={**FIT, "epochs": 0}), "unfitted")
+    unfitted = quantized("unfitted").result("layers")
+    assert not any("fitted_relative_error" in layer for layer in unfitted.values())
+
+
 @pytest.fixture
 def loud_and_quiet(llama: Path, tmp_path: Path) -> Path:
     """The same network: its values are 2^-24 of the ordinary ones, and what reads them makes up for it."""

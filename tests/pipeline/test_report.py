@@ -65,7 +65,7 @@ def figures(name: str) -> dict[str, Any]:
 
 def test_a_page_has_the_figures_of_the_reports(made: Path) -> None:
     assert run("evaluate", "first", "--kind", "ppl,gate,attribution").exit_code in (0, 3)
-    assert run("eval-ppl", "second").exit_code == 0
+    assert run("eval-ppl", "second").exit_code == 0 and run("bench", "second").exit_code == 0
     result = run("report", "first", "second", "--json")
     assert result.exit_code == 0, result.output
     told = json.loads(result.stdout)
@@ -85,7 +85,11 @@ def test_a_page_has_the_figures_of_the_reports(made: Path) -> None:
     manifest = json.loads((made / "quantized/manifest.json").read_text())
     for path, block in manifest["results"]["blocks"].items():
         assert f'<th scope="row">{path}</th><td class="short">{block["error"] / (1 - block["gain"]):.4g}</td>' in text
-    assert "scheme: 2x4g8" in text and "aqlm bench first" in text
+    speed = json.loads(next(Path("second/reports").glob("bench*.json")).read_text())["rows"]
+    assert speed and all(f"second: {row['name']}" in text for row in speed)
+    assert 'aria-label="decoding beside the bound of memory"' in text
+    assert text.count('aria-label="relative error of every layer') == 2, "before fitting and after"
+    assert "scheme: 2x4g8" in text
 
 
 def test_the_parts_of_the_file_add_up_to_it(made: Path) -> None:
@@ -116,6 +120,7 @@ def test_reports_on_an_earlier_model_of_the_run_are_left_out(made: Path) -> None
     assert run("report", "first").exit_code == 0
     text = (made / "reports/report.html").read_text()
     assert re.search("Perplexity has not been measured; <code>aqlm eval-ppl first</code> does it", text)
+    assert re.search("Speed has not been measured; <code>aqlm bench first</code> does it", text)
 
 
 def test_a_run_that_is_not_packed_is_refused(run_file: Path) -> None:

@@ -43,12 +43,19 @@ def bars(parts: Mapping[str, Mapping[str, float]], unit: str, name: str) -> str:
     return _drawn(draw, name, (7, 1.3 + 0.4 * len(parts)))
 
 
-def heat_map(cells: Mapping[str, Mapping[str, float]], label: str, name: str) -> str:
-    """Rows by columns; a shade for the logarithm of every value above 0, and nothing where there is none."""
+Cells = Mapping[str, Mapping[str, float]]
+"""Values by row and column."""
+
+
+def heat_map(cells: Cells, label: str, name: str, beside: Sequence[Cells] = ()) -> str:
+    """A shade for the logarithm of every value above 0, and nothing where there is none.
+
+    The same shade is the same value in the maps of all cells `beside`.
+    """
     from matplotlib.colors import LogNorm
 
     rows, columns = list(cells), list(dict.fromkeys(kind for row in cells.values() for kind in row))
-    values = [value for row in cells.values() for value in row.values() if value > 0]
+    values = [value for one in (cells, *beside) for row in one.values() for value in row.values() if value > 0]
 
     def draw(axes: Any) -> None:
         grid = [
@@ -79,6 +86,20 @@ def points(
         axes.grid(color=INK, alpha=0.12)
 
     return _drawn(draw, name, (7, 3.6))
+
+
+def bounded_bars(values: Mapping[str, tuple[float, float, float, float]], unit: str, name: str) -> str:
+    """A bar for each (value, lowest, highest, bound) by name, with its spread and a mark at its bound."""
+
+    def draw(axes: Any) -> None:
+        for number, (middle, low, high, bound) in enumerate(values.values()):
+            axes.barh([number], [middle], color=PALETTE[0], xerr=[[middle - low], [high - middle]], ecolor=INK)
+            axes.plot([bound, bound], [number - 0.4, number + 0.4], color=PALETTE[4], linewidth=2)
+        axes.set_yticks(range(len(values)), list(values))
+        axes.invert_yaxis()
+        axes.set_xlabel(unit)
+
+    return _drawn(draw, name, (7, 1.0 + 0.35 * len(values)))
 
 
 def histogram(counts: Mapping[str, Sequence[int]], edges: Sequence[float], label: str, name: str) -> str:

@@ -7,6 +7,7 @@ In `quantized.partial/work/`, beside the files of the finished blocks:
     targets.activations       the output of the base model's block; worthless after an interruption
     block-006.json            what was measured of a finished block
     <path>.safetensors        a finished matrix of the present block, before the block is fitted
+    statistics.safetensors    Hessians of the present block while it is fitted; worthless after an interruption
     tables/<path>.safetensors a finished matrix outside the blocks
 
 Each is renamed to its name when it is whole and on the disk, so that a file that exists can be trusted.
@@ -55,6 +56,10 @@ class ResumeState:
     @property
     def targets(self) -> Path:
         return self.directory / "targets.activations"
+
+    @property
+    def statistics(self) -> Path:
+        return self.directory / "statistics.safetensors"
 
     def record(self, block: int, measured: Mapping[str, Any]) -> None:
         """Write what was measured of a block that is about to be finished."""

@@ -188,7 +188,9 @@ def _fitting(block: BlockShape, work: Work) -> int:
     features = int(sum(parts))
     saved = FLOAT * features * work.fit.batch * work.length if work.fitted else 0
     training = weights + saved
-    return codes + max(training, _activations(block, work.batch, work))
+    widest = max((*block.input_widths, *block.expert_widths), default=0)
+    compared = FLOAT * (block.parameters + widest**2) if work.fitted else 0  # with the base model's, layer by layer
+    return codes + max(training, _activations(block, work.batch, work), compared)
 
 
 def _copies(target: Target, work: Work) -> int:
@@ -219,12 +221,12 @@ def calibration_disk(model: ModelShape, work: Work) -> int:
 
 
 def quantization_disk(model: ModelShape, work: Work) -> int:
-    """Hidden states twice, the finished blocks, and the matrices of the last one before they were fitted."""
+    """Hidden states twice, the finished blocks, and matrices and Hessians of the last one before it was fitted."""
     states = FLOAT * (work.measured + work.held_out) * work.length * model.hidden
+    moments = FLOAT * max((block.hessian_entries for block in model.quantized_blocks), default=0) if work.fitted else 0
     finished = sum(_stored(block) for block in model.quantized_blocks)
-    return (
-        _calibration_bytes(model, work) + 2 * states + finished + max(map(_stored, model.quantized_blocks), default=0)
-    )
+    unfitted = max(map(_stored, model.quantized_blocks), default=0)
+    return _calibration_bytes(model, work) + 2 * states + finished + unfitted + moments
 
 
 def packing_disk(model: ModelShape, work: Work, packed_bytes: int) -> int:

@@ -35,8 +35,10 @@ from aqlm_cli.pipeline.preflight import planned_work
 from aqlm_cli.pipeline.stage_reports import QuantizeReport, restored
 from aqlm_cli.quantization.block_files import TABLES, block_file, put_matrix, save_block, save_tables
 from aqlm_cli.quantization.block_inputs import CalibrationPass, machine_of, mixed_sequences, start_calibration_pass
+from aqlm_cli.quantization.fitted_errors import StoredStatistics
 from aqlm_cli.quantization.parallel import Compressed, Task, compress_all
 from aqlm_cli.quantization.resume import ResumeState
+from aqlm_cli.quantization.solvers.hessian import LayerStatistics
 from aqlm_cli.quantization.table_statistics import known_metric, table_of
 from aqlm_cli.quantization.training.block import BlockData, fit_block, round_block
 from aqlm_cli.runs.artifact import Artifact, Stage
@@ -201,9 +203,13 @@ def _quantize_tables(
 def _quantize_block(work: _Work, states: CalibrationPass, block: nn.Module) -> dict[str, Any]:
     """One block, start to end, and what was measured of it and of its layers."""
     started = time.monotonic()
-    compressed = _compress(work, states, block)
+    compressed, statistics = _compress(work, states, block)
+    held_out = states.measured < len(states.hidden)
+    fits = bool(work.config.quantize.fitting.epochs) and held_out and bool(quantized_layers(block))
+    stored = StoredStatistics.save(work.resume_state.statistics, statistics) if fits else None
+    del statistics
     give_back_memory()
-    gain = _fit(work, states, block)
+    gain = _fit(work, states, block) if fits else 0.0
     give_back_memory()
     if compressed:  # what is stored is stored in 16 bits
         round_block(block, states.path)
@@ -216,11 +222,21 @@ def _quantize_block(work: _Work, states: CalibrationPass, block: nn.Module) -> d
     layers = {
         path: {"relative_error": one.relative_error, "seconds": one.seconds} for path, one in sorted(compressed.items())
     }
+    if stored is not None:
+        for path, fitted in stored.errors(states.walk.load(states.index), block).items():
+            layers[f"{states.path}.{path}"]["fitted_relative_error"] = fitted
+        stored.remove()
+        give_back_memory()
     return {"path": states.path, "layers": layers, "error": error, "gain": gain}
 
 
-def _compress(work: _Work, states: CalibrationPass, block: nn.Module) -> dict[str, Compressed]:
-    """Put the compressed layers into the block; each of them by its path in the model."""
+def _compress(
+    work: _Work, states: CalibrationPass, block: nn.Module
+) -> tuple[dict[str, Compressed], dict[str, LayerStatistics]]:
+    """Put the compressed layers into the block.
+
+    Returns each of them by its path in the model, and their statistics by their paths in the block.
+    """
     section, prefix = work.config.quantize, states.path
     # Paths inside the block, as the block knows them.
     chosen = {path: layer for path, layer in linears(block, "").items() if f"{prefix}.{path}" in work.treatments}
@@ -239,14 +255,12 @@ def _compress(work: _Work, states: CalibrationPass, block: nn.Module) -> dict[st
     compressed = {**made, **{one.path: one for one in kept.values() if one is not None}}
     for path in chosen:
         put_matrix(block, path, compressed[f"{prefix}.{path}"].matrix)
-    return compressed
+    return compressed, statistics
 
 
 def _fit(work: _Work, states: CalibrationPass, block: nn.Module) -> float:
     """Fit the quantized layers of the block; the share of its held-out error that this removed."""
     settings = work.config.quantize.fitting
-    if not settings.epochs or states.measured == len(states.hidden) or not quantized_layers(block):
-        return 0.0
     data = BlockData(states.given, states.targets, states.dtype, states.device, per_token=settings.error == "per_token")
     training, held_out = torch.arange(states.fitted), torch.arange(states.measured, len(states.hidden))
     before, after = fit_block(block, data, training, held_out, settings, generator(work.config.seed, states.path))

@@ -11,8 +11,9 @@ from typing import Any
 from rich.table import Table
 
 from aqlm_cli.errors import ArtifactError
-from aqlm_cli.evaluation.page import RunFacts, page
+from aqlm_cli.evaluation.page import page
 from aqlm_cli.evaluation.passport import PACKAGES, versions_of
+from aqlm_cli.evaluation.sections import RunFacts
 from aqlm_cli.formatting import facts, readable_bytes
 from aqlm_cli.models import tensor_index
 from aqlm_cli.records import Record
@@ -91,6 +92,11 @@ def _facts_of(run: RunDirectory) -> RunFacts:
         made_from=_made_from(run, quantized),
         parts=parts,
         layers={path: one["relative_error"] for path, one in results["layers"].items()},
+        fitted={
+            path: one["fitted_relative_error"]
+            for path, one in results["layers"].items()
+            if "fitted_relative_error" in one
+        },
         blocks=results.get("blocks", {}),
         perplexities=[one for name, one in current.items() if name.startswith("eval-ppl-")],
         gate=current.get("eval-gate.json"),
