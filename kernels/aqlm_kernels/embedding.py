@@ -58,6 +58,14 @@ class CompressedEmbedding(nn.Module):
             embeddings = torch.where((ids == self.padding_idx)[..., None], embeddings.detach(), embeddings)
         return embeddings if self.scale == 1 else embeddings * torch.tensor(self.scale, dtype=self.dtype)
 
+    def __getattr__(self, name: str) -> Any:
+        if name == "weight":
+            raise AttributeError(
+                "a compressed embedding has no weight to look at or to train row by row; `.matrix().dequantize()` "
+                "gives its values, and adapters of linear layers learn beside it"
+            )
+        return super().__getattr__(name)
+
     def matrix(self) -> Any:
         """The matrix of the table with its present values."""
         return self.table.matrix()

@@ -21,6 +21,17 @@ model: Any = _model
 _dispatch_aqlm = model.dispatch_aqlm
 
 
+class QuantizedLoraLinear(AqlmLoraLinear):
+    """The adapter of peft for a layer of codes, into which it cannot be merged."""
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Raises NotImplementedError, as peft's own class does, with the way out."""
+        raise NotImplementedError(
+            "an adapter cannot be merged into the codes of a quantized layer; keep it beside the model, or merge it "
+            "into the dequantized model that `aqlm pack --format dense` writes"
+        )
+
+
 def dispatch(target: nn.Module, adapter_name: str, config: Any, **options: Any) -> nn.Module | None:
     """The adapter of a quantized layer; None for a layer of another kind."""
     layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
@@ -28,7 +39,7 @@ def dispatch(target: nn.Module, adapter_name: str, config: Any, **options: Any) 
     if isinstance(layer, QuantizedLayer) and hasattr(layer, "in_features"):  # which an embedding has not
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Unsupported layer type")
-            adapter = AqlmLoraLinear(target, adapter_name, config=config, **options)
+            adapter = QuantizedLoraLinear(target, adapter_name, config=config, **options)
     else:
         adapter = _dispatch_aqlm(target, adapter_name, config=config, **options)
     return adapter

@@ -13,7 +13,7 @@ from helpers.commands import run
 
 from aqlm_cli.cli.app import app
 from aqlm_cli.errors import DataError
-from aqlm_cli.pipeline import judging, order
+from aqlm_cli.pipeline import evaluations, order
 from aqlm_cli.spec.schemes import SCHEMES_BY_BITS
 from aqlm_kernels import KernelError
 
@@ -85,19 +85,19 @@ def test_a_malformed_flag_ends_with_status_2_and_says_which(arguments: list[str]
 
 @pytest.mark.parametrize("error", [DataError("no text;\nchoose another"), KernelError("no text; choose another")])
 def test_what_a_user_can_mend_is_one_line_and_status_1(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
-    monkeypatch.setattr(judging, "continue_text", fails_with(error))
+    monkeypatch.setattr(evaluations, "continue_text", fails_with(error))
     result = run("generate", "tiny", "--prompt", "Hello", "--json")
     assert (result.exit_code, result.stdout) == (1, "")
     assert result.stderr == "error: no text; choose another\n"
 
 
 def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(judging, "continue_text", fails_with(ZeroDivisionError()))
+    monkeypatch.setattr(evaluations, "continue_text", fails_with(ZeroDivisionError()))
     assert isinstance(run("generate", "tiny", "--prompt", "Hello").exception, ZeroDivisionError)
 
 
 def test_an_interrupt_ends_with_status_130_and_says_what_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(judging, "continue_text", fails_with(KeyboardInterrupt()))
+    monkeypatch.setattr(evaluations, "continue_text", fails_with(KeyboardInterrupt()))
     result = run("generate", "tiny", "--prompt", "Hello")
     assert result.exit_code == 130
     assert result.stderr.count("\n") == 1 and "kept" in result.stderr

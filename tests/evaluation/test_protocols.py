@@ -177,14 +177,14 @@ def test_words_and_bytes_are_counted_of_the_documents(model: Model, text: str, m
 def test_every_named_protocol_scores_each_token_as_often_as_it_says() -> None:
     tokens = list(range(100))
     seen = torch.zeros(101)
-    for window in protocols.sliding(tokens, 32, 8).windows:
-        seen[window.ids[window.first :]] += 1
+    for sequence in protocols.sliding(tokens, 32, 8).sequences:
+        seen[sequence.ids[sequence.first :]] += 1
     assert seen[1:100].tolist() == [1.0] * 99
     rolled = protocols.rolling([one + 1 for one in tokens], 0, 32, 0)
     seen = torch.zeros(101)
-    for window in rolled:
-        assert len(window.ids) <= 33
-        seen[window.ids[window.first :]] += 1
+    for sequence in rolled:
+        assert len(sequence.ids) <= 33
+        seen[sequence.ids[sequence.first :]] += 1
     assert seen.tolist() == [0.0] + [1.0] * 100
 
 

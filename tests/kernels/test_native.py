@@ -120,6 +120,19 @@ def test_lora_learns_on_it_is_saved_and_loaded(tmp_path: Path) -> None:
     assert all(torch.equal(before[path], after[path]) for path in before)
 
 
+def test_what_peft_cannot_do_on_codes_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    original = tiny_models.save("llama", tmp_path / "original", tie_word_embeddings=True)
+    native_files.save_native(original, tmp_path / "packed", {EMBEDDING: "int4g32"})
+    adapted = get_peft_model(load(tmp_path / "packed"), LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    with pytest.raises(NotImplementedError, match=r"cannot be merged into the codes.*aqlm pack --format dense"):
+        adapted.merge_and_unload()
+    embeddings = load(tmp_path / "packed").get_input_embeddings()
+    assert not hasattr(embeddings, "weight") and getattr(embeddings, "weight", 3) == 3
+    rows = LoraConfig(target_modules=["q_proj"], trainable_token_indices={"embed_tokens": [1, 2]})
+    with pytest.raises(AttributeError, match=r"compressed embedding has no weight.*dequantize"):
+        get_peft_model(load(tmp_path / "packed"), rows)
+
+
 def test_adapters_are_saved_alone_and_loaded_by_transformers_itself(tmp_path: Path) -> None:
     original = tiny_models.save("llama", tmp_path / "original")
     native_files.save_native(original, tmp_path / "packed")

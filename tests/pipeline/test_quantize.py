@@ -337,14 +337,17 @@ def test_the_errors_of_layers_after_fitting_are_those_of_what_is_stored(
     llama: Path, in_float32: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spy = Spy(monkeypatch)
-    run(settings(llama, fit={**FIT, "epochs": 4}))
+    keeping = [{"match": "k_proj", "keep": True}]  # which shares its inputs with layers that are quantized
+    run(settings(llama, layers=keeping, fit={**FIT, "epochs": 4}))
     original, stored = load_network(resolve(str(llama)), torch.float32), matrices()
     told = quantized().result("layers")
-    assert told.keys() == stored.keys()
+    assert told.keys() == stored.keys() and len(told) == 6 * len(find_blocks(original).paths)
     assert any(abs(one["fitted_relative_error"] / one["relative_error"] - 1) > 1e-4 for one in told.values())
     for index, block in enumerate(find_blocks(original).paths):
         for path, statistics in spy.statistics[index].items():
             name = f"{block}.{path}"
+            if path == "self_attn.k_proj":
+                continue
             weight, moment = original.get_parameter(f"{name}.weight").double(), statistics.second_moment.double()
             difference = stored[name].dequantize().double() - weight
             error = float((difference @ moment * difference).sum() / (weight @ moment * weight).sum())

@@ -8,17 +8,41 @@ import random
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import commands
+import yaml
+from helpers import commands, tiny_models
 
 from aqlm_cli.quantization import block_inputs
 
 STAGES = ("calibration", "quantized", "packed")
+
+KINDS: Mapping[str, tuple[str, Mapping[str, Any], tuple[str, ...]]] = {
+    "tables": (
+        "llama",
+        {"scheme": "2x4g8c8", "embeddings": "2x4g8+int4g32r8"},
+        ("calibration", "quantized", "packed"),
+    ),
+    "experts": ("mixtral", {"scheme": "2x4g8"}, ("calibration", "quantized", "packed")),
+    "target": (
+        "mixtral",
+        {
+            "target": {
+                "size": "150kB",
+                "among": ["1x4g8", "2x4g8", "2x4g8c8"],
+                "tables": ["2x4g8", "2x4g8+int4g32r8", "int4g32"],
+                "mixes": 2,
+                "sequences": 4,
+            }
+        },
+        ("calibration", "allocation", "quantized", "packed"),
+    ),
+}
+"""Family, changes of the settings of a quantization, and stages, of runs with more than linear layers in 16 bits."""
 
 DRIVER = """
 # Whole commands in children of one process that has imported all they need, and has no threads yet.
@@ -86,6 +110,18 @@ def driver(run_file: Path) -> Any:
     driver.close()
 
 
+@pytest.fixture
+def kind(request: pytest.FixtureRequest, driver: Driver) -> tuple[str, ...]:
+    """A tied model and a run file of KINDS in the working directory; its stages."""
+    family, changes, stages = KINDS[request.param]
+    shutil.rmtree("tiny")
+    tiny_models.save(family, Path("tiny"), tie_word_embeddings=True)
+    settings = yaml.safe_load(Path("run.yaml").read_text())
+    settings["quantize"] = {**settings["quantize"], **changes}
+    Path("run.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
+    return stages
+
+
 def uninterrupted(driver: Driver) -> dict[str, Any]:
     """What a command makes that nothing befalls; its writes are in `log`."""
     assert driver("first") == 0  # fills caches outside of the run
@@ -93,10 +129,10 @@ def uninterrupted(driver: Driver) -> dict[str, Any]:
     return commands.made("whole")
 
 
-def syncs_by_stage(log: Path) -> dict[str, list[int]]:
+def syncs_by_stage(log: Path, stages: Sequence[str] = STAGES) -> dict[str, list[int]]:
     """The numbers, from 1, of the writes in each stage."""
     calls = json.loads(log.read_text())
-    return {stage: [n for n, path in enumerate(calls, 1) if f"{stage}.partial" in path] for stage in STAGES}
+    return {stage: [n for n, path in enumerate(calls, 1) if f"{stage}.partial" in path] for stage in stages}
 
 
 @pytest.mark.slow
@@ -108,6 +144,31 @@ def test_a_killed_command_resumes_to_the_same_bytes(driver: Driver) -> None:
             assert driver(out, kill_at=number) == 9
             assert driver(out) == 0
             assert commands.made(out) == expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["target"], indirect=True)  # which has experts, a table and 8-bit codebooks, too
+def test_tables_experts_and_allocations_resume_to_the_same_bytes(driver: Driver, kind: tuple[str, ...]) -> None:
+    expected = uninterrupted(driver)
+    for stage, numbers in syncs_by_stage(Path("log"), kind).items():
+        number = numbers[2 * len(numbers) // 3]
+        out = f"{stage}-{number}"
+        assert driver(out, kill_at=number) == 9
+        assert driver(out) == 0
+        assert commands.made(out) == expected
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("kind", KINDS, indirect=True)
+def test_they_do_when_killed_at_every_write(driver: Driver, kind: tuple[str, ...]) -> None:
+    expected = uninterrupted(driver)
+    for stage, numbers in syncs_by_stage(Path("log"), kind).items():
+        for number in numbers:
+            out = f"{stage}-{number}"
+            assert driver(out, kill_at=number) == 9
+            assert driver(out) == 0
+            assert commands.made(out) == expected, out
+            shutil.rmtree(out)
 
 
 @pytest.mark.soak

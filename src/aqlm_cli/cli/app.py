@@ -260,14 +260,14 @@ def run(
     Example:
       aqlm run configs/smollm2-2bit.yaml
     """
-    from aqlm_cli.pipeline import judging, order
+    from aqlm_cli.pipeline import evaluations, order
 
     settings = build_config(None, file, {})
     with Screen(json, quiet, verbose) as screen:
         order.use_machine(settings)
         job, plan = order.prepare(order.make_job(settings, out, overwrite=overwrite, emit=screen.emit))
         screen.show(plan)
-        reports = judging.run_all(job)
+        reports = evaluations.run_all(job)
         screen.finish(reports, following=command_line("generate", job.directory, "--prompt", PROMPT))
 
 

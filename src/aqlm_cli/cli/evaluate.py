@@ -52,12 +52,12 @@ def eval_ppl(
     flags = dict(locals())
     if protocol is not None and (sequence_length is not None or bos is not None):
         raise UsageError("--protocol has a length and a beginning of its own; leave --sequence-length and --bos out")
-    from aqlm_cli.pipeline import judging, order
+    from aqlm_cli.pipeline import evaluations, order
 
     settings = order.settings_for(target, as_settings({**flags, "data": data and [data]}, EVAL_PPL))
     with Screen(json, quiet, verbose) as screen:
         order.use_machine(settings)
-        reports = judging.measure(target, settings, sequences, screen.emit)
+        reports = evaluations.measure(target, settings, sequences, screen.emit)
         screen.finish(reports, following=command_line("bench", target))
 
 
@@ -100,7 +100,7 @@ def evaluate(
       aqlm evaluate runs/SmolLM2-135M-Instruct-2bit --kind tasks --tasks questions.jsonl
     """
     flags = dict(locals())
-    from aqlm_cli.pipeline import judging, order
+    from aqlm_cli.pipeline import evaluations, order
 
     kinds = kind and _listed(kind)
     given = as_settings({**flags, "data": data and [data], "kinds": kinds}, EVALUATE)
@@ -111,7 +111,7 @@ def evaluate(
             if tasks and "tasks" not in settings.evaluate.kinds:
                 raise UsageError("--tasks has the questions of the kind tasks; add it to --kind")
             order.use_machine(settings)
-            found = judging.evaluate_model(target, settings, sequences, screen.emit)
+            found = evaluations.evaluate_model(target, settings, sequences, screen.emit)
             reports |= found if len(targets) == 1 else {f"{target}: {name}": one for name, one in found.items()}
         screen.finish(reports, following=command_line("bench", targets[0]))
     if any(getattr(report, "collapsed", False) for report in reports.values()):
@@ -188,13 +188,13 @@ def probe(
       aqlm probe smollm2-135m --noise gaussian,rademacher --strength 0.03,0.1 --data builtin
     """
     flags = dict(locals())
-    from aqlm_cli.pipeline import judging, order
+    from aqlm_cli.pipeline import evaluations, order
 
     lists = {name: flags[name] and _listed(flags[name]) for name in ("noise", "correlate", "strength", "clip")}
     settings = order.settings_for(target, as_settings({**flags, **lists}, PROBE))
     with Screen(json, quiet, verbose, md=md) as screen:
         order.use_machine(settings)
-        report = judging.probe_model(target, settings, screen.emit)
+        report = evaluations.probe_model(target, settings, screen.emit)
         screen.finish({"probe": report}, following=command_line("eval-ppl", target))
     if md:
         print(report.as_markdown())
@@ -241,16 +241,16 @@ def bench(
       aqlm bench --shape llama-3.2-1b --scheme 2x8g8
     """
     flags = dict(locals())
-    from aqlm_cli.pipeline import judging, order
+    from aqlm_cli.pipeline import evaluations, order
 
     settings = order.settings_to_bench(target, shape, as_settings(flags, BENCH))
     with Screen(json, quiet, verbose, md=md, csv=csv) as screen:
         order.use_machine(settings)
         if target is None:
-            report = judging.compare_speed_of_shape(str(shape), settings, screen.emit)
+            report = evaluations.compare_speed_of_shape(str(shape), settings, screen.emit)
             screen.finish({"bench": report}, following=command_line("quantize", "--bits", 2, "MODEL"))
         else:
-            report = judging.compare_speed(target, settings, screen.emit)
+            report = evaluations.compare_speed(target, settings, screen.emit)
             screen.finish({"bench": report}, following=command_line("generate", target, "--prompt", PROMPT))
     if md or csv:
         print(report.as_markdown() if md else report.as_csv())
@@ -281,10 +281,10 @@ def generate(
       aqlm generate runs/SmolLM2-135M-Instruct-2bit --prompt "The capital of France is"
     """
     flags = dict(locals())
-    from aqlm_cli.pipeline import judging, order
+    from aqlm_cli.pipeline import evaluations, order
 
     settings = order.settings_for(target, as_settings(flags, GENERATE))
     with Screen(json, quiet, verbose) as screen:
         order.use_machine(settings)
-        report = judging.continue_text(target, settings, prompt, tokens, temperature, screen.emit)
+        report = evaluations.continue_text(target, settings, prompt, tokens, temperature, screen.emit)
         screen.finish({"generate": report}, following=command_line("bench", target))

@@ -160,12 +160,14 @@ def attribute(
 
     every = {*layers, *tables}
     ids = _within_budget(ids, settings, len(units), lambda one: divergence(mixed(one), every), emit)
-    judge = mixed(ids)
-    whole = divergence(judge, every)
+    compared = mixed(ids)
+    whole = divergence(compared, every)
     emit(StageStarted(STAGE, len(units), settings.unit))
     effects: dict[str, float] = {}
     for number, (name, paths) in enumerate(units.items(), 1):
-        effects[name] = divergence(judge, paths) if settings.way == "in" else whole - divergence(judge, every - paths)
+        effects[name] = (
+            divergence(compared, paths) if settings.way == "in" else whole - divergence(compared, every - paths)
+        )
         emit(Advanced(STAGE, number, f"KL {effects[name]:.5f} of {name}"))
     blocks: dict[str, float] = defaultdict(float)
     for name, effect in effects.items():

@@ -29,7 +29,7 @@ from aqlm_cli.errors import UsageError
 from aqlm_cli.evaluation.attribution import AttributionSettings, attribute
 from aqlm_cli.evaluation.evaluation import Remember, compute_again, needed
 from aqlm_cli.evaluation.model import EvaluatedModel
-from aqlm_cli.evaluation.protocols import Window
+from aqlm_cli.evaluation.protocols import ScoredSequence
 from aqlm_cli.evaluation.repetition import common_start, distinct_share, longest_loop
 from aqlm_cli.evaluation.scoring import Reader, score
 from aqlm_cli.events import Advanced, Emit, StageStarted, Warned
@@ -151,7 +151,7 @@ class GateEvaluation:
             _sample(model, prompt, (of_base[number], own[number]), pair)
             for number, (prompt, pair) in enumerate(zip(limits.prompts or PROMPTS, surprises, strict=True))
         )
-        report = _judged(model.name, limits, samples)
+        report = _report_of(model.name, limits, samples)
         if not report.collapsed:
             return report
         block, divergence = _worst_block(model, base, prompts, of_base, emit)
@@ -196,14 +196,14 @@ def _surprises(
 ) -> list[tuple[float, ...]]:
     """Mean negative log likelihood by the base model of what each model wrote after each prompt."""
     network = base.network(torch.float32)
-    windows = [
-        Window(torch.tensor([*prompt, *texts[number]]), len(prompt), 1.0, number)
+    sequences = [
+        ScoredSequence(torch.tensor([*prompt, *texts[number]]), len(prompt), 1.0, number)
         for texts in written
         for number, prompt in enumerate(prompts)
     ]
     with torch.inference_mode():
         reader = Reader(network)
-    found = [float(one.losses[0].mean()) for one in score([reader], windows, next(network.parameters()).device)]
+    found = [float(one.losses[0].mean()) for one in score([reader], sequences, next(network.parameters()).device)]
     return list(
         zip(*(found[start : start + len(prompts)] for start in range(0, len(found), len(prompts))), strict=True)
     )
@@ -227,7 +227,7 @@ def _sample(
     return Sample(prompt, common_start(*written), base, own)
 
 
-def _judged(name: str, limits: GateConfig, samples: Sequence[Sample]) -> GateReport:
+def _report_of(name: str, limits: GateConfig, samples: Sequence[Sample]) -> GateReport:
     def mean(values: Sequence[float]) -> float:
         return sum(values) / len(values)
 

@@ -43,14 +43,14 @@ class Passport:
 def passport_of(protocol: str, cut: Cut, model: EvaluatedModel, dtype: str, formats: str = "") -> Passport:
     """The passport of a figure of this model on this cut."""
     digest = hashlib.sha256()
-    for window in cut.windows:
-        digest.update(f"{window.first} of {len(window.ids)};".encode() + _bytes(window.ids))
+    for sequence in cut.sequences:
+        digest.update(f"{sequence.first} of {len(sequence.ids)};".encode() + _bytes(sequence.ids))
     return Passport(
         protocol=protocol,
         text=digest.hexdigest()[:16],
         tokenizer=tokenizer_digest(model.tokenizer()),
         model=model.identity,
-        sequences=len(cut.windows),
+        sequences=len(cut.sequences),
         scored=cut.scored,
         dtype=dtype,
         versions=versions_of(*PACKAGES),

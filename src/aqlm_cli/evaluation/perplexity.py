@@ -207,23 +207,23 @@ def _measure(
     stage = f"eval-ppl {model.short_name}" + (" beside its base" if len(models) > 1 else "")
     networks = [one.network(DTYPES[dtype]) for one in models]
     device = next(networks[-1].parameters()).device
-    emit(StageStarted(stage, len(cut.windows), "window"))
+    emit(StageStarted(stage, len(cut.sequences), "sequence"))
     losses = [torch.zeros(cut.units, dtype=torch.float64) for _ in models]
     scores: list[Scored] = []
     counted = 0.0
-    with applied(networks[-1], formats, cut.windows[0].ids.to(device), emit):
+    with applied(networks[-1], formats, cut.sequences[0].ids.to(device), emit):
         with torch.inference_mode():
             readers = [Reader(network) for network in networks]
-        found = score(readers, cut.windows, device)
-        for number, (window, scored) in enumerate(zip(cut.windows, found, strict=True), 1):
+        found = score(readers, cut.sequences, device)
+        for number, (sequence, scored) in enumerate(zip(cut.sequences, found, strict=True), 1):
             for one, total, loss in zip(models, losses, scored.losses, strict=True):
                 if not bool(loss.isfinite().all()):
                     raise ModelError(
                         f"{one.name}: the loss on sequence {number - 1} is not finite in {dtype}; the weights hold "
                         f"NaN, or activations overflow: try --dtype float32"
                     )
-                total[window.unit] += window.weight * loss.mean()
-            counted += window.weight
+                total[sequence.unit] += sequence.weight * loss.mean()
+            counted += sequence.weight
             scores.append(scored)
             emit(Advanced(stage, number, f"perplexity {math.exp(losses[-1].sum() / counted):.2f}"))
     return losses, scores
@@ -255,5 +255,5 @@ def cut_for(model: EvaluatedModel, settings: PerplexitySettings, emit: Emit) -> 
     cut = protocol.cut(data, tokenizer, emit).first(settings.sequences)
     if cut.units < 2:
         raise DataError(f"one sequence of {data} gives no standard error; lower --sequence-length or raise --sequences")
-    model.refuse_tokens(torch.cat([window.ids for window in cut.windows]))
+    model.refuse_tokens(torch.cat([sequence.ids for sequence in cut.sequences]))
     return protocol.name + ("-bos" if opening else ""), cut, bool(opening)

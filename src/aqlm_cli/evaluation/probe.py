@@ -167,7 +167,7 @@ def _measure(
     model: EvaluatedModel, cut: Cut, settings: ProbeSettings, perturbations: Sequence[Perturbation], emit: Emit
 ) -> tuple[Perplexity, tuple[ProbeRow, ...], int]:
     """The unperturbed perplexity, a row for each perturbation, and the number of matrices that are perturbed."""
-    stage, count = f"probe {model.short_name}", len(cut.windows)
+    stage, count = f"probe {model.short_name}", len(cut.sequences)
     dtype = DTYPES[settings.section.dtype]
     network = model.network(dtype)
     probed = Perturbed(network, dtype)
@@ -178,15 +178,15 @@ def _measure(
         reader = Reader(network)
     unperturbed = KeptReader(reader)
     emit(StageStarted(stage, (1 + len(perturbations)) * count, "sequence"))
-    for done, window in enumerate(cut.windows, 1):
-        unperturbed.keep(window.ids.to(device))
+    for done, sequence in enumerate(cut.sequences, 1):
+        unperturbed.keep(sequence.ids.to(device))
         emit(Advanced(stage, done, "unperturbed"))
     figures = None
     rows: list[ProbeRow] = []
     for number, perturbation in enumerate(perturbations, 1):
         change = probed.change(partial(perturbation.perturbed, seed=settings.seed))
         scores: list[Scored] = []
-        for scored in score([unperturbed, reader], cut.windows, device):
+        for scored in score([unperturbed, reader], cut.sequences, device):
             scores.append(scored)
             emit(Advanced(stage, number * count + len(scores), _name(perturbation)))
         figures, row = _row(perturbation, change, scores, cut, model.name)
@@ -200,9 +200,9 @@ def _row(
 ) -> tuple[Perplexity, ProbeRow]:
     """The unperturbed perplexity, and what it becomes."""
     losses = torch.zeros(2, cut.units, dtype=torch.float64)
-    for window, scored in zip(cut.windows, scores, strict=True):
+    for sequence, scored in zip(cut.sequences, scores, strict=True):
         for total, loss in zip(losses, scored.losses, strict=True):
-            total[window.unit] += window.weight * loss.mean()
+            total[sequence.unit] += sequence.weight * loss.mean()
     for name, total in zip(("unperturbed", _name(perturbation)), losses, strict=True):
         if not bool(total.isfinite().all()):
             raise ModelError(f"{model}: the loss is not finite ({name}); try --dtype float32, or less noise")

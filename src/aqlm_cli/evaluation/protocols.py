@@ -44,7 +44,7 @@ TOKEN, WORD, BYTE = "token", "word", "byte"
 
 
 @dataclass(frozen=True, eq=False)
-class Window:
+class ScoredSequence:
     """Tokens read together: those from `first` on are scored. Its mean loss counts `weight` times."""
 
     ids: Tensor  # [L]
@@ -57,27 +57,27 @@ class Window:
 class Cut:
     """The sequences of a text, in order of their units; `counts` are the tokens, words or bytes of each unit."""
 
-    windows: tuple[Window, ...]
+    sequences: tuple[ScoredSequence, ...]
     counts: Mapping[str, Tensor]  # [units] float64 each
 
     @property
     def scored(self) -> int:
         """Tokens that are scored."""
-        return sum(len(window.ids) - window.first for window in self.windows)
+        return sum(len(sequence.ids) - sequence.first for sequence in self.sequences)
 
     @property
     def units(self) -> int:
-        return self.windows[-1].unit + 1
+        return self.sequences[-1].unit + 1
 
     @property
     def longest(self) -> int:
-        return max(len(window.ids) for window in self.windows)
+        return max(len(sequence.ids) for sequence in self.sequences)
 
     def first(self, units: int | None) -> Cut:
         """The first units alone; None: all."""
         if units is None or units >= self.units:
             return self
-        kept = tuple(window for window in self.windows if window.unit < units)
+        kept = tuple(sequence for sequence in self.sequences if sequence.unit < units)
         return Cut(kept, {name: count[:units] for name, count in self.counts.items()})
 
 
@@ -96,39 +96,39 @@ class Protocol:
 
 def rows(ids: Tensor, first: int) -> Cut:  # ids [n, L]
     """Sequences of one length, each a unit, scored from token `first` on."""
-    return _by_tokens([Window(row, first, len(row) - first, unit) for unit, row in enumerate(ids)])
+    return _by_tokens([ScoredSequence(row, first, len(row) - first, unit) for unit, row in enumerate(ids)])
 
 
 def sliding(tokens: Sequence[int], length: int, stride: int) -> Cut:
     """Sequences that start every `stride` tokens; each scores what comes after the one before it."""
-    windows: list[Window] = []
+    sequences: list[ScoredSequence] = []
     ids, scored = torch.tensor(tokens, dtype=torch.int64), 0
     for start in range(0, len(tokens), stride):
         end = min(start + length, len(tokens))
         own = end - scored  # with the first token of the text, which nothing is known of
-        window = ids[start:end]
-        windows.append(Window(window, max(1, len(window) - own), own - 1, len(windows)))
+        sequence = ids[start:end]
+        sequences.append(ScoredSequence(sequence, max(1, len(sequence) - own), own - 1, len(sequences)))
         scored = end
         if end == len(tokens):
             break
-    return _by_tokens([window for window in windows if window.weight > 0])
+    return _by_tokens([sequence for sequence in sequences if sequence.weight > 0])
 
 
-def rolling(tokens: Sequence[int], before: int, length: int, unit: int) -> list[Window]:
+def rolling(tokens: Sequence[int], before: int, length: int, unit: int) -> list[ScoredSequence]:
     """Sequences of a document in which every token is scored, the first given the token `before`."""
     ids, scored = torch.tensor([before, *tokens], dtype=torch.int64), 1
-    windows: list[Window] = []
+    sequences: list[ScoredSequence] = []
     while scored < len(ids):
         end = min(scored + length, len(ids))
         start = max(0, end - length - 1)
-        windows.append(Window(ids[start:end], scored - start, end - scored, unit))
+        sequences.append(ScoredSequence(ids[start:end], scored - start, end - scored, unit))
         scored = end
-    return windows
+    return sequences
 
 
-def _by_tokens(windows: Sequence[Window]) -> Cut:
-    weights = torch.tensor([window.weight for window in windows], dtype=torch.float64)
-    return Cut(tuple(windows), {TOKEN: weights})
+def _by_tokens(sequences: Sequence[ScoredSequence]) -> Cut:
+    weights = torch.tensor([sequence.weight for sequence in sequences], dtype=torch.float64)
+    return Cut(tuple(sequences), {TOKEN: weights})
 
 
 # ------------------------------------------------------------------------------------------------------- the protocols
@@ -168,7 +168,7 @@ def strided(length: int, stride: int) -> Protocol:
     def cut(data: str, tokenizer: TextTokenizer, emit: Emit) -> Cut:
         tokens = evaluation_tokens(documents(data, "evaluation", emit=emit), tokenizer, special=True)
         found = sliding(tokens, length, stride)
-        _refuse_none(found.windows, data, len(tokens), length)
+        _refuse_none(found.sequences, data, len(tokens), length)
         return found
 
     return Protocol(f"strided-{length}/{stride}", length, cut)
@@ -182,13 +182,13 @@ def word(length: int) -> Protocol:
         if before is None:
             raise DataError("the model's tokenizer has neither BOS nor end-of-text token; choose another protocol")
         texts = [text for text in map(_plain, documents(data, "evaluation", emit=emit)) if text.strip()]
-        windows: list[Window] = []
+        sequences: list[ScoredSequence] = []
         for unit, text in enumerate(texts):
-            windows += rolling(tokenizer.encode(text, add_special_tokens=False), before, length, unit)
+            sequences += rolling(tokenizer.encode(text, add_special_tokens=False), before, length, unit)
         words = [len(re.split(r"\s+", text)) for text in texts]
         sizes = [len(text.encode()) for text in texts]
         counts = {WORD: words, BYTE: sizes}
-        return Cut(tuple(windows), {name: torch.tensor(count, dtype=torch.float64) for name, count in counts.items()})
+        return Cut(tuple(sequences), {name: torch.tensor(count, dtype=torch.float64) for name, count in counts.items()})
 
     return Protocol("word", length, cut, WORD)
 
@@ -199,8 +199,8 @@ def _plain(text: Document) -> str:
     return text
 
 
-def _refuse_none(windows: Sequence[object] | Tensor, data: str, tokens: int, length: int) -> None:
-    if not len(windows):
+def _refuse_none(sequences: Sequence[object] | Tensor, data: str, tokens: int, length: int) -> None:
+    if not len(sequences):
         raise DataError(f"{data} has {tokens} tokens, fewer than one sequence of {length}; choose another protocol")
 
 

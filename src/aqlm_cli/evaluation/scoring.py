@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from aqlm_cli.errors import ModelError
-from aqlm_cli.evaluation.protocols import Window
+from aqlm_cli.evaluation.protocols import ScoredSequence
 from aqlm_cli.models import halves_of
 
 ROWS_PER_CHUNK = 128
@@ -84,13 +84,13 @@ def _key(ids: Tensor) -> bytes:
 
 
 @torch.inference_mode()
-def score(readers: Sequence[Reader], windows: Sequence[Window], device: torch.device) -> Iterator[Scored]:
+def score(readers: Sequence[Reader], sequences: Sequence[ScoredSequence], device: torch.device) -> Iterator[Scored]:
     """The scores of one sequence after the other, by one model or by two."""
-    for window in windows:
-        ids = window.ids.to(device)
+    for sequence in sequences:
+        ids = sequence.ids.to(device)
         parts = []
-        following = ids[window.first :].split(ROWS_PER_CHUNK)
-        for tokens, *logits in zip(following, *(reader.chunks(ids, window.first) for reader in readers), strict=True):
+        following = ids[sequence.first :].split(ROWS_PER_CHUNK)
+        for tokens, *logits in zip(following, *(reader.chunks(ids, sequence.first) for reader in readers), strict=True):
             parts.append(_scored([log_probabilities(one) for one in logits], tokens))
         yield _joined(parts)
 

@@ -22,7 +22,7 @@ from aqlm_cli.evaluation import PerplexityReport
 from aqlm_cli.evaluation.comparison import ComparisonReport, Row, compared, draw, figure_of
 from aqlm_cli.events import Advanced, Emit, Noted, StageStarted
 from aqlm_cli.formatting import plain
-from aqlm_cli.pipeline import judging, order
+from aqlm_cli.pipeline import evaluations, order
 from aqlm_cli.pipeline.job import Job, make_job
 from aqlm_cli.pipeline.stage_reports import QuantizeReport
 from aqlm_cli.runs.directory import find_artifact, read_run
@@ -111,8 +111,8 @@ def _row(cell: Cell, job: Job) -> Row:
     if kept.get("facts") == facts:
         job.emit(Noted(f"{job.directory} is evaluated already"))
         return Row.from_json(kept["row"])
-    judged = judging.evaluate_model(str(job.directory), job.config, None, job.emit, job.model)
-    measured = [judged[text] for text in job.config.eval_ppl.data]
+    reports = evaluations.evaluate_model(str(job.directory), job.config, None, job.emit, job.model)
+    measured = [reports[text] for text in job.config.eval_ppl.data]
     figures = tuple(figure_of(one) for one in measured if isinstance(one, PerplexityReport))
     row = Row(
         name=cell.name,

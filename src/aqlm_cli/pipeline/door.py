@@ -24,7 +24,7 @@ from aqlm_cli.evaluation import PerplexityReport
 from aqlm_cli.events import Emit, silent
 from aqlm_cli.models import Network, load_network, load_tokenizer, resolve
 from aqlm_cli.models.hidden_states import compute_dtype
-from aqlm_cli.pipeline import judging, order
+from aqlm_cli.pipeline import evaluations, order
 from aqlm_cli.records import Record
 from aqlm_cli.runs.directory import read_run
 from aqlm_cli.spec import flags as tables
@@ -76,7 +76,7 @@ class Run:
         )
         section = settings.eval_ppl.model_copy(update={"data": settings.eval_ppl.data[:1]})
         order.use_machine(settings)
-        reports = judging.measure(
+        reports = evaluations.measure(
             str(self.path), settings.model_copy(update={"eval_ppl": section}), sequences, emit or silent
         )
         (report,) = reports.values()

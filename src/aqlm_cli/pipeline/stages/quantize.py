@@ -255,7 +255,7 @@ def _compress(
     compressed = {**made, **{one.path: one for one in kept.values() if one is not None}}
     for path in chosen:
         put_matrix(block, path, compressed[f"{prefix}.{path}"].matrix)
-    return compressed, statistics
+    return compressed, {path: statistics[path] for path in chosen}  # and not of a layer that shares inputs with one
 
 
 def _fit(work: _Work, states: CalibrationPass, block: nn.Module) -> float:
