@@ -139,7 +139,8 @@ def syncs_by_stage(log: Path, stages: Sequence[str] = STAGES) -> dict[str, list[
 def test_a_killed_command_resumes_to_the_same_bytes(driver: Driver) -> None:
     expected = uninterrupted(driver)
     for stage, numbers in syncs_by_stage(Path("log")).items():
-        for number in (numbers[0], numbers[len(numbers) // 2], numbers[-1]):
+        moments = (0, len(numbers) // 2, -1) if stage == "quantized" else (len(numbers) // 2,)
+        for number in (numbers[moment] for moment in moments):
             out = f"{stage}-{number}"
             assert driver(out, kill_at=number) == 9
             assert driver(out) == 0

@@ -6,6 +6,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 import yaml
 from hypothesis import given
@@ -168,6 +169,7 @@ def settings(draw: st.DrawFn) -> dict[str, Any]:
     return merge(drawn, limits, {"quantize": {"method": method, "scheme": scheme}, "finetune": budget})
 
 
+@hypothesis.settings(max_examples=40)
 @given(settings())
 def test_any_run_comes_back_from_its_file(tmp_path: Path, drawn: dict[str, Any]) -> None:
     config = RunConfig.model_validate(drawn)
