@@ -243,3 +243,19 @@ def test_doctor_names_every_backend_with_its_reason() -> None:
     found = json.loads(run("doctor", "--json").stdout)
     assert {row["name"] for row in found["backends"]} >= {"cpu-lut", "reference"}
     assert any(row["refusal"] for row in found["backends"]) and found["versions"]["torch"]
+
+
+@pytest.mark.parametrize("command", ["eval-ppl", "evaluate"])
+@pytest.mark.parametrize("other", [("--sequence-length", "64"), ("--no-bos",)])
+def test_a_protocol_beside_a_length_or_a_beginning_is_refused(command: str, other: tuple[str, ...]) -> None:
+    refused = run(command, "model", "--protocol", "llamacpp-512", *other)
+    assert refused.exit_code == 2
+    assert "leave --sequence-length and --bos out" in refused.stderr
+
+
+def test_evaluate_computes_in_the_type_and_at_the_length_that_it_is_given(run_file: Path) -> None:
+    given = "--sequence-length", "16", "--dtype", "bfloat16", "--no-bos", "--data", "notes.txt"
+    shown = run("evaluate", "tiny", "--kind", "ppl", "--json", *given)
+    assert shown.exit_code == 0, shown.output
+    told = json.loads(shown.stdout)
+    assert (told["sequence_length"], told["dtype"], told["bos"]) == (16, "bfloat16", False)

@@ -20,9 +20,7 @@ def eval_ppl(
     data: Annotated[str | None, typer.Option(help="Text: wikitext2, c4, builtin or a file.")] = None,
     sequence_length: options.SequenceLength = None,
     bos: options.Bos = None,
-    protocol: Annotated[
-        str | None, typer.Option(help="Protocol, such as llamacpp-512, in place of length and BOS.")
-    ] = None,
+    protocol: options.Protocol = None,
     divergence: Annotated[
         bool | None, typer.Option("--divergence/--no-divergence", help="Divergence from the base model (default: on).")
     ] = None,
@@ -30,7 +28,7 @@ def eval_ppl(
     cache: options.Cache = None,
     sort_keys: options.SortKeys = None,
     sequences: Annotated[int | None, typer.Option(min=2, help="Number of sequences (default: all).")] = None,
-    dtype: Annotated[str | None, typer.Option(help="Compute type: float32, bfloat16 or float16.")] = None,
+    dtype: options.Dtype = None,
     revision: options.Revision = None,
     trust_remote_code: options.RemoteCode = None,
     device: options.Device = None,
@@ -50,8 +48,7 @@ def eval_ppl(
       aqlm eval-ppl runs/SmolLM2-135M-Instruct-2bit --data wikitext2 --sequence-length 2048
     """
     flags = dict(locals())
-    if protocol is not None and (sequence_length is not None or bos is not None):
-        raise UsageError("--protocol has a length and a beginning of its own; leave --sequence-length and --bos out")
+    _refuse_both(protocol, sequence_length, bos)
     from aqlm_cli.pipeline import evaluations, order
 
     settings = order.settings_for(target, as_settings({**flags, "data": data and [data]}, EVAL_PPL))
@@ -65,7 +62,10 @@ def evaluate(
     targets: Annotated[list[str], typer.Argument(metavar="TARGET...", help="Run directories or models.")],
     kind: Annotated[str | None, typer.Option(help="Kinds of evaluation, such as ppl,gate (default: ppl).")] = None,
     data: Annotated[str | None, typer.Option(help="Text: wikitext2, c4, builtin or a file.")] = None,
-    protocol: Annotated[str | None, typer.Option(help="Protocol of perplexity, such as llamacpp-512.")] = None,
+    sequence_length: options.SequenceLength = None,
+    bos: options.Bos = None,
+    dtype: options.Dtype = None,
+    protocol: options.Protocol = None,
     activations: options.Activations = None,
     cache: options.Cache = None,
     sort_keys: options.SortKeys = None,
@@ -100,6 +100,7 @@ def evaluate(
       aqlm evaluate runs/SmolLM2-135M-Instruct-2bit --kind tasks --tasks questions.jsonl
     """
     flags = dict(locals())
+    _refuse_both(protocol, sequence_length, bos)
     from aqlm_cli.pipeline import evaluations, order
 
     kinds = kind and _listed(kind)
@@ -167,7 +168,7 @@ def probe(
     sequences: Annotated[int | None, typer.Option(min=2, help="Number of sequences (default: 8).")] = None,
     sequence_length: options.SequenceLength = None,
     bos: options.Bos = None,
-    dtype: Annotated[str | None, typer.Option(help="Compute type: float32, bfloat16 or float16.")] = None,
+    dtype: options.Dtype = None,
     seed: options.Seed = None,
     revision: options.Revision = None,
     trust_remote_code: options.RemoteCode = None,
@@ -288,3 +289,8 @@ def generate(
         order.use_machine(settings)
         report = evaluations.continue_text(target, settings, prompt, tokens, temperature, screen.emit)
         screen.finish({"generate": report}, following=command_line("bench", target))
+
+
+def _refuse_both(protocol: str | None, sequence_length: int | None, bos: bool | None) -> None:
+    if protocol is not None and (sequence_length is not None or bos is not None):
+        raise UsageError("--protocol has a length and a beginning of its own; leave --sequence-length and --bos out")

@@ -104,6 +104,8 @@ CalibrationData = Annotated[
     str | None, typer.Option(help="Calibration text: c4, wikitext2, redpajama, builtin or files; c4:96,notes.txt:32.")
 ]
 Sequences = Annotated[int | None, typer.Option(help="Number of sequences, where --data gives no counts.")]
+Dtype = Annotated[str | None, typer.Option(help="Compute type: float32, bfloat16 or float16.")]
+Protocol = Annotated[str | None, typer.Option(help="Protocol, such as llamacpp-512, in place of length and BOS.")]
 SequenceLength = Annotated[int | None, typer.Option(help="Tokens per sequence.")]
 Bos = Annotated[
     bool | None,
