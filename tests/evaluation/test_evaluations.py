@@ -31,7 +31,7 @@ from aqlm_cli.evaluation import (
 from aqlm_cli.events import silent
 from aqlm_cli.models import resolve
 from aqlm_cli.models.blocks import find_blocks, linears, replace_module
-from aqlm_cli.spec.config import BenchConfig, GateConfig
+from aqlm_cli.spec.evaluate import BenchConfig, GateConfig
 from aqlm_cli.spec.probe import ProbeConfig
 from aqlm_kernels import AdditiveLinear, AdditiveMatrix
 

@@ -18,7 +18,7 @@ from aqlm_cli.evaluation import EVALUATIONS, AttributionSettings, GateSettings, 
 from aqlm_cli.evaluation.repetition import common_start, distinct_share, longest_loop
 from aqlm_cli.events import silent
 from aqlm_cli.models.blocks import find_blocks, linears, replace_module
-from aqlm_cli.spec.config import GateConfig
+from aqlm_cli.spec.evaluate import GateConfig
 from aqlm_kernels import AdditiveLinear, AdditiveMatrix
 
 PROMPTS = ("One two three", "A line of text", "x = ")

@@ -19,7 +19,7 @@ from aqlm_cli.errors import DataError, ModelError, UsageError
 from aqlm_cli.evaluation import LoadedModel, PerplexityReport, PerplexitySettings, protocols
 from aqlm_cli.evaluation.perplexity import PerplexityEvaluation
 from aqlm_cli.events import silent
-from aqlm_cli.spec.config import ProtocolName
+from aqlm_cli.spec.evaluate import ProtocolName
 
 DOCUMENTS = [
     "One line of text with a few words.\n",

@@ -24,7 +24,7 @@ from aqlm_cli.models.decoding import narrowest
 from aqlm_cli.pipeline.stages.evaluate import evaluate
 from aqlm_cli.runs.directory import RunDirectory, open_run
 from aqlm_cli.runs.stages import PACK, StageKey
-from aqlm_cli.spec.config import BenchConfig
+from aqlm_cli.spec.evaluate import BenchConfig
 from aqlm_cli.spec.run_file import build_config
 from aqlm_cli.spec.schemes import AdditiveScheme, parse_scheme
 from aqlm_kernels import AdditiveLinear, KernelError, read_bandwidth

@@ -20,7 +20,7 @@ from aqlm_cli.errors import ModelError
 from aqlm_cli.evaluation import EVALUATIONS, SpeedSettings, StoredModel
 from aqlm_cli.models import load_network, open_decoding, resolve
 from aqlm_cli.pipeline.job import make_job
-from aqlm_cli.spec.config import BenchConfig
+from aqlm_cli.spec.evaluate import BenchConfig
 from aqlm_cli.spec.run_file import build_config
 
 HEAD, EMBEDDINGS = "lm_head.weight", "model.embed_tokens.weight"

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from aqlm_cli.errors import QuantizationError
 from aqlm_cli.models.walk import BlockInput
 from aqlm_cli.quantization.training.block import BlockData, fit_block, round_block, round_to_16_bits, tuned_parameters
-from aqlm_cli.spec.config import FitConfig
+from aqlm_cli.spec.quantize import FitConfig
 from aqlm_kernels import AdditiveLinear, AdditiveMatrix
 
 WINDOWS, LENGTH, WIDTH = 24, 10, 16

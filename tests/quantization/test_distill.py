@@ -20,7 +20,7 @@ from aqlm_cli.quantization.training.distill import (
     train,
 )
 from aqlm_cli.quantization.training.distributed import World
-from aqlm_cli.spec.config import FinetuneConfig
+from aqlm_cli.spec.finetune import FinetuneConfig
 
 CPU = torch.device("cpu")
 VOCABULARY, WIDTH = 50, 16

@@ -11,7 +11,7 @@ from aqlm_cli.quantization.training.distill import Distillation, Training, begin
 from aqlm_cli.quantization.training.distributed import World
 from aqlm_cli.quantization.training.optimizers import Adam, trust_ratio
 from aqlm_cli.quantization.training.pv import CodeSteps
-from aqlm_cli.spec.config import CodesConfig, FinetuneConfig
+from aqlm_cli.spec.finetune import CodesConfig, FinetuneConfig
 from aqlm_kernels import AdditiveLinear, AdditiveMatrix
 
 OUT, IN, GROUP = 12, 32, 8

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from aqlm_cli.errors import AqlmError, ConfigError, UsageError
-from aqlm_cli.spec.config import QuantizeConfig, RunConfig
+from aqlm_cli.spec.config import RunConfig
 from aqlm_cli.spec.methods import METHODS
 from aqlm_cli.spec.methods.aqlm import AqlmSettings
+from aqlm_cli.spec.quantize import QuantizeConfig
 from aqlm_cli.spec.run_file import (
     FINETUNE_PRESETS,
     PRESETS,

@@ -9,9 +9,9 @@ import pytest
 
 from aqlm_cli.errors import AqlmError, PlanError, UsageError
 from aqlm_cli.spec import selection
-from aqlm_cli.spec.config import QuantizeConfig, parse_rule
 from aqlm_cli.spec.flags import QUANTIZE, as_settings
 from aqlm_cli.spec.plan import Layer, Plan, make_plan
+from aqlm_cli.spec.quantize import QuantizeConfig, parse_rule
 from aqlm_cli.spec.run_file import build_config
 from aqlm_cli.spec.treatment import Treatment, parse_treatment
 

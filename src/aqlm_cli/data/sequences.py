@@ -28,7 +28,8 @@ from aqlm_cli.data.sources import documents
 from aqlm_cli.data.spec import SELF, share_sequences
 from aqlm_cli.errors import DataError
 from aqlm_cli.events import Emit, Noted, silent
-from aqlm_cli.spec.config import CalibrateConfig, FinetuneConfig
+from aqlm_cli.spec.config import CalibrateConfig
+from aqlm_cli.spec.finetune import FinetuneConfig
 
 # Far above the 3 to 5 of English text, so that a shuffle has a choice and there are enough tokens.
 CHARACTERS_PER_TOKEN = 10

@@ -19,7 +19,7 @@ from aqlm_cli.events import Emit, Noted
 from aqlm_cli.models import Decoding, decoding_of
 from aqlm_cli.models.blocks import count_parameters, replace_module
 from aqlm_cli.models.random_models import empty_network, random_network, random_packed_network
-from aqlm_cli.spec.config import BenchConfig
+from aqlm_cli.spec.evaluate import BenchConfig
 from aqlm_cli.spec.schemes import Scheme
 from aqlm_kernels import AdditiveLinear, CompressedEmbedding, CompressedLinear, KernelError, QuantizedLayer
 

@@ -35,7 +35,7 @@ from aqlm_cli.evaluation.scoring import Reader, score
 from aqlm_cli.events import Advanced, Emit, StageStarted, Warned
 from aqlm_cli.formatting import facts
 from aqlm_cli.records import Record
-from aqlm_cli.spec.config import GateConfig
+from aqlm_cli.spec.evaluate import GateConfig
 
 PROMPTS = (
     "The capital of France is",

@@ -19,7 +19,7 @@ from aqlm_cli.evaluation.model import EvaluatedModel
 from aqlm_cli.events import Emit
 from aqlm_cli.formatting import facts
 from aqlm_cli.records import Record
-from aqlm_cli.spec.config import Head
+from aqlm_cli.spec.evaluate import Head
 
 
 @dataclass(frozen=True)

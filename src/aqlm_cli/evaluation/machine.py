@@ -25,8 +25,8 @@ from aqlm_cli.quantization.parallel import Task, compress_all
 from aqlm_cli.quantization.solvers.hessian import LayerStatistics, SecondMoment
 from aqlm_cli.quantization.training.block import BlockData, fit_block
 from aqlm_cli.runs.files import digest_file, load_tensors, save_tensors
-from aqlm_cli.spec.config import QuantizeConfig
 from aqlm_cli.spec.cost import ModelShape, Work
+from aqlm_cli.spec.quantize import QuantizeConfig
 from aqlm_cli.spec.schemes import Scheme, StoredTensor, parse_scheme
 from aqlm_cli.spec.time_estimate import Rates
 from aqlm_kernels import MATRIX_KINDS, quantized_layers

@@ -16,7 +16,7 @@ from aqlm_cli.models import Decoding, ModelSource
 from aqlm_cli.models.positions import stated_length
 from aqlm_cli.models.tokenizer import Tokenizer
 from aqlm_cli.quantization.student import names_in_files
-from aqlm_cli.spec.config import Head
+from aqlm_cli.spec.evaluate import Head
 from aqlm_kernels import quantized_layers
 
 

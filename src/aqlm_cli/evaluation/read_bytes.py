@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from aqlm_cli.spec.config import Head
+from aqlm_cli.spec.evaluate import Head
 from aqlm_kernels import CompressedEmbedding, QuantizedLayer
 
 ATTENTION, MLP, NORMS, ROW, HEAD, OTHER = "attention", "mlp", "norms", "embedding_row", "head", "other"

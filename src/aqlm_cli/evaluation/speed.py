@@ -30,7 +30,7 @@ from aqlm_cli.evaluation.speed_report import BenchReport, BenchRow, MatmulRow
 from aqlm_cli.evaluation.timing import Candidate, Speed, interleave
 from aqlm_cli.events import Emit
 from aqlm_cli.models.random_models import empty_network
-from aqlm_cli.spec.config import BenchConfig
+from aqlm_cli.spec.evaluate import BenchConfig
 from aqlm_cli.spec.schemes import Scheme
 from aqlm_kernels import AdditiveLinear, CompressedLinear, read_bandwidth
 

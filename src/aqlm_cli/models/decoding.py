@@ -22,7 +22,7 @@ from aqlm_cli.models.quantization import is_native, is_quantized
 from aqlm_cli.models.source import ModelSource, model_config, tensor_index
 from aqlm_cli.models.stepping import Stepping
 from aqlm_cli.runs.files import load_tensors
-from aqlm_cli.spec.config import Head
+from aqlm_cli.spec.evaluate import Head
 from aqlm_kernels import (
     AdditiveLinear,
     ByteRows,

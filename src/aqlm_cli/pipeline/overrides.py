@@ -9,7 +9,8 @@ from typing import Any
 from aqlm_cli.errors import ArtifactError, UsageError
 from aqlm_cli.models import ModelSource, refuse_longer_than_stated, refuse_too_long
 from aqlm_cli.runs.directory import is_run, read_run
-from aqlm_cli.spec.config import QuantizeConfig, RunConfig
+from aqlm_cli.spec.config import RunConfig
+from aqlm_cli.spec.quantize import QuantizeConfig
 from aqlm_cli.spec.run_file import build_config
 from aqlm_cli.spec.schemes import SCHEMES_BY_BITS, parse_scheme
 

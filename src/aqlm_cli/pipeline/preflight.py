@@ -33,7 +33,7 @@ from aqlm_cli.models.tables import describe_tables
 from aqlm_cli.models.weight_files import has_weights
 from aqlm_cli.pipeline.allocation import ModelFacts
 from aqlm_cli.pipeline.stage_reports import PlanReport
-from aqlm_cli.spec.config import QuantizeConfig, RunConfig
+from aqlm_cli.spec.config import RunConfig
 from aqlm_cli.spec.cost import (
     BlockShape,
     ModelShape,
@@ -45,6 +45,7 @@ from aqlm_cli.spec.cost import (
     work_of,
 )
 from aqlm_cli.spec.plan import OUTSIDE, Plan, Target
+from aqlm_cli.spec.quantize import QuantizeConfig
 from aqlm_cli.spec.schemes import Scheme
 from aqlm_cli.spec.scores import Effects, Solution, expected_scores
 from aqlm_cli.spec.treatment import Treatment

@@ -40,7 +40,7 @@ from aqlm_cli.quantization.training.distill import Distillation, Training, begin
 from aqlm_cli.quantization.training.distributed import World
 from aqlm_cli.runs.artifact import Artifact
 from aqlm_cli.runs.files import save_tensors
-from aqlm_cli.spec.config import FinetuneConfig
+from aqlm_cli.spec.finetune import FinetuneConfig
 from aqlm_kernels import AdditiveLinear, coded_layers
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from aqlm_cli.spec.config import QuantizeConfig
+from aqlm_cli.spec.quantize import QuantizeConfig
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,10 @@ from dataclasses import dataclass, replace
 
 from aqlm_cli.errors import PlanError
 from aqlm_cli.spec.calibration_split import split_sequences
-from aqlm_cli.spec.config import FitConfig, RunConfig
+from aqlm_cli.spec.config import RunConfig
 from aqlm_cli.spec.methods import METHODS
 from aqlm_cli.spec.plan import EXPERT, Target
+from aqlm_cli.spec.quantize import FitConfig
 from aqlm_cli.spec.schemes import total_bytes
 
 PROCESS = 800_000_000

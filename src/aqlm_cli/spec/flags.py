@@ -11,7 +11,7 @@ from types import MappingProxyType
 from typing import Any
 
 from aqlm_cli.errors import UsageError
-from aqlm_cli.spec.config import parse_rule
+from aqlm_cli.spec.quantize import parse_rule
 from aqlm_cli.spec.schemes import scheme_for_bits
 from aqlm_cli.spec.target import parse_target
 

@@ -15,9 +15,10 @@ import yaml
 from pydantic import ValidationError
 
 from aqlm_cli.errors import ConfigError, UsageError, shortened
-from aqlm_cli.spec.config import RunConfig, methods_used
+from aqlm_cli.spec.config import RunConfig
 from aqlm_cli.spec.methods import METHODS
 from aqlm_cli.spec.methods.aqlm import AqlmSettings
+from aqlm_cli.spec.quantize import methods_used
 from aqlm_cli.spec.section import Section
 
 PRESETS = ("default", "fast", "paper")

@@ -38,7 +38,8 @@ from aqlm_cli.runs.directory import RunDirectory
 from aqlm_cli.runs.files import disk_bytes, load_tensors, read_metadata, save_tensors
 from aqlm_cli.runs.stages import FINETUNE, QUANTIZE, START, StageKey
 from aqlm_cli.seeds import generator
-from aqlm_cli.spec.config import FinetuneConfig, RunConfig
+from aqlm_cli.spec.config import RunConfig
+from aqlm_cli.spec.finetune import FinetuneConfig
 from aqlm_cli.spec.units import parse_duration
 
 STATE = "training.safetensors"

@@ -23,7 +23,7 @@ from aqlm_cli.errors import QuantizationError
 from aqlm_cli.models.hidden_states import Activations, autocast, run_block
 from aqlm_cli.models.walk import BlockInput
 from aqlm_cli.quantization.training.schedule import copied, learning_rate_factor, put_back, root_mean_square
-from aqlm_cli.spec.config import FitConfig
+from aqlm_cli.spec.quantize import FitConfig
 from aqlm_kernels import QuantizedLayer
 
 

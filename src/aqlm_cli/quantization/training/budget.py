@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 from aqlm_cli.quantization.training.distill import Distillation, Training, one_step
-from aqlm_cli.spec.config import FinetuneConfig
+from aqlm_cli.spec.finetune import FinetuneConfig
 
 TIMED_STEPS = 3
 

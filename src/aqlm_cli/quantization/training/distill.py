@@ -28,7 +28,7 @@ from aqlm_cli.quantization.training.optimizers import Adam, trust_ratio
 from aqlm_cli.quantization.training.pv import CodeSteps
 from aqlm_cli.quantization.training.schedule import copied, learning_rate_factor, put_back, root_mean_square
 from aqlm_cli.seeds import generator
-from aqlm_cli.spec.config import FinetuneConfig
+from aqlm_cli.spec.finetune import FinetuneConfig
 from aqlm_kernels import AdditiveLinear
 
 CHUNK = 128

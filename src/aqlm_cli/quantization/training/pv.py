@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from aqlm_cli.quantization.solvers.code_search import code_search, sum_of_entries
 from aqlm_cli.quantization.training.optimizers import Adam, trust_ratio
 from aqlm_cli.quantization.training.schedule import root_mean_square
-from aqlm_cli.spec.config import CodesConfig
+from aqlm_cli.spec.finetune import CodesConfig
 from aqlm_kernels import AdditiveLinear
 
 BETAS = (0.0, 0.95)  # as published
