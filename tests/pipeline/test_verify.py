@@ -48,6 +48,20 @@ def test_one_flipped_bit_is_found_and_what_mends_it_is_named(finished_run: Path,
     assert run("verify", "run").exit_code == 0
 
 
+@pytest.mark.parametrize(
+    ("name", "command"),
+    [
+        ("calibration", "aqlm calibrate --config run/run.yaml --out run --overwrite"),
+        ("quantized", "aqlm quantize --config run/run.yaml --out run --overwrite"),
+        ("packed", "aqlm pack run --overwrite"),
+    ],
+)
+def test_an_artifact_without_its_manifest_is_damaged(finished_run: Path, name: str, command: str) -> None:
+    (finished_run / name / "manifest.json").unlink()
+    told = f"error: run/{name} is damaged (manifest.json is missing); redo it with `{command}`\n"
+    assert refused("verify", "run") == told
+
+
 def test_codes_that_are_not_the_models_are_found_though_every_digest_fits(finished_run: Path) -> None:
     layer = json.loads(run("verify", "run", "--json").stdout)["layer"]
     path = next(path for path in (finished_run / "quantized").glob("block-*") if f"{layer}.codes" in load_file(path))

@@ -36,7 +36,7 @@ from aqlm_cli.quantization.resume import ResumeState
 from aqlm_cli.quantization.table_statistics import table_of
 from aqlm_cli.records import Record
 from aqlm_cli.runs import stages
-from aqlm_cli.runs.artifact import Artifact, rebuild_command
+from aqlm_cli.runs.artifact import MANIFEST, Artifact, rebuild_command
 from aqlm_cli.runs.directory import RunDirectory
 from aqlm_cli.runs.files import digest_file
 from aqlm_cli.runs.stages import ALLOCATE, QUANTIZE
@@ -81,6 +81,10 @@ def verify(job: Job) -> VerifyReport:
     artifacts = [artifact for stage in stages.STAGES if (artifact := run.own(stage)) is not None]
     if not artifacts:
         raise ArtifactError(f"{run.path} holds nothing to verify yet; start with `aqlm quantize`")
+    for stage in stages.STAGES:
+        place = run.path / stage.directory
+        if place.is_dir() and run.own(stage) is None:  # a directory has this name from its publication on
+            raise ArtifactError(f"{place} is damaged ({MANIFEST} is missing); {rebuild_command(place, stage.kind)}")
     files = [(artifact, name) for artifact in artifacts for name in artifact.manifest.files]
     emit(StageStarted(VERIFY, len(files), "file"))
     for number, (artifact, name) in enumerate(files, start=1):
