@@ -10,7 +10,7 @@
 # It printed:
 #   named: 4 adapters, of q_proj, v_proj in 2 blocks
 #   all-linear, where v_proj is in 16 bits: 2 adapters, all of v_proj
-#   all-linear, where all have codes: ValueError
+#   all-linear, where all have codes: NoMatchingPeftModuleError
 set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
