@@ -92,6 +92,14 @@ def test_a_page_has_the_figures_of_the_reports(made: Path) -> None:
     assert "scheme: 2x4g8" in text
 
 
+def test_where_no_block_is_fitted_the_errors_before_are_drawn_alone(run_file: Path) -> None:
+    run_file.write_text(run_file.read_text().replace("epochs: 1", "epochs: 0"))
+    assert run("quantize", "--config", "run.yaml", "--out", "unfitted").exit_code == 0
+    assert run("report", "unfitted").exit_code == 0
+    text = Path("unfitted/reports/report.html").read_text()
+    assert text.count('aria-label="relative error of every layer') == 1
+
+
 def test_the_parts_of_the_file_add_up_to_it(made: Path) -> None:
     from aqlm_cli.pipeline.stages.report import _parts
 

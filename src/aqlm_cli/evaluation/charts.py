@@ -66,7 +66,8 @@ def heat_map(cells: Cells, label: str, name: str, beside: Sequence[Cells] = ()) 
         axes.set_yticks(range(len(rows)), rows)
         axes.figure.colorbar(shades, ax=axes, label=label)
 
-    return _drawn(draw, name, (7, 1.5 + 0.17 * len(rows))) if values else ""
+    drawn = any(value > 0 for row in cells.values() for value in row.values())
+    return _drawn(draw, name, (7, 1.5 + 0.17 * len(rows))) if drawn else ""
 
 
 def points(
