@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 from helpers.commands import refused, run
 
+from aqlm_cli.evaluation import charts, sections
+
 
 class Page(HTMLParser):
     """Ids, tags and addresses of a page; every tag is closed."""
@@ -90,6 +92,18 @@ def test_a_page_has_the_figures_of_the_reports(made: Path) -> None:
     assert 'aria-label="decoding beside the bound of memory"' in text
     assert text.count('aria-label="relative error of every layer') == 2, "before fitting and after"
     assert "scheme: 2x4g8" in text
+
+
+def test_a_heat_map_has_the_blocks_in_their_order() -> None:
+    layers = {f"model.layers.{block}.mlp.up_proj": 0.1 + block for block in (0, 1, 10, 11, 2)}
+    cells = sections._cells({**layers, "model.embed_tokens": 0.5, "model.layers.2.mlp.experts.1.up_proj": 7.0})
+    assert list(cells) == ["outside", "0", "1", "2", "10", "11"]
+    assert cells["2"] == {"up_proj": 7.0} and cells["10"] == {"up_proj": 10.1}
+
+
+def test_a_perplexity_is_drawn_over_plain_numbers() -> None:
+    drawn = charts.points({"one": (1.0, 21.0, 0.5), "two": (2.0, 27.0, 0.5)}, ("MB", "perplexity"), "a chart")
+    assert "times" not in drawn and ">24<" in drawn
 
 
 def test_where_no_block_is_fitted_the_errors_before_are_drawn_alone(run_file: Path) -> None:

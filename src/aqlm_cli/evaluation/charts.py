@@ -10,6 +10,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from aqlm_cli.evaluation.plots import logarithmic_y
+
 INK = "#010203"
 """A colour that nothing else has."""
 
@@ -82,7 +84,8 @@ def points(
         ordered = sorted(series[title][:2] for title in line)
         if len(ordered) > 1:
             axes.plot(*zip(*ordered, strict=True), color=INK, alpha=0.4, zorder=0)
-        axes.set(xlabel=labels[0], ylabel=labels[1], yscale="log")
+        axes.set(xlabel=labels[0], ylabel=labels[1])
+        logarithmic_y(axes)
         axes.margins(x=0.2, y=0.15)
         axes.grid(color=INK, alpha=0.12)
 

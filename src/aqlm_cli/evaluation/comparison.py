@@ -182,7 +182,7 @@ def draw(report: ComparisonReport) -> dict[str, bytes]:
     """Perplexity and divergence over the bytes of the file, one panel each, by format; the front is a line."""
     from matplotlib.figure import Figure as Picture  # takes a second to import
 
-    from aqlm_cli.evaluation.plots import FORMATS, rendered
+    from aqlm_cli.evaluation.plots import FORMATS, logarithmic_y, rendered
 
     picture = Picture(figsize=(7, 7), layout="constrained")
     column, title = next(iter(report.columns.items()))
@@ -199,7 +199,8 @@ def draw(report: ComparisonReport) -> dict[str, bytes]:
             if row.name in report.front[column]:
                 front.append(place)
         axes.plot(*zip(*sorted(front), strict=True), color="0.6", zorder=0) if front else None
-        axes.set(ylabel=label, yscale="log")
+        axes.set_ylabel(label)
+        logarithmic_y(axes)
         axes.grid(color="0.9")
     axes.set_xlabel("MB of the file")
     picture.suptitle(f"{report.model}: {title}", fontsize=9)

@@ -38,6 +38,15 @@ def draw_speed(report: BenchReport) -> dict[str, bytes]:
     return {name: rendered(figure, name) for name in FORMATS}
 
 
+def logarithmic_y(axes: Any) -> None:
+    """A logarithmic y whose ticks are plain numbers."""
+    from matplotlib.ticker import LogFormatter
+
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(LogFormatter())
+
+
 def draw_curve(curve: Sequence[Mapping[str, float]]) -> dict[str, bytes]:
     """The held-out KL of a finetuning over its minutes."""
     from matplotlib.figure import Figure

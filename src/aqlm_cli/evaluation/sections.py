@@ -100,7 +100,8 @@ def errors(run: RunFacts) -> Section:
     ]
     drawn = [chart for chart in drawn if chart.svg]
     fits = [
-        (path, f"{_before(one):.4g}", f"{one['error']:.4g}", f"{one['gain']:.1%}") for path, one in run.blocks.items()
+        (path, f"{_before(one):.4g}", f"{one['error']:.4g}", f"{one['gain']:.1%}")
+        for path, one in sorted(run.blocks.items(), key=lambda block: int(_place(block[0])[0]))
     ]
     head = ("block", "before fitting", "after", "removed")
     tables = [Rows("Relative error of each block's output", fits, head)] if fits else []
@@ -240,12 +241,13 @@ def costs(run: RunFacts) -> Section:
 
 
 def _cells(values: Mapping[str, float]) -> dict[str, dict[str, float]]:
-    """Values of layers by block and kind; the largest where a block has many of one kind, such as experts."""
+    """Values of layers by block, in order, and kind; the largest of many of one kind in a block, such as experts."""
     cells: dict[str, dict[str, float]] = defaultdict(dict)
     for path, value in values.items():
         block, kind = _place(path)
         cells[block][kind] = max(value, cells[block].get(kind, 0.0))
-    return cells
+    order = sorted(cells, key=lambda block: int(block) if block.isdigit() else -1)
+    return {block: cells[block] for block in order}
 
 
 def _place(path: str) -> tuple[str, str]:
