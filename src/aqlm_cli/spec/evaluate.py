@@ -64,7 +64,7 @@ class GateConfig(Section):
     prompts: Names = ()
     tokens: Positive = 64
     least_agreement: Annotated[float, Field(strict=False, ge=0)] = 0.0
-    most_repetition: Annotated[float, Field(strict=False, ge=0)] = 0.3
+    most_repetition: Annotated[float, Field(strict=False, ge=0)] = 0.6
     most_surprise: Annotated[float, Field(strict=False, ge=0)] = 1.5
 
 
