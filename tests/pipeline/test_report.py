@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import operator
 import re
 from collections import Counter
 from html.parser import HTMLParser
@@ -96,9 +97,11 @@ def test_a_page_has_the_figures_of_the_reports(made: Path) -> None:
 
 def test_a_heat_map_has_the_blocks_in_their_order() -> None:
     layers = {f"model.layers.{block}.mlp.up_proj": 0.1 + block for block in (0, 1, 10, 11, 2)}
-    cells = sections._cells({**layers, "model.embed_tokens": 0.5, "model.layers.2.mlp.experts.1.up_proj": 7.0})
+    layers |= {"model.embed_tokens": 0.5, "model.layers.2.mlp.experts.1.up_proj": 7.0}
+    cells = sections._cells(layers, max)
     assert list(cells) == ["outside", "0", "1", "2", "10", "11"]
     assert cells["2"] == {"up_proj": 7.0} and cells["10"] == {"up_proj": 10.1}
+    assert sections._cells(layers, operator.add)["2"] == {"up_proj": 2.1 + 7.0}, "effects of experts add up"
 
 
 def test_a_perplexity_is_drawn_over_plain_numbers() -> None:

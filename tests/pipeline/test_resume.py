@@ -1,4 +1,4 @@
-"""Killed at any instant, Run the same command to resume and ends in the same bytes."""
+"""A command that is killed at any instant resumes when it is run again, and ends in the same bytes."""
 
 from __future__ import annotations
 

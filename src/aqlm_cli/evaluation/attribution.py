@@ -103,13 +103,13 @@ class AttributionReport(Record):
 
     def _heat_map(self) -> Table:
         """Blocks by kinds of matrices, in thousandths of a nat."""
-        kinds = list(dict.fromkeys(_kind(path) for path in self.effects if _block(path)))
+        kinds = list(dict.fromkeys(kind_of(path) for path in self.effects if block_of(path)))
         cells: dict[str, dict[str, float]] = defaultdict(dict)
         for path, effect in self.effects.items():
-            cells[_block(path)][_kind(path)] = cells[_block(path)].get(_kind(path), 0.0) + effect
+            cells[block_of(path)][kind_of(path)] = cells[block_of(path)].get(kind_of(path), 0.0) + effect
         largest = max(self.effects.values(), default=0.0) or 1.0
         table = Table("block", *kinds, title="KL, thousandths of a nat", title_justify="left")
-        for block in filter(_block, self.blocks):
+        for block in filter(block_of, self.blocks):
             row = (cells[block].get(kind) for kind in kinds)
             table.add_row(block, *("" if one is None else f"[{_shade(one / largest)}]{1000 * one:.2f}" for one in row))
         return table
@@ -171,7 +171,7 @@ def attribute(
         emit(Advanced(STAGE, number, f"KL {effects[name]:.5f} of {name}"))
     blocks: dict[str, float] = defaultdict(float)
     for name, effect in effects.items():
-        blocks[_block(name) or name] += effect
+        blocks[block_of(name) or name] += effect
     return AttributionReport(
         model=model.name,
         data=settings.data,
@@ -191,7 +191,7 @@ def _matrices(model: EvaluatedModel) -> tuple[dict[str, Matrix], dict[str, Matri
     found = quantized_layers(model.network(torch.float32))
     if not found:
         raise ModelError(f"{model.name} has no quantized layer, so nothing to attribute")
-    outside = {path for path, layer in found.items() if isinstance(layer, CompressedEmbedding) or not _block(path)}
+    outside = {path for path, layer in found.items() if isinstance(layer, CompressedEmbedding) or not block_of(path)}
     layers = {path: layer.matrix() for path, layer in found.items() if path not in outside}
     return layers, {path: found[path].matrix() for path in outside}
 
@@ -200,7 +200,7 @@ def _units(paths: list[str], unit: Unit) -> dict[str, set[str]]:
     """The paths of every unit, by its name: a layer, or a block with embeddings and head for one each."""
     units: dict[str, set[str]] = {}
     for path in paths:
-        units.setdefault(path if unit == "layer" else _block(path) or path, set()).add(path)
+        units.setdefault(path if unit == "layer" else block_of(path) or path, set()).add(path)
     return units
 
 
@@ -220,13 +220,13 @@ def _within_budget(ids: Tensor, settings: AttributionSettings, units: int, measu
     return ids[:sequences, :length]
 
 
-def _block(path: str) -> str:
+def block_of(path: str) -> str:
     """The path of the block that a layer lies in; empty outside the blocks."""
     found = re.match(r"(.*?\.\d+)(\.|$)", path)
     return found.group(1) if found else ""
 
 
-def _kind(path: str) -> str:
+def kind_of(path: str) -> str:
     """The name of a layer."""
     return path.rpartition(".")[2]
 

@@ -21,7 +21,7 @@ TEMPLATE = Path(__file__).with_name("report.html")
 def page(runs: Sequence[sections.RunFacts]) -> str:
     """The page about the first run, beside the others."""
     first = runs[0]
-    about = [
+    made = [
         sections.made_from(first),
         sections.sizes(runs),
         sections.errors(first),
@@ -39,7 +39,7 @@ def page(runs: Sequence[sections.RunFacts]) -> str:
         title=first.name,
         about=f"{first.model}, {first.method} {first.scheme}",
         tiles=_tiles(first),
-        sections=about,
+        sections=made,
         footer=", ".join(f"{name} {version}" for name, version in first.versions.items()),
     )
 

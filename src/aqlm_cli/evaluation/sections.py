@@ -6,12 +6,14 @@ that does it.
 
 from __future__ import annotations
 
+import operator
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from aqlm_cli.evaluation import charts
+from aqlm_cli.evaluation.attribution import block_of, kind_of
 from aqlm_cli.evaluation.comparison import front_of
 from aqlm_cli.evaluation.estimates import EDGES
 from aqlm_cli.formatting import clock, readable_bytes, text_name
@@ -70,7 +72,6 @@ class Section:
     tables: Sequence[Rows] = ()
     text: str = ""
     summary: str = ""
-    open: bool = False
 
 
 def _missing(what: str, run: RunFacts, command: str) -> str:
@@ -89,7 +90,7 @@ def sizes(runs: Sequence[RunFacts]) -> Section:
 
 
 def errors(run: RunFacts) -> Section:
-    found, fitted = _cells(run.layers), _cells(run.fitted)
+    found, fitted = _cells(run.layers, max), _cells(run.fitted, max)
     caption = "Relative error of each layer's output"
     drawn = [
         Chart(charts.heat_map(found, "relative error", "relative error of every layer", [fitted]), caption),
@@ -101,7 +102,7 @@ def errors(run: RunFacts) -> Section:
     drawn = [chart for chart in drawn if chart.svg]
     fits = [
         (path, f"{_before(one):.4g}", f"{one['error']:.4g}", f"{one['gain']:.1%}")
-        for path, one in sorted(run.blocks.items(), key=lambda block: int(_place(block[0])[0]))
+        for path, one in sorted(run.blocks.items(), key=lambda one: _order(_number(one[0])))
     ]
     head = ("block", "before fitting", "after", "removed")
     tables = [Rows("Relative error of each block's output", fits, head)] if fits else []
@@ -183,7 +184,7 @@ def attribution(run: RunFacts) -> Section:
         command = "evaluate {run} --kind attribution"
         return Section("attribution", "What causes the divergence", _missing("Layers have", run, command))
     effects = run.attribution["effects"]
-    svg = charts.heat_map(_cells(effects), "KL, nats a token", "divergence that each layer causes alone")
+    svg = charts.heat_map(_cells(effects, operator.add), "KL, nats a token", "divergence that each layer causes alone")
     worst = sorted(effects.items(), key=lambda one: -one[1])[:10]
     rows = [(path, f"{effect:.5f}") for path, effect in worst]
     return Section(
@@ -240,17 +241,19 @@ def costs(run: RunFacts) -> Section:
     return Section("costs", "What it took", tables=[Rows("Planned and actual cost of each stage", rows, head)])
 
 
-def _cells(values: Mapping[str, float]) -> dict[str, dict[str, float]]:
-    """Values of layers by block, in order, and kind; the largest of many of one kind in a block, such as experts."""
+def _cells(values: Mapping[str, float], join: Callable[[float, float], float]) -> dict[str, dict[str, float]]:
+    """Values of layers by block, in order, and kind; many of one kind in a block, such as experts, are joined."""
     cells: dict[str, dict[str, float]] = defaultdict(dict)
     for path, value in values.items():
-        block, kind = _place(path)
-        cells[block][kind] = max(value, cells[block].get(kind, 0.0))
-    order = sorted(cells, key=lambda block: int(block) if block.isdigit() else -1)
-    return {block: cells[block] for block in order}
+        row, kind = cells[_number(path)], kind_of(path)
+        row[kind] = join(row[kind], value) if kind in row else value
+    return {block: cells[block] for block in sorted(cells, key=_order)}
 
 
-def _place(path: str) -> tuple[str, str]:
-    """Number of the block and name of a layer: ("3", "up_proj"), or "outside" in place of the number."""
-    parts = path.split(".")
-    return next((part for part in parts if part.isdigit()), "outside"), parts[-1]
+def _number(path: str) -> str:
+    """The number of the block that a layer lies in, or of a block itself; "outside" where there is none."""
+    return block_of(path).rpartition(".")[2] or "outside"
+
+
+def _order(number: str) -> int:
+    return -1 if number == "outside" else int(number)

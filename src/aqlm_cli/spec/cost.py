@@ -182,7 +182,8 @@ def _searching(target: Target) -> int:
 
 
 def _fitting(block: BlockShape, work: Work) -> int:
-    """Dequantized weights and all that the backward pass needs of a training batch; or the pass that ends the block."""
+    """Dequantized weights and all that the backward pass needs of a training batch; or the pass that ends the block; or
+    the base model's block, with which its layers are compared one by one."""
     weights = sum(target.weights * _copies(target, work) for target in block.quantized)
     codes = sum(quantized_bytes(target) for target in block.quantized)
     parts = ((t.in_features + t.out_features) * (ROUTED_SHARE if t.kind == EXPERT else 1) for t in block.targets)
@@ -190,7 +191,7 @@ def _fitting(block: BlockShape, work: Work) -> int:
     saved = FLOAT * features * work.fit.batch * work.length if work.fitted else 0
     training = weights + saved
     widest = max((*block.input_widths, *block.expert_widths), default=0)
-    compared = FLOAT * (block.parameters + widest**2) if work.fitted else 0  # with the base model's, layer by layer
+    compared = FLOAT * (block.parameters + widest**2) if work.fitted else 0
     return codes + max(training, _activations(block, work.batch, work), compared)
 
 

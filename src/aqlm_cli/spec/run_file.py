@@ -1,7 +1,7 @@
 """One complete run file out of several partial ones, and back into YAML.
 
-What differs from the defaults (config.py) comes in layers, the later ones winning key by key: a preset shipped with the
-program, the user's run file, flags. The sum of all is checked once; an error names the layer with the wrong value.
+What differs from the defaults of the sections comes in layers, the later ones winning key by key: a preset shipped with
+the program, the user's run file, flags. The sum of all is checked once; an error names the layer with the wrong value.
 """
 
 from __future__ import annotations

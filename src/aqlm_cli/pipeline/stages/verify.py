@@ -39,7 +39,7 @@ from aqlm_cli.runs import stages
 from aqlm_cli.runs.artifact import MANIFEST, Artifact, rebuild_command
 from aqlm_cli.runs.directory import RunDirectory
 from aqlm_cli.runs.files import digest_file
-from aqlm_cli.runs.stages import ALLOCATE, QUANTIZE
+from aqlm_cli.runs.stages import ALLOCATE, QUANTIZE, StageSpec
 from aqlm_cli.seeds import generator
 from aqlm_cli.spec.plan import Target
 from aqlm_cli.spec.treatment import Treatment
@@ -78,13 +78,9 @@ def verify(job: Job) -> VerifyReport:
     """Raises ArtifactError for the first file, or the layer, that is not what it was, and says how to fix it."""
     started = time.monotonic()
     run, emit = job.run, job.emit
-    artifacts = [artifact for stage in stages.STAGES if (artifact := run.own(stage)) is not None]
+    artifacts = [artifact for stage in stages.STAGES if (artifact := _complete(run, stage)) is not None]
     if not artifacts:
         raise ArtifactError(f"{run.path} holds nothing to verify yet; start with `aqlm quantize`")
-    for stage in stages.STAGES:
-        place = run.path / stage.directory
-        if place.is_dir() and run.own(stage) is None:  # a directory has this name from its publication on
-            raise ArtifactError(f"{place} is damaged ({MANIFEST} is missing); {rebuild_command(place, stage.kind)}")
     files = [(artifact, name) for artifact in artifacts for name in artifact.manifest.files]
     emit(StageStarted(VERIFY, len(files), "file"))
     for number, (artifact, name) in enumerate(files, start=1):
@@ -104,6 +100,14 @@ def verify(job: Job) -> VerifyReport:
         seconds=time.monotonic() - started,
         replayed=replayed,
     )
+
+
+def _complete(run: RunDirectory, stage: StageSpec) -> Artifact | None:
+    """The artifact of the stage; None if it is not complete. Raises ArtifactError where its manifest is lost."""
+    artifact, place = run.own(stage), run.path / stage.directory
+    if artifact is None and place.is_dir():  # which has this name from its publication on
+        raise ArtifactError(f"{place} is damaged ({MANIFEST} is missing); {rebuild_command(place, stage.kind)}")
+    return artifact
 
 
 def _solve_again(job: Job, run: RunDirectory, allocation: Artifact) -> int:
