@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
@@ -15,10 +16,12 @@ from helpers import tiny_models
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
+from aqlm_cli.data.sources import builtin_texts
 from aqlm_cli.errors import DataError, ModelError, UsageError
 from aqlm_cli.evaluation import LoadedModel, PerplexityReport, PerplexitySettings, protocols
 from aqlm_cli.evaluation.perplexity import PerplexityEvaluation
 from aqlm_cli.events import silent
+from aqlm_cli.models import load_network, load_tokenizer, resolve
 from aqlm_cli.spec.evaluate import ProtocolName
 
 DOCUMENTS = [
@@ -152,6 +155,41 @@ def test_a_protocol_is_what_its_plain_loop_computes(
     report = measured(model, data=text, protocol=put(monkeypatch, protocol))
     assert report.perplexity == pytest.approx(by_itself(model), rel=1e-6)
     assert report.protocol == report.passport.protocol == protocol.name
+
+
+class RealModel(LoadedModel):
+    """In float32, whatever is asked for."""
+
+    def network(self, dtype: torch.dtype) -> Any:
+        return super().network(torch.float32)
+
+
+NAMED: dict[str, Callable[[LoadedModel], float]] = {
+    "gptq-2048": lambda model: by_gptq(model, 2048),
+    "aqlm-4096": lambda model: by_gptq(model, 4096),
+    "llama3-8192": lambda model: by_gptq(model, 8192),
+    "llamacpp-512": lambda model: by_llama_cpp(model, 512, None),
+    "strided-2048/512": lambda model: by_transformers(model, 2048, 512),
+    "word": lambda model: by_words(model, 2048)[0],
+}
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("name", protocols.PROTOCOLS)
+def test_a_protocol_of_a_real_model_is_what_its_plain_loop_computes(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = resolve("smollm2-135m")
+    model = RealModel("smollm2-135m", load_network(source, torch.float32), load_tokenizer(source))
+    documents, path = list[str](), tmp_path / "text.jsonl"
+    for text in builtin_texts("calibration"):
+        documents.append(text[: 40_000 - len("".join(documents))])  # 9,000 tokens or so
+        if len("".join(documents)) == 40_000:
+            break
+    path.write_text("".join(json.dumps({"text": document}) + "\n" for document in documents))
+    monkeypatch.setattr(sys.modules[__name__], "DOCUMENTS", documents)
+    found = measured(model, data=str(path), protocol=name).perplexity
+    assert found == pytest.approx(NAMED[name](model), rel=1e-4)
 
 
 def test_llama_cpp_puts_bos_where_the_tokenizer_does(model: Model, text: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -46,18 +45,21 @@ def test_they_are_those_of_the_whole_network(family: str, tmp_path: Path) -> Non
         assert torch.allclose(found[torch.tensor([number])], expected, atol=1e-5 * float(expected.abs().max()))
 
 
-def sensitivities(network: Any, ids: torch.Tensor, directory: Path) -> dict[str, float]:
-    walk, layers = walk_of(network, ids), OutputGradients()
+def sensitivities(network: Any, ids: torch.Tensor, directory: Path, weights: bool = True) -> dict[str, float]:
+    walk, layers = walk_of(network, ids), OutputGradients(weights)
     rng = torch.Generator().manual_seed(3)
     embedding_gradients(walk, ids, directory, rng, watch=layers.watch)
     return layers.sensitivities(ids.numel())
 
 
+@pytest.mark.parametrize("weights", [False, True])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_sensitivities_are_those_of_the_gradients_of_the_whole_network(family: str, tmp_path: Path) -> None:
+def test_sensitivities_are_those_of_the_gradients_of_the_whole_network(
+    family: str, weights: bool, tmp_path: Path
+) -> None:
     network = load_network(resolve(str(tiny_models.save(family, tmp_path / "model"))), torch.float32)
     ids = tiny_models.token_ids(2, 12)
-    found = sensitivities(network, ids, tmp_path)
+    found = sensitivities(network, ids, tmp_path, weights)
     walk = walk_of(network, ids)
     layers = {
         path: layer
@@ -91,7 +93,8 @@ def test_sensitivities_are_those_of_the_gradients_of_the_whole_network(family: s
         squares, slopes = values.square().sum(1), gradients.square().sum(1)
         alike = (squares * slopes).mean() / (2 * layer.out_features)
         apart = squares.mean() * slopes.mean() / (2 * layer.out_features)
-        assert found[path] == pytest.approx(math.sqrt(float(alike * apart)), rel=1e-3), path
+        wanted = alike if weights and path.endswith(("k_proj", "v_proj")) else (alike * apart).sqrt()
+        assert found[path] == pytest.approx(float(wanted), rel=1e-3), path
 
 
 def test_a_sensitivity_foretells_what_a_small_error_costs(tmp_path: Path) -> None:

@@ -194,11 +194,11 @@ def test_the_shape_counts_every_number_once(tmp_path: Path) -> None:
     assert shape.blocks[0].vectors == sum(p.numel() for p in network.model.layers[0].parameters() if p.ndim == 1)
 
 
-def test_layers_that_share_an_input_share_its_second_moment(tmp_path: Path) -> None:
+def test_layers_that_share_an_input_share_its_second_moment_but_queries_have_their_own(tmp_path: Path) -> None:
     known = make_job(
         build_config(None, None, {"model": str(tiny_models.save("llama", tmp_path / "model"))}), Path("run")
     ).preflight
-    assert sorted(known.shape.blocks[0].input_widths) == [64, 64, 64, 128]
+    assert sorted(known.shape.blocks[0].input_widths) == [64, 64, 64, 64, 128]
 
 
 @pytest.mark.parametrize(("times", "workers", "seconds"), [([1, 1, 1, 3], 2, 3), ([2, 2, 2], 2, 4), ([2, 2, 2], 1, 6)])

@@ -21,6 +21,7 @@ from aqlm_cli.events import Advanced, BlockQuantized, Event, LayerQuantized, Not
 from aqlm_cli.models import load_network, resolve
 from aqlm_cli.models.blocks import find_blocks, linears
 from aqlm_cli.models.hidden_states import Activations, run_block
+from aqlm_cli.models.received_attention import received_attention
 from aqlm_cli.pipeline.job import Job, make_job
 from aqlm_cli.pipeline.order import prepare
 from aqlm_cli.pipeline.stage_reports import QuantizeReport
@@ -305,18 +306,35 @@ def test_statistics_are_of_the_measured_sequences_and_shared_where_inputs_are(
     walk = walk_of(network, ids)
     for index, block in enumerate(find_blocks(network).modules):
         found = spy.statistics[index]
-        shared = [found[f"self_attn.{name}_proj"].second_moment for name in "qkv"]
-        assert shared[0] is shared[1] is shared[2]
+        q, k, v = (found[f"self_attn.{name}_proj"].second_moment for name in "qkv")
+        assert k is v and k is not q
         assert found["mlp.gate_proj"].second_moment is found["mlp.up_proj"].second_moment
-        inputs: list[Tensor] = []
-        down = block.get_submodule("mlp.down_proj")
-        down.register_forward_pre_hook(lambda _, given, inputs=inputs: inputs.append(given[0]))
-        run_block(block, walk.given(index, ids, spy.entering[index][:measured], {}), torch.float32)
-        x = inputs[0].flatten(0, 1).double()
+        inputs = dict[str, Tensor]()
+        for path in "mlp.down_proj", "self_attn.q_proj":
+            block.get_submodule(path).register_forward_pre_hook(
+                lambda _, given, path=path, inputs=inputs: inputs.update({path: given[0].flatten(0, 1).double()})
+            )
+        with received_attention(block) as received:
+            run_block(block, walk.given(index, ids, spy.entering[index][:measured], {}), torch.float32)
+        x, entering = inputs["mlp.down_proj"], inputs["self_attn.q_proj"]
         assert found["mlp.down_proj"].tokens == len(x) == measured * LENGTH
-        torch.testing.assert_close(
-            found["mlp.down_proj"].second_moment.double(), x.T @ x / len(x), rtol=1e-3, atol=1e-5
-        )
+        weighed = entering * received["self_attn.v_proj"].double()[:, None]
+        for moment, wanted in (
+            (found["mlp.down_proj"].second_moment, x.T @ x / len(x)),
+            (q, entering.T @ entering / len(x)),
+            (v, weighed.T @ entering / len(x)),
+        ):
+            torch.testing.assert_close(moment.double(), wanted, rtol=1e-3, atol=1e-5)
+
+
+def test_tokens_count_alike_where_the_run_file_says_so(
+    llama: Path, in_float32: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spy = Spy(monkeypatch)
+    run(settings(llama, token_weights="none"))
+    for found in spy.statistics:
+        q, k, v = (found[f"self_attn.{name}_proj"].second_moment for name in "qkv")
+        assert q is k is v
 
 
 def test_the_errors_told_are_those_of_the_states(

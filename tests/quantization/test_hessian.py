@@ -138,6 +138,18 @@ def test_the_second_moment_is_that_of_float64_under_autocast_too(dtype: torch.dt
     assert not autocast or (rounded - first).norm() > 1e-4 * first.norm()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_input_counts_as_often_as_its_weight_says(dtype: torch.dtype) -> None:
+    x, weights = random(300, 16).to(dtype), random(300).exp()
+    moment = SecondMoment(16, torch.device("cpu"))
+    moment.add(x, weights)
+    moment.add(x)
+    found, exact = moment.statistics(), x.double()
+    wanted = (exact * (1 + weights.double())[:, None]).T @ exact / 600
+    assert found.tokens == 600
+    assert (found.second_moment - wanted).norm() < 1e-6 * wanted.norm()
+
+
 def test_the_precision_of_other_products_is_left_as_it_was() -> None:
     products: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before, products.fp32_precision = products.fp32_precision, "ieee"

@@ -10,6 +10,7 @@ that an interruption costs one block at most.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -22,6 +23,7 @@ from aqlm_cli.models import BlockLoader, ModelSource, load_outside
 from aqlm_cli.models.blocks import find_blocks, observe_inputs, unfuse
 from aqlm_cli.models.experts import expert_groups
 from aqlm_cli.models.hidden_states import Activations, Handed, compute_dtype, run_block
+from aqlm_cli.models.received_attention import received_attention
 from aqlm_cli.models.walk import BlockInput, Walk
 from aqlm_cli.models.walk_check import open_walk
 from aqlm_cli.quantization.resume import ResumeState
@@ -49,6 +51,7 @@ class CalibrationPass:
     measured: int  # sequences whose inputs make the Hessians; those after them are held out
     fitted: int  # sequences that a block is fitted to, at most `measured`
     batch: int
+    weighed: bool  # whether tokens count by the attention that they receive, where that is known
 
     @property
     def dtype(self) -> torch.dtype:
@@ -72,7 +75,8 @@ class CalibrationPass:
     def measure(self, block: nn.Module, paths: Iterable[str]) -> dict[str, LayerStatistics]:
         """Run the block of the base model for `targets`, and for the Hessian of each of its layers in `paths`.
 
-        Layers that share their inputs share one object. A layer that no token reaches has none, but for an expert,
+        Layers that share their inputs share one object; where tokens are weighed, keys and values share another one
+        than queries. A layer that no token reaches has none, but for an expert,
         whose H is made up of that of the others: where one expert is in `paths`, all of them are measured.
         """
         wanted, groups = set(paths), expert_groups(block)
@@ -81,12 +85,15 @@ class CalibrationPass:
         moments: dict[tuple[str, ...], SecondMoment] = {}
 
         def collect(sharing: tuple[str, ...], x: Tensor) -> None:  # x [tokens, in]
-            if measured.intersection(sharing):
-                if sharing not in moments:
-                    moments[sharing] = SecondMoment(x.shape[1], x.device)
-                moments[sharing].add(x.to(self.dtype))
+            receiving = tuple(path for path in sharing if path in received)
+            for paths in receiving, tuple(path for path in sharing if path not in received):
+                if measured.intersection(paths):
+                    if paths not in moments:
+                        moments[paths] = SecondMoment(x.shape[1], x.device)
+                    moments[paths].add(x.to(self.dtype), received[paths[0]] if paths is receiving else None)
 
-        with observe_inputs(block, collect):
+        attention = received_attention(block) if self.weighed else nullcontext(dict[str, Tensor]())
+        with observe_inputs(block, collect), attention as received:
             for chosen in self._batches(0, self.measured):
                 self.targets[chosen] = self._run(block, chosen)[0]
         for chosen in self._batches(self.measured, len(self.hidden)):
@@ -192,7 +199,8 @@ def start_calibration_pass(
     for directory in set(work.directory.glob("handed-*")) - {work.handed(index)}:
         Handed(directory).remove()
     targets, fitted = Activations.create(work.targets, shape), min(section.fit.sequences, measured)
-    return CalibrationPass(walk, work, index, ids, hidden, targets, measured, fitted, section.batch)
+    weighed = section.weighs_tokens
+    return CalibrationPass(walk, work, index, ids, hidden, targets, measured, fitted, section.batch, weighed)
 
 
 def entering_states(walk: Walk, ids: Tensor, batch: int, path: Path) -> Activations:

@@ -23,9 +23,9 @@ PROCESS = 800_000_000
 
 FLOAT = 4  # bytes
 
-INPUTS_OF_ONE_WIDTH = 3
-"""Inputs of the same width that a block has at most, in all families known: of the queries, keys and values, of the
-attention's output, and of the feed-forward."""
+INPUTS_OF_ONE_WIDTH = 4
+"""Hessians of inputs of the same width that a block has at most, in all families known: of the queries, of keys and
+values, whose tokens count differently, of the attention's output, and of the feed-forward."""
 
 
 ROUTED_SHARE = 0.25

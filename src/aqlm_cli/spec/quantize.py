@@ -94,6 +94,9 @@ class QuantizeConfig(Section):
     `import_from` is an AQLM checkpoint of the model, made by anyone: its codes are then imported, `scheme` is theirs,
     and which layers have codes was decided there. None: codes are searched for.
 
+    `token_weights` attention: in the Hessians of keys and values a token counts by the attention that it receives
+    (models/received_attention.py); none: all tokens count alike, as GPTQ and AQLM have it.
+
     The settings of a method stand in a section of its name (spec/methods), which exists for every method that has
     any. A section of a method that is not used is refused.
     """
@@ -110,6 +113,7 @@ class QuantizeConfig(Section):
     only: Names = ()
     target: TargetConfig = TargetConfig()
     statistics_sequences: Positive = 128
+    token_weights: Literal["attention", "none"] = "attention"
     batch: Positive = 8
     fit: FitConfig = FitConfig()
 
@@ -126,6 +130,10 @@ class QuantizeConfig(Section):
     def settings_of(self, method: str) -> Section | None:
         """Settings of a method that is used; None where it has none."""
         return (self.model_extra or {}).get(method)
+
+    @property
+    def weighs_tokens(self) -> bool:
+        return self.token_weights == "attention"
 
     @property
     def default(self) -> Treatment:

@@ -253,7 +253,8 @@ def _gradients(work: _Work, walk: Walk) -> _Gradients:
     """The gradients, from a file if they were measured before."""
     file = work.state.directory / "gradients.safetensors"
     if not file.exists():
-        rng, layers = generator(work.job.config.seed, STAGE), OutputGradients()
+        config = work.job.config
+        rng, layers = generator(config.seed, STAGE), OutputGradients(config.quantize.weighs_tokens)
         states = work.state.directory / "gradients"
         metric = embedding_metric(walk, work.ids, states, rng, work.emit, layers.watch)
         found = layers.sensitivities(gradient_text(work.ids).numel())

@@ -25,7 +25,7 @@ from aqlm_cli.errors import QuantizationError
 
 @dataclass(frozen=True, eq=False)
 class LayerStatistics:
-    """H = mean over `tokens` inputs of x x^T, `[in, in]` float32."""
+    """H = mean over `tokens` inputs of x x^T, `[in, in]` float32; of those of keys and values, a weighed mean."""
 
     second_moment: Tensor
     tokens: int
@@ -58,7 +58,10 @@ class SecondMoment:
         self._sum = torch.zeros(features, features, dtype=torch.float64, device=device)
         self._tokens = 0
 
-    def add(self, x: Tensor) -> None:  # [tokens, in]
+    def add(self, x: Tensor, weights: Tensor | None = None) -> None:
+        """Add the inputs x `[tokens, in]`, each as often as its weight says, `[tokens]` with a mean of 1, or once."""
+        if weights is not None:
+            x = x.float() * weights.sqrt()[:, None]
         with torch.autocast(x.device.type, enabled=False), _bfloat16_products(x.dtype == torch.bfloat16):
             x = x.float()
             self._sum += x.T @ x
