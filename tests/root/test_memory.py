@@ -1,4 +1,4 @@
-"""Memory does not grow with the number of blocks."""
+"""Memory does not grow with the number of blocks, and its peak is that of one stage."""
 
 from __future__ import annotations
 
@@ -63,3 +63,24 @@ def test_a_model_of_32_blocks_takes_the_memory_of_one_of_4(settings: str, tmp_pa
     few, many = (peaks(tmp_path / str(blocks), blocks, settings) for blocks in (4, 32))
     for stage in few:
         assert many[stage] < 1.1 * few[stage], (stage, few, many)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux lets the peak be reset")
+def test_a_stage_does_not_report_what_the_one_before_it_left() -> None:
+    code = """
+from aqlm_cli.memory import peak_memory_bytes, reset_peak_memory
+class Network: pass
+def earlier():
+    network = Network()
+    network.weights, network.itself = [bytearray(1000) for _ in range(100_000)], network  # a cycle, of small pieces
+reset_peak_memory()
+before = peak_memory_bytes()
+earlier()
+during = peak_memory_bytes()
+reset_peak_memory()
+print(before, during, peak_memory_bytes())
+"""
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    before, during, after = map(int, told.stdout.split())
+    assert during - before > 100_000_000
+    assert after - before < 30_000_000

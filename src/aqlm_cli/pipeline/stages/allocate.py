@@ -110,7 +110,7 @@ SEARCHES: Mapping[str, Section] = {"aqlm": FAST}
 
 def settings_of(config: RunConfig) -> dict[str, Any]:
     """All settings that an allocation depends on."""
-    names = ["method", "target", "layers", "embeddings", "head", "skip", "only", "batch"]
+    names = ["method", "target", "layers", "embeddings", "head", "skip", "only", "token_weights", "batch"]
     section = config.quantize.model_dump(mode="json")
     names += [name for name in METHODS if name in section and name not in SEARCHES]
     return {**{name: section[name] for name in names}, "format": config.pack.format, "seed": config.seed}
