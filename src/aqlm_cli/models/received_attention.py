@@ -52,7 +52,7 @@ def receiving_layers(block: nn.Module) -> dict[nn.Module, tuple[str, ...]]:
 
 @contextmanager
 def received_attention(block: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """Weights `[tokens]` by path in the block, with a mean of 1 in every sequence; each forward writes them anew.
+    """Weights `[tokens]` by path in the block, with a mean of 1 in every sequence; each forward writes them again.
 
     A layer has none where its attention does not go through transformers' table of functions, or computes something
     else than softmax(q k^T) v, as the first forward tells.
