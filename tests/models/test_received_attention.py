@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import tiny_models
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from aqlm_cli.models import load_network, resolve
@@ -95,6 +95,20 @@ def test_an_attention_that_computes_something_else_has_none(tmp_path: Path) -> N
         assert receiving_layers(network) and not received(network, tiny_models.token_ids())
     finally:
         AttentionInterface.register("sdpa", torchs)
+
+
+def test_a_mask_is_understood_by_its_name_too() -> None:
+    """As afmoe and doge pass it."""
+    block = nn.Module()
+    block.k_proj, block.v_proj = nn.Linear(4, 4), nn.Linear(4, 4)
+    q, k, v = (torch.randn(1, 2, 9, 4, generator=torch.Generator().manual_seed(n)) for n in range(3))
+    mask = torch.ones(9, 9, dtype=torch.bool).tril().triu(-3)[None, None]
+    found: list[Tensor] = []
+    for arguments, named in (((mask,), {}), ((), {"attention_mask": mask}), ((), {})):
+        with received_attention(block) as weights:
+            AttentionInterface()["sdpa"](block, q, k, v, *arguments, **named)
+        found.append(weights["v_proj"])
+    assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
 
 
 def test_attention_that_is_in_no_table_has_none(tmp_path: Path) -> None:

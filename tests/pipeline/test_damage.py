@@ -75,7 +75,7 @@ def disk(tmp_path: Path) -> Iterator[SmallDisk]:
         (136, "quantized.partial/work/targets.activations"),
         (216, "quantized.partial/work/model.layers.0."),
         (260, "quantized.partial/work/statistics.safetensors"),
-        (352, "quantized.partial/block-000.safetensors"),
+        (368, "quantized.partial/block-000.safetensors"),
     ],
 )
 def test_a_run_that_fills_its_disk_resumes_when_there_is_more(

@@ -197,7 +197,7 @@ def test_the_planned_size_is_that_of_the_file(family: str, format: str) -> None:
 def test_every_expert_has_a_hessian_in_the_cost_estimate_and_a_quarter_takes_part() -> None:
     model_of("qwen3_moe")
     shape = make_job(build_config(None, Path("run.yaml"), {}), Path("run")).preflight.shape.blocks[0]
-    experts, attention = 6 * (64**2 + 32**2), 3 * 64**2
+    experts, attention = 6 * (64**2 + 32**2), 4 * 64**2
     assert shape.hessian_entries == attention + experts + 64**2  # and the mean of all
     assert shape.entries_per_token == attention + experts / 4
     weights = [target.weights for target in shape.targets if target.kind == "expert"]

@@ -65,11 +65,16 @@ def received_attention(block: nn.Module) -> Iterator[dict[str, Tensor]]:
 
     def watching(attention: Callable[..., Any]) -> Callable[..., Any]:
         def attend(
-            module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **rest: Any
+            module: nn.Module,
+            query: Tensor,
+            key: Tensor,
+            value: Tensor,
+            attention_mask: Tensor | None = None,  # some families pass it by this name
+            **rest: Any,
         ) -> Any:
-            output = attention(module, query, key, value, mask, **rest)
+            output = attention(module, query, key, value, attention_mask, **rest)
             if module in layers and module not in strange:
-                received = _received(module, query, key, value, mask, output[0], rest)
+                received = _received(module, query, key, value, attention_mask, output[0], rest)
                 if received is None:
                     strange.add(module)
                 else:
