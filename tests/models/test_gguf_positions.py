@@ -219,7 +219,7 @@ def test_positions_that_no_config_can_express_are_refused(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("layers", "scalar"), [(2, 32), (6, 32), (62, 16)])
+@pytest.mark.parametrize(("layers", "scalar"), [(2, 32), (6, 32), pytest.param(62, 16, marks=pytest.mark.soak)])
 def test_a_gemma_has_the_bases_of_its_sliding_windows_and_the_scale_of_its_size(
     layers: int, scalar: int, tmp_path: Path, find: Any
 ) -> None:

@@ -139,7 +139,7 @@ def syncs_by_stage(log: Path, stages: Sequence[str] = STAGES) -> dict[str, list[
 def test_a_killed_command_resumes_to_the_same_bytes(driver: Driver) -> None:
     expected = uninterrupted(driver)
     for stage, numbers in syncs_by_stage(Path("log")).items():
-        moments = (0, len(numbers) // 2, -1) if stage == "quantized" else (len(numbers) // 2,)
+        moments = (len(numbers) // 2, -1) if stage == "quantized" else (len(numbers) // 2,)
         for number in (numbers[moment] for moment in moments):
             out = f"{stage}-{number}"
             assert driver(out, kill_at=number) == 9
@@ -151,7 +151,8 @@ def test_a_killed_command_resumes_to_the_same_bytes(driver: Driver) -> None:
 @pytest.mark.parametrize("kind", ["target"], indirect=True)  # which has experts, a table and 8-bit codebooks, too
 def test_tables_experts_and_allocations_resume_to_the_same_bytes(driver: Driver, kind: tuple[str, ...]) -> None:
     expected = uninterrupted(driver)
-    for stage, numbers in syncs_by_stage(Path("log"), kind).items():
+    for stage in set(kind) & {"allocation", "quantized"}:  # the others are killed at every write by the next test
+        numbers = syncs_by_stage(Path("log"), kind)[stage]
         number = numbers[2 * len(numbers) // 3]
         out = f"{stage}-{number}"
         assert driver(out, kill_at=number) == 9

@@ -91,7 +91,7 @@ def test_two_processes_come_to_what_one_does_and_what_cannot_be_shared_is_refuse
     assert status != 0 and "--batch 3 is not the same for each of 2 processes" in stderr
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_what_two_began_two_resume_with_and_nobody_else(made: Path) -> None:
     shutil.copytree(made, "whole")
     succeeded("finetune", "whole", "--steps", "40")
