@@ -151,8 +151,7 @@ def test_a_killed_command_resumes_to_the_same_bytes(driver: Driver) -> None:
 @pytest.mark.parametrize("kind", ["target"], indirect=True)  # which has experts, a table and 8-bit codebooks, too
 def test_tables_experts_and_allocations_resume_to_the_same_bytes(driver: Driver, kind: tuple[str, ...]) -> None:
     expected = uninterrupted(driver)
-    for stage in set(kind) & {"allocation", "quantized"}:  # the others are killed at every write by the next test
-        numbers = syncs_by_stage(Path("log"), kind)[stage]
+    for stage, numbers in syncs_by_stage(Path("log"), ("allocation", "quantized")).items():  # all of `kind` in the next
         number = numbers[2 * len(numbers) // 3]
         out = f"{stage}-{number}"
         assert driver(out, kill_at=number) == 9

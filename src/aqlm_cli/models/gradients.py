@@ -103,7 +103,7 @@ class OutputGradients:
     and values are measured under weights that are much like |g|^2 (received_attention.py): there it is the first alone.
     """
 
-    def __init__(self, token_weights: bool = True) -> None:
+    def __init__(self, token_weights: bool) -> None:
         """`token_weights`: whether errors of keys and values are measured under weights."""
         self._token_weights = token_weights
         self._sums: dict[str, _Sums] = {}

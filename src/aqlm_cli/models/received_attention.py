@@ -8,9 +8,10 @@ if the errors of two tokens have nothing in common. An error of the keys changes
 counts by the same weights but for what queries and values add.
 
 The first token of a sequence takes most of the attention of most queries (2309.17453) and is one of a thousand: where
-all tokens count alike, error feedback makes up for the others at its expense. SmolLM2-135M, gptq int4g64: the KL that
-the values cause alone falls from .142 to .007 by the weights, that of the keys from .020 to .006. Weights that are
-gradients of the loss (2505.07004) do no better there, and change nothing for any other layer; these need no backward.
+all tokens count alike, error feedback makes up for the others at its expense. SmolLM2-135M, gptq int4g64 by 24
+sequences, on 2 x 1,024 tokens of WikiText-2: the KL that all values cause alone falls from .142 to .007 by the weights,
+that of the keys from .020 to .006. Weights by gradients of the loss (2505.07004) were no better there, and changed the
+KL of no other kind of layer by a tenth; these need no backward pass.
 """
 
 from __future__ import annotations
@@ -70,11 +71,11 @@ def received_attention(block: nn.Module) -> Iterator[dict[str, Tensor]]:
             key: Tensor,
             value: Tensor,
             attention_mask: Tensor | None = None,  # some families pass it by this name
-            **rest: Any,
+            **options: Any,
         ) -> Any:
-            output = attention(module, query, key, value, attention_mask, **rest)
+            output = attention(module, query, key, value, attention_mask, **options)
             if module in layers and module not in strange:
-                received = _received(module, query, key, value, attention_mask, output[0], rest)
+                received = _received(module, query, key, value, attention_mask, output[0], options)
                 if received is None:
                     strange.add(module)
                 else:

@@ -76,8 +76,8 @@ class CalibrationPass:
         """Run the block of the base model for `targets`, and for the Hessian of each of its layers in `paths`.
 
         Layers that share their inputs share one object; where tokens are weighed, keys and values share another one
-        than queries. A layer that no token reaches has none, but for an expert,
-        whose H is made up of that of the others: where one expert is in `paths`, all of them are measured.
+        than queries. A layer that no token reaches has none, but for an expert, whose H is made up of that of the
+        others: where one expert is in `paths`, all of them are measured.
         """
         wanted, groups = set(paths), expert_groups(block)
         groups = [group for group in groups if wanted.intersection(group)]
@@ -199,8 +199,9 @@ def start_calibration_pass(
     for directory in set(work.directory.glob("handed-*")) - {work.handed(index)}:
         Handed(directory).remove()
     targets, fitted = Activations.create(work.targets, shape), min(section.fit.sequences, measured)
-    weighed = section.weighs_tokens
-    return CalibrationPass(walk, work, index, ids, hidden, targets, measured, fitted, section.batch, weighed)
+    return CalibrationPass(
+        walk, work, index, ids, hidden, targets, measured, fitted, section.batch, section.weighs_tokens
+    )
 
 
 def entering_states(walk: Walk, ids: Tensor, batch: int, path: Path) -> Activations:
