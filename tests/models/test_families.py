@@ -23,7 +23,13 @@ def examiner() -> Iterator[Executor]:
         yield pool
 
 
-@pytest.mark.parametrize("family", families.ALL)
+OFTEN = {*families.ALL[::3], "llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "gemma3_text", "phi3", "opt", "gpt_oss"}
+"""Those that `make test` examines: what most people have, and a third of the alphabet. `make soak` examines the others."""
+
+
+@pytest.mark.parametrize(
+    "family", [name if name in OFTEN else pytest.param(name, marks=pytest.mark.soak) for name in families.ALL]
+)
 def test_a_family_is_right_or_refused_and_the_page_of_models_says_so(family: str, examiner: Executor) -> None:
     """The walk is the network; what is packed is what the codes stand for, whoever loads it, and in either format."""
     outcome = examiner.submit(examine, family).result()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from aqlm_cli import openmp
 from aqlm_kernels.cpu.dequantize import dequantize
 
 LIBRARIES = """
@@ -92,3 +94,29 @@ print(ctypes.CDLL(LIBRARY).omp_get_max_active_levels(), file=sys.stderr)
 def test_threads_start_no_threads_of_their_own_after_numba_has_started(separate: set[str]) -> None:
     done = subprocess.run([sys.executable, "-c", LEVELS], capture_output=True, text=True, check=True)
     assert done.stderr.splitlines()[-1] == "1"
+
+
+@pytest.mark.parametrize(
+    ("load", "busy"),
+    [("0.00 0.01 0.05 1/84 25222", False), ("1.17 2.21 2.45 3/84 25224", True), ("", False), (None, False)],
+)
+def test_threads_sleep_early_where_others_need_the_cores(
+    load: str | None, busy: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(openmp, "LOAD", tmp_path / "loadavg")
+    if load is not None:
+        openmp.LOAD.write_text(load)
+    monkeypatch.setattr(os, "environ", {})
+    openmp.share_pool()
+    assert os.environ == ({"GOMP_SPINCOUNT": openmp.SHORT} if busy else {})
+
+
+@pytest.mark.parametrize("own", [{"OMP_WAIT_POLICY": "active"}, {"GOMP_SPINCOUNT": "5"}])
+def test_a_user_who_says_how_threads_wait_is_obeyed(
+    own: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(openmp, "LOAD", tmp_path / "loadavg")
+    openmp.LOAD.write_text("9.17 9.21 9.45 9/84 25224")
+    monkeypatch.setattr(os, "environ", dict(own))
+    openmp.share_pool()
+    assert os.environ == own
