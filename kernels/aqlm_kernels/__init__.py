@@ -23,6 +23,7 @@ from aqlm_kernels.matrices.additive import AdditiveMatrix
 from aqlm_kernels.matrices.balance import balanced, balancing_shift
 from aqlm_kernels.matrices.bitpack import pack_bits, packed_bytes, unpack_bits
 from aqlm_kernels.matrices.kinds import MATRIX_KINDS, quantized_layers
+from aqlm_kernels.matrices.level import LevelMatrix
 from aqlm_kernels.matrices.matrix import Matrix, QuantizedLayer
 from aqlm_kernels.matrices.refined import RefinedMatrix
 from aqlm_kernels.matrices.uniform import UniformMatrix
@@ -46,6 +47,7 @@ __all__ = [
     "DecoderLayer",
     "HeadLayer",
     "KernelError",
+    "LevelMatrix",
     "Matrix",
     "PackedMatrix",
     "QuantizedLayer",

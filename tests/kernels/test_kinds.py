@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +19,7 @@ from aqlm_kernels import (
     AdditiveMatrix,
     CompressedLinear,
     KernelError,
+    LevelMatrix,
     Matrix,
     QuantizedLayer,
     RefinedMatrix,
@@ -25,6 +27,7 @@ from aqlm_kernels import (
     coded_layers,
     quantized_layers,
 )
+from aqlm_kernels.matrices import level
 
 OUT, IN = 12, 32
 
@@ -48,6 +51,16 @@ def uniform(exponent: int = 0) -> UniformMatrix:
     return UniformMatrix(levels, zeros, scales, bits, power)
 
 
+def of_levels(word: str) -> LevelMatrix:
+    """Codes and scales in the types and shapes that the scheme says."""
+    name, bits, shift, group = re.fullmatch(r"([a-z]+?)(\d)(t?)g(\d+)", word).groups()  # type: ignore[union-attr]
+    rng, groups = draw(), IN // int(group)
+    scales, shifts = ((torch.rand(OUT, groups, generator=rng) + 0.5).half() for _ in range(2))
+    power = torch.tensor(0, dtype=torch.int16)
+    empty = level.of_levels(name, int(bits), scales, shifts if shift else None, power, IN)
+    return empty.nearest(torch.randn(OUT, IN, generator=rng))
+
+
 def refined() -> RefinedMatrix:
     return RefinedMatrix(additive(), torch.tensor([2, 5, 11], dtype=torch.int32), uniform().rows(torch.arange(3)))
 
@@ -61,6 +74,9 @@ MATRICES: dict[str, Matrix] = {
     "additive": additive(),
     "additive, 8 bits": in_8_bits(),
     "uniform": uniform(),
+    "levels": of_levels("nf3g16"),
+    "shifted levels": of_levels("nf4tg8"),
+    "levels of a row": of_levels("cube5g32"),
     "refined": refined(),
     "refined, 8 bits": replace(refined(), base=in_8_bits()),
 }
@@ -137,6 +153,9 @@ WORDS = {
     "additive": "2x4g8",
     "additive, 8 bits": "2x4g8c8",
     "uniform": "int3g16",
+    "levels": "nf3g16",
+    "shifted levels": "nf4tg8",
+    "levels of a row": "cube5",
     "refined": "2x4g8+int3g16r3",
     "refined, 8 bits": "2x4g8c8+int3g16r3",
 }

@@ -24,7 +24,7 @@ def examiner() -> Iterator[Executor]:
 
 
 OFTEN = {*families.ALL[::3], "llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "gemma3_text", "phi3", "opt", "gpt_oss"}
-"""Those that `make test` examines: what most people have, and a third of the alphabet. `make soak` examines the others."""
+"""What `make test` examines: those that most people have, and a third of the alphabet. `make soak` has the others."""
 
 
 @pytest.mark.parametrize(

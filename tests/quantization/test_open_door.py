@@ -103,6 +103,9 @@ class SignScheme:
     def parse(cls, text: str) -> SignScheme | None:
         return cls() if text == "sign" else None
 
+    def bound(self, in_features: int) -> SignScheme:
+        return self
+
     def stored_bits(self, out_features: int, in_features: int) -> int:
         return out_features * in_features + 16 * out_features
 

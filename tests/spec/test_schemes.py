@@ -19,6 +19,10 @@ from aqlm_cli.spec.schemes import AdditiveScheme, UniformScheme, parse_scheme, s
         "3x8g8+int4g64r512",
         "3x8g8c8+int4g64r512",
         "int3g32+int4g16r7",
+        "nf4g64",
+        "nf3tg32",
+        "cube4",
+        "nf2t",
     ],
 )
 def test_a_scheme_prints_as_it_was_read(text: str) -> None:

@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 
-from aqlm_cli.spec.schemes import AdditiveScheme, RefinedScheme, Scheme, UniformScheme
-from aqlm_kernels import AdditiveMatrix, Matrix, RefinedMatrix, UniformMatrix
+from aqlm_cli.spec.schemes import AdditiveScheme, LevelScheme, RefinedScheme, Scheme, UniformScheme
+from aqlm_cli.spec.schemes.base import groups_of
+from aqlm_kernels import AdditiveMatrix, LevelMatrix, Matrix, RefinedMatrix, UniformMatrix
+from aqlm_kernels.matrices.level import of_levels
 
 SIZE = 0.02
 """Standard deviation of the weights, about."""
@@ -39,6 +41,14 @@ def _uniform(scheme: UniformScheme, rows: int, columns: int, draw: torch.Generat
     )
 
 
+def _levels(scheme: LevelScheme, rows: int, columns: int, draw: torch.Generator) -> LevelMatrix:
+    groups = rows, groups_of(columns, scheme.group)
+    scales = torch.full(groups, 2 * SIZE, dtype=torch.float16)
+    shifts = torch.zeros(groups, dtype=torch.float16) if scheme.shifted else None
+    empty = of_levels(scheme.table, scheme.bits, scales, shifts, torch.tensor(0, dtype=torch.int16), columns)
+    return empty.nearest(SIZE * torch.randn(rows, columns, generator=draw))
+
+
 def _refined(scheme: RefinedScheme, rows: int, columns: int, draw: torch.Generator) -> RefinedMatrix:
     index = torch.randperm(rows, generator=draw)[: scheme.rows].sort().values
     patch = _uniform(scheme.patch, scheme.rows, columns, draw)
@@ -48,6 +58,7 @@ def _refined(scheme: RefinedScheme, rows: int, columns: int, draw: torch.Generat
 KINDS: Mapping[str, Callable[[Any, int, int, torch.Generator], Matrix]] = {
     "additive": _additive,
     "uniform": _uniform,
+    "level": _levels,
     "refined": _refined,
 }
 """Random matrices by the kind of their scheme."""

@@ -61,7 +61,7 @@ def compress_all(
         started = time.monotonic()
         weight = task.weight.contiguous()  # some families store their experts transposed
         try:
-            name, scheme = task.treatment.method, task.treatment.scheme
+            name, scheme = task.treatment.method, task.treatment.scheme.bound(weight.shape[1])
             rng, settings = generator(seed, task.path), settings_of(name)
             matrix = methods[name](weight, task.statistics, scheme, rng, settings)
         except QuantizationError as error:

@@ -26,10 +26,10 @@ from torch import Tensor
 from aqlm_cli.errors import QuantizationError
 from aqlm_cli.quantization.methods import aqlm
 from aqlm_cli.quantization.parallel import single_threaded_pool
-from aqlm_cli.quantization.solvers import grids
+from aqlm_cli.quantization.solvers import grids, level_tables
 from aqlm_cli.quantization.solvers.hessian import LayerStatistics, SecondMoment, damped
-from aqlm_cli.spec.schemes import AdditiveScheme, RefinedScheme, Scheme, UniformScheme
-from aqlm_kernels import AdditiveMatrix, Matrix, RefinedMatrix, UniformMatrix
+from aqlm_cli.spec.schemes import AdditiveScheme, LevelScheme, RefinedScheme, Scheme, UniformScheme
+from aqlm_kernels import AdditiveMatrix, LevelMatrix, Matrix, RefinedMatrix, UniformMatrix
 from aqlm_kernels.matrices.uniform import grid_exponent
 
 CHUNK_WEIGHTS = 2**22
@@ -232,9 +232,29 @@ def _uniform(table: _Table, scheme: UniformScheme) -> UniformMatrix:
         scales = torch.ldexp(found.steps, -exponent).half()
         return UniformMatrix(found.levels.to(torch.uint8), found.zeros.to(torch.uint8), scales, bits, exponent)
 
-    parts = table.encoded(code)
-    names = ("levels", "zeros", "scales")
-    return replace(parts[0], **{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
+    return _joined(table.encoded(code), ("levels", "zeros", "scales"))
+
+
+def _levels(table: _Table, scheme: LevelScheme) -> LevelMatrix:
+    """The levels nearest to each weight, as rtn has them; the metric is not looked at."""
+    group, inputs = scheme.bound(table.weight.shape[1]).group, table.weight.shape[1]
+
+    def reach(rows: Tensor) -> tuple[Tensor, Tensor | None]:
+        return level_tables.reach(rows.float().view(len(rows), -1, group), scheme)
+
+    found = [reach(table.weight[chunk]) for chunk in table.chunks()]
+    exponent = level_tables.exponent_of([numbers for pair in found for numbers in pair if numbers is not None])
+
+    def code(rows: Tensor) -> LevelMatrix:
+        return level_tables.ROUNDED[scheme.table](level_tables.of_reach(*reach(rows), scheme, inputs, exponent), rows)
+
+    return _joined(table.encoded(code), ("codes", "scales", "shifts") if scheme.shifted else ("codes", "scales"))
+
+
+def _joined(parts: Sequence[Part], names: Sequence[str]) -> Part:
+    """One matrix of parts that have these tensors by rows, and all others alike."""
+    joined = {name: torch.cat([part.tensors()[name] for part in parts]) for name in names}
+    return type(parts[0]).from_tensors({**parts[0].tensors(), **joined})  # type: ignore[return-value]
 
 
 def _refined(table: _Table, scheme: RefinedScheme) -> RefinedMatrix:
@@ -251,6 +271,7 @@ Part = TypeVar("Part", bound=Matrix)
 FAMILIES: Mapping[str, Callable[[_Table, Any], Any]] = {
     "additive": _additive,
     "uniform": _uniform,
+    "level": _levels,
     "refined": _refined,
 }
 """The search for codes, by the kind of scheme."""

@@ -14,18 +14,18 @@ GPTQ's code; with more groups, that one scatters the inputs of a group over the 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from aqlm_cli.errors import QuantizationError
-from aqlm_cli.quantization.solvers import grids
+from aqlm_cli.quantization.solvers import grids, level_tables
 from aqlm_cli.quantization.solvers.hessian import LayerStatistics, block_ldl, columns_most_active_first
-from aqlm_cli.quantization.solvers.ldlq import sweep_columns
+from aqlm_cli.quantization.solvers.ldlq import ColumnRounder, sweep_columns
 from aqlm_cli.spec.methods.gptq import GptqSettings
-from aqlm_cli.spec.schemes import UniformScheme
-from aqlm_kernels import UniformMatrix
+from aqlm_cli.spec.schemes import LevelScheme, Scheme, UniformScheme
+from aqlm_kernels import LevelMatrix, Matrix, UniformMatrix
 from aqlm_kernels.matrices.uniform import grid_exponent
 
 
@@ -50,8 +50,8 @@ ORDERS: Mapping[str, Callable[[Tensor, int], Tensor]] = {
 
 @torch.no_grad()
 def quantize(
-    weight: Tensor, statistics: LayerStatistics, scheme: UniformScheme, rng: torch.Generator, settings: GptqSettings
-) -> UniformMatrix:
+    weight: Tensor, statistics: LayerStatistics, scheme: Scheme, rng: torch.Generator, settings: GptqSettings
+) -> Matrix:
     """Quantize W `[out, in]` float32. Nothing is drawn. Raises QuantizationError where W or H hold NaN or infinity."""
     if not bool(weight.isfinite().all()):
         raise QuantizationError("the weight holds NaN or infinite values; the model is damaged")
@@ -60,17 +60,25 @@ def quantize(
         raise QuantizationError("its inputs hold NaN or infinite values; the model is damaged or overflows")
     columns = ORDERS[settings.order](hessian, scheme.group_size)  # [in]
     feedback = block_ldl(hessian[columns][:, columns], 1, settings.damping)
-    rounder = GridRounder(weight, scheme, columns, FITS[settings.grid])
+    rounder = ROUNDERS[scheme.kind](weight, scheme, columns, settings)
     sweep_columns(weight[:, columns], feedback, rounder)
     return rounder.matrix()
+
+
+class Rounder(ColumnRounder, Protocol):
+    """A rounder that keeps what it rounds."""
+
+    def matrix(self) -> Matrix:
+        """The matrix of what was rounded."""
 
 
 class GridRounder:
     """Rounds columns to the grids of their groups, each fitted to the values that the errors before it leave."""
 
-    def __init__(self, weight: Tensor, scheme: UniformScheme, columns: Tensor, fit: Fit) -> None:
+    def __init__(self, weight: Tensor, scheme: UniformScheme, columns: Tensor, settings: GptqSettings) -> None:
         """`columns` are those of W `[out, in]` in the order of the sweep. The exponent of all scales is that of W."""
-        self.span, self._bits, self._top, self._fit = scheme.group_size, scheme.bits, 2**scheme.bits - 1, fit
+        self.span, self._bits, self._top = scheme.group_size, scheme.bits, 2**scheme.bits - 1
+        self._fit = FITS[settings.grid]
         self._columns: list[int] = columns.tolist()
         low, high = grids.extremes(weight.view(len(weight), -1, self.span))
         self._exponent = grid_exponent((high - low) / self._top)
@@ -96,3 +104,46 @@ class GridRounder:
         scales = torch.ldexp(self._steps, -self._exponent).half()
         bits = torch.tensor(self._bits, dtype=torch.uint8)
         return UniformMatrix(self._levels, self._zeros.to(torch.uint8), scales, bits, self._exponent)
+
+
+class LevelRounder:
+    """Rounds columns to a table of levels, which reach over the values of a group; no other size is tried."""
+
+    def __init__(self, weight: Tensor, scheme: LevelScheme, columns: Tensor, settings: GptqSettings) -> None:
+        """As for GridRounder."""
+        self.span, self._columns = scheme.group_size, columns.tolist()
+        self._scheme = scheme
+        groups = weight.view(len(weight), -1, self.span)
+        self._matrix = level_tables.of_reach(*level_tables.reach(groups, scheme), scheme, weight.shape[1])
+        self._table = self._matrix.levels
+        self._middles = (self._table[1:] + self._table[:-1]) / 2
+
+    def enter(self, first: int, values: Tensor) -> None:
+        """Fit scale and shift of the group that column `first` of the sweep begins."""
+        j, whole = self._columns[first] // self.span, self._matrix
+        here = level_tables.of_reach(
+            *level_tables.reach(values[:, None], self._scheme), self._scheme, self.span, whole.exponent
+        )
+        whole.scales[:, j] = here.scales[:, 0]
+        self._scale = torch.ldexp(here.scales[:, 0].float(), whole.exponent)
+        self._shift = torch.zeros_like(self._scale)
+        if whole.shifts is not None and here.shifts is not None:
+            whole.shifts[:, j] = here.shifts[:, 0]
+            self._shift = torch.ldexp(here.shifts[:, 0].float(), whole.exponent)
+
+    def column(self, i: int, values: Tensor) -> Tensor:
+        """The nearest levels; the codes are kept."""
+        codes = torch.bucketize((values - self._shift) / grids.divisor(self._scale), self._middles)
+        self._matrix.codes[:, self._columns[i]] = codes.to(torch.uint8)
+        return self._scale * self._table[codes] + self._shift
+
+    def matrix(self) -> LevelMatrix:
+        """The matrix of what was rounded."""
+        return self._matrix
+
+
+ROUNDERS: Mapping[str, Callable[[Tensor, Any, Tensor, GptqSettings], Rounder]] = {
+    "uniform": GridRounder,
+    "level": LevelRounder,
+}
+"""Rounders by the kind of scheme: W, scheme, columns in the order of the sweep, settings."""

@@ -27,12 +27,12 @@ class MethodSpec:
 METHODS: Mapping[str, MethodSpec] = {
     "aqlm": MethodSpec("additive codebooks", AqlmSettings, ("additive", "refined"), "2x8g8", epochs=2),
     "rtn": MethodSpec(
-        "round to nearest, the baseline", None, ("uniform", "refined"), "int2g64", epochs=0
+        "round to nearest, the baseline", None, ("uniform", "level", "refined"), "int2g64", epochs=0
     ),  # fitted only if asked
     "gptq": MethodSpec(
         "uniform grids with error feedback",
         gptq.GptqSettings,
-        ("uniform", "refined"),
+        ("uniform", "level", "refined"),
         "int4g64",
         epochs=0,
         peak_bytes=gptq.peak_bytes,

@@ -12,7 +12,8 @@ class GptqSettings(Section):
 
     `order` active rounds the groups of the most active inputs first, and in each its most active inputs; none goes from
     the first input to the last. Groups are those of consecutive inputs either way. `grid` minmax reaches from the least
-    to the largest weight of a group; norm2.4 is the one of 80 sizes with the least sum of errors to the power of 2.4.
+    to the largest weight of a group; norm2.4 is the one of 80 sizes with the least sum of errors to the power of 2.4. A
+    table of levels reaches over all weights of a group whatever `grid` says.
     """
 
     order: Literal["active", "none"] = "active"

@@ -66,6 +66,10 @@ class AdditiveScheme:
         """Bits of the codes alone per weight, M*B/g."""
         return self.num_codebooks * self.codebook_bits / self.group_size
 
+    def bound(self, in_features: int) -> AdditiveScheme:
+        """The scheme itself."""
+        return self
+
     def stored_bits(self, out_features: int, in_features: int) -> int:
         """Bits of one `[out, in]` matrix: codes at B bits each, codebooks at 16 or 8, row scales and ranges at 16."""
         codes = out_features * (in_features // self.group_size) * self.num_codebooks * self.codebook_bits

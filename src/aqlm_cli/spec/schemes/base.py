@@ -11,6 +11,9 @@ from aqlm_cli.errors import UsageError
 BITS_PER_FLOAT = 16
 """Codebooks and scales are stored as float16."""
 
+ROW = 0
+"""The group size of a scheme in which a whole row is one group."""
+
 DTYPE_BYTES = {"uint8": 1, "int8": 1, "int16": 2, "int32": 4, "float16": 2, "bfloat16": 2, "float32": 4}
 
 
@@ -38,7 +41,7 @@ class Scheme(Protocol):
 
     @property
     def group_size(self) -> int:
-        """Inputs that share codes or a scale."""
+        """Inputs that share codes or a scale; 1 where a whole row is one group, for its inputs may be any number."""
 
     @property
     def code_bits(self) -> float:
@@ -51,6 +54,9 @@ class Scheme(Protocol):
     @property
     def finer(self) -> Scheme | None:
         """The same codes with finer codebooks, where there is such a scheme."""
+
+    def bound(self, in_features: int) -> Scheme:
+        """The scheme as it is in a matrix of so many inputs: a group that is a whole row has their number."""
 
     def stored_bits(self, out_features: int, in_features: int) -> int:
         """Bits of one matrix, with its tables, scales and indices."""
@@ -85,6 +91,11 @@ def check_range(scheme: object, what: str, value: int, lowest: int, highest: int
 def packed_integers(count: int, bits: int) -> StoredTensor:
     """Layout of so many integers of so many bits, side by side in bytes."""
     return StoredTensor("uint8", (-(-count * bits // 8),))
+
+
+def groups_of(in_features: int, group_size: int) -> int:
+    """Groups of a row; one where the group is a whole ROW."""
+    return in_features // (group_size or in_features)
 
 
 def uneven_groups(in_features: int, group_size: int) -> str | None:

@@ -52,6 +52,10 @@ class RefinedScheme:
         """Bits of the base's codes alone per weight."""
         return self.base.code_bits
 
+    def bound(self, in_features: int) -> RefinedScheme:
+        """The scheme itself."""
+        return self
+
     def stored_bits(self, out_features: int, in_features: int) -> int:
         """Bits of base and patch, and 32 for the index of each row of the patch."""
         patch = self.patch.stored_bits(self.rows, in_features) + BITS_PER_INDEX * self.rows

@@ -38,6 +38,10 @@ class UniformScheme:
         """Bits of the integers alone per weight."""
         return float(self.bits)
 
+    def bound(self, in_features: int) -> UniformScheme:
+        """The scheme itself."""
+        return self
+
     def stored_bits(self, out_features: int, in_features: int) -> int:
         """Bits of one `[out, in]` matrix: every weight, and 16 + B for scale and zero point of every group."""
         groups = out_features * (in_features // self.group_size)
