@@ -25,22 +25,26 @@ from aqlm_kernels.matrices.uniform import grid_exponent
 
 
 def _normal_float(bits: int) -> Tensor:
-    """2^(bits-1) quantiles above 0, one less below, and 0, over the largest of them; float64, rising."""
+    """2^(bits-1) quantiles above 0, one less below, and 0, over the largest of them; rising.
+
+    Probabilities are rounded to 7 digits and spaced in float32, so that the table of 4 bits is QLoRA's to the bit.
+    """
     count = 2 ** (bits - 1)
-    tail = 1 - (1 / (2 * count - 1) + 1 / (2 * count)) / 4
-    above, below = (torch.linspace(tail, 0.5, n + 1, dtype=torch.float64)[:-1] for n in (count, count - 1))
-    values = torch.cat([torch.special.ndtri(above), torch.zeros(1), -torch.special.ndtri(below)]).sort().values
+    tail = round(1 - (1 / (2 * count - 1) + 1 / (2 * count)) / 4, 7)
+    above, below = (torch.linspace(tail, 0.5, n + 1)[:-1].double() for n in (count, count - 1))
+    values = torch.cat([torch.special.ndtri(above), torch.zeros(1), -torch.special.ndtri(below)]).sort().values.float()
     table: Tensor = values / values.max()
     return table
 
 
 def _cube(bits: int) -> Tensor:
     top = 2 ** (bits - 1) - 1
-    return (torch.arange(-top, top + 1, dtype=torch.float64) / top) ** 3
+    cubes: Tensor = (torch.arange(-top, top + 1, dtype=torch.float64) / top) ** 3
+    return cubes
 
 
 TABLES: Mapping[str, Callable[[int], Tensor]] = {"nf": _normal_float, "cube": _cube}
-"""Tables by name: bits a code -> rising levels `[at most 2^bits]` of float64 with -1 and 1 at the ends."""
+"""Tables by name: bits a code -> rising levels `[at most 2^bits]` with -1 and 1 at the ends."""
 
 _NAMES = tuple(TABLES)
 _WORD = re.compile(rf"({'|'.join(TABLES)})([2-8])(t?)(?:g(\d{{1,9}}))?", flags=re.ASCII)

@@ -10,7 +10,7 @@ from pydantic import ConfigDict, Field, ValidationError, create_model, field_val
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from aqlm_cli.errors import UsageError
-from aqlm_cli.spec.methods import METHODS
+from aqlm_cli.spec.methods import METHODS, known_methods
 from aqlm_cli.spec.schemes import parse_scheme
 from aqlm_cli.spec.section import Count, Names, Positive, Rate, Section, understood
 from aqlm_cli.spec.selection import Rule, Selection
@@ -61,7 +61,7 @@ class LayerRule(Section):
         if self.keep == (self.scheme is not None or self.method is not None):
             raise ValueError(f"the rule for '{self.match}' needs a scheme, a method or keep: true")
         if self.method is not None and self.method not in METHODS:
-            raise ValueError(f"there is no method {self.method!r}; choose {' or '.join(METHODS)}")
+            raise ValueError(f"there is no method {self.method!r}; choose {known_methods()}")
         return self
 
     def treatment(self, default: Treatment) -> Treatment | None:
@@ -192,7 +192,7 @@ class QuantizeConfig(Section):
     @classmethod
     def _is_method(cls, name: str) -> str:
         if name not in METHODS:
-            raise ValueError(f"there is no method {name!r}; choose {' or '.join(METHODS)}")
+            raise ValueError(f"there is no method {name!r}; choose {known_methods()}")
         return name
 
     @field_validator("scheme")

@@ -18,6 +18,7 @@ Beam: TypeAlias = Literal[2, 4, 8, 16, 32, 64, 128, 256]
 # Not strict, as YAML 1.1 reads 1e-4 (without a dot) as a string; pydantic makes a number of it.
 Rate: TypeAlias = Annotated[float, Field(strict=False, gt=0, allow_inf_nan=False)]
 # Not strict, as YAML has lists and a frozen record has tuples.
+Distance: TypeAlias = Annotated[float, Field(strict=False, ge=0, allow_inf_nan=False)]
 Names: TypeAlias = Annotated[tuple[str, ...], Field(strict=False)]
 
 

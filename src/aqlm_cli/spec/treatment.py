@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from aqlm_cli.errors import UsageError
-from aqlm_cli.spec.methods import METHODS
+from aqlm_cli.spec.methods import METHODS, known_methods
 from aqlm_cli.spec.schemes import RefinedScheme, Scheme, parse_scheme
 
 
@@ -18,11 +18,13 @@ class Treatment:
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
-            raise UsageError(f"there is no method {self.method!r}; choose {' or '.join(METHODS)}")
+            raise UsageError(f"there is no method {self.method!r}; choose {known_methods()}")
         method = METHODS[self.method]
         if self.scheme.kind not in method.families:
             wanted = f"{' or '.join(method.families)} schemes such as {method.scheme}"
             raise UsageError(f"method {self.method} takes {wanted}, not {self.scheme}")
+        if method.refuses is not None and (reason := method.refuses(self.scheme)) is not None:
+            raise UsageError(f"method {self.method} does not take {self.scheme}: {reason}")
 
     def __str__(self) -> str:
         return f"{self.method}:{self.scheme}"
@@ -54,5 +56,9 @@ def parse_treatment(text: str, preferred: str | None = None) -> Treatment:
 
 def method_for(scheme: Scheme, preferred: str | None = None) -> str:
     """`preferred` where it takes the scheme, else the first method of the table that does."""
-    taking = [name for name, method in METHODS.items() if scheme.kind in method.families]
+    taking = [
+        name
+        for name, method in METHODS.items()
+        if scheme.kind in method.families and (method.refuses is None or method.refuses(scheme) is None)
+    ]
     return preferred if preferred in taking else taking[0]

@@ -12,11 +12,16 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from aqlm_cli.quantization.methods import aqlm, gptq, rtn
+from aqlm_cli.quantization.methods import aqlm, gptq, information, rtn
 from aqlm_cli.quantization.solvers.hessian import LayerStatistics
 from aqlm_kernels import Matrix
 
 # W [out, in], statistics of its inputs, a scheme of the method's families, draws, the method's settings (or None).
 Method: TypeAlias = Callable[[Tensor, LayerStatistics, Any, torch.Generator, Any], Matrix]
 
-METHODS: Mapping[str, Method] = {"aqlm": aqlm.quantize, "rtn": rtn.quantize, "gptq": gptq.quantize}
+METHODS: Mapping[str, Method] = {
+    "aqlm": aqlm.quantize,
+    "rtn": rtn.quantize,
+    "gptq": gptq.quantize,
+    "information": information.quantize,
+}

@@ -110,7 +110,7 @@ class LevelRounder:
     """Rounds columns to a table of levels, which reach over the values of a group; no other size is tried."""
 
     def __init__(self, weight: Tensor, scheme: LevelScheme, columns: Tensor, settings: GptqSettings) -> None:
-        """As for GridRounder."""
+        """Take what GridRounder takes."""
         self.span, self._columns = scheme.group_size, columns.tolist()
         self._scheme = scheme
         groups = weight.view(len(weight), -1, self.span)

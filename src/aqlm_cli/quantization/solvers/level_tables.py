@@ -67,4 +67,4 @@ def _companded(matrix: LevelMatrix, weight: Tensor) -> LevelMatrix:
 
 
 ROUNDED: Mapping[str, Callable[[LevelMatrix, Tensor], LevelMatrix]] = {"nf": _nearest, "cube": _companded}
-"""How `rtn` chooses codes for W `[out, in]`, by the name of the table."""
+"""The choice of codes for W `[out, in]` by `rtn`, by the name of the table."""

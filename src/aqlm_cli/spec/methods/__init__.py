@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from aqlm_cli.spec.methods import gptq
+from aqlm_cli.spec.methods import gptq, information
 from aqlm_cli.spec.methods.aqlm import AqlmSettings
+from aqlm_cli.spec.schemes import Scheme
 from aqlm_cli.spec.section import Section
 
 
@@ -22,6 +23,7 @@ class MethodSpec:
     epochs: int  # of block fitting, where the run file leaves that to the method
     # Memory that quantizing an [out, in] matrix takes at most, beside weight and Hessian; None: what its scheme says.
     peak_bytes: Callable[[int, int], int] | None = None
+    refuses: Callable[[Scheme], str | None] | None = None  # the reason why it does not take one of its families
 
 
 METHODS: Mapping[str, MethodSpec] = {
@@ -37,4 +39,18 @@ METHODS: Mapping[str, MethodSpec] = {
         epochs=0,
         peak_bytes=gptq.peak_bytes,
     ),
+    "information": MethodSpec(
+        "levels shifted to use all codes evenly",
+        information.InformationSettings,
+        ("level",),
+        "nf4tg64",
+        epochs=0,
+        refuses=information.refuses,
+    ),
 }
+
+
+def known_methods() -> str:
+    """Their names for a message: `a, b or c`."""
+    *others, last = METHODS
+    return f"{', '.join(others)} or {last}"
