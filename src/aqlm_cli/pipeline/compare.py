@@ -70,7 +70,7 @@ def _jobs(study: Study, directory: Path, emit: Emit, overwrite: bool) -> list[Jo
 def _share_calibration(job: Job, others: Sequence[Path]) -> None:
     """Link the calibration of another cell into the run, if it has none and theirs has the same settings."""
     wanted = job.directory / CALIBRATE.directory
-    if job.config.quantize.import_from is not None or wanted.exists():
+    if not job.reads_text or wanted.exists():
         return
     for other in others:
         found = find_artifact(other, CALIBRATE.kind)

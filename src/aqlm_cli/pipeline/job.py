@@ -73,6 +73,11 @@ class Job:
         return self.survey.preflight
 
     @property
+    def reads_text(self) -> bool:
+        """Check that a quantization with these settings needs the calibration of the run."""
+        return self.preflight.reads_text(self.config)
+
+    @property
     def run(self) -> RunDirectory:
         """The run that exists in `directory`. ArtifactError where there is none."""
         return read_run(self.directory)

@@ -151,11 +151,14 @@ def quantize_and_pack(job: Job, forecasting: bool = True) -> dict[str, Record]:
     """
     with _in_use(job.directory):
         if job.config.quantize.import_from is None:
-            if find_artifact(job.directory, CALIBRATE.kind) is None:
+            if job.reads_text and find_artifact(job.directory, CALIBRATE.kind) is None:
                 job.emit(Noted("calibration is missing; it runs first"))
             if forecasting:
                 job = dataclasses.replace(job, planned=_planned(job))
-            _calibrate(job)
+            if job.reads_text:
+                _calibrate(job)
+            else:
+                job.open_run()
             if forecasting:
                 keep_costs(job.run, job.config, job.planned)
         job, reports = _allocated(job)
@@ -198,7 +201,7 @@ def _quantize_first(job: Job) -> None:
     """Quantize a run that another stage needs quantized; nothing in it is overwritten."""
     job = dataclasses.replace(job, overwrite=False)
     job.emit(Noted(f"{job.directory} is not quantized yet; this runs first"))
-    if job.config.quantize.import_from is None:
+    if job.reads_text:
         _calibrate(job)
     _quantize(job)
 
@@ -257,7 +260,7 @@ def _finetune_and_pack(target: str, job: Job, world: World) -> dict[str, Record]
         of_run = dataclasses.replace(job, config=config)
         if job.run.own(QUANTIZE) is None:
             _quantize_first(of_run)
-        if config.quantize.import_from is not None and section.data is None:
+        if section.data is None and not of_run.reads_text:
             job.emit(Noted("without --data the calibration set is used; calibration runs first"))
             _calibrate(dataclasses.replace(of_run, overwrite=job.overwrite and begins))
         if sampled_sequences(section.data, section.sequences):

@@ -65,6 +65,10 @@ class Preflight:
     facts: ModelFacts
     expected: Solution | None = None  # what the plan follows, where it is forecast from priors
 
+    def reads_text(self, config: RunConfig) -> bool:
+        """Check that text is needed for a quantization with these settings: for embeddings and head it always is."""
+        return config.quantize.reads_text or bool(self.plan.tables and self.checkpoint is None)
+
     @property
     def packed_bytes(self) -> int:
         """Bytes of the safetensors of the packed checkpoint, header included."""
@@ -84,7 +88,7 @@ def preflight(
     from aqlm_cli.models.trial import refuse_gaps  # takes seconds to import, as a network does
 
     section, checkpoint = config.quantize, _checkpoint_of(config)
-    if section.import_from is None:  # else no text is read
+    if section.reads_text:
         refuse_too_long(source, config.calibrate.sequence_length, "--sequence-length")
     network = load_skeleton(source)
     there = tensor_index(source.directory) if has_weights(source.directory) else None
@@ -149,7 +153,9 @@ def model_shape(network: nn.Module, plan: Plan) -> ModelShape:
 
 def planned_work(config: RunConfig, shape: ModelShape) -> Work:
     """The workload of the settings, cut down to `max_memory`; PlanError where that is impossible."""
-    windows = sum(count for _, count in share_sequences(config.calibrate.data, config.calibrate.sequences))
+    reads_text = config.quantize.reads_text or bool(shape.tables)
+    text = share_sequences(config.calibrate.data, config.calibrate.sequences) if reads_text else []
+    windows = sum(count for _, count in text)
     product_bytes = compute_dtype(torch.device(config.device)).itemsize
     work = work_of(config, windows, torch.get_num_threads(), product_bytes)
     return within_memory(shape, work, parse_bytes(config.max_memory) if config.max_memory else None)

@@ -40,6 +40,13 @@ class ResumeState:
             states = list(self.directory.glob("hidden-*.activations"))
         return max((int(path.stem.removeprefix("hidden-")) for path in states), default=0)
 
+    @property
+    def blocks_of_weights(self) -> int:
+        """The same of a quantization without text, in which no states enter a block: it is finished when recorded."""
+        with storage_errors(self.directory):
+            records = list(self.directory.glob("block-*.json"))
+        return max((int(path.stem.removeprefix("block-")) + 1 for path in records), default=0)
+
     def hidden(self, block: int) -> Path:
         """The states that enter a block."""
         return self.directory / f"hidden-{block:03d}.activations"

@@ -24,9 +24,11 @@ class CalibrationSplit:
 
 
 def split_sequences(section: QuantizeConfig, sequences: int) -> CalibrationSplit:
-    """Split so many sequences. At most a quarter is held out, and none where `fit.epochs` is 0.
+    """Split so many sequences, or none. At most a quarter is held out, and none where `fit.epochs` is 0.
 
     Some are held out also where the method is not fitted by default, so that methods are compared on the same ones.
     """
-    held_out = min(section.fit.held_out, max(1, sequences // 4), sequences - 1) if section.fit.epochs != 0 else 0
+    held_out = (
+        min(section.fit.held_out, max(1, sequences // 4), max(0, sequences - 1)) if section.fit.epochs != 0 else 0
+    )
     return CalibrationSplit(min(section.statistics_sequences, sequences - held_out), held_out)

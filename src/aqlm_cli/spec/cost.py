@@ -152,6 +152,8 @@ def calibration_memory(model: ModelShape, work: Work) -> int:
 
 def quantization_memory(model: ModelShape, work: Work) -> int:
     """The largest of what the parts of a block need; freed memory is given back between them."""
+    if not work.sequences:  # no text is read: nothing runs
+        return PROCESS + max(_compressing(block, work) for block in model.blocks)
     entering = FLOAT * (model.outside + model.blocks[0].parameters + 2 * work.batch * work.length * model.hidden)
     parts = (_measuring, _compressing, _fitting)
     return PROCESS + max(entering, *(part(block, work) for block in model.blocks for part in parts))

@@ -123,6 +123,16 @@ class QuantizeConfig(Section):
         return {**super().sections(), **methods}
 
     @property
+    def reads_text(self) -> bool:
+        """Check that layers in the blocks are quantized by what text says about them, or fitted to it."""
+        if self.import_from is not None:
+            return False
+        if self.target.question is not None or self.fitting.epochs:
+            return True
+        rules = [rule.treatment(self.default) for rule in self.layers]
+        return any(METHODS[one.method].reads_text for one in (self.default, *rules) if one is not None)
+
+    @property
     def settings(self) -> Section | None:
         """Settings of `method`; None where it has none."""
         return self.settings_of(self.method)

@@ -55,9 +55,13 @@ def pack(job: Job) -> PackReport:
 def _origin(run: RunDirectory, quantized: Artifact) -> Origin:
     section = run.config.quantize
     data = ", ".join(text_name(source) for source in run.config.calibrate.data.split(","))
+    if section.import_from is not None:
+        data = "not known: the codes are those of another checkpoint"
+    elif "calibration" not in quantized.manifest.parents:
+        data = "no text: the weights alone are looked at"
     return Origin(
         method=section.method,
-        data=data if section.import_from is None else "not known: the codes are those of another checkpoint",
+        data=data,
         perplexities=_perplexities(run, quantized),
     )
 

@@ -56,6 +56,8 @@ def forecast(job: Job) -> ForecastReport:
     }
     stages = {stage: Cost(*cost, disks[stage]) for stage, cost in costs.items()}
     section = job.config.quantize
+    if not job.reads_text:
+        del stages["calibrate"]
     if section.target.question is not None:
         layers = preflight.facts.open_layers(job.config).values()
         cost = allocation_cost(layers, section.target, model, work, rates, section.default.scheme)

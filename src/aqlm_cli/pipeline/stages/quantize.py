@@ -16,56 +16,53 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from aqlm_cli.errors import QuantizationError
-from aqlm_cli.events import Advanced, BlockQuantized, Emit, LayerQuantized, Noted, StageStarted, Warned
+from aqlm_cli.events import Advanced, BlockQuantized, LayerQuantized, Noted, StageStarted, Warned
 from aqlm_cli.formatting import plain
 from aqlm_cli.memory import give_back_memory, peak_memory_bytes, reset_peak_memory
-from aqlm_cli.models.blocks import linears
 from aqlm_cli.models.tables import put_table
 from aqlm_cli.models.walk import Walk
+from aqlm_cli.pipeline.block_work import UNREACHED, BlockWork, compress_block, measured
 from aqlm_cli.pipeline.job import Job
 from aqlm_cli.pipeline.preflight import planned_work
 from aqlm_cli.pipeline.stage_reports import QuantizeReport, restored
-from aqlm_cli.quantization.block_files import TABLES, block_file, put_matrix, save_block, save_tables
+from aqlm_cli.pipeline.weights_alone import quantize_weights
+from aqlm_cli.quantization.block_files import TABLES, block_file, save_block, save_tables
 from aqlm_cli.quantization.block_inputs import CalibrationPass, machine_of, mixed_sequences, start_calibration_pass
 from aqlm_cli.quantization.fitted_errors import StoredStatistics
-from aqlm_cli.quantization.parallel import Compressed, Task, compress_all
+from aqlm_cli.quantization.parallel import Compressed
 from aqlm_cli.quantization.resume import ResumeState
-from aqlm_cli.quantization.solvers.hessian import LayerStatistics
 from aqlm_cli.quantization.table_statistics import known_metric, table_of
 from aqlm_cli.quantization.training.block import BlockData, fit_block, round_block
 from aqlm_cli.runs.artifact import Artifact, Stage
 from aqlm_cli.runs.files import disk_bytes
 from aqlm_cli.runs.stages import ALLOCATE, QUANTIZE, StageKey
 from aqlm_cli.seeds import generator
-from aqlm_cli.spec.config import RunConfig
 from aqlm_cli.spec.plan import Target
-from aqlm_cli.spec.treatment import Treatment
 from aqlm_kernels import Matrix, quantized_layers
-
-UNREACHED = "no text reaches it"
-"""The reason of a layer that stays as it is, such as attention to an absent encoder. An expert that no token is routed
-to is quantized with the H of all experts."""
 
 
 def quantize(job: Job) -> QuantizeReport:
     """Write `quantized/` from the run's calibration, or reuse one that was made with the same settings.
+
+    Methods that look at the weights alone need no calibration: then no text is read, and no block is run.
 
     Raises PlanError where the settings' own limits cannot be kept.
     """
     job = job.within_limits()
     config, source = job.config, job.source
     run = job.open_run()
-    calibration = job.calibration(run)
+    calibration = job.calibration(run) if job.reads_text else None
     settings = {**config.quantize.model_dump(mode="json"), "seed": config.seed}
-    parents = {"model": source.identity, "calibration": calibration.digest}
+    parents = {"model": source.identity}
+    if calibration is not None:
+        parents["calibration"] = calibration.digest
     if config.quantize.target.question is not None:
         parents["allocation"] = run.current("allocation").digest
     key = StageKey(QUANTIZE, settings, parents, machine_of(config), job.overwrite)
@@ -75,7 +72,10 @@ def quantize(job: Job) -> QuantizeReport:
         return restored(QuantizeReport, quantized, quantized.result("report"))
     reset_peak_memory()
     with run.resumed_stage(key) as stage:
-        tables, blocks = _quantize_all(job, calibration, stage)
+        if calibration is None:
+            tables, blocks = dict[str, dict[str, float]](), quantize_weights(job, stage)
+        else:
+            tables, blocks = _quantize_all(job, calibration, stage)
         layers = tables | {path: measured for block in blocks for path, measured in block["layers"].items()}
         if not layers:
             raise QuantizationError(f"nothing is quantized: {UNREACHED}; add text, or choose other layers")
@@ -113,18 +113,6 @@ def _geometric_mean(errors: Sequence[float]) -> float:
 # ------------------------------------------------------------------------------------------------------ block by block
 
 
-@dataclass(frozen=True, eq=False)
-class _Work:
-    """The parts that stay the same from block to block."""
-
-    config: RunConfig
-    treatments: Mapping[str, Treatment]  # of every layer to quantize, by path
-    workers: int  # matrices compressed at once
-    stage: Stage
-    resume_state: ResumeState
-    emit: Emit
-
-
 def _quantize_all(
     job: Job, calibration: Artifact, stage: Stage
 ) -> tuple[dict[str, dict[str, float]], list[dict[str, Any]]]:
@@ -139,7 +127,7 @@ def _quantize_all(
         emit(Warned("the calibration set has one sequence, so none is held out and blocks are not fitted; add text"))
     treatments, resume_state = preflight.plan.treatments, ResumeState(stage.work)
     workers = planned_work(config, preflight.shape).workers
-    work = _Work(config, treatments, workers, stage, resume_state, emit)
+    work = BlockWork(config, treatments, workers, stage, resume_state, emit)
     tables: dict[str, dict[str, float]] = {}
 
     def outside(walk: Walk) -> None:
@@ -166,7 +154,7 @@ def _quantize_all(
 
 
 def _quantize_tables(
-    work: _Work,
+    work: BlockWork,
     walk: Walk,
     ids: Tensor,
     targets: Sequence[Target],
@@ -200,10 +188,10 @@ def _quantize_tables(
     return measured
 
 
-def _quantize_block(work: _Work, states: CalibrationPass, block: nn.Module) -> dict[str, Any]:
+def _quantize_block(work: BlockWork, states: CalibrationPass, block: nn.Module) -> dict[str, Any]:
     """One block, start to end, and what was measured of it and of its layers."""
     started = time.monotonic()
-    compressed, statistics = _compress(work, states, block)
+    compressed, statistics = compress_block(work, states.path, block, lambda chosen: states.measure(block, chosen))
     held_out = states.measured < len(states.hidden)
     fits = bool(work.config.quantize.fitting.epochs) and held_out and bool(quantized_layers(block))
     stored = StoredStatistics.save(work.resume_state.statistics, statistics) if fits else None
@@ -219,9 +207,7 @@ def _quantize_block(work: _Work, states: CalibrationPass, block: nn.Module) -> d
         save_block(work.stage.directory / block_file(states.index), states.path, block, matrices)
         work.emit(BlockQuantized(states.index, error, gain, time.monotonic() - started))
     give_back_memory()
-    layers = {
-        path: {"relative_error": one.relative_error, "seconds": one.seconds} for path, one in sorted(compressed.items())
-    }
+    layers = measured(compressed)
     if stored is not None:
         for path, fitted in stored.errors(states.walk.load(states.index), block).items():
             layers[f"{states.path}.{path}"]["fitted_relative_error"] = fitted
@@ -230,46 +216,10 @@ def _quantize_block(work: _Work, states: CalibrationPass, block: nn.Module) -> d
     return {"path": states.path, "layers": layers, "error": error, "gain": gain}
 
 
-def _compress(
-    work: _Work, states: CalibrationPass, block: nn.Module
-) -> tuple[dict[str, Compressed], dict[str, LayerStatistics]]:
-    """Put the compressed layers into the block.
-
-    Returns each of them by its path in the model, and their statistics by their paths in the block.
-    """
-    section, prefix = work.config.quantize, states.path
-    # Paths inside the block, as the block knows them.
-    chosen = {path: layer for path, layer in linears(block, "").items() if f"{prefix}.{path}" in work.treatments}
-    statistics = states.measure(block, chosen)
-    give_back_memory()
-    for path in chosen.keys() - statistics.keys():
-        work.emit(Warned(f"{prefix}.{path} stays in 16 bits: {UNREACHED}; add text to quantize it"))
-    chosen = {path: layer for path, layer in chosen.items() if path in statistics}
-    kept = {path: work.resume_state.kept(f"{prefix}.{path}") for path in chosen}
-    tasks = [
-        Task(f"{prefix}.{path}", layer.weight.detach(), statistics[path], work.treatments[f"{prefix}.{path}"])
-        for path, layer in chosen.items()
-        if kept[path] is None
-    ]
-    made = compress_all(tasks, section.settings_of, work.config.seed, work.workers, _keeper(work))
-    compressed = {**made, **{one.path: one for one in kept.values() if one is not None}}
-    for path in chosen:
-        put_matrix(block, path, compressed[f"{prefix}.{path}"].matrix)
-    return compressed, {path: statistics[path] for path in chosen}  # and not of a layer that shares inputs with one
-
-
-def _fit(work: _Work, states: CalibrationPass, block: nn.Module) -> float:
+def _fit(work: BlockWork, states: CalibrationPass, block: nn.Module) -> float:
     """Fit the quantized layers of the block; the share of its held-out error that this removed."""
     settings = work.config.quantize.fitting
     data = BlockData(states.given, states.targets, states.dtype, states.device, per_token=settings.error == "per_token")
     training, held_out = torch.arange(states.fitted), torch.arange(states.measured, len(states.hidden))
     before, after = fit_block(block, data, training, held_out, settings, generator(work.config.seed, states.path))
     return 1 - after / before if before > 0 else 0.0
-
-
-def _keeper(work: _Work) -> Callable[[Compressed], None]:
-    def keep(one: Compressed) -> None:
-        work.resume_state.keep(one)
-        work.emit(LayerQuantized(one.path, one.relative_error, one.matrix.bits() / one.weights, one.seconds))
-
-    return keep

@@ -55,8 +55,8 @@ class StatusReport(Record):
 def status(run_directory: Path) -> StatusReport:
     run = read_run(run_directory)
     found, target = holder(run_directory), run.config.quantize.target
-    imports = run.config.quantize.import_from is not None  # no text is read for that
-    optional = [stage for stage in stages.STAGES if stage.optional or (imports and stage == stages.CALIBRATE)]
+    no_text = not run.config.quantize.reads_text
+    optional = [stage for stage in stages.STAGES if stage.optional or (no_text and stage == stages.CALIBRATE)]
     return StatusReport(
         directory=run_directory,
         model=run.config.model,

@@ -13,14 +13,18 @@ from tempfile import TemporaryDirectory
 
 import torch
 from rich.table import Table
+from torch import Tensor, nn
 
 from aqlm_cli.errors import ArtifactError
 from aqlm_cli.events import Advanced, Noted, StageStarted
 from aqlm_cli.formatting import clock, facts, readable_bytes
+from aqlm_cli.models import BlockLoader
+from aqlm_cli.models.blocks import find_blocks, unfuse
 from aqlm_cli.models.plain_linear import is_plain
 from aqlm_cli.models.walk import Walk
 from aqlm_cli.pipeline.allocation_report import read_record
 from aqlm_cli.pipeline.job import Job
+from aqlm_cli.pipeline.weights_alone import without_text
 from aqlm_cli.quantization.block_files import (
     TABLES,
     block_file,
@@ -33,14 +37,16 @@ from aqlm_cli.quantization.block_files import (
 from aqlm_cli.quantization.block_inputs import machine_of, mixed_sequences, start_calibration_pass, walk_through
 from aqlm_cli.quantization.parallel import Task, compress_all
 from aqlm_cli.quantization.resume import ResumeState
+from aqlm_cli.quantization.solvers.hessian import LayerStatistics
 from aqlm_cli.quantization.table_statistics import table_of
 from aqlm_cli.records import Record
 from aqlm_cli.runs import stages
 from aqlm_cli.runs.artifact import MANIFEST, Artifact, rebuild_command
 from aqlm_cli.runs.directory import RunDirectory
 from aqlm_cli.runs.files import digest_file
-from aqlm_cli.runs.stages import ALLOCATE, QUANTIZE, StageSpec
+from aqlm_cli.runs.stages import ALLOCATE, CALIBRATE, QUANTIZE, StageSpec
 from aqlm_cli.seeds import generator
+from aqlm_cli.spec.config import RunConfig
 from aqlm_cli.spec.plan import Target
 from aqlm_cli.spec.treatment import Treatment
 from aqlm_kernels import Matrix
@@ -172,6 +178,8 @@ def _both(
 ) -> tuple[Matrix, Matrix]:
     """The matrix of the chosen layer, quantized again on the output of the blocks before it, and the stored one."""
     config, source, emit = run.config, job.base_model(run), job.emit
+    if CALIBRATE.kind not in quantized.manifest.parents:
+        return _both_of_weights(job, run, quantized, chosen, treatment)
     ids, measured = mixed_sequences(config, run.current("calibration"))
 
     def outside(walk: Walk) -> object:
@@ -188,10 +196,36 @@ def _both(
         emit(Advanced(chosen, number + 1))
     block = states.walk.load(index)
     inside = chosen.removeprefix(states.path + ".")
-    layer = block.get_submodule(inside)
-    assert is_plain(layer)
-    task = Task(chosen, layer.weight, states.measure(block, [inside])[inside], treatment)
-    made = compress_all([task], config.quantize.settings_of, config.seed, 1, lambda _: None)
+    statistics = states.measure(block, [inside])[inside]
+    again = _again(config, chosen, _plain(block, inside).weight, statistics, treatment)
     emit(Advanced(chosen, index + 1))
+    return again, _stored(quantized, index, chosen)
+
+
+def _both_of_weights(
+    job: Job, run: RunDirectory, quantized: Artifact, chosen: str, treatment: Treatment
+) -> tuple[Matrix, Matrix]:
+    """The same of a quantization without text."""
+    config, paths = run.config, find_blocks(job.preflight.facts.network).paths
+    index = next(number for number, path in enumerate(paths) if chosen.startswith(f"{path}."))
+    block = unfuse(BlockLoader(job.base_model(run), torch.float32, config.device)(index))
+    inside = chosen.removeprefix(f"{paths[index]}.")
+    layer = _plain(block, inside)
+    again = _again(config, chosen, layer.weight, without_text({inside: layer})[inside], treatment)
+    return again, _stored(quantized, index, chosen)
+
+
+def _plain(block: nn.Module, path: str) -> nn.Linear:
+    layer = block.get_submodule(path)
+    assert is_plain(layer)
+    return layer
+
+
+def _again(config: RunConfig, path: str, weight: Tensor, statistics: LayerStatistics, treatment: Treatment) -> Matrix:
+    task = Task(path, weight.detach(), statistics, treatment)
+    return compress_all([task], config.quantize.settings_of, config.seed, 1, lambda _: None)[path].matrix
+
+
+def _stored(quantized: Artifact, index: int, path: str) -> Matrix:
     file = block_file(index)
-    return made[chosen].matrix, read_matrix(quantized, file, chosen, matrix_kinds(quantized, file)[chosen])
+    return read_matrix(quantized, file, path, matrix_kinds(quantized, file)[path])

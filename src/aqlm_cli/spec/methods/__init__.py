@@ -24,13 +24,19 @@ class MethodSpec:
     # Memory that quantizing an [out, in] matrix takes at most, beside weight and Hessian; None: what its scheme says.
     peak_bytes: Callable[[int, int], int] | None = None
     refuses: Callable[[Scheme], str | None] | None = None  # the reason why it does not take one of its families
+    reads_text: bool = True  # whether it looks at a layer's inputs
 
 
 METHODS: Mapping[str, MethodSpec] = {
     "aqlm": MethodSpec("additive codebooks", AqlmSettings, ("additive", "refined"), "2x8g8", epochs=2),
     "rtn": MethodSpec(
-        "round to nearest, the baseline", None, ("uniform", "level", "refined"), "int2g64", epochs=0
-    ),  # fitted only if asked
+        "round to nearest, the baseline",
+        None,
+        ("uniform", "level", "refined"),
+        "int2g64",
+        epochs=0,  # fitted only if asked
+        reads_text=False,
+    ),
     "gptq": MethodSpec(
         "uniform grids with error feedback",
         gptq.GptqSettings,
@@ -46,6 +52,7 @@ METHODS: Mapping[str, MethodSpec] = {
         "nf4tg64",
         epochs=0,
         refuses=information.refuses,
+        reads_text=False,
     ),
 }
 
