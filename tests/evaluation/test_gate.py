@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import tiny_models
+import yaml
+from helpers import commands, tiny_models
+from pydantic import ValidationError
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -18,7 +20,7 @@ from aqlm_cli.evaluation import EVALUATIONS, AttributionSettings, GateSettings, 
 from aqlm_cli.evaluation.repetition import common_start, distinct_share, longest_loop
 from aqlm_cli.events import silent
 from aqlm_cli.models.blocks import find_blocks, linears, replace_module
-from aqlm_cli.spec.evaluate import GateConfig
+from aqlm_cli.spec.evaluate import AttributionConfig, GateConfig
 from aqlm_kernels import AdditiveLinear, AdditiveMatrix
 
 PROMPTS = ("One two three", "A line of text", "x = ")
@@ -118,6 +120,44 @@ def test_a_gate_needs_a_base_model_and_prompts_with_tokens(base: LoadedModel) ->
         EVALUATIONS["gate"].run(base, base, GateSettings(GateConfig(prompts=("",))), silent)
 
 
+def test_a_model_of_few_positions_is_told_its_worst_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More tokens than it reads at once came together from the prompts; each text by itself it can read."""
+    monkeypatch.chdir(tmp_path)
+    tiny_models.save("opt", tmp_path / "model", max_position_embeddings=64)
+    assert commands.run("quantize", "model", "--method", "rtn", "--scheme", "int2g32", "--out", "run").exit_code == 0
+    settings = yaml.safe_load(Path("run/run.yaml").read_text())
+    prompts = ["hello there", "a dog ran by", "tea and more tea", "one two three four"]
+    settings["evaluate"]["gate"] = {"tokens": 16, "least_agreement": 1000, "prompts": prompts}
+    Path("run/run.yaml").write_text(yaml.safe_dump(settings))
+    result = commands.run("evaluate", "run", "--kind", "gate", "--json")
+    assert result.exit_code == 3, result.output
+    assert json.loads(result.stdout)["block"].startswith("model.decoder.layers.")
+
+
+@pytest.mark.parametrize(
+    ("kind", "flags"),
+    [
+        ("gate", ("--activations", "int8t")),
+        ("gate", ("--dtype", "float16")),
+        ("gate", ("--data", "builtin")),
+        ("gate,attribution", ("--protocol", "word")),
+        ("attribution", ("--cache", "bfp4g32")),
+        ("ppl", ("--way", "out")),
+        ("ppl", ("--budget-minutes", "1")),
+        ("gate", ("--sequences", "3")),
+    ],
+)
+def test_a_flag_of_another_kind_is_refused(finished_run: Path, kind: str, flags: tuple[str, str]) -> None:
+    told = commands.refused("evaluate", "run", "--kind", kind, *flags, status=2)
+    assert f"{flags[0]} is for the kind" in told and "add it to --kind" in told
+
+
+def test_the_length_of_sequences_is_that_of_attribution_too(finished_run: Path) -> None:
+    flags = ("--sequence-length", "24", "--sequences", "2", "--json")
+    report = json.loads(commands.run("evaluate", "run", "--kind", "attribution", *flags).stdout)
+    assert (report["sequences"], report["sequence_length"]) == (2, 24)
+
+
 # --------------------------------------------------------------------------------------------------------- attribution
 
 
@@ -163,6 +203,13 @@ def test_a_small_budget_reads_less_text(base: LoadedModel, text: str) -> None:
     model = damaged(base, {"model.layers.0": 0.3, "model.layers.1": 0.6})
     report = attributed(model, base, text, budget_minutes=1e-6)
     assert (report.sequences, report.sequence_length) == (1, 32)
+
+
+def test_no_budget_is_too_large(base: LoadedModel, text: str) -> None:
+    model = damaged(base, {"model.layers.0": 0.3})
+    assert attributed(model, base, text, budget_minutes=1e308).sequences == 2
+    with pytest.raises(ValidationError):
+        AttributionConfig(budget_minutes=float("inf"))
 
 
 def test_a_model_in_16_bits_has_nothing_to_attribute(base: LoadedModel, text: str) -> None:

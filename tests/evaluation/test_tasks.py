@@ -275,7 +275,7 @@ def test_a_command_without_questions_is_refused_before_the_model_is_read(tmp_pat
     assert "the kind tasks asks questions; name them with --tasks FILE_OR_NAME, or as evaluate.tasks" in refused
     file = save(tmp_path, QUESTIONS)
     refused = commands.refused("evaluate", "nosuch", "--tasks", file, status=2)
-    assert "--tasks has the questions of the kind tasks; add it to --kind" in refused
+    assert "--tasks is for the kind tasks; add it to --kind" in refused
     Path(file).write_text('{"question": "q"}\n')
     refused = commands.refused("evaluate", "nosuch", "--kind", "ppl,tasks", "--tasks", file)
     assert f"{file}: line 1 has no `choices`" in " ".join(refused.split())

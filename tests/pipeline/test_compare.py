@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 import re
@@ -13,10 +14,11 @@ from typing import Any
 import pytest
 import yaml
 from helpers.commands import refused, run
+from rich.console import Console
 from typer.testing import Result
 
 from aqlm_cli.errors import ConfigError
-from aqlm_cli.evaluation.comparison import Figure, Row, compared
+from aqlm_cli.evaluation.comparison import Figure, Row, compared, draw
 from aqlm_cli.spec.study import load_study
 
 
@@ -48,7 +50,8 @@ def test_every_cell_is_a_run_with_a_row(study: Path) -> None:
     assert rows[1]["figures"] == rows[2]["figures"]  # equal settings, equal bytes
     packed = [Path("runs/study", name, "packed/model.safetensors").read_bytes() for name in ("aqlm-2x4g8", "twice")]
     assert packed[0] == packed[1]
-    shared = [Path("runs/study", row["name"], "calibration/windows.safetensors").stat().st_ino for row in rows]
+    assert not Path("runs/study/rtn-int4g32/calibration").exists(), "it reads no text"
+    shared = [Path("runs/study", row["name"], "calibration/windows.safetensors").stat().st_ino for row in rows[1:]]
     assert len(set(shared)) == 1
     lines = list(csv.DictReader(Path("runs/study/comparison.csv").read_text().splitlines()))
     assert [float(line["perplexity"]) for line in lines] == [row["figures"][0]["perplexity"] for row in rows]
@@ -75,6 +78,93 @@ def test_a_cell_that_cannot_be_made_is_refused_before_the_first_is_begun(study: 
     )
     refused("compare", "study.yaml")
     assert not list(Path("runs/study").glob("*/quantized"))
+
+
+def test_a_text_that_has_changed_is_measured_again(study: Path) -> None:
+    assert run("compare", "study.yaml").exit_code == 0
+    before = comparison()["rows"]
+    text = Path("notes.txt").read_text()
+    Path("notes.txt").write_text(text[len(text) // 3 :] + text[: len(text) // 3])
+    result = run("compare", "study.yaml", "--verbose")
+    assert result.exit_code == 0 and "is evaluated already" not in result.output
+    for old, new in zip(before, comparison()["rows"], strict=True):
+        assert old["figures"] != new["figures"] and old["bytes"] == new["bytes"]
+
+
+def test_rows_of_an_earlier_comparison_stay_until_their_turn_comes(
+    study: Path, interrupted_at: Callable[..., Result]
+) -> None:
+    assert run("compare", "study.yaml").exit_code == 0
+    Path("notes.txt").write_text(Path("notes.txt").read_text() * 2)
+    assert interrupted_at("compared.json", 2, "compare", "study.yaml").exit_code == 130
+    assert [one["name"] for one in comparison()["rows"]] == ["rtn-int4g32", "aqlm-2x4g8", "twice"]
+
+
+@pytest.mark.parametrize("content", ["[]", "null", "{}", '{"row": {}}', "no JSON"])
+def test_a_row_that_is_damaged_is_measured_again_or_refused(study: Path, content: str) -> None:
+    assert run("compare", "study.yaml").exit_code == 0
+    whole = comparison()
+    kept = Path("runs/study/twice/reports/compared.json")
+    kept.write_text(content)
+    result = run("compare", "study.yaml")
+    if content in ("{}", '{"row": {}}'):
+        assert result.exit_code == 0 and comparison() == whole
+    else:
+        assert result.exit_code == 1 and str(kept) in result.output and "remove it" in " ".join(result.output.split())
+
+
+def test_a_cell_may_import_its_codes(study: Path) -> None:
+    assert run("compare", "study.yaml").exit_code == 0
+    settings = yaml.safe_load(study.read_text())
+    packed = "runs/study/twice/packed"
+    settings.pop("quantize")
+    study.write_text(yaml.safe_dump({**settings, "cells": [{"name": "imported", "quantize": {"import_from": packed}}]}))
+    result = run("compare", "study.yaml", "--out", "other", "--json")
+    assert result.exit_code == 0, result.output
+    (found,) = json.loads(result.stdout)["rows"]
+    assert (found["method"], found["scheme"]) == ("imported", "2x4g8")
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"evaluate": {"kinds": ["ppl", "nonsense"]}}, "there is no evaluation 'nonsense'"),
+        ({"evaluate": {"kinds": ["ppl", "tasks"]}}, "the kind tasks asks questions"),
+        ({"eval_ppl": {"data": ["missing.txt"]}}, "unknown text source 'missing.txt'"),
+        ({"eval_ppl": {"sequence_length": 100_000}}, "lower eval_ppl.sequence_length"),
+        ({"device": "cuda:7"}, "--device cuda:7"),
+        ({"name": "comparison.json"}, "is no name for a directory"),
+    ],
+)
+def test_a_cell_that_cannot_be_evaluated_is_refused_before_the_first_is_begun(
+    study: Path, changes: dict[str, Any], reason: str
+) -> None:
+    settings = yaml.safe_load(study.read_text())
+    study.write_text(yaml.safe_dump({**settings, "cells": [*settings["cells"], {"name": "last", **changes}]}))
+    assert reason in refused("compare", "study.yaml")
+    assert not list(Path("runs").glob("study/*/quantized"))
+
+
+@pytest.mark.parametrize(
+    ("cell", "reason"),
+    [
+        ({"bits": "x"}, "bits must be a number, found 'x'"),
+        ({"bits": {"a": 1}}, "bits must be a number"),
+        ({"bits": float("nan")}, "no scheme has nan code bits"),
+        ({"layer": 5}, "layer must be a list"),
+        ({"layer": [1]}, "layer must be a list"),
+        ({"layer": ["x"]}, "--layer 'x' is not understood"),
+        ({"among": 3}, "among must be a text"),
+        ({"target": 0.1}, "target must be a text"),
+        ({"target": "kl=0"}, "kl"),
+    ],
+)
+def test_a_flag_of_another_type_is_refused_with_its_cell(tmp_path: Path, cell: dict[str, Any], reason: str) -> None:
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump({"model": "any", "cells": [cell]}))
+    with pytest.raises(ConfigError, match=re.escape(reason)) as error:
+        load_study(path)
+    assert "cell 1" in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -121,3 +211,11 @@ def test_a_row_without_a_divergence_has_the_log_of_its_ratio() -> None:
     assert row("a", 10, None).loss("one") == pytest.approx(math.log(1.5))
     assert row("a", 10, 0.25).loss("one") == 0.25
     assert row("a", 10, 0.25).loss("two") is None
+
+
+def test_names_are_texts_for_every_table_and_picture() -> None:
+    report = compared("[red]study", "m[/big]", [row("a$b$|", 10, 0.9, "cost $x_{ of | $")])
+    assert "m[/big]" in str(report.table().title)
+    Console(file=io.StringIO()).print(report.table())
+    assert r"a$b$\|" in report.as_markdown()
+    assert draw(report)["svg"].count(b"<text") > 0

@@ -255,6 +255,28 @@ def test_the_card_shows_a_perplexity_of_this_quantized_model_only(tmp_path: Path
     assert "perplexity" not in (packed(run, overwrite=True).directory / "README.md").read_text()
 
 
+def test_the_card_has_what_the_gate_and_the_benchmark_found_of_this_model(tmp_path: Path) -> None:
+    run, _ = quantized_run(tmp_path)
+    run.reports.mkdir()
+    digest = run.current("quantized").digest
+    gate = {"distinct": 0.5149, "base_distinct": 0.8586, "surprise": 0.793, "base_surprise": 0.759, "tokens": 64}
+    gate |= {"samples": [{}, {}], "reasons": []}
+    rows = [{"name": name, "decode_median": 188.1, "decode_times": {"FP16": 4.94}} for name in ("FP16", "packed")]
+    reports = {"eval-gate.json": gate, "bench.json": {"threads": 2, "rows": rows}}
+    for name, report in reports.items():
+        (run.reports / name).write_text(json.dumps({**report, "quantized": digest}))
+    card = (packed(run).directory / "README.md").read_text()
+    assert (
+        "| greedy text after 2 prompts, up to 64 tokens | 51% of the 3-grams are new, 86% of its base model's;" in card
+    )
+    assert "0.79 nats a token by the base model, 0.76 of its own; it has not collapsed |" in card
+    assert card.count("decoding") == 1 and "| decoding, 2 CPU threads | 188.1 tokens/s, 4.94 x FP16 |" in card
+    for name, report in reports.items():
+        (run.reports / name).write_text(json.dumps({**report, "quantized": "that of another"}))
+    card = (packed(run, overwrite=True).directory / "README.md").read_text()
+    assert "3-grams" not in card and "decoding" not in card
+
+
 # ------------------------------------------------------------------------------------------------------------- refusals
 
 

@@ -138,6 +138,51 @@ def test_text_of_a_model_is_escaped(made: Path) -> None:
     assert "<script" not in text and "&lt;script&gt;alert(1)" in text
 
 
+def test_any_name_of_a_text_is_a_text_on_the_page(made: Path) -> None:
+    assert run("eval-ppl", "first").exit_code == 0
+    file = next((made / "reports").glob("eval-ppl-*"))
+    stored = json.loads(file.read_text())
+    for name in ('a" onload="alert(1)" x="<b>.txt', r"a\qb.txt", r"a\1b.txt", "cost $x_{ of $.txt", r"run$\foo$.txt"):
+        file.write_text(json.dumps({**stored, "data": name}))
+        assert run("report", "first").exit_code == 0, name
+        text = (made / "reports/report.html").read_text()
+        page = Page(text)
+        assert not page.open and " onload=" not in re.sub(r'aria-label="[^"]*"', "", text).split("<table")[0]
+        labels = re.findall(r'<svg viewBox="[^"]*" role="img" aria-label="([^"]*)">', text)
+        assert any(html.unescape(label).startswith(f"perplexity over size: {name}") for label in labels), name
+
+
+@pytest.mark.parametrize("content", ["[]", "3", "null", "[" * 200_000, "{}", '{"data": "x"}'])
+def test_a_report_that_is_none_is_refused_by_name(made: Path, content: str) -> None:
+    (made / "reports").mkdir(exist_ok=True)
+    (made / "reports/eval-ppl-x.json").write_text(content)
+    assert "first/reports" in refused("report", "first")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("bench.json", {"rows": 5}), ("eval-gate.json", {}), ("eval-attribution-x.json", {"a": 1})]
+)
+def test_a_foreign_report_of_any_kind_is_refused(made: Path, name: str, content: Any) -> None:
+    (made / "reports").mkdir(exist_ok=True)
+    (made / "reports" / name).write_text(json.dumps(content))
+    assert "no report of this version" in refused("report", "first")
+
+
+def test_a_run_that_is_named_twice_and_a_page_without_a_name_are_refused(made: Path) -> None:
+    assert "first is named twice" in refused("report", "first", "second", "first", status=2)
+    assert "is no file" in refused("report", "first", "--out", "", status=2)
+
+
+def test_figures_of_two_texts_of_one_name_are_not_drawn_together(made: Path) -> None:
+    assert run("eval-ppl", "first").exit_code == 0 and run("eval-ppl", "second").exit_code == 0
+    file = next(Path("second/reports").glob("eval-ppl-*"))
+    stored = json.loads(file.read_text())
+    for changes, charts_expected in (({}, 1), ({"passport": {**stored["passport"], "text": "0" * 16}}, 2)):
+        file.write_text(json.dumps({**stored, **changes}))
+        assert run("report", "first", "second").exit_code == 0
+        assert (made / "reports/report.html").read_text().count('aria-label="perplexity over size') == charts_expected
+
+
 def test_reports_on_an_earlier_model_of_the_run_are_left_out(made: Path) -> None:
     assert run("eval-ppl", "first").exit_code == 0
     file = next((made / "reports").glob("eval-ppl-*"))

@@ -16,7 +16,7 @@ ROUNDED = """
 model: model
 threads: 1
 calibrate: {data: "builtin:12", sequence_length: 128, statistics_sequences: 4}
-quantize: {method: rtn, scheme: int2g64, fit: {epochs: 0}}
+quantize: {method: gptq, scheme: int2g64, fit: {epochs: 0}}
 """
 
 SEARCHED = """
@@ -58,7 +58,7 @@ print(json.dumps(found))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("settings", [ROUNDED, pytest.param(SEARCHED, marks=pytest.mark.soak)], ids=["rtn", "aqlm"])
+@pytest.mark.parametrize("settings", [ROUNDED, pytest.param(SEARCHED, marks=pytest.mark.soak)], ids=["gptq", "aqlm"])
 def test_a_model_of_32_blocks_takes_the_memory_of_one_of_4(settings: str, tmp_path: Path) -> None:
     few, many = (peaks(tmp_path / str(blocks), blocks, settings) for blocks in (4, 32))
     for stage in few:

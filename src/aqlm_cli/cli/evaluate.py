@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -105,18 +106,37 @@ def evaluate(
 
     kinds = kind and _listed(kind)
     given = as_settings({**flags, "data": data and [data], "kinds": kinds}, EVALUATE)
+    if sequence_length is not None:
+        given["evaluate"].setdefault("attribution", {})["sequence_length"] = sequence_length
     with Screen(json, quiet, verbose) as screen:
         reports: dict[str, Record] = {}
         for target in targets:
             settings = order.settings_for(target, given)
-            if tasks and "tasks" not in settings.evaluate.kinds:
-                raise UsageError("--tasks has the questions of the kind tasks; add it to --kind")
+            _refuse_unused(flags, settings.evaluate.kinds)
             order.use_machine(settings)
             found = evaluations.evaluate_model(target, settings, sequences, screen.emit)
             reports |= found if len(targets) == 1 else {f"{target}: {name}": one for name, one in found.items()}
         screen.finish(reports, following=command_line("bench", targets[0]))
     if any(getattr(report, "collapsed", False) for report in reports.values()):
         raise typer.Exit(3)
+
+
+USED: Mapping[str, tuple[str, ...]] = {
+    **dict.fromkeys(("bos", "protocol", "activations", "cache", "sort_keys"), ("ppl",)),
+    **dict.fromkeys(("way", "unit", "budget_minutes"), ("attribution",)),
+    **dict.fromkeys(("data", "sequence_length"), ("ppl", "attribution")),
+    "dtype": ("ppl", "tasks"),
+    "sequences": ("ppl", "attribution", "tasks", "probe"),
+    "tasks": ("tasks",),
+}
+"""The kinds of evaluation that each flag of `evaluate` is for."""
+
+
+def _refuse_unused(flags: Mapping[str, Any], kinds: Sequence[str]) -> None:
+    """UsageError for a flag that none of these kinds looks at."""
+    for name, of in USED.items():
+        if flags[name] is not None and not set(of) & set(kinds):
+            raise UsageError(f"--{name.replace('_', '-')} is for the kind {' or '.join(of)}; add it to --kind")
 
 
 def compare(
@@ -139,13 +159,11 @@ def compare(
       aqlm compare configs/studies/methods-3bit.yaml
     """
     from aqlm_cli.pipeline import compare as comparing
-    from aqlm_cli.pipeline import order
     from aqlm_cli.spec.study import load_study
 
     found = load_study(study)
     directory = Path("runs") / found.name if out is None else out
     with Screen(json, quiet, verbose, md=md, csv=csv) as screen:
-        order.use_machine(found.cells[0].config)
         report = comparing.compare(found, directory, screen.emit, overwrite)
         screen.finish({"compare": report}, following=command_line("evaluate", directory / found.cells[0].name))
     if md or csv:

@@ -66,8 +66,9 @@ def _choices(place: str, choices: Any) -> tuple[str, ...]:
             raise DataError(f"{place}: choice {number} is {kind_of(choice)}; it must be a string")
         if not choice.strip():
             raise DataError(f"{place}: choice {number} is empty; write it, or remove it")
-        if choice in choices[:number]:
-            raise DataError(f"{place}: choices {choices.index(choice)} and {number} are the same; remove one of them")
+        alike = [other for other in range(number) if choices[other].strip() == choice.strip()]
+        if alike:
+            raise DataError(f"{place}: choices {alike[0]} and {number} are the same; remove one of them")
     return tuple(choices)
 
 

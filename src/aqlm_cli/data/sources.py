@@ -33,18 +33,24 @@ def documents(name: str, split: Split, characters: int | None = None, emit: Emit
     A data set that is streamed from the hub is read only until about `characters` have come. A local file has no
     splits: keeping text for calibration apart from text for evaluation is up to the user.
     """
+    refuse_unknown(name)
     texts: Sequence[Document]
     if name == "builtin":
         texts = builtin_texts(split)
     elif name in HUB:
         texts = _from_hub(name, split, characters)
-    elif os.path.exists(name):  # pathlib's raises where the name is too long, or a directory is closed to us
-        texts = read_texts(Path(name), emit)
     else:
-        raise DataError(f"unknown text source {name!r}; choose {', '.join(HUB)}, builtin, or a file that exists")
+        texts = read_texts(Path(name), emit)
     if not any(isinstance(text, Chat) or text.strip() for text in texts):
         raise DataError(f"{name} has no text; choose another source")
     return list(texts)
+
+
+def refuse_unknown(name: str) -> None:
+    """DataError for a name that is neither that of a source nor of a file."""
+    # os.path, as pathlib's raises where the name is too long, or a directory is closed to us
+    if name != "builtin" and name not in HUB and not os.path.exists(name):
+        raise DataError(f"unknown text source {name!r}; choose {', '.join(HUB)}, builtin, or a file that exists")
 
 
 def builtin_texts(split: Split) -> list[str]:

@@ -212,7 +212,7 @@ def _within_budget(ids: Tensor, settings: AttributionSettings, units: int, measu
     measure(ids[:1])
     one = (time.monotonic() - started) / 2  # the base model's states are made, too
     share = 60 * settings.budget_minutes / (one * (units + 2))
-    sequences, length = max(1, min(len(ids), int(share))), ids.shape[1]
+    sequences, length = max(1, int(min(len(ids), share))), ids.shape[1]
     if share < 1:
         length = max(min(length, 32), int(length * share))
     if (sequences, length) != tuple(ids.shape):

@@ -5,12 +5,13 @@ matplotlib draws them. What it draws in INK becomes the page's own colour, light
 
 from __future__ import annotations
 
+import html
 import io
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from aqlm_cli.evaluation.plots import logarithmic_y
+from aqlm_cli.evaluation.plots import logarithmic_y, plain
 
 INK = "#010203"
 """A colour that nothing else has."""
@@ -37,7 +38,7 @@ def bars(parts: Mapping[str, Mapping[str, float]], unit: str, name: str) -> str:
         for number, kind in enumerate(kinds):
             left = [sum(row.get(one, 0.0) for one in kinds[:number]) for row in parts.values()]
             widths = [row.get(kind, 0.0) for row in parts.values()]
-            axes.barh(list(parts), widths, left=left, color=PALETTE[number % len(PALETTE)], label=kind)
+            axes.barh(list(map(plain, parts)), widths, left=left, color=PALETTE[number % len(PALETTE)], label=kind)
         axes.invert_yaxis()
         axes.set_xlabel(unit)
         axes.legend(frameon=False, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0))
@@ -80,7 +81,7 @@ def points(
     def draw(axes: Any) -> None:
         for number, (title, (x, y, error)) in enumerate(series.items()):
             axes.errorbar([x], [y], yerr=[error], fmt="o", capsize=3, color=PALETTE[number % len(PALETTE)])
-            axes.annotate(title, (x, y), xytext=(5, 4), textcoords="offset points")
+            axes.annotate(plain(title), (x, y), xytext=(5, 4), textcoords="offset points")
         ordered = sorted(series[title][:2] for title in line)
         if len(ordered) > 1:
             axes.plot(*zip(*ordered, strict=True), color=INK, alpha=0.4, zorder=0)
@@ -99,7 +100,7 @@ def bounded_bars(values: Mapping[str, tuple[float, float, float, float]], unit: 
         for number, (middle, low, high, bound) in enumerate(values.values()):
             axes.barh([number], [middle], color=PALETTE[0], xerr=[[middle - low], [high - middle]], ecolor=INK)
             axes.plot([bound, bound], [number - 0.4, number + 0.4], color=PALETTE[4], linewidth=2)
-        axes.set_yticks(range(len(values)), list(values))
+        axes.set_yticks(range(len(values)), list(map(plain, values)))
         axes.invert_yaxis()
         axes.set_xlabel(unit)
 
@@ -114,7 +115,7 @@ def histogram(counts: Mapping[str, Sequence[int]], edges: Sequence[float], label
             total = sum(found) or 1
             inside = [found[0] + found[1], *found[2:-2], found[-2] + found[-1]]
             shares = [100 * one / total for one in inside]
-            axes.stairs(shares, edges, label=title, color=PALETTE[number % len(PALETTE)], linewidth=1.5)
+            axes.stairs(shares, edges, label=plain(title), color=PALETTE[number % len(PALETTE)], linewidth=1.5)
         axes.set(xscale="log", xlabel=label, ylabel="% of the tokens")
         axes.grid(color=INK, alpha=0.12)
         axes.legend(frameon=False)
@@ -137,7 +138,11 @@ def _drawn(draw: Any, name: str, size: tuple[float, float]) -> str:
     svg = re.sub(r'\bid="', f'id="{prefix}-', svg)
     svg = re.sub(r'(href="#|url\(#)', rf"\g<1>{prefix}-", svg)
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    label = html.escape(name)
     svg = re.sub(
-        r'<svg [^>]*?viewBox="([^"]*)"[^>]*>', rf'<svg viewBox="\1" role="img" aria-label="{name}">', svg, count=1
+        r'<svg [^>]*?viewBox="([^"]*)"[^>]*>',
+        lambda found: f'<svg viewBox="{found[1]}" role="img" aria-label="{label}">',
+        svg,
+        count=1,
     )
     return svg.replace(INK, "currentColor")

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -76,7 +77,7 @@ class ComparisonReport(Record):
 
     def table(self) -> Table:
         cells = self.cells()
-        table = Table(*cells[0], title=f"{self.study}: {self.model}", title_justify="left")
+        table = Table(*map(escape, cells[0]), title=Text(f"{self.study}: {self.model}"), title_justify="left")
         for row in cells[1:]:
             table.add_row(*map(Text, row))
         return table
@@ -121,7 +122,7 @@ class ComparisonReport(Record):
         head, *lines = self.cells()
         bases = {figure.column: figure.base for row in self.rows for figure in row.figures}
         about = "; ".join(f"{title}: base model {bases[column]:.3f}" for column, title in self.columns.items())
-        rows = [head, ["---"] * len(head), *lines]
+        rows = [[cell.replace("|", r"\|") for cell in row] for row in (head, ["---"] * len(head), *lines)]
         return f"{about}\n\n" + "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
     def as_csv(self) -> str:
@@ -182,7 +183,7 @@ def draw(report: ComparisonReport) -> dict[str, bytes]:
     """Perplexity and divergence over the bytes of the file, one panel each, by format; the front is a line."""
     from matplotlib.figure import Figure as Picture  # takes a second to import
 
-    from aqlm_cli.evaluation.plots import FORMATS, logarithmic_y, rendered
+    from aqlm_cli.evaluation.plots import FORMATS, logarithmic_y, plain, rendered
 
     picture = Picture(figsize=(7, 7), layout="constrained")
     column, title = next(iter(report.columns.items()))
@@ -195,7 +196,7 @@ def draw(report: ComparisonReport) -> dict[str, bytes]:
                 continue
             place = row.bytes / 1e6, getattr(found, name)
             axes.errorbar(*place, yerr=getattr(found, error), fmt="o", capsize=3, color=f"C{number % 10}")
-            axes.annotate(row.name, place, xytext=(5, 4), textcoords="offset points", fontsize=8)
+            axes.annotate(plain(row.name), place, xytext=(5, 4), textcoords="offset points", fontsize=8)
             if row.name in report.front[column]:
                 front.append(place)
         axes.plot(*zip(*sorted(front), strict=True), color="0.6", zorder=0) if front else None
@@ -203,5 +204,5 @@ def draw(report: ComparisonReport) -> dict[str, bytes]:
         logarithmic_y(axes)
         axes.grid(color="0.9")
     axes.set_xlabel("MB of the file")
-    picture.suptitle(f"{report.model}: {title}", fontsize=9)
+    picture.suptitle(plain(f"{report.model}: {title}"), fontsize=9)
     return {name: rendered(picture, name) for name in FORMATS}

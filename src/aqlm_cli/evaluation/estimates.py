@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from aqlm_cli.errors import DataError
 from aqlm_cli.evaluation.scoring import Scored
 
 EDGES = tuple(10 ** (exponent / 2) for exponent in range(-12, 4))
@@ -52,8 +53,19 @@ def estimate(losses: Tensor, counts: Tensor) -> Perplexity:
     units, total = len(losses), counts.sum()
     mean = losses.sum() / total
     spread = (losses - mean * counts).square().sum() * units / (units - 1)
-    perplexity = math.exp(mean)
+    perplexity = perplexity_of(float(mean))
     return Perplexity(perplexity, perplexity * float(spread.sqrt() / total))
+
+
+def perplexity_of(loss: float) -> float:
+    """exp of a mean loss in nats. Raises DataError where no number is as large: a text may have hardly any words."""
+    try:
+        return math.exp(loss)
+    except OverflowError as error:
+        raise DataError(
+            f"a mean loss of {loss:.0f} nats is no perplexity that a number holds: the weights are damaged, or the "
+            "text has too few words for a protocol that counts them; take one that counts tokens, such as gptq-2048"
+        ) from error
 
 
 def divergence_of(scores: Sequence[Scored]) -> Divergence:

@@ -276,7 +276,7 @@ def _worst_block(
     """The block whose quantization alone makes the largest divergence on the base model's texts, and how much."""
     texts = [[*prompt, *new] for prompt, new in zip(prompts, written, strict=True)]
     tokens = torch.tensor([token for text in texts for token in text])  # one after another, as documents are
-    length = min(ROW, len(tokens))
+    length = min(ROW, max(map(len, texts)))  # so many at once the model has read before
     ids = tokens[: len(tokens) // length * length].view(-1, length)
     found = attribute(model, base, ids, AttributionSettings("the base model's texts", unit="block"), emit)
     return found.worst_block, found.blocks[found.worst_block]

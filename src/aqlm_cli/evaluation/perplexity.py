@@ -220,12 +220,12 @@ def _measure(
                 if not bool(loss.isfinite().all()):
                     raise ModelError(
                         f"{one.name}: the loss on sequence {number - 1} is not finite in {dtype}; the weights hold "
-                        f"NaN, or activations overflow: try --dtype float32"
+                        f"NaN, or activations overflow{'' if dtype == 'float32' else ': try --dtype float32'}"
                     )
                 total[sequence.unit] += sequence.weight * loss.mean()
             counted += sequence.weight
             scores.append(scored)
-            emit(Advanced(stage, number, f"perplexity {math.exp(losses[-1].sum() / counted):.2f}"))
+            emit(Advanced(stage, number, f"perplexity {float((losses[-1].sum() / counted).exp()):.2f}"))
     return losses, scores
 
 
@@ -254,6 +254,8 @@ def cut_for(model: EvaluatedModel, settings: PerplexitySettings, emit: Emit) -> 
     model.refuse_length(protocol.length, _FLAGS[settings.protocol is not None], stated=True)
     cut = protocol.cut(data, tokenizer, emit).first(settings.sequences)
     if cut.units < 2:
-        raise DataError(f"one sequence of {data} gives no standard error; lower --sequence-length or raise --sequences")
+        way_out = "lower --sequence-length" if settings.protocol is None else f"{settings.protocol} needs more text"
+        way_out = "raise --sequences" if settings.sequences == 1 else way_out
+        raise DataError(f"one sequence or document of {data} gives no standard error; {way_out}")
     model.refuse_tokens(torch.cat([sequence.ids for sequence in cut.sequences]))
     return protocol.name + ("-bos" if opening else ""), cut, bool(opening)

@@ -38,6 +38,11 @@ def draw_speed(report: BenchReport) -> dict[str, bytes]:
     return {name: rendered(figure, name) for name in FORMATS}
 
 
+def plain(text: str) -> str:
+    """The text as a label that matplotlib draws as it is: between two of its $ it would read a formula."""
+    return text.replace("$", r"\$")
+
+
 def logarithmic_y(axes: Any) -> None:
     """A logarithmic y whose ticks are plain numbers."""
     from matplotlib.ticker import LogFormatter
@@ -61,13 +66,13 @@ def draw_curve(curve: Sequence[Mapping[str, float]]) -> dict[str, bytes]:
 
 def _point(axes: Any, row: BenchRow, megabytes: float, color: str) -> None:
     spread = [[row.decode_median - row.decode_low], [row.decode_high - row.decode_median]]
-    label = f"{row.name}: {row.decode_median:.1f} tokens/s, {row.decode_share:.0%} of what memory allows"
+    label = f"{plain(row.name)}: {row.decode_median:.1f} tokens/s, {row.decode_share:.0%} of what memory allows"
     axes.errorbar([megabytes], [row.decode_median], yerr=spread, fmt="o", capsize=3, color=color, label=label)
 
 
 def _title(report: BenchReport) -> str:
-    threads = counted(report.threads, "thread")
-    return f"{report.model}: decoding with {threads}; the line is {report.read_bandwidth / 1e9:.1f} GB/s of memory"
+    model, threads = plain(report.model), counted(report.threads, "thread")
+    return f"{model}: decoding with {threads}; the line is {report.read_bandwidth / 1e9:.1f} GB/s of memory"
 
 
 def rendered(figure: Any, name: str) -> bytes:

@@ -116,13 +116,14 @@ def _before(block: Mapping[str, float]) -> float:
 
 def perplexities(runs: Sequence[RunFacts]) -> Section:
     rows, head = [], ("model", "text", "protocol", "perplexity", "ratio", "KL, nats a token", "same likeliest token")
-    groups: dict[str, dict[str, tuple[float, float, float]]] = defaultdict(dict)
+    groups: dict[tuple[str, str], dict[str, tuple[float, float, float]]] = defaultdict(dict)  # title, digest of text
     for run in runs:
         for report in run.perplexities:
             kl, data, protocol = report.get("divergence"), text_name(report["data"]), report.get("protocol", "gptq")
             passport = report.get("passport", {})
             protocol += f", {passport['formats']}" if passport.get("formats") else ""
-            title = f"{data}, {protocol}, {report['sequences']} x {report['sequence_length']}"
+            title = f"{data}, {protocol}, {report['sequences']} x {report['sequence_length']}, {report['dtype']}"
+            key = title, passport.get("text", "")
             rows.append(
                 (
                     run.name,
@@ -134,14 +135,14 @@ def perplexities(runs: Sequence[RunFacts]) -> Section:
                     f"{kl['agreement']:.1%}" if kl else "",
                 )
             )
-            groups[title][run.name] = run.bytes / 1e6, report["perplexity"], report["stderr"]
+            groups[key][run.name] = run.bytes / 1e6, report["perplexity"], report["stderr"]
             base = report.get("base_model")
             if base:
-                groups[title]["base model"] = run.base_bytes / 1e6, base["perplexity"], base["stderr"]
+                groups[key]["base model"] = run.base_bytes / 1e6, base["perplexity"], base["stderr"]
     if not rows:
         return Section("perplexity", "Perplexity", _missing("Perplexity has", runs[0], "eval-ppl {run}"))
     drawn = []
-    for title, found in groups.items():
+    for (title, _), found in groups.items():
         front = front_of({name: (x, y) for name, (x, y, _) in found.items()})
         svg = charts.points(found, ("MB of the file", "perplexity"), f"perplexity over size: {title}", front)
         caption = f"{title}: perplexity over size, with standard errors; the line joins what nothing smaller beats"

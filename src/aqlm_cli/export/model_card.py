@@ -5,13 +5,13 @@ It is written for whoever is given the checkpoint, so it holds nothing of the ma
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import yaml
 
-from aqlm_cli.formatting import readable_bytes, text_name
+from aqlm_cli.formatting import counted, readable_bytes, text_name
 
 TEMPLATE = """\
 ---
@@ -26,7 +26,7 @@ TEMPLATE = """\
 | bits per compressed weight | {nominal_bits:.3f}, with codebooks and scales |
 | bits per compressed weight in these files | {stored_bits:.3f} |
 | size of all tensors | {size}, embeddings and head included |
-{data}{perplexities}
+{data}{measured}
 ## Loading
 
 {loading}"""
@@ -87,11 +87,14 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0]))
 
 @dataclass(frozen=True)
 class Origin:
-    """Method and text that made a model, None where not known, and reports of `eval-ppl` on it, as JSON."""
+    """Method and text that made a model, None where not known, and reports on it, as JSON: of `eval-ppl`, and of the
+    gate and of `bench` where there are any."""
 
     method: str | None = None
     data: str | None = None
     perplexities: Sequence[Mapping[str, Any]] = ()
+    gate: Mapping[str, Any] | None = None
+    speed: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -143,9 +146,33 @@ def model_card(facts: CardFacts, loading: str, tags: Sequence[str] = ()) -> str:
         stored_bits=size.stored_bits,
         size=readable_bytes(size.bytes),
         data="" if origin.data is None else f"| calibration text | {origin.data} |\n",
-        perplexities="".join(_perplexity_row(report) for report in origin.perplexities),
+        measured="".join(
+            [
+                *map(_perplexity_row, origin.perplexities),
+                *(_gate_row(origin.gate) if origin.gate else ()),
+                *(_speed_row(origin.speed) if origin.speed else ()),
+            ]
+        ),
         loading=loading,
     )
+
+
+def _gate_row(report: Mapping[str, Any]) -> Iterator[str]:
+    collapsed = f"collapsed: {'; '.join(report['reasons'])}" if report["reasons"] else "it has not collapsed"
+    told = f"{report['distinct']:.0%} of the 3-grams are new, {report['base_distinct']:.0%} of its base model's"
+    yield (
+        f"| greedy text after {len(report['samples'])} prompts, up to {report['tokens']} tokens | {told}; "
+        f"{report['surprise']:.2f} nats a token by the base model, {report['base_surprise']:.2f} of its own; "
+        f"{collapsed} |\n"
+    )
+
+
+def _speed_row(report: Mapping[str, Any]) -> Iterator[str]:
+    for row in report["rows"]:
+        if row["name"] == "packed":
+            beside = ", ".join(f"{times:.2f} x {name}" for name, times in row["decode_times"].items())
+            threads = counted(report["threads"], "CPU thread")
+            yield f"| decoding, {threads} | {row['decode_median']:.1f} tokens/s, {beside} |\n"
 
 
 def _perplexity_row(report: Mapping[str, Any]) -> str:

@@ -53,6 +53,8 @@ def halves_of(network: transformers.PreTrainedModel) -> Halves:
     ]
     ids = torch.arange(4, device=network.device)[None]
     whole = network(input_ids=ids, use_cache=False).logits[0]
+    if not bool(whole.isfinite().all()):
+        raise ModelError("its logits are not finite: the weights hold NaN or infinity, and the model is damaged")
     for hook in hooks:
         hook.remove()
     if called:

@@ -40,10 +40,7 @@ def evaluate_model(
 
     Raises UsageError for a kind that there is none of.
     """
-    kinds = config.evaluate.kinds
-    for unknown in set(kinds) - SETTINGS.keys():
-        raise UsageError(f"there is no evaluation {unknown!r}; choose {', '.join(SETTINGS)}")
-    settings = {kind: SETTINGS[kind](config, sequences) for kind in kinds}  # refused before anything is measured
+    settings = settings_of(config, sequences)  # refused before anything is measured
     subject = _subject(target, config, emit, base_model)
     reports: dict[str, Record] = {}
     with _logged_of(subject, "evaluate", emit) as both:
@@ -52,6 +49,17 @@ def evaluate_model(
                 key = f"{kind}: {name}" if name in reports else name
                 reports[key] = evaluate(subject, kind, one, config.device, both)
     return reports
+
+
+def settings_of(config: RunConfig, sequences: int | None) -> dict[str, Mapping[str, Any]]:
+    """The settings of every kind of evaluation that is asked for, each by the name of its report.
+
+    Raises UsageError for a kind that there is none of, and for settings that an evaluation does not take.
+    """
+    kinds = config.evaluate.kinds
+    for unknown in set(kinds) - SETTINGS.keys():
+        raise UsageError(f"there is no evaluation {unknown!r}; choose {', '.join(SETTINGS)}")
+    return {kind: SETTINGS[kind](config, sequences) for kind in kinds}
 
 
 def _perplexities(config: RunConfig, sequences: int | None) -> dict[str, PerplexitySettings]:

@@ -137,7 +137,7 @@ class CalibrationReport(StageReport):
 @dataclass(frozen=True, kw_only=True)
 class QuantizeReport(StageReport):
     """`mean_relative_error` is the geometric mean over the layers of tr(dW H dW^T) / tr(W H W^T), in 16 bits and before
-    blocks are fitted."""
+    blocks are fitted; where no text was read, H is the identity."""
 
     model: str
     scheme: str
@@ -148,8 +148,10 @@ class QuantizeReport(StageReport):
     bytes_before: int
     bytes_after: int
     mean_relative_error: float
+    text: bool = True
 
     def table(self) -> Table:
+        told = "geometric mean" if self.text else "of the weights alone, as no text is read; geometric mean"
         return facts(
             "quantized",
             [
@@ -157,7 +159,7 @@ class QuantizeReport(StageReport):
                 ("layers", _layers(self.layers, self.method, self.scheme)),
                 ("bits per weight", both_bits(self.code_bits, self.stored_bits)),
                 ("model size", shrinkage(self.bytes_before, self.bytes_after)),
-                ("relative error", f"{self.mean_relative_error:.3g} (geometric mean over the layers)"),
+                ("relative error", f"{self.mean_relative_error:.3g} ({told} over the layers)"),
                 *self.costs(),
                 ("wrote", str(self.directory)),
             ],

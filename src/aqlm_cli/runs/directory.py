@@ -160,9 +160,11 @@ class RunDirectory:
     def read_report(self, name: str) -> dict[str, Any]:
         path = self.reports / name
         try:
-            report: dict[str, Any] = json.loads(path.read_bytes())
-        except (OSError, ValueError) as error:
+            report = json.loads(path.read_bytes())
+        except (OSError, ValueError, RecursionError) as error:
             raise ArtifactError(f"{path} cannot be read ({error}); remove it and measure again") from error
+        if not isinstance(report, dict):
+            raise ArtifactError(f"{path} is no report: it holds no names and values; remove it and measure again")
         return report
 
     @contextlib.contextmanager

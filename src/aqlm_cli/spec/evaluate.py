@@ -76,7 +76,7 @@ class AttributionConfig(Section):
     unit: Literal["layer", "block"] = "layer"
     sequences: Positive = 4
     sequence_length: Annotated[int, Field(ge=2, le=LARGEST)] = 512
-    budget_minutes: Annotated[float, Field(strict=False, gt=0)] | None = None
+    budget_minutes: Annotated[float, Field(strict=False, gt=0, allow_inf_nan=False)] | None = None
 
 
 class EvaluateConfig(Section):

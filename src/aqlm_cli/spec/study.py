@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from aqlm_cli.errors import ConfigError
+from aqlm_cli.errors import ConfigError, UsageError
 from aqlm_cli.spec.config import RunConfig
 from aqlm_cli.spec.flags import MODEL, QUANTIZE, as_settings
 from aqlm_cli.spec.run_file import check_keys, config_of, merge, read_mapping
@@ -67,12 +67,30 @@ def _cell(path: Path, number: int, shared: dict[str, Any], stored: Any) -> Cell:
     flags = {key: value for key, value in stored.items() if key in FLAGS}
     rest = {key: value for key, value in stored.items() if key not in FLAGS and key != "name"}
     check_keys(rest, origin)
-    own = merge(rest, as_settings(flags, QUANTIZE))
+    for key, value in flags.items():
+        _refuse_type(key, value, origin)
+    try:
+        own = merge(rest, as_settings(flags, QUANTIZE))
+    except UsageError as error:
+        raise ConfigError(f"{origin}: {error}") from error
     config = config_of({str(path): shared, origin: own})
     name = stored.get("name", _name_of(config))
-    if not isinstance(name, str) or not NAME.fullmatch(name):
-        raise ConfigError(f"{origin}: {name!r} is no name for a directory; use letters, digits and -._+")
+    if not isinstance(name, str) or not NAME.fullmatch(name) or name.startswith("comparison."):
+        way_out = "use letters, digits and -._+, and another beginning than `comparison.`"
+        raise ConfigError(f"{origin}: {name!r} is no name for a directory; {way_out}")
     return Cell(name, config)
+
+
+def _refuse_type(key: str, value: Any, origin: str) -> None:
+    """ConfigError for a flag whose value has another type than on the command line, where it is not checked later."""
+    lists = isinstance(value, list) and all(isinstance(one, str) for one in value)
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    wanted = {"bits": (number, "a number"), "layer": (lists, "a list of texts such as ['.*down_proj=3x8g8']")}
+    right, kind = wanted.get(key, (True, ""))
+    if key in ("among", "target"):
+        right, kind = isinstance(value, str), "a text, as on the command line"
+    if not right:
+        raise ConfigError(f"{origin}: {key} must be {kind}, found {value!r}")
 
 
 def _name_of(config: RunConfig) -> str:

@@ -9,12 +9,13 @@ from typing import Any
 
 from aqlm_cli.evaluation import EVALUATIONS, StoredModel
 from aqlm_cli.evaluation.evaluation import Remember, compute_again
-from aqlm_cli.events import Emit, Noted
+from aqlm_cli.events import Emit, Noted, Warned
+from aqlm_cli.formatting import plain
 from aqlm_cli.models import Subject
 from aqlm_cli.records import Record
 from aqlm_cli.runs.directory import RunDirectory
 
-NEXT_STEP = {"ppl": "; `aqlm pack {run} --overwrite` puts it on the model card"}
+NEXT_STEP = dict.fromkeys(("ppl", "gate", "speed"), "; `aqlm pack {run} --overwrite` puts it on the model card")
 """The use of a report, by kind of evaluation; ends the message that names its file."""
 
 
@@ -31,7 +32,7 @@ def evaluate(subject: Subject, kind: str, settings: Any, device: str, emit: Emit
         None if base is None else StoredModel(base, device),
         settings,
         emit,
-        compute_again if run is None else _in_reports(run),
+        compute_again if run is None else _in_reports(run, emit),
     )
     if run is not None:
         # Names the quantized model that was measured; a model card takes reports on its own model alone.
@@ -42,14 +43,17 @@ def evaluate(subject: Subject, kind: str, settings: Any, device: str, emit: Emit
     return report
 
 
-def _in_reports(run: RunDirectory) -> Remember:
+def _in_reports(run: RunDirectory, emit: Emit) -> Remember:
     """Keep figures of the base model in `reports/`, under a digest of all that they depend on."""
 
     def remember(facts: Mapping[str, Any], compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
         kept = run.reports / f"base-model-{digest[:16]}.json"
         if kept.exists():
-            return run.read_report(kept.name)
+            stored = run.read_report(kept.name)
+            if stored.keys() > facts.keys() and all(stored[name] == plain(value) for name, value in facts.items()):
+                return stored
+            emit(Warned(f"{kept} is not about the base model on this text; it is measured again"))
         figures = compute()
         run.write_report(kept.name, {**facts, **figures})
         return figures

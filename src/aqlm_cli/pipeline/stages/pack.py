@@ -57,16 +57,18 @@ def _origin(run: RunDirectory, quantized: Artifact) -> Origin:
     data = ", ".join(text_name(source) for source in run.config.calibrate.data.split(","))
     if section.import_from is not None:
         data = "not known: the codes are those of another checkpoint"
-    elif "calibration" not in quantized.manifest.parents:
+    elif not section.reads_text and "calibration" not in quantized.manifest.parents:
         data = "no text: the weights alone are looked at"
     return Origin(
         method=section.method,
         data=data,
-        perplexities=_perplexities(run, quantized),
+        perplexities=_reports(run, quantized, "eval-ppl-*"),
+        gate=next(iter(_reports(run, quantized, "eval-gate")), None),
+        speed=next(iter(_reports(run, quantized, "bench")), None),
     )
 
 
-def _perplexities(run: RunDirectory, quantized: Artifact) -> list[dict[str, Any]]:
-    """Reports of `eval-ppl` on this quantized model; those on an earlier one of the run are left out."""
-    reports = [run.read_report(path.name) for path in sorted(run.reports.glob("eval-ppl-*.json"))]
-    return [report for report in reports if report["quantized"] == quantized.digest]
+def _reports(run: RunDirectory, quantized: Artifact, name: str) -> list[dict[str, Any]]:
+    """Reports of this name on this quantized model; those on an earlier one of the run are left out."""
+    reports = [run.read_report(path.name) for path in sorted(run.reports.glob(f"{name}.json"))]
+    return [report for report in reports if report.get("quantized") == quantized.digest]

@@ -93,6 +93,7 @@ def quantize(job: Job) -> QuantizeReport:
             bytes_before=plan.bytes_before,
             bytes_after=layout.total_bytes,
             mean_relative_error=_geometric_mean([layer["relative_error"] for layer in layers.values()]),
+            text=calibration is not None,
             seconds=sum(one["seconds"] for one in (*tables.values(), *blocks)),
             memory_bytes=max([peak_memory_bytes(), *(block["memory_bytes"] for block in blocks)]),
             disk_bytes=max([disk_bytes(stage.directory.parent), *(block["disk_bytes"] for block in blocks)]),

@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.table import Table
 
-from aqlm_cli.errors import ArtifactError
+from aqlm_cli.errors import ArtifactError, UsageError
 from aqlm_cli.evaluation.page import page
 from aqlm_cli.evaluation.passport import PACKAGES, versions_of
 from aqlm_cli.evaluation.sections import RunFacts
@@ -57,9 +57,18 @@ def report(directories: Sequence[Path], file: Path | None) -> PageReport:
 
     Raises ArtifactError for a run that has no quantized model, or no packed one.
     """
+    if twice := next((one for n, one in enumerate(directories) if one.resolve() in _resolved(directories[:n])), None):
+        raise UsageError(f"{twice} is named twice; name every run once")
+    if file is not None and not file.name:
+        raise UsageError(f"--out {str(file)!r} is no file; name one such as report.html")
     runs = [read_run(directory) for directory in directories]
     found = [_facts_of(run) for run in runs]
-    content = page(found).encode()
+    try:
+        content = page(found).encode()
+    except (LookupError, TypeError, ValueError, AttributeError):
+        for one in found:
+            _refuse_foreign(one)
+        raise
     path = runs[0].write_report(PAGE, content) if file is None else file
     if file is not None:
         write_file(file, content)
@@ -71,6 +80,21 @@ def report(directories: Sequence[Path], file: Path | None) -> PageReport:
         "speed": first.bench,
     }
     return PageReport(path, len(content), len(runs), tuple(name for name, value in measured.items() if not value))
+
+
+def _resolved(directories: Sequence[Path]) -> set[Path]:
+    return {directory.resolve() for directory in directories}
+
+
+def _refuse_foreign(run: RunFacts) -> None:
+    """ArtifactError for a run with a report that says something else than those of this program."""
+    try:
+        page([run])
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise ArtifactError(
+            f"{run.name}/reports holds a file that is no report of this version ({type(error).__name__}: {error}); "
+            "remove it, or measure again"
+        ) from error
 
 
 def _facts_of(run: RunDirectory) -> RunFacts:
