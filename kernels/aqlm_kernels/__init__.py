@@ -22,6 +22,7 @@ from aqlm_kernels.linear import AdditiveLinear, coded_layers
 from aqlm_kernels.matrices.additive import AdditiveMatrix
 from aqlm_kernels.matrices.balance import balanced, balancing_shift
 from aqlm_kernels.matrices.bitpack import pack_bits, packed_bytes, unpack_bits
+from aqlm_kernels.matrices.blockfloat import BlockFloatMatrix
 from aqlm_kernels.matrices.kinds import MATRIX_KINDS, quantized_layers
 from aqlm_kernels.matrices.level import LevelMatrix
 from aqlm_kernels.matrices.matrix import Matrix, QuantizedLayer
@@ -39,6 +40,7 @@ __all__ = [
     "AdditiveLinear",
     "AdditiveMatrix",
     "Backend",
+    "BlockFloatMatrix",
     "ByteRows",
     "CompressedEmbedding",
     "CompressedLinear",

@@ -206,7 +206,7 @@ def test_a_small_budget_reads_less_text(base: LoadedModel, text: str) -> None:
 
 
 def test_no_budget_is_too_large(base: LoadedModel, text: str) -> None:
-    model = damaged(base, {"model.layers.0": 0.3})
+    model = damaged(base, {"model.layers.0": 0.3, "model.layers.1": 0.6})
     assert attributed(model, base, text, budget_minutes=1e308).sequences == 2
     with pytest.raises(ValidationError):
         AttributionConfig(budget_minutes=float("inf"))

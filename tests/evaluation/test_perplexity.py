@@ -193,12 +193,12 @@ def test_weights_that_are_not_numbers_give_no_perplexity(tmp_path: Path, text: s
         measure(directory, text)
 
 
-def test_a_loss_beyond_every_perplexity_is_refused_in_one_line(model: Path, tmp_path: Path) -> None:
+def test_a_loss_beyond_every_perplexity_is_refused_in_one_line(tmp_path: Path) -> None:
     """Text without spaces has one word a document, whose loss is that of all its tokens."""
     with pytest.raises(DataError, match=r"a mean loss of 900 nats is no perplexity that a number holds.*gptq-2048"):
         estimate(torch.tensor([900.0, 900.0]), torch.ones(2))
     path = tmp_path / "words.jsonl"
     path.write_text("".join(json.dumps({"text": "\u6f22" * 100}) + "\n" for _ in range(3)))
-    subject = find_subject(str(model))
+    subject = find_subject(str(tiny_models.save("llama", tmp_path / "model")))
     with pytest.raises(DataError, match="too few words for a protocol that counts them"):
         evaluate(subject, "ppl", PerplexitySettings(str(path), protocol="word"), "cpu", lambda event: None)

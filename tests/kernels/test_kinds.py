@@ -17,6 +17,7 @@ from aqlm_kernels import (
     MATRIX_KINDS,
     AdditiveLinear,
     AdditiveMatrix,
+    BlockFloatMatrix,
     CompressedLinear,
     KernelError,
     LevelMatrix,
@@ -27,7 +28,7 @@ from aqlm_kernels import (
     coded_layers,
     quantized_layers,
 )
-from aqlm_kernels.matrices import level
+from aqlm_kernels.matrices import blockfloat, level
 
 OUT, IN = 12, 32
 
@@ -61,6 +62,13 @@ def of_levels(word: str) -> LevelMatrix:
     return empty.nearest(torch.randn(OUT, IN, generator=rng))
 
 
+def of_blocks(form: str, width: int, own: int = 0) -> BlockFloatMatrix:
+    rng = draw()
+    codes = torch.randint(2**width, (OUT, IN), generator=rng)
+    exponents = torch.randint(-2, 2, (OUT, IN // 16), generator=rng)
+    return blockfloat.of_blocks(form, width, own, codes, exponents)
+
+
 def refined() -> RefinedMatrix:
     return RefinedMatrix(additive(), torch.tensor([2, 5, 11], dtype=torch.int32), uniform().rows(torch.arange(3)))
 
@@ -77,6 +85,9 @@ MATRICES: dict[str, Matrix] = {
     "levels": of_levels("nf3g16"),
     "shifted levels": of_levels("nf4tg8"),
     "levels of a row": of_levels("cube5g32"),
+    "block floating point": of_blocks("bfp", 5),
+    "block minifloats": of_blocks("bmf", 6, 2),
+    "block logarithms": of_blocks("bl", 4),
     "refined": refined(),
     "refined, 8 bits": replace(refined(), base=in_8_bits()),
 }
@@ -103,7 +114,7 @@ def test_a_layer_is_the_product_with_its_matrix(kind: str, general: bool) -> Non
     assert layer.trainable().keys() == {*matrix.learnable, "bias"}
 
 
-@pytest.mark.parametrize("kind", MATRICES)
+@pytest.mark.parametrize("kind", [kind for kind, matrix in MATRICES.items() if matrix.learnable])
 def test_a_general_layer_is_differentiable_in_all_that_is_continuous(kind: str) -> None:
     matrix = MATRICES[kind]
     layer: Any = CompressedLinear(matrix) if kind in GENERAL else matrix.module()
@@ -156,6 +167,9 @@ WORDS = {
     "levels": "nf3g16",
     "shifted levels": "nf4tg8",
     "levels of a row": "cube5",
+    "block floating point": "bfp5g16",
+    "block minifloats": "bmf6e2g16",
+    "block logarithms": "bl4g16",
     "refined": "2x4g8+int3g16r3",
     "refined, 8 bits": "2x4g8c8+int3g16r3",
 }

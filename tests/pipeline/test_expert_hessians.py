@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from aqlm_cli.models import load_network, resolve
-from aqlm_cli.pipeline.stages import quantize as stage
+from aqlm_cli.pipeline import block_work
 from aqlm_cli.quantization.parallel import Task
 from aqlm_cli.quantization.solvers.hessian import TOKENS_PER_FEATURE, LayerStatistics
 from aqlm_cli.seeds import generator
@@ -31,13 +31,13 @@ def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def tasks(monkeypatch: pytest.MonkeyPatch) -> dict[str, Task]:
     """Everything that is compressed, by path."""
     seen: dict[str, Task] = {}
-    compress_all = stage.compress_all
+    compress_all = block_work.compress_all
 
     def noted(todo: list[Task], *rest: Any) -> Any:
         seen.update({task.path: task for task in todo})
         return compress_all(todo, *rest)
 
-    monkeypatch.setattr(stage, "compress_all", noted)
+    monkeypatch.setattr(block_work, "compress_all", noted)
     return seen
 
 

@@ -22,6 +22,7 @@ from aqlm_cli.models import load_network, resolve
 from aqlm_cli.models.blocks import find_blocks, linears
 from aqlm_cli.models.hidden_states import Activations, run_block
 from aqlm_cli.models.received_attention import received_attention
+from aqlm_cli.pipeline import block_work
 from aqlm_cli.pipeline.job import Job, make_job
 from aqlm_cli.pipeline.order import prepare
 from aqlm_cli.pipeline.stage_reports import QuantizeReport
@@ -396,7 +397,7 @@ def test_the_errors_reported_are_those_of_the_packed_file(
         tasks.update({task.path: task for task in given})
         return parallel.compress_all(given, *rest)
 
-    monkeypatch.setattr(stage, "compress_all", noting)
+    monkeypatch.setattr(block_work, "compress_all", noting)
     run(settings(loud_and_quiet, fit={**FIT, "epochs": 0}))
     packed = load_file(pack(job_in(Path("run"))).directory / "model.safetensors")
     reported = quantized().manifest.results["layers"]
@@ -626,7 +627,7 @@ def test_the_number_of_threads_that_compress_does_not_show(finished: Path, monke
         counts.append(threads)
         return compress_all(tasks[::-1], settings_of, seed, 1 if threads > 1 else 2, done)
 
-    monkeypatch.setattr(stage, "compress_all", alone)
+    monkeypatch.setattr(block_work, "compress_all", alone)
     run(settings(finished), "again")
     assert len(counts) == 2
     assert files() == files("again")

@@ -138,7 +138,16 @@ def test_weights_that_no_pair_of_float16_numbers_reaches_are_refused_by_name() -
         compress([task("q", 1e12 * TASKS[0].weight)])
 
 
-@pytest.mark.parametrize(("method", "scheme"), [("aqlm", "2x4g8"), ("rtn", "rtn:int2g16"), ("gptq", "gptq:int2g16")])
+CASES = [
+    ("aqlm", "2x4g8"),
+    ("rtn", "rtn:int2g16"),
+    ("gptq", "gptq:int2g16"),
+    ("information", "information:nf3tg16"),
+    ("blockfloat", "blockfloat:bfp4g16"),
+]
+
+
+@pytest.mark.parametrize(("method", "scheme"), CASES)
 def test_every_method_returns_a_matrix_of_a_kind_that_can_be_stored(method: str, scheme: str) -> None:
     matrix = compress([task("q", scheme=scheme)])["block.q"].matrix
     again = MATRIX_KINDS[matrix.kind].from_tensors(matrix.tensors())
@@ -146,7 +155,7 @@ def test_every_method_returns_a_matrix_of_a_kind_that_can_be_stored(method: str,
 
 
 def test_every_method_has_a_case_above() -> None:
-    assert METHODS.keys() == {"aqlm", "rtn", "gptq"}
+    assert METHODS.keys() == {method for method, _ in CASES}
 
 
 def test_the_callers_number_of_threads_is_as_it_was_after_a_refusal_too() -> None:

@@ -23,6 +23,9 @@ from aqlm_cli.spec.schemes import AdditiveScheme, UniformScheme, parse_scheme, s
         "nf3tg32",
         "cube4",
         "nf2t",
+        "bfp6g16",
+        "bmf6e2g16",
+        "bl5g16",
     ],
 )
 def test_a_scheme_prints_as_it_was_read(text: str) -> None:

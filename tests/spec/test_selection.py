@@ -134,13 +134,13 @@ def test_a_rule_of_another_form_is_an_error(rule: str) -> None:
     ("section", "reason"),
     [
         ({"embeddings": "4x9"}, r"quantize\.embeddings`: scheme '4x9' is not understood"),
-        ({"head": "rtn:2x8g8"}, r"quantize\.head`: method rtn takes uniform or refined schemes"),
+        ({"head": "rtn:2x8g8"}, r"quantize\.head`: method rtn takes uniform or level or refined schemes"),
         ({"head": "nobody:2x8g8"}, r"quantize\.head`: there is no method 'nobody'"),
         ({"layers": [{"match": "a"}]}, "the rule for 'a' needs a scheme, a method or keep: true"),
         ({"layers": [{"match": "a", "keep": True, "scheme": "2x8g8"}]}, "needs a scheme, a method or keep: true"),
         (
             {"layers": [{"match": "a", "method": "rtn"}]},
-            "method rtn takes uniform or refined schemes such as int2g64, not 2x8g8",
+            "method rtn takes uniform or level or refined schemes such as int2g64, not 2x8g8",
         ),
         ({"layers": [{"match": "a", "method": "nobody"}]}, "there is no method 'nobody'"),
         ({"layers": [{"match": "a", "sheme": "2x8g8"}]}, "sheme"),

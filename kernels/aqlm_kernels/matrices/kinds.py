@@ -12,6 +12,7 @@ from torch import nn
 
 from aqlm_kernels.embedding import CompressedEmbedding
 from aqlm_kernels.matrices.additive import AdditiveMatrix
+from aqlm_kernels.matrices.blockfloat import BlockFloatMatrix
 from aqlm_kernels.matrices.level import LevelMatrix
 from aqlm_kernels.matrices.matrix import Matrix, QuantizedLayer
 from aqlm_kernels.matrices.refined import RefinedMatrix
@@ -22,6 +23,7 @@ MATRIX_KINDS: Mapping[str, type[Matrix]] = {
     "additive": AdditiveMatrix,
     "uniform": UniformMatrix,
     "level": LevelMatrix,
+    "blockfloat": BlockFloatMatrix,
     "refined": RefinedMatrix,
 }
 

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
-from aqlm_cli.spec.schemes import AdditiveScheme, LevelScheme, RefinedScheme, Scheme, UniformScheme
+from aqlm_cli.spec.schemes import AdditiveScheme, BlockFloatScheme, LevelScheme, RefinedScheme, Scheme, UniformScheme
 from aqlm_cli.spec.schemes.base import groups_of
-from aqlm_kernels import AdditiveMatrix, LevelMatrix, Matrix, RefinedMatrix, UniformMatrix
+from aqlm_kernels import AdditiveMatrix, BlockFloatMatrix, LevelMatrix, Matrix, RefinedMatrix, UniformMatrix
+from aqlm_kernels.matrices.blockfloat import of_blocks
 from aqlm_kernels.matrices.level import of_levels
 
 SIZE = 0.02
@@ -49,6 +50,12 @@ def _levels(scheme: LevelScheme, rows: int, columns: int, draw: torch.Generator)
     return empty.nearest(SIZE * torch.randn(rows, columns, generator=draw))
 
 
+def _blocks(scheme: BlockFloatScheme, rows: int, columns: int, draw: torch.Generator) -> BlockFloatMatrix:
+    codes = torch.randint(0, 2**scheme.width, (rows, columns), generator=draw, dtype=torch.uint8)
+    exponents = torch.full((rows, columns // scheme.group_size), round(math.log2(2 * SIZE)))
+    return of_blocks(scheme.form_name, scheme.width, scheme.own, codes, exponents)
+
+
 def _refined(scheme: RefinedScheme, rows: int, columns: int, draw: torch.Generator) -> RefinedMatrix:
     index = torch.randperm(rows, generator=draw)[: scheme.rows].sort().values
     patch = _uniform(scheme.patch, scheme.rows, columns, draw)
@@ -59,6 +66,7 @@ KINDS: Mapping[str, Callable[[Any, int, int, torch.Generator], Matrix]] = {
     "additive": _additive,
     "uniform": _uniform,
     "level": _levels,
+    "blockfloat": _blocks,
     "refined": _refined,
 }
 """Random matrices by the kind of their scheme."""

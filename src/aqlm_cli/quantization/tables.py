@@ -24,12 +24,12 @@ import torch
 from torch import Tensor
 
 from aqlm_cli.errors import QuantizationError
-from aqlm_cli.quantization.methods import aqlm
+from aqlm_cli.quantization.methods import aqlm, blockfloat
 from aqlm_cli.quantization.parallel import single_threaded_pool
 from aqlm_cli.quantization.solvers import grids, level_tables
 from aqlm_cli.quantization.solvers.hessian import LayerStatistics, SecondMoment, damped
-from aqlm_cli.spec.schemes import AdditiveScheme, LevelScheme, RefinedScheme, Scheme, UniformScheme
-from aqlm_kernels import AdditiveMatrix, LevelMatrix, Matrix, RefinedMatrix, UniformMatrix
+from aqlm_cli.spec.schemes import AdditiveScheme, BlockFloatScheme, LevelScheme, RefinedScheme, Scheme, UniformScheme
+from aqlm_kernels import AdditiveMatrix, BlockFloatMatrix, LevelMatrix, Matrix, RefinedMatrix, UniformMatrix
 from aqlm_kernels.matrices.uniform import grid_exponent
 
 CHUNK_WEIGHTS = 2**22
@@ -251,6 +251,13 @@ def _levels(table: _Table, scheme: LevelScheme) -> LevelMatrix:
     return _joined(table.encoded(code), ("codes", "scales", "shifts") if scheme.shifted else ("codes", "scales"))
 
 
+def _blocks(table: _Table, scheme: BlockFloatScheme) -> BlockFloatMatrix:
+    """Every block for itself; the metric is not looked at."""
+    unknown = LayerStatistics(table.metric, 0)
+    parts = table.encoded(lambda rows: blockfloat.quantize(rows, unknown, scheme, table.rng, None))
+    return _joined(parts, ("codes", "exponents"))
+
+
 def _joined(parts: Sequence[Part], names: Sequence[str]) -> Part:
     """One matrix of parts that have these tensors by rows, and all others alike."""
     joined = {name: torch.cat([part.tensors()[name] for part in parts]) for name in names}
@@ -272,6 +279,7 @@ FAMILIES: Mapping[str, Callable[[_Table, Any], Any]] = {
     "additive": _additive,
     "uniform": _uniform,
     "level": _levels,
+    "blockfloat": _blocks,
     "refined": _refined,
 }
 """The search for codes, by the kind of scheme."""

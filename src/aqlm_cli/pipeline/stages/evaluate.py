@@ -39,7 +39,8 @@ def evaluate(subject: Subject, kind: str, settings: Any, device: str, emit: Emit
         digest = run.current("packed").manifest.parents.get("quantized")
         for name, content in evaluation.files(report).items():
             path = run.write_report(name, content if isinstance(content, bytes) else {**content, "quantized": digest})
-            emit(Noted(f"wrote {path}" + NEXT_STEP.get(kind, "").format(run=run.path)))
+            hint = NEXT_STEP.get(kind, "") if path.suffix == ".json" else ""  # and not for each of its pictures
+            emit(Noted(f"wrote {path}" + hint.format(run=run.path)))
     return report
 
 

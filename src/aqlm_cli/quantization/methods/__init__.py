@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from aqlm_cli.quantization.methods import aqlm, gptq, information, rtn
+from aqlm_cli.quantization.methods import aqlm, blockfloat, gptq, information, rtn
 from aqlm_cli.quantization.solvers.hessian import LayerStatistics
 from aqlm_kernels import Matrix
 
@@ -23,5 +23,6 @@ METHODS: Mapping[str, Method] = {
     "aqlm": aqlm.quantize,
     "rtn": rtn.quantize,
     "gptq": gptq.quantize,
+    "blockfloat": blockfloat.quantize,
     "information": information.quantize,
 }

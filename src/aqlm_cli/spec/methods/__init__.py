@@ -45,6 +45,9 @@ METHODS: Mapping[str, MethodSpec] = {
         epochs=0,
         peak_bytes=gptq.peak_bytes,
     ),
+    "blockfloat": MethodSpec(
+        "numbers below an exponent of their block", None, ("blockfloat",), "bfp6g16", epochs=0, reads_text=False
+    ),
     "information": MethodSpec(
         "levels shifted to use all codes evenly",
         information.InformationSettings,

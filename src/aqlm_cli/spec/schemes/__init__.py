@@ -3,7 +3,8 @@
 Families of schemes, each written as one short word, one file and one row in `FAMILIES` each. `2x8g8` is additive: every
 group of 8 inputs is the sum of 2 vectors, each one of 2^8 entries of a codebook. `int2g64` is uniform: every group of
 64 inputs shares one scale and zero point, and each weight is an integer of 2 bits. `nf4g64` is of levels: each weight
-is one of 16 levels of a fixed table, times a scale for 64 inputs. `3x8g8+int4g64r512` is refined: the error of 512 rows
+is one of 16 levels of a fixed table, times a scale for 64 inputs. `bfp6g16` is of block floats: 16 inputs share an
+exponent, below which each weight has a sign and 5 bits. `3x8g8+int4g64r512` is refined: the error of 512 rows
 is stored once more, for embeddings and heads, whose rows are tokens and used very unequally.
 
 Sizes count everything a checkpoint must hold to restore the weights. Code bits count the indices alone: the figure
@@ -18,6 +19,7 @@ from typing import Protocol
 from aqlm_cli.errors import UsageError
 from aqlm_cli.spec.schemes.additive import AdditiveScheme
 from aqlm_cli.spec.schemes.base import BITS_PER_FLOAT, Scheme, StoredTensor, total_bytes
+from aqlm_cli.spec.schemes.blockfloat import BlockFloatScheme
 from aqlm_cli.spec.schemes.level import LevelScheme
 from aqlm_cli.spec.schemes.refined import RefinedScheme
 from aqlm_cli.spec.schemes.uniform import UniformScheme
@@ -27,6 +29,7 @@ __all__ = [
     "FAMILIES",
     "SCHEMES_BY_BITS",
     "AdditiveScheme",
+    "BlockFloatScheme",
     "LevelScheme",
     "RefinedScheme",
     "Scheme",
@@ -53,6 +56,7 @@ FAMILIES: Mapping[str, Family] = {
     "additive": AdditiveScheme,
     "uniform": UniformScheme,
     "level": LevelScheme,
+    "blockfloat": BlockFloatScheme,
     "refined": RefinedScheme,
 }
 """Families of schemes, by the kind of matrix."""
