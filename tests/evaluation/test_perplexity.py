@@ -199,6 +199,6 @@ def test_a_loss_beyond_every_perplexity_is_refused_in_one_line(tmp_path: Path) -
         estimate(torch.tensor([900.0, 900.0]), torch.ones(2))
     path = tmp_path / "words.jsonl"
     path.write_text("".join(json.dumps({"text": "\u6f22" * 100}) + "\n" for _ in range(3)))
-    subject = find_subject(str(tiny_models.save("llama", tmp_path / "model")))
+    subject = find_subject(str(tiny_models.save("llama", tmp_path / "model", max_position_embeddings=4096)))
     with pytest.raises(DataError, match="too few words for a protocol that counts them"):
         evaluate(subject, "ppl", PerplexitySettings(str(path), protocol="word"), "cpu", lambda event: None)

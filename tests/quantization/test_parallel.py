@@ -15,6 +15,7 @@ from aqlm_cli.quantization.solvers.hessian import LayerStatistics
 from aqlm_cli.seeds import generator
 from aqlm_cli.spec.methods.aqlm import AqlmSettings
 from aqlm_cli.spec.methods.gptq import GptqSettings
+from aqlm_cli.spec.methods.information import InformationSettings
 from aqlm_cli.spec.section import Section
 from aqlm_cli.spec.treatment import parse_treatment
 from aqlm_kernels import MATRIX_KINDS
@@ -35,7 +36,7 @@ TASKS = [task(path) for path in SHAPES]
 
 
 def settings_of(method: str) -> Section | None:
-    settings: dict[str, Section] = {"aqlm": SETTINGS, "gptq": GptqSettings()}
+    settings: dict[str, Section] = {"aqlm": SETTINGS, "gptq": GptqSettings(), "information": InformationSettings()}
     return settings.get(method)
 
 

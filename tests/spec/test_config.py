@@ -254,7 +254,10 @@ def test_a_value_of_an_earlier_version_is_refused_with_its_new_name(tmp_path: Pa
         ),
         ("{gptq: {}}", "`quantize.gptq`: settings of method gptq, but quantize.method is aqlm; remove them"),
         ("{aqlm: 3}", "`quantize.aqlm`: needs a section of keys and values, or {}, found 3"),
-        ("{method: awq}", "`quantize.method`: there is no method 'awq'; choose aqlm, rtn, gptq or information"),
+        (
+            "{method: awq}",
+            "`quantize.method`: there is no method 'awq'; choose aqlm, rtn, gptq, blockfloat or information",
+        ),
         ("{beam: 4}", "unknown key `quantize.beam`; nearest valid key is `quantize.aqlm.beam`"),
     ],
 )
@@ -429,11 +432,11 @@ def test_all_keys_of_an_earlier_version_are_named_at_once_and_a_section_that_mov
         ("{method: null, aqlm: {beam: 8}}", "`quantize.method`: Input should be a valid string, found None"),
         (
             "{method: awq, awq: {bits: 3}}",
-            "`quantize.method`: there is no method 'awq'; choose aqlm, rtn, gptq or information",
+            "`quantize.method`: there is no method 'awq'; choose aqlm, rtn, gptq, blockfloat or information",
         ),
         (
             "{method: fit, fit: {epochs: 1}}",
-            "`quantize.method`: there is no method 'fit'; choose aqlm, rtn, gptq or information",
+            "`quantize.method`: there is no method 'fit'; choose aqlm, rtn, gptq, blockfloat or information",
         ),
         ("{method: rtn, scheme: int2g64, rtn: {}}", "`quantize.rtn`: method rtn has no settings; remove the section"),
         ("{rtn: {}}", "`quantize.rtn`: settings of method rtn, but quantize.method is aqlm; remove them"),
