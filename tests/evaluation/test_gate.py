@@ -158,6 +158,11 @@ def test_the_length_of_sequences_is_that_of_attribution_too(finished_run: Path) 
     assert (report["sequences"], report["sequence_length"]) == (2, 24)
 
 
+def test_the_length_of_sequences_needs_no_other_flag(finished_run: Path) -> None:
+    result = commands.run("evaluate", "run", "--sequence-length", "24", "--sequences", "2", "--json")
+    assert result.exit_code == 0 and json.loads(result.stdout)["sequence_length"] == 24
+
+
 # --------------------------------------------------------------------------------------------------------- attribution
 
 

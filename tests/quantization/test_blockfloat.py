@@ -104,6 +104,14 @@ def test_a_bit_more_of_a_mantissa_quarters_the_error() -> None:
     assert all(3.5 < coarse / fine < 4.5 for coarse, fine in pairwise(errors))
 
 
+def test_schemes_count_the_forms_as_matrices_do() -> None:
+    for word in WORDS:
+        stored, layouts = rounded(word, random()).tensors(), parse_scheme(word).stored_layouts(12, 64)
+        assert stored.keys() == layouts.keys()
+        for name in ("form", "width", "own"):
+            assert int(stored[name]) + 1 == layouts[name].values
+
+
 @pytest.mark.parametrize(("form", "width", "own"), [("bfp", 4, 0), ("bmf", 6, 2), ("bmf", 3, 1), ("bl", 5, 0)])
 def test_magnitudes_rise(form: str, width: int, own: int) -> None:
     table = magnitudes(form, width, own)

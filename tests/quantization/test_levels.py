@@ -14,8 +14,10 @@ from aqlm_cli.quantization.solvers.hessian import LayerStatistics
 from aqlm_cli.spec.methods.gptq import GptqSettings
 from aqlm_cli.spec.methods.information import InformationSettings
 from aqlm_cli.spec.schemes import LevelScheme, parse_scheme
+from aqlm_cli.spec.schemes.level import TABLES
 from aqlm_cli.spec.treatment import Treatment, method_for
 from aqlm_kernels import LevelMatrix
+from aqlm_kernels.matrices import level
 from aqlm_kernels.matrices.level import levels
 
 STATISTICS = LayerStatistics(torch.full((64, 64), torch.nan), 1)  # not to be looked at
@@ -55,6 +57,10 @@ def even(word: str, weight: Tensor, settings: InformationSettings | None = None)
 
 def test_the_table_of_4_bits_is_that_of_qlora() -> None:
     assert torch.equal(levels("nf", 4), torch.tensor(NF4))
+
+
+def test_schemes_count_the_tables_as_matrices_do() -> None:
+    assert tuple(level.TABLES) == TABLES
 
 
 @pytest.mark.parametrize("bits", range(2, 9))

@@ -254,12 +254,29 @@ def test_a_new_kind_is_not_fitted_where_the_run_file_says_so() -> None:
         assert torch.equal(matrix.scales, (1.5 * weight.abs().mean(1)).half()), path
 
 
-@pytest.mark.parametrize("scheme", ["2x4g8", "2x4g8c8", "1x9g4", "3x8g16c8", "3x8g16", "int2g16", "int8g64", "sign"])
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        "2x4g8",
+        "2x4g8c8",
+        "1x9g4",
+        "3x8g16c8",
+        "3x8g16",
+        "int2g16",
+        "int8g64",
+        "nf4tg16",
+        "cube3",
+        "bfp5g16",
+        "bmf6e2g16",
+        "bl4g8",
+        "sign",
+    ],
+)
 @pytest.mark.usefixtures("sign")
 def test_a_scheme_tells_the_layout_and_the_bits_of_its_matrices(scheme: str) -> None:
     statistics = LayerStatistics(torch.eye(64), 1)
     weight = torch.randn(24, 64, generator=torch.Generator().manual_seed(0))
-    parsed = parse_scheme(scheme)
+    parsed = parse_scheme(scheme).bound(64)
     name = next(name for name, method in METHODS.items() if parsed.kind in method.families)
     section = METHODS[name].settings
     settings = None if section is None else section()

@@ -25,6 +25,12 @@ LOWEST = -13  # from 2^-14 on, which has this exponent, a float16 has all of its
 FINEST = -10  # exponent of the largest entry: those an eighth as large have all their bits, smaller ones matter little
 
 
+def float16_holds(sizes: Tensor) -> bool:
+    """Check that float16 has all of its bits for these sizes, at least 0, or all but one; zeros do not count."""
+    largest = torch.finfo(torch.float16).max
+    return bool(((sizes == 0) | ((sizes >= 2.0 ** (LOWEST - 1)) & (sizes <= largest))).all())
+
+
 def balanced(matrix: AdditiveMatrix) -> AdditiveMatrix:
     """The same matrix with codebooks and scales in the range of float16; untouched where they are in it already."""
     shift = balancing_shift(matrix.codebooks, matrix.scales)

@@ -36,7 +36,7 @@ def magnitudes(form: str, width: int, own: int) -> Tensor:
     """T `[2^(width - 1)]`, rising, in float32; `own` are the bits E of a minifloat's exponent, 0 for other forms."""
     index = torch.arange(2 ** (width - 1))
     if form == "bfp":
-        return torch.arange(2 ** (width - 1)) / 2.0 ** (width - 1)
+        return index / 2.0 ** (width - 1)
     if form == "bl":
         return torch.ldexp(torch.ones(len(index)), index - (len(index) - 1))
     mantissa = width - 1 - own

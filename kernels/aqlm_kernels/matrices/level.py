@@ -19,7 +19,7 @@ from torch import Tensor
 
 from aqlm_kernels.compressed import CompressedLinear
 from aqlm_kernels.errors import KernelError
-from aqlm_kernels.matrices.balance import LOWEST, to_float16
+from aqlm_kernels.matrices.balance import float16_holds, to_float16
 from aqlm_kernels.matrices.bitpack import pack_bits, unpack_bits
 from aqlm_kernels.matrices.uniform import grid_exponent
 
@@ -114,7 +114,7 @@ class LevelMatrix:
     def balanced(self) -> LevelMatrix:
         """The same matrix with scales and shifts in the range of float16; itself where they are."""
         sizes = torch.cat([tensor.abs().flatten() for tensor in (self.scales, self.shifts) if tensor is not None])
-        if bool(((sizes == 0) | ((sizes >= 2.0 ** (LOWEST - 1)) & (sizes <= torch.finfo(torch.float16).max))).all()):
+        if float16_holds(sizes):
             return self
         shift = grid_exponent(sizes)
         return replace(

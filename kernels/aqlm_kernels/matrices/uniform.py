@@ -15,7 +15,7 @@ from torch import Tensor
 
 from aqlm_kernels.compressed import CompressedLinear
 from aqlm_kernels.errors import KernelError
-from aqlm_kernels.matrices.balance import HIGHEST, LOWEST, to_float16
+from aqlm_kernels.matrices.balance import HIGHEST, LOWEST, float16_holds, to_float16
 from aqlm_kernels.matrices.bitpack import pack_bits, unpack_bits
 
 
@@ -70,7 +70,7 @@ class UniformMatrix:
     def balanced(self) -> UniformMatrix:
         """The same matrix with scales in the range of float16; itself where they are."""
         sizes = self.scales.abs()
-        if bool(((sizes == 0) | ((sizes >= 2.0 ** (LOWEST - 1)) & (sizes <= torch.finfo(torch.float16).max))).all()):
+        if float16_holds(sizes):
             return self
         shift = grid_exponent(sizes)
         exponent = (self.exponent + shift).to(self.exponent.dtype)

@@ -107,7 +107,7 @@ def evaluate(
     kinds = kind and _listed(kind)
     given = as_settings({**flags, "data": data and [data], "kinds": kinds}, EVALUATE)
     if sequence_length is not None:
-        given["evaluate"].setdefault("attribution", {})["sequence_length"] = sequence_length
+        given.setdefault("evaluate", {}).setdefault("attribution", {})["sequence_length"] = sequence_length
     with Screen(json, quiet, verbose) as screen:
         reports: dict[str, Record] = {}
         for target in targets:

@@ -169,7 +169,7 @@ def _random(layout: StoredTensor, rng: torch.Generator) -> Tensor:
         return torch.tensor(layout.values - 1, dtype=dtype)
     if layout.values is not None:
         return torch.randint(layout.values, layout.shape, generator=rng).to(dtype)
-    return torch.randn(layout.shape, generator=rng).to(dtype) / max(layout.shape)  # sums in a block stay small
+    return (torch.randn(layout.shape, generator=rng) / max(layout.shape)).to(dtype)  # sums in a block stay small
 
 
 def _step(block: _Block, work: Work, device: torch.device, evaluation: float, rng: torch.Generator) -> float:

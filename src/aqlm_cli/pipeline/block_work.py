@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
-from aqlm_cli.events import Emit, LayerQuantized, Warned
-from aqlm_cli.memory import give_back_memory
+from aqlm_cli.events import Emit, LayerQuantized, Noted, StageStarted, Warned
+from aqlm_cli.memory import give_back_memory, peak_memory_bytes
 from aqlm_cli.models.blocks import linears
 from aqlm_cli.quantization.block_files import put_matrix
 from aqlm_cli.quantization.parallel import Compressed, Task, compress_all
 from aqlm_cli.quantization.resume import ResumeState
 from aqlm_cli.quantization.solvers.hessian import LayerStatistics
 from aqlm_cli.runs.artifact import Stage
+from aqlm_cli.runs.files import disk_bytes
+from aqlm_cli.runs.stages import QUANTIZE
 from aqlm_cli.spec.config import RunConfig
 from aqlm_cli.spec.treatment import Treatment
 
@@ -34,8 +38,21 @@ class BlockWork:
     resume_state: ResumeState
     emit: Emit
 
+    def begin(self, done: int, blocks: int) -> None:
+        """Tell how many blocks there are, and how many an interruption left finished."""
+        if done:
+            self.emit(Noted(f"{self.stage.directory} holds {done} of {blocks} blocks; resuming after them"))
+        self.emit(StageStarted(QUANTIZE.name, blocks, "block", done=done))
 
-def measured(compressed: Mapping[str, Compressed]) -> dict[str, dict[str, float]]:
+    def record(self, index: int, found: Mapping[str, Any], started: float) -> float:
+        """Write what was found of a block that is about to be finished, and what it took since `started`: seconds."""
+        seconds = time.monotonic() - started
+        taken = {"memory_bytes": peak_memory_bytes(), "disk_bytes": disk_bytes(self.stage.directory.parent)}
+        self.resume_state.record(index, {**found, "seconds": seconds, **taken})
+        return seconds
+
+
+def figures_of(compressed: Mapping[str, Compressed]) -> dict[str, dict[str, float]]:
     """The figures of these layers that the manifest keeps, by path."""
     return {
         path: {"relative_error": one.relative_error, "seconds": one.seconds} for path, one in sorted(compressed.items())

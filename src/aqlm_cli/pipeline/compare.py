@@ -15,7 +15,7 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +130,8 @@ def _row(cell: Cell, job: Job) -> Row:
         "evaluate": job.config.evaluate.model_dump(mode="json"),
         "texts": {text: _version_of(text) for text in (*job.config.eval_ppl.data, *job.config.evaluate.tasks)},
     }
-    kept, before = _kept(run), _row_before(job)
+    kept = _kept(run)
+    before = _row_in(kept)
     if kept.get("facts") == facts and before is not None:
         job.emit(Noted(f"{job.directory} is evaluated already"))
         return before
@@ -159,8 +160,14 @@ def _row_before(job: Job) -> Row | None:
     """The row that an earlier comparison kept of a run, if it can be read as one."""
     if not is_run(job.directory):
         return None
-    with contextlib.suppress(ArtifactError, LookupError, TypeError):
-        row = Row.from_json(_kept(job.run)["row"])
+    with contextlib.suppress(ArtifactError):
+        return _row_in(_kept(job.run))
+    return None
+
+
+def _row_in(kept: Mapping[str, Any]) -> Row | None:
+    with contextlib.suppress(LookupError, TypeError):
+        row = Row.from_json(kept["row"])
         return row if row.figures else None
     return None
 

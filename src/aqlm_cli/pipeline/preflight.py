@@ -6,7 +6,7 @@ Known from config.json and the headers of the files; from config.json alone wher
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -67,7 +67,7 @@ class Preflight:
 
     def reads_text(self, config: RunConfig) -> bool:
         """Check that text is needed for a quantization with these settings: for embeddings and head it always is."""
-        return config.quantize.reads_text or bool(self.plan.tables and self.checkpoint is None)
+        return _reads_text(config, self.plan.tables)
 
     @property
     def packed_bytes(self) -> int:
@@ -151,9 +151,14 @@ def model_shape(network: nn.Module, plan: Plan) -> ModelShape:
     return ModelShape(shapes, outside, vocabulary, hidden, plan.tables)
 
 
+def _reads_text(config: RunConfig, tables: Sequence[Target]) -> bool:
+    section = config.quantize
+    return section.import_from is None and (section.reads_text or bool(tables))
+
+
 def planned_work(config: RunConfig, shape: ModelShape) -> Work:
     """The workload of the settings, cut down to `max_memory`; PlanError where that is impossible."""
-    reads_text = config.quantize.reads_text or bool(shape.tables)
+    reads_text = _reads_text(config, shape.tables)
     text = share_sequences(config.calibrate.data, config.calibrate.sequences) if reads_text else []
     windows = sum(count for _, count in text)
     product_bytes = compute_dtype(torch.device(config.device)).itemsize

@@ -137,7 +137,7 @@ class CalibrationReport(StageReport):
 @dataclass(frozen=True, kw_only=True)
 class QuantizeReport(StageReport):
     """`mean_relative_error` is the geometric mean over the layers of tr(dW H dW^T) / tr(W H W^T), in 16 bits and before
-    blocks are fitted; where no text was read, H is the identity."""
+    blocks are fitted. `text`: whether text was read; without, H is the identity."""
 
     model: str
     scheme: str

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from aqlm_cli.events import Advanced, Noted, StageStarted
-from aqlm_cli.memory import give_back_memory, peak_memory_bytes
+from aqlm_cli.events import Advanced
+from aqlm_cli.memory import give_back_memory
 from aqlm_cli.models import BlockLoader
 from aqlm_cli.models.blocks import find_blocks, unfuse
-from aqlm_cli.pipeline.block_work import BlockWork, compress_block, measured
+from aqlm_cli.pipeline.block_work import BlockWork, compress_block, figures_of
 from aqlm_cli.pipeline.job import Job
 from aqlm_cli.pipeline.preflight import planned_work
 from aqlm_cli.quantization.block_files import block_file, save_block
@@ -25,7 +25,6 @@ from aqlm_cli.quantization.resume import ResumeState
 from aqlm_cli.quantization.solvers.hessian import LayerStatistics
 from aqlm_cli.quantization.training.block import round_block
 from aqlm_cli.runs.artifact import Stage
-from aqlm_cli.runs.files import disk_bytes
 from aqlm_cli.runs.stages import QUANTIZE
 
 
@@ -34,16 +33,14 @@ def quantize_weights(job: Job, stage: Stage) -> list[dict[str, Any]]:
 
     Finished blocks are on the disk: after an interruption the same command resumes behind them, to the same bytes.
     """
-    config, preflight, emit = job.config, job.preflight, job.emit
+    config, preflight = job.config, job.preflight
     workers = planned_work(config, preflight.shape).workers
-    work = BlockWork(config, preflight.plan.treatments, workers, stage, ResumeState(stage.work), emit)
+    work = BlockWork(config, preflight.plan.treatments, workers, stage, ResumeState(stage.work), job.emit)
     load = BlockLoader(job.source, torch.float32, config.device)
     paths = find_blocks(preflight.facts.network).paths
     blocks = max(n + 1 for n, path in enumerate(paths) if any(one.startswith(f"{path}.") for one in work.treatments))
     done = work.resume_state.blocks_of_weights
-    if done:
-        emit(Noted(f"{stage.directory} holds {done} of {blocks} blocks; resuming after them"))
-    emit(StageStarted(QUANTIZE.name, blocks, "block", done=done))
+    work.begin(done, blocks)
     started = time.monotonic()
     for index in range(done, blocks):
         block = unfuse(load(index))
@@ -52,13 +49,10 @@ def quantize_weights(job: Job, stage: Stage) -> list[dict[str, Any]]:
             round_block(block, paths[index])
             matrices = {path: one.matrix for path, one in compressed.items()}
             save_block(stage.directory / block_file(index), paths[index], block, matrices)
-        seconds = time.monotonic() - started
-        taken = {"memory_bytes": peak_memory_bytes(), "disk_bytes": disk_bytes(stage.directory.parent)}
-        work.resume_state.record(index, {"layers": measured(compressed), "seconds": seconds, **taken})
-        started += seconds
+        started += work.record(index, {"layers": figures_of(compressed)}, started)
         work.resume_state.forget_matrices()
         give_back_memory()
-        emit(Advanced(QUANTIZE.name, index + 1))
+        job.emit(Advanced(QUANTIZE.name, index + 1))
     return [work.resume_state.recorded(index) for index in range(blocks)]
 
 

@@ -15,6 +15,7 @@ both; `name` is that of its run directory.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,16 +82,31 @@ def _cell(path: Path, number: int, shared: dict[str, Any], stored: Any) -> Cell:
     return Cell(name, config)
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(map(_is_text, value))
+
+
+TYPES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+    "bits": (_is_number, "a number"),
+    "layer": (_are_texts, "a list of texts such as ['.*down_proj=3x8g8']"),
+    **dict.fromkeys(("among", "target"), (_is_text, "a text, as on the command line")),
+}
+"""Flags that `as_settings` reads itself, their types, and the words for them; settings check all others."""
+
+
 def _refuse_type(key: str, value: Any, origin: str) -> None:
-    """ConfigError for a flag whose value has another type than on the command line, where it is not checked later."""
-    lists = isinstance(value, list) and all(isinstance(one, str) for one in value)
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    wanted = {"bits": (number, "a number"), "layer": (lists, "a list of texts such as ['.*down_proj=3x8g8']")}
-    right, kind = wanted.get(key, (True, ""))
-    if key in ("among", "target"):
-        right, kind = isinstance(value, str), "a text, as on the command line"
-    if not right:
-        raise ConfigError(f"{origin}: {key} must be {kind}, found {value!r}")
+    """ConfigError for a flag of another type than on the command line."""
+    right, words = TYPES.get(key, (None, ""))
+    if right is not None and not right(value):
+        raise ConfigError(f"{origin}: {key} must be {words}, found {value!r}")
 
 
 def _name_of(config: RunConfig) -> str:

@@ -23,12 +23,12 @@ import torch
 from torch import Tensor, nn
 
 from aqlm_cli.errors import QuantizationError
-from aqlm_cli.events import Advanced, BlockQuantized, LayerQuantized, Noted, StageStarted, Warned
+from aqlm_cli.events import Advanced, BlockQuantized, LayerQuantized, Noted, Warned
 from aqlm_cli.formatting import plain
 from aqlm_cli.memory import give_back_memory, peak_memory_bytes, reset_peak_memory
 from aqlm_cli.models.tables import put_table
 from aqlm_cli.models.walk import Walk
-from aqlm_cli.pipeline.block_work import UNREACHED, BlockWork, compress_block, measured
+from aqlm_cli.pipeline.block_work import UNREACHED, BlockWork, compress_block, figures_of
 from aqlm_cli.pipeline.job import Job
 from aqlm_cli.pipeline.preflight import planned_work
 from aqlm_cli.pipeline.stage_reports import QuantizeReport, restored
@@ -138,16 +138,11 @@ def _quantize_all(
     states = start_calibration_pass(job.source, ids, measured, config, resume_state, emit, outside)
     inside = treatments.keys() - tables.keys()
     blocks = states.walk.last(sorted(inside)) + 1 if inside else 0
-    if resume_state.blocks:
-        emit(Noted(f"{stage.directory} holds {resume_state.blocks} of {blocks} blocks; resuming after them"))
-    emit(StageStarted(QUANTIZE.name, blocks, "block", done=resume_state.blocks))
+    work.begin(resume_state.blocks, blocks)
     started += sum(table["seconds"] for table in tables.values()) if not resume_state.blocks else 0
     for index in range(states.index, blocks):
         block = states.walk.load(index)
-        measured_there = _quantize_block(work, states, block)
-        seconds = time.monotonic() - started
-        taken = {"memory_bytes": peak_memory_bytes(), "disk_bytes": disk_bytes(stage.directory.parent)}
-        resume_state.record(index, {**measured_there, "seconds": seconds, **taken})
+        seconds = work.record(index, _quantize_block(work, states, block), started)
         states, started = states.next(), started + seconds
         resume_state.forget_matrices()
         emit(Advanced(QUANTIZE.name, index + 1))
@@ -208,7 +203,7 @@ def _quantize_block(work: BlockWork, states: CalibrationPass, block: nn.Module) 
         save_block(work.stage.directory / block_file(states.index), states.path, block, matrices)
         work.emit(BlockQuantized(states.index, error, gain, time.monotonic() - started))
     give_back_memory()
-    layers = measured(compressed)
+    layers = figures_of(compressed)
     if stored is not None:
         for path, fitted in stored.errors(states.walk.load(states.index), block).items():
             layers[f"{states.path}.{path}"]["fitted_relative_error"] = fitted

@@ -7,12 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from aqlm_cli.quantization.solvers.grids import LARGEST
 from aqlm_cli.spec.schemes import LevelScheme
 from aqlm_kernels import LevelMatrix
 from aqlm_kernels.matrices.level import of_levels
 from aqlm_kernels.matrices.uniform import grid_exponent
-
-LARGEST = torch.finfo(torch.float16).max
 
 
 def reach(groups: Tensor, scheme: LevelScheme) -> tuple[Tensor, Tensor | None]:

@@ -72,7 +72,7 @@ class BlockFloatScheme:
         forms = ("bfp", "bmf", "bl")  # in the order in which a matrix counts them
         return {
             "codes": StoredTensor("uint8", (out_features, in_features), values=1 << self.width),
-            "exponents": StoredTensor("int8", (out_features, in_features // self.group_size), values=1),
+            "exponents": StoredTensor("int8", (out_features, in_features // self.group_size)),
             "form": StoredTensor("uint8", (), values=forms.index(self.form_name) + 1),
             "width": StoredTensor("uint8", (), values=self.width + 1),
             "own": StoredTensor("uint8", (), values=self.own + 1),
